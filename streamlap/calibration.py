@@ -1,0 +1,144 @@
+"""Files -> tokens_NL. The same files, settings and seed always give the same windows; nothing is fetched for local files.
+
+Text is tokenised without special tokens and cut into windows that do not overlap. Token ids (.npy) are taken as they are.
+
+Shape suffixes: T tokens, N windows, L length.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+from collections.abc import Sequence
+from importlib import resources
+from pathlib import Path
+
+import numpy as np
+import torch
+from transformers import AutoTokenizer
+
+from streamlap.errors import RecipeError
+from streamlap.recipe import Calibration
+
+log = logging.getLogger(__name__)
+
+DEFAULT_SAMPLES = 128
+DEFAULT_LENGTH = 2048
+TEXT_SUFFIXES = (".txt", ".jsonl", ".parquet")
+
+
+def calibration_tokens(settings: Calibration, folder: Path, vocabulary: int, context: int) -> torch.Tensor:
+    """The calibration windows, [N, L] int64, drawn with the settings' seed.
+
+    Args: folder, where the tokenizer lies; vocabulary and context, the model's bounds on ids and on L.
+    Raises RecipeError for a file that is missing, empty, not text, too short, or out of the vocabulary.
+    """
+    windows_NL = read_windows(settings.files or bundled_text(), folder, vocabulary, context, settings.length)
+    ready_made = len(settings.files) == 1 and settings.files[0].endswith(".npy") and settings.samples is None
+    wanted = len(windows_NL) if ready_made else settings.samples or DEFAULT_SAMPLES
+    if wanted > len(windows_NL):
+        log.warning("calibration has %d windows of %d tokens; asked for %d, using all", *windows_NL.shape, wanted)
+    if wanted >= len(windows_NL):
+        return windows_NL
+    order = torch.randperm(len(windows_NL), generator=torch.Generator().manual_seed(settings.seed))
+    return windows_NL[order[:wanted].sort().values]
+
+
+def read_windows(
+    files: Sequence[str], folder: Path, vocabulary: int, context: int, length: int | None, stride: int | None = None
+) -> torch.Tensor:
+    """Every window of the files in order, [N, L] int64; the last partial window of each file is left out."""
+    windows = [_file_windows(Path(file), folder, context, length, stride) for file in files]
+    if len({part.shape[1] for part in windows}) > 1:
+        raise RecipeError(f"{', '.join(files)} have windows of different lengths; set --length.")
+    windows_NL = torch.cat(windows)
+    low, high = int(windows_NL.min()), int(windows_NL.max())
+    if low < 0 or high >= vocabulary:
+        raise RecipeError(
+            f"{', '.join(files)}: token ids from {low} to {high}; the model's vocabulary has 0 to {vocabulary - 1}. "
+            "Were they made with another tokenizer?"
+        )
+    return windows_NL
+
+
+def token_hash(tokens_NL: torch.Tensor) -> str:
+    return hashlib.sha256(tokens_NL.numpy().tobytes()).hexdigest()
+
+
+def bundled_text() -> tuple[str, ...]:
+    """Public-domain English that ships with the package; its provenance stands beside it."""
+    return (str(resources.files("streamlap") / "demo" / "calibration.txt"),)
+
+
+def _file_windows(path: Path, folder: Path, context: int, length: int | None, stride: int | None) -> torch.Tensor:
+    if not path.is_file():
+        raise RecipeError(f"{path} is not a file; wanted text ({', '.join(TEXT_SUFFIXES)}) or token ids (.npy).")
+    if path.stat().st_size == 0:
+        raise RecipeError(f"{path} is empty; wanted text or token ids.")
+    tokens = _read_ids(path) if path.suffix == ".npy" else _tokenise(path, folder)
+    if tokens.ndim == 2:
+        length = length or tokens.shape[1]
+        if tokens.shape[1] % length:
+            raise RecipeError(f"{path} has rows of {tokens.shape[1]} tokens; --length {length} does not divide that.")
+        tokens = tokens.flatten() if stride is None else tokens
+    length = length or min(DEFAULT_LENGTH, context)
+    if length > context:
+        raise RecipeError(
+            f"length is {length}, and the model's context is {context}; choose --length {context} or less."
+        )
+    if tokens.shape[-1] < length:
+        raise RecipeError(f"{path} has {tokens.shape[-1]} tokens, less than one window of {length}; give more text.")
+    return tokens.unfold(-1, length, stride or length).reshape(-1, length)
+
+
+def _read_ids(path: Path) -> torch.Tensor:
+    try:
+        ids = np.load(path, allow_pickle=False)
+    except (ValueError, OSError, EOFError) as error:
+        raise RecipeError(f"{path} is not a .npy array ({error}); wanted token ids saved by numpy.save.") from error
+    if not isinstance(ids, np.ndarray) or ids.ndim not in (1, 2) or ids.dtype.kind not in "iu" or ids.size == 0:
+        kind = f"{ids.dtype} {ids.shape}" if isinstance(ids, np.ndarray) else type(ids).__name__
+        raise RecipeError(f"{path} holds {kind}; wanted whole numbers of shape [T] or [N, L].")
+    return torch.from_numpy(ids.astype(np.int64))
+
+
+def _tokenise(path: Path, folder: Path) -> torch.Tensor:
+    text = _read_text(path)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    except Exception as error:  # transformers raises a different one for every way to lack a tokenizer
+        raise RecipeError(
+            f"{folder} has no tokenizer that loads ({str(error).splitlines()[0]}); wanted one to read {path}. "
+            "Put its files there, or give token ids as .npy."
+        ) from error
+    ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+    return torch.tensor(ids, dtype=torch.int64)
+
+
+def _read_text(path: Path) -> str:
+    if path.suffix not in TEXT_SUFFIXES:
+        raise RecipeError(f"{path} ends in {path.suffix!r}; wanted {', '.join(TEXT_SUFFIXES)} or .npy.")
+    try:
+        if path.suffix == ".parquet":
+            return "\n".join(_parquet_texts(path))
+        text = path.read_text(encoding="utf-8")
+        if path.suffix == ".txt":
+            return text
+        return "\n".join(str(json.loads(line)["text"]) for line in text.splitlines() if line.strip())
+    except UnicodeDecodeError as error:
+        raise RecipeError(f"{path} is not UTF-8 text (byte {error.start}); convert it first.") from error
+    except (ValueError, KeyError, TypeError) as error:
+        raise RecipeError(f"{path}: wanted one JSON object with a text field in each line, found {error!r}.") from error
+
+
+def _parquet_texts(path: Path) -> list[str]:
+    try:
+        from pyarrow import ArrowInvalid, parquet
+    except ImportError as error:
+        raise RecipeError(f"{path} needs pyarrow: pip install 'streamlap[parquet]'.") from error
+    try:
+        table = parquet.read_table(path, columns=["text"])
+    except (ArrowInvalid, OSError) as error:
+        raise RecipeError(f"{path} is not a parquet file with a text column ({error}).") from error
+    return [str(value) for value in table["text"].to_pylist()]

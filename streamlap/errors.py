@@ -1,0 +1,45 @@
+"""Every error that streamlap raises on purpose.
+
+    StreamlapError      exit 1   anything below, caught at once
+      CheckpointError   exit 3   a tensor or shard is missing, truncated, of another shape or dtype, not finite
+      UnsupportedModel  exit 3   model_type or layout not known; says what was found and what is known
+      RecipeError       exit 2   a knob out of range, unusable calibration text, an output folder that cannot be used
+      BudgetError       exit 4   it does not fit (disk, memory); says which knob to turn
+      ResumeMismatch    exit 5   the output folder belongs to another recipe, model, tokens or process
+      NumericalError    exit 6   activations or decompositions that are not finite
+      Interrupted       exit 75  stopped on request at a commit; run again to resume
+
+A message names the tensor or flag, the value seen, the value wanted, and the next step.
+"""
+
+
+class StreamlapError(Exception):
+    exit_code = 1
+
+
+class CheckpointError(StreamlapError):
+    exit_code = 3
+
+
+class UnsupportedModel(StreamlapError):
+    exit_code = 3
+
+
+class RecipeError(StreamlapError):
+    exit_code = 2
+
+
+class BudgetError(StreamlapError):
+    exit_code = 4
+
+
+class ResumeMismatch(StreamlapError):
+    exit_code = 5
+
+
+class NumericalError(StreamlapError):
+    exit_code = 6
+
+
+class Interrupted(StreamlapError):
+    exit_code = 75

@@ -1,0 +1,1 @@
+"""Finished checkpoints as folders: the compressed one, and other containers made from it."""

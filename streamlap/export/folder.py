@@ -1,0 +1,105 @@
+"""The files of an output folder beside its shards. config.json is written last: only then is the folder a model."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from streamlap.report import LayerReport, Report
+from streamlap.shim import write_shim
+from streamlap.store.sink import write_durably
+
+RECIPE_NAME = "streamlap_recipe.yaml"
+REPORT_NAME = "streamlap_report.json"
+KEPT_NAME = "streamlap_kept_channels.json"
+FORMAT_VERSION = 1
+
+COPIED = (
+    "tokenizer*", "vocab.*", "merges.txt", "special_tokens_map.json", "added_tokens.json", "*.model", "spiece.*",
+    "chat_template.*", "additional_chat_templates/*", "generation_config.json", "LICENSE*", "NOTICE*", "USE_POLICY*",
+)  # fmt: skip
+"""What is carried over from the source folder as it stands."""
+
+
+def copy_companions(source: Path, out: Path) -> None:
+    """Tokenizer, templates, generation settings and licence texts, as bytes."""
+    for pattern in COPIED:
+        for path in sorted(source.glob(pattern)):
+            if path.is_file():
+                target = out / path.relative_to(source)
+                target.parent.mkdir(exist_ok=True)
+                write_durably(target, path.read_bytes())
+
+
+def write_json(path: Path, value: Any, indent: int | None = 2) -> None:
+    write_durably(path, (json.dumps(value, indent=indent) + "\n").encode())
+
+
+def finish_folder(out: Path, source: Path, base: str, layers_path: str, report: Report, recipe_yaml: str) -> None:
+    """Everything that makes shards and index a model folder. May be run again after a crash: it writes the same bytes.
+
+    Args: base, the name the card gives to the source; layers_path, where the decoder layers are in the model.
+    """
+    copy_companions(source, out)
+    write_durably(out / RECIPE_NAME, recipe_yaml.encode())
+    write_json(out / REPORT_NAME, report.to_json(), indent=1)
+    kept = {
+        f"{layer.index}.{edit.path}": list(edit.kept)
+        for layer in report.layers
+        for edit in layer.edits
+        if edit.kept is not None
+    }
+    write_json(out / KEPT_NAME, kept, indent=None)
+    card = source / "README.md"
+    licence = licence_of(card.read_text(encoding="utf-8", errors="replace")) if card.is_file() else {}
+    write_durably(out / "README.md", model_card(report, base, licence).encode())
+    raw = json.loads((source / "config.json").read_text(encoding="utf-8"))
+    raw |= {"auto_map": write_shim(out), "quantization_config": quantization_config(report, layers_path)}
+    write_json(out / "config.json", raw)
+
+
+def quantization_config(report: Report, layers_path: str) -> dict[str, Any]:
+    """The object in config.json that tells a loader which modules to put where."""
+    return {
+        "quant_method": "streamlap",
+        "format_version": FORMAT_VERSION,
+        "modules": module_rows(report.layers, layers_path),
+    }
+
+
+def module_rows(layers: Iterable[LayerReport], layers_path: str) -> dict[str, dict[str, int]]:
+    """Module path in the model -> its row, for every edited linear."""
+    return {f"{layers_path}.{layer.index}.{edit.path}": dict(edit.row) for layer in layers for edit in layer.edits}
+
+
+def licence_of(card: str) -> dict[str, str]:
+    """The licence fields in the front matter of a model card."""
+    front = card.split("---")[1] if card.startswith("---") and card.count("---") >= 2 else ""
+    return dict(re.findall(r"^(license(?:_name|_link)?):[ \t]*(\S.*?)[ \t]*$", front, flags=re.MULTILINE))
+
+
+def model_card(report: Report, base: str, licence: Mapping[str, str]) -> str:
+    """README.md with the metadata that hubs read and the numbers that were measured."""
+    parameters, (sequences, length) = report.parameters, report.calibration_tokens
+    front = [f"base_model: {json.dumps(base)}", "base_model_relation: quantized", "library_name: transformers"]
+    front += [f"{key}: {value}" for key, value in licence.items()]
+    front += ["tags:", "- streamlap", "- low-rank", "- pruned"]
+    ratio = f"{parameters.ratio_decoder:.2%} of the decoder linears, {parameters.ratio_total:.2%} of the whole model"
+    return "\n".join(
+        [
+            "---", *front, "---", f"# {base}, compressed by streamlap", "",
+            f"Removed parameters: {ratio}.", "",
+            "| | before | after |", "|---|---|---|",
+            f"| decoder linears | {parameters.decoder_before:,} | {parameters.decoder_after:,} |",
+            f"| whole model | {parameters.total_before:,} | {parameters.total_after:,} |", "",
+            f"Preset `{report.recipe['preset']}`, ratio {report.recipe['ratio']}, calibrated on {sequences} windows of "
+            f"{length} tokens. All settings: `{RECIPE_NAME}`; what was done to each layer: `{REPORT_NAME}`.", "",
+            "```python", "import streamlap  # registers the loader", "from transformers import AutoModelForCausalLM", "",
+            'model = AutoModelForCausalLM.from_pretrained("path/to/this/folder")', "```", "",
+            "Where streamlap is not installed, `from_pretrained(..., trust_remote_code=True)` uses the loader files in this "
+            "folder. Any other loader refuses the weights rather than misread them.", "",
+        ]
+    )  # fmt: skip

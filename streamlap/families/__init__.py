@@ -1,0 +1,66 @@
+"""What streamlap knows of each model family: names, and nothing else. A new family is one more row here.
+
+Sites are groups of linears that read the same input, so that they share one statistic:
+attn_in (q, k, v), attn_out (o), ffn_in (gate, up), ffn_mid (down). Paths are relative to the decoder layer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from streamlap.errors import UnsupportedModel
+
+GATED_SITES = {
+    "attn_in": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
+    "attn_out": ("self_attn.o_proj",),
+    "ffn_in": ("mlp.gate_proj", "mlp.up_proj"),
+    "ffn_mid": ("mlp.down_proj",),
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Family:
+    """One row: where a family keeps its parts, as paths in the transformers model."""
+
+    model_type: str
+    backbone: str = "model"
+    layers: str = "model.layers"
+    embedding: str = "model.embed_tokens"
+    norm: str = "model.norm"
+    head: str = "lm_head"
+    rotary: str = "model.rotary_emb"
+    ignored: tuple[str, ...] = ("rotary_emb.inv_freq",)
+    """Endings of tensors that old checkpoints carry and no current model reads; they are left behind."""
+    sites: Mapping[str, tuple[str, ...]] = field(default_factory=lambda: GATED_SITES)
+
+    @property
+    def linears(self) -> tuple[str, ...]:
+        """Every linear of a decoder layer that counts as a decoder parameter, in order."""
+        return tuple(path for paths in self.sites.values() for path in paths)
+
+
+FAMILIES = {
+    "llama": Family(model_type="llama"),
+    "mistral": Family(model_type="mistral"),
+    "qwen2": Family(model_type="qwen2"),
+    "qwen3": Family(model_type="qwen3"),
+}
+
+
+def find_family(config: Mapping[str, Any]) -> Family:
+    """The row for a parsed config.json. Raises UnsupportedModel with what was found and what is known."""
+    found, known = config.get("model_type"), ", ".join(FAMILIES)
+    if found not in FAMILIES:
+        raise UnsupportedModel(
+            f"model_type {found!r} (architectures {config.get('architectures')!r}) is not known; known are {known}. "
+            "docs/add-a-family.md shows the row that a new one takes."
+        )
+    quantization = config.get("quantization_config") or {}
+    if quantization and quantization.get("quant_method") != "streamlap":
+        raise UnsupportedModel(
+            f"the checkpoint is quantised ({quantization.get('quant_method')!r}); wanted plain float weights. "
+            "Compress the original first and quantise the result."
+        )
+    return FAMILIES[str(found)]

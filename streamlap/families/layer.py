@@ -1,0 +1,132 @@
+"""One decoder layer while it is in memory: run it, look at its inputs, edit it, hand over its tensors.
+
+Shape suffixes: B batch, L length, D hidden, T tokens, I in.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import nn
+
+from streamlap.errors import NumericalError
+from streamlap.families import Family
+from streamlap.modules import LowRankLinear, disk_name
+from streamlap.store.header import TensorInfo
+from streamlap.store.sink import TensorEntry
+
+
+class Collector(Protocol):
+    """What may look at the inputs of a site: it is shown x_TI, batch after batch."""
+
+    def update(self, x_TI: torch.Tensor) -> None: ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class Edit:
+    """One linear becomes another module. Pure description, applied once: what runs next is what is saved."""
+
+    path: str
+    module: nn.Module
+    """In the storage dtype, exactly as it will be written."""
+    of: tuple[int, int]
+    """(out, in) of the dense linear."""
+    error: float
+    """Relative error that the method knows of; its meaning is in the method's docstring."""
+    kept: tuple[int, ...] | None = None
+    """Indices of the channels that stay, ascending; None where the width did not change."""
+
+    @property
+    def row(self) -> dict[str, int]:
+        """The row of config.json's `modules` table: the shapes that a loader needs."""
+        return module_row(self.module, self.of)
+
+
+def module_row(module: nn.Module, of: tuple[int, int]) -> dict[str, int]:
+    if isinstance(module, LowRankLinear):
+        return {"rank": module.rank}
+    assert isinstance(module, nn.Linear)
+    widths = {"out": (module.out_features, of[0]), "in": (module.in_features, of[1])}
+    return {key: new for key, (new, old) in widths.items() if new != old}
+
+
+class StreamLayer:
+    """A materialised decoder layer. Untouched tensors stay tied to their place in the source, edited ones replace them."""
+
+    def __init__(
+        self,
+        module: nn.Module,
+        prefix: str,
+        family: Family,
+        kwargs: Mapping[str, Any],
+        stored: Mapping[str, TensorInfo],
+    ) -> None:
+        self.module, self.prefix, self.family = module, prefix, family
+        self._kwargs, self._stored = kwargs, stored
+        self._edited: dict[str, nn.Module] = {}
+
+    def linear(self, path: str) -> nn.Linear:
+        linear = self.module.get_submodule(path)
+        assert isinstance(linear, nn.Linear), path
+        return linear
+
+    def shapes(self, paths: Iterable[str]) -> dict[str, tuple[int, int]]:
+        """(out, in) of the linears at `paths`."""
+        linears = {path: self.linear(path) for path in paths}
+        return {path: (linear.out_features, linear.in_features) for path, linear in linears.items()}
+
+    def storage_dtype(self, path: str) -> torch.dtype:
+        return self._stored[f"{path}.weight"].dtype
+
+    @torch.no_grad()
+    def __call__(self, x_BLD: torch.Tensor) -> torch.Tensor:
+        """Run the layer with the mask and position embeddings that the whole model would give it."""
+        parameter = next(self.module.parameters())
+        y = self.module(x_BLD.to(parameter.device, parameter.dtype), **self._kwargs)
+        y_BLD: torch.Tensor = y[0] if isinstance(y, tuple) else y
+        if not torch.isfinite(y_BLD).all():
+            raise NumericalError(
+                f"{self.prefix} gave NaN or infinite hidden states; wanted finite ones. Try dtype float32 in the recipe."
+            )
+        return y_BLD
+
+    def observe(self, collectors: Iterable[tuple[str, Collector]], batches: Iterable[torch.Tensor]) -> None:
+        """One dense pass; each collector sees the input of its site as x_TI."""
+        hooks = [
+            self.linear(self.family.sites[site][0]).register_forward_pre_hook(_feed(collector))
+            for site, collector in collectors
+        ]
+        try:
+            for x_BLD in batches:
+                self(x_BLD)
+        finally:
+            for hook in hooks:
+                hook.remove()
+
+    def apply(self, edits: Iterable[Edit]) -> None:
+        for edit in edits:
+            dense = self.module.get_submodule(edit.path)
+            weight = next(dense.parameters())
+            self._edited[edit.path] = edit.module
+            running = copy.deepcopy(edit.module).to(weight.device, weight.dtype)
+            self.module.set_submodule(edit.path, running)
+
+    def tensors(self) -> dict[str, TensorEntry]:
+        """Everything of this layer that is to be written, by name on disk."""
+        dropped = tuple(path + "." for path in self._edited)
+        entries: dict[str, TensorEntry] = {
+            f"{self.prefix}.{name}": info for name, info in self._stored.items() if not name.startswith(dropped)
+        }
+        low_rank = [path for path, module in self._edited.items() if isinstance(module, LowRankLinear)]
+        for path, module in self._edited.items():
+            for name, tensor in module.state_dict(prefix=path + ".").items():
+                entries[f"{self.prefix}.{disk_name(name, low_rank)}"] = tensor
+        return entries
+
+
+def _feed(collector: Collector) -> Callable[[nn.Module, tuple[torch.Tensor, ...]], None]:
+    return lambda _, inputs: collector.update(inputs[0].flatten(0, -2))

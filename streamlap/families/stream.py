@@ -1,0 +1,233 @@
+"""A checkpoint as a stream: embed the tokens, give one decoder layer at a time, score the last hidden states.
+
+The model exists on the `meta` device only. One forward of its shell, with a recorder in place of every decoder layer,
+yields the mask, position embeddings and flags that the real model would hand to each layer. Then layers are filled one
+by one from the source.
+
+Shape suffixes: N sequences, B batch, L length, D hidden, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from streamlap.errors import CheckpointError, UnsupportedModel
+from streamlap.families import find_family
+from streamlap.families.layer import StreamLayer
+from streamlap.modules import LowRankLinear, disk_name, swap_modules
+from streamlap.store.header import TensorInfo
+from streamlap.store.source import SafetensorsFolder, TensorSource
+
+BATCH_TOKENS = 4096
+"""Tokens per forward. Fixed, because the shape of a matrix product can move its last bits."""
+
+FLOATS = (torch.float32, torch.float16, torch.bfloat16)
+
+
+def batch_of(length: int) -> int:
+    """Sequences of `length` tokens that go through a layer together."""
+    return max(1, BATCH_TOKENS // length)
+
+
+class ModelStream:
+    """A checkpoint folder, original or compressed, ready to be run layer by layer on `device` in `dtype`.
+
+    Opening it reads headers only and checks every name, shape and dtype against the architecture.
+    Raises CheckpointError and UnsupportedModel.
+    """
+
+    def __init__(
+        self, folder: Path, device: str = "cpu", dtype: str = "auto", source: TensorSource | None = None
+    ) -> None:
+        self.folder, self.device = folder, torch.device(device)
+        self.raw_config = read_config(folder)
+        self.family = find_family(self.raw_config)
+        self.source = source or SafetensorsFolder(folder)
+        self.dense = _meta_model(folder)
+        self.config: Any = self.dense.config
+        """The architecture before any edit, on meta: the shapes that ratios are counted from."""
+        self.model = copy.deepcopy(self.dense)
+        self.rows: dict[str, dict[str, int]] = (self.raw_config.get("quantization_config") or {}).get("modules", {})
+        _swap(self.model, self.rows)
+        self.layers = list(self.model.get_submodule(self.family.layers).children())
+        self.dtype = self._resolve_dtype(dtype)
+        self._check_tensors()
+
+    @property
+    def depth(self) -> int:
+        return len(self.layers)
+
+    @property
+    def width(self) -> int:
+        return int(self.config.hidden_size)
+
+    @property
+    def vocabulary(self) -> int:
+        return int(self.config.vocab_size)
+
+    @property
+    def context(self) -> int:
+        """The longest sequence the model was made for."""
+        return int(self.config.max_position_embeddings)
+
+    def layer_name(self, index: int) -> str:
+        return f"{self.family.layers}.{index}"
+
+    def dense_shape(self, index: int, path: str) -> tuple[int, int]:
+        """(out, in) of a linear before any edit."""
+        linear = self.dense.get_submodule(f"{self.layer_name(index)}.{path}")
+        assert isinstance(linear, nn.Linear)
+        return linear.out_features, linear.in_features
+
+    def has_bias(self, index: int, path: str) -> bool:
+        return self.dense.get_submodule(f"{self.layer_name(index)}.{path}").bias is not None
+
+    def outer_tensors(self) -> dict[str, TensorInfo]:
+        """Everything outside the decoder layers, by name: embeddings, final norm, head."""
+        names = [name for name in self.source.names() if not name.startswith(self.family.layers + ".")]
+        return {name: self.source.info(name) for name in sorted(names) if not name.endswith(self.family.ignored)}
+
+    def layer_tensors(self, index: int) -> dict[str, TensorInfo]:
+        """Module state name -> place in the source, for one decoder layer."""
+        prefix = self.layer_name(index)
+        module = self.layers[index]
+        low_rank = [path for path, part in module.named_modules() if isinstance(part, LowRankLinear)]
+        return {name: self.source.info(f"{prefix}.{disk_name(name, low_rank)}") for name in module.state_dict()}
+
+    @torch.no_grad()
+    def layer_kwargs(self, length: int) -> list[dict[str, Any]]:
+        """What the model passes to each decoder layer beside the hidden states, for sequences of `length` tokens."""
+        backbone = self.model.get_submodule(self.family.backbone)
+        parts = {path: self.model.get_submodule(path) for path in (self.family.rotary, self.family.norm)}
+        layers = self.model.get_submodule(self.family.layers)
+        recorders = [_Recorder() for _ in self.layers]
+        try:
+            # inv_freq is computed, not stored, so the rotary embedding is built anew off meta.
+            rotary = type(parts[self.family.rotary])(config=self.config)  # type: ignore[call-arg]
+            self.model.set_submodule(self.family.rotary, rotary.to(self.device))
+            self.model.set_submodule(self.family.norm, nn.Identity())
+            self.model.set_submodule(self.family.layers, nn.ModuleList(recorders))
+            backbone(
+                inputs_embeds=torch.zeros(1, length, self.width, dtype=self.dtype, device=self.device), use_cache=False
+            )
+        finally:
+            self.model.set_submodule(self.family.layers, layers)
+            for path, part in parts.items():
+                self.model.set_submodule(path, part)
+        return [recorder.kwargs for recorder in recorders]
+
+    @torch.no_grad()
+    def embed(self, tokens_NL: torch.Tensor) -> Iterator[torch.Tensor]:
+        """Hidden states before the first layer, in batches x_BLD. The table is in memory only while this runs."""
+        embedding = self._outer_module(self.family.embedding)
+        for tokens_BL in tokens_NL.split(batch_of(tokens_NL.shape[1])):
+            yield embedding(tokens_BL.to(self.device))
+
+    def layer(self, index: int, kwargs: Mapping[str, Any]) -> StreamLayer:
+        """Read one decoder layer into memory. The caller drops it; the stream keeps nothing."""
+        stored = self.layer_tensors(index)
+        module = self._materialise(self.layers[index], stored)
+        return StreamLayer(module, self.layer_name(index), self.family, kwargs, stored)
+
+    @torch.no_grad()
+    def logits(self, batches: Iterable[torch.Tensor]) -> Iterator[torch.Tensor]:
+        """Logits [L, V] in the compute dtype, sequence by sequence, from batches of the last hidden states."""
+        norm = self._outer_module(self.family.norm)
+        head = self._outer_module(self.family.head)
+        for x_BLD in batches:
+            for x_LD in x_BLD:
+                yield head(norm(x_LD.to(self.device, self.dtype)))
+
+    def _outer_module(self, path: str) -> nn.Module:
+        module = self.model.get_submodule(path)
+        # A tied model may or may not carry a head of its own on disk; the embedding is what transformers uses.
+        stored_path = self.family.embedding if path == self.family.head and self._tied() else path
+        return self._materialise(module, {n: self.source.info(f"{stored_path}.{n}") for n in module.state_dict()})
+
+    def _materialise(self, meta: nn.Module, stored: Mapping[str, TensorInfo]) -> nn.Module:
+        module = copy.deepcopy(meta)
+        tensors = {name: self.source.read(i.name).to(self.device, self.dtype) for name, i in stored.items()}
+        module.load_state_dict(tensors, assign=True)
+        return module.eval().requires_grad_(False)
+
+    def _tied(self) -> bool:
+        return bool(self.config.tie_word_embeddings)
+
+    def _resolve_dtype(self, name: str) -> torch.dtype:
+        stored = self.source.info(f"{self.family.embedding}.weight").dtype
+        if name == "auto":
+            return torch.float32 if self.device.type == "cpu" else stored
+        return {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}[name]
+
+    def _check_tensors(self) -> None:
+        wanted: dict[str, torch.Size] = {}
+        low_rank = [path for path, part in self.model.named_modules() if isinstance(part, LowRankLinear)]
+        for name, tensor in self.model.state_dict().items():
+            if name != f"{self.family.head}.weight" or not self._tied():
+                wanted[disk_name(name, low_rank)] = tensor.shape
+        for name, shape in wanted.items():
+            info = self.source.info(name)
+            if info.shape != tuple(shape):
+                raise CheckpointError(
+                    f"tensor {name!r} in {info.path.name} has shape {list(info.shape)}; config.json wants {list(shape)}."
+                )
+            if info.dtype not in FLOATS:
+                raise UnsupportedModel(
+                    f"tensor {name!r} has dtype {info.dtype}; wanted float32, float16 or bfloat16 weights."
+                )
+        for name in self.source.names():
+            in_layers = name.startswith(self.family.layers + ".") and not name.endswith(self.family.ignored)
+            if in_layers and name not in wanted:
+                raise CheckpointError(
+                    f"tensor {name!r} has no place in the {self.depth}-layer {self.family.model_type} "
+                    "that config.json describes. Check num_hidden_layers and the bias flags there."
+                )
+
+
+class _Recorder(nn.Module):
+    """Stands where a decoder layer stands, keeps what it is called with, passes the hidden states on."""
+
+    kwargs: dict[str, Any]
+
+    def forward(self, hidden_states: torch.Tensor, **kwargs: Any) -> torch.Tensor:
+        self.kwargs = kwargs
+        return hidden_states
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """config.json as it stands. Raises CheckpointError when there is none or it is not a JSON object."""
+    path = folder / "config.json"
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise CheckpointError(f"{path}: {error.strerror}; wanted a checkpoint folder with a config.json.") from error
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path} is not JSON ({error}); fetch it again.") from error
+    if not isinstance(config, dict):
+        raise CheckpointError(f"{path} holds a {type(config).__name__}; wanted a JSON object.")
+    return config
+
+
+def _meta_model(folder: Path) -> nn.Module:
+    try:
+        config = AutoConfig.from_pretrained(folder, local_files_only=True)
+        with torch.device("meta"):
+            return AutoModelForCausalLM.from_config(config).eval()  # type: ignore[no-any-return]
+    except Exception as error:  # whatever transformers makes of a config that is out of range
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise CheckpointError(f"{folder / 'config.json'} does not describe a model: {reason}") from error
+
+
+def _swap(model: nn.Module, rows: Any) -> None:
+    try:
+        swap_modules(model, rows)
+    except (AttributeError, ValueError, TypeError) as error:
+        raise CheckpointError(f"quantization_config.modules in config.json does not fit the model: {error}") from error

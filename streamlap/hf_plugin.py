@@ -1,0 +1,156 @@
+"""How transformers loads, saves and merges a streamlap folder. Importing this file registers the loader, nothing else.
+
+A folder keeps its native `model_type`; `quantization_config` in config.json lists the modules that differ from it:
+
+    {"quant_method": "streamlap", "format_version": 1,
+     "modules": {"model.layers.0.self_attn.q_proj": {"rank": 7}, "model.layers.0.mlp.down_proj": {"in": 96}}}
+
+transformers builds the native model on the meta device; the quantizer below puts the listed modules in, and the weights
+are read into them. This file is copied as it is into every output folder, next to modules.py, so that
+`trust_remote_code=True` works where streamlap is not installed; it therefore imports nothing else of the package.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+from transformers.core_model_loading import WeightRenaming, WeightTransform
+from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
+from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from .modules import LowRankLinear, merge_modules, swap_modules
+
+QUANT_METHOD = "streamlap"
+FORMAT_VERSION = 1
+
+
+class StreamlapConfig(QuantizationConfigMixin):
+    """The `quantization_config` of a streamlap folder: which modules differ from the native model, and how.
+
+    Raises ValueError for a format version that this loader does not read and for a malformed table. Rows are checked
+    against the model's own shapes when it is built (see `swap_modules`).
+    """
+
+    def __init__(
+        self,
+        modules: Mapping[str, Mapping[str, int]] | None = None,
+        format_version: int | None = None,
+        quant_method: str = QUANT_METHOD,
+        **unknown: Any,
+    ) -> None:
+        # The version comes first: a later format may well have other keys, and its message is the useful one.
+        if type(format_version) is not int or format_version != FORMAT_VERSION:
+            raise ValueError(
+                f"quantization_config.format_version: seen {format_version!r}; wanted {FORMAT_VERSION}. "
+                "Update streamlap to load this folder."
+            )
+        if quant_method != QUANT_METHOD or unknown:
+            keys = sorted(unknown) or [f"quant_method = {quant_method!r}"]
+            raise ValueError(
+                f"quantization_config: seen {', '.join(keys)}; wanted quant_method, format_version, modules"
+            )
+        if not isinstance(modules, Mapping):
+            raise ValueError(f"quantization_config.modules: seen {modules!r}; wanted a table of module path -> row")
+        for path, row in modules.items():
+            if not isinstance(path, str) or not re.fullmatch(r"\w+(\.\w+)*", path) or not isinstance(row, Mapping):
+                raise ValueError(
+                    f"quantization_config.modules: seen {path!r}: {row!r}; wanted 'a.module.path': {{...}}"
+                )
+        self.quant_method = QUANT_METHOD  # type: ignore[assignment]  # transformers declares its own closed enum
+        self.format_version = FORMAT_VERSION
+        self.modules = {path: dict(row) for path, row in modules.items()}
+
+
+class StreamlapQuantizer(HfQuantizer):
+    """Swaps the listed modules in before the weights are read, and maps their names on disk, both ways."""
+
+    # A dense checkpoint cannot be compressed while it loads: transformers refuses it with a clear message.
+    requires_calibration = True
+
+    def __init__(self, quantization_config: StreamlapConfig, **kwargs: Any) -> None:
+        super().__init__(quantization_config, **kwargs)
+        self.dense_shapes: dict[str, tuple[int, int]] = {}
+        self.low_rank_paths: set[str] = set()
+
+    def _process_model_before_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
+        rows = self.quantization_config.modules
+        replaced = swap_modules(model, {_path_in(model, path): row for path, row in rows.items()})
+        self.dense_shapes = {path: (old.out_features, old.in_features) for path, old in replaced.items()}
+        # transformers loads a bare decoder's checkpoint into the whole model and the other way round: know both names.
+        low_rank = [path for path, row in rows.items() if "rank" in row]
+        self.low_rank_paths = {*low_rank, *(_path_in(model.base_model, path) for path in low_rank)}
+
+    def get_weight_conversions(self) -> list[WeightTransform]:
+        """The rule of `disk_name` as transformers' own renamings, which it also reverses to save.
+
+        One expression spells out every path and is anchored at the start, so neither another layer nor an unlisted
+        module can match. No `$` at the end: transformers closes names itself, and keeps a `$` as a letter in reverse.
+        """
+        known: list[WeightTransform] = super().get_weight_conversions()
+        if not self.low_rank_paths:
+            return known
+        paths = "|".join(re.escape(path) for path in sorted(self.low_rank_paths))
+        return known + [WeightRenaming(rf"^({paths})\.{leaf}", rf"^\1\.up\.{leaf}") for leaf in ("weight", "bias")]
+
+    def update_parallel_plan(self, model: PreTrainedModel, plan: dict[str, str]) -> None:
+        """Tensor parallel: the factor that faces the heads is split, the one that faces the rank is whole on every rank."""
+        for path, module in model.named_modules():
+            key = re.sub(r"\.\d+(?=\.|$)", ".*", path)
+            if isinstance(module, LowRankLinear) and key in plan:
+                plan[key + (".up" if plan[key].startswith("colwise") else ".down")] = plan[key]
+
+    def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
+        # save_pretrained writes no code files, so the reference to them must not be written either.
+        if hasattr(model.config, "auto_map"):
+            del model.config.auto_map
+        if getattr(model, "_tp_size", None):
+            # A plan has one row for all layers, so a factored module got the hook that its dense siblings in other
+            # layers need. Its factors have their own; drop the hook, which is an instance attribute, from the module.
+            for module in model.modules():
+                if isinstance(module, LowRankLinear):
+                    module.__dict__.pop("forward", None)
+
+    def _dequantize(self, model: PreTrainedModel, dtype: torch.dtype | str | None = None) -> PreTrainedModel:
+        """Factors multiplied back, widths padded with zeros: the plain native model of config.json, all in `dtype`."""
+        wanted = getattr(torch, dtype) if isinstance(dtype, str) else dtype  # save_pretrained leaves a string there
+        merge_modules(model, self.dense_shapes, wanted)
+        if wanted is not None:
+            # Parameters only: Module.to would also round the rotary frequencies, which stay float32 on purpose.
+            for parameter in model.parameters():
+                parameter.data = parameter.data.to(wanted)
+        return model
+
+    def is_serializable(self) -> bool:
+        return True
+
+    @property
+    def is_trainable(self) -> bool:
+        return True
+
+    @property
+    def is_qat_trainable(self) -> bool:
+        return True
+
+    @property
+    def is_compileable(self) -> bool:
+        return True
+
+
+def register() -> None:
+    """Make the loader known to transformers. A second copy of this file, from an output folder, leaves the first in charge."""
+    if QUANT_METHOD not in AUTO_QUANTIZER_MAPPING:
+        register_quantization_config(QUANT_METHOD)(StreamlapConfig)
+        register_quantizer(QUANT_METHOD)(StreamlapQuantizer)
+
+
+def _path_in(model: PreTrainedModel, path: str) -> str:
+    """`path` as `model` spells it: the bare decoder that AutoModel gives has no `model.` in front."""
+    return path.removeprefix(f"{model.base_model_prefix}.") if model.base_model is model else path
+
+
+register()

@@ -1,0 +1,36 @@
+"""Streaming statistics of a site's inputs. Each equals its one-shot formula, whatever the batches and their order.
+
+Shape suffixes: T tokens, I in.
+"""
+
+from __future__ import annotations
+
+import torch
+
+ZERO_SCALE = 1e-4
+"""What a channel that was never active weighs (LoRAP's published code)."""
+
+
+class Energy:
+    """Uncentred second moment of every input channel: sum of x_j^2 over all tokens, in float64."""
+
+    def __init__(self) -> None:
+        self.sum_I: torch.Tensor | None = None
+        self.tokens = 0
+
+    def update(self, x_TI: torch.Tensor) -> None:
+        square_I = x_TI.double().square().sum(dim=0)
+        self.sum_I = square_I if self.sum_I is None else self.sum_I + square_I
+        self.tokens += x_TI.shape[0]
+
+    def merge(self, other: Energy) -> None:
+        """Take in what another instance has seen."""
+        if other.sum_I is not None:
+            self.sum_I = other.sum_I if self.sum_I is None else self.sum_I + other.sum_I.to(self.sum_I)
+        self.tokens += other.tokens
+
+    def scale(self) -> torch.Tensor:
+        """d_j = sqrt(mean x_j^2), [I] float64; a dead channel weighs `ZERO_SCALE`. At least one update must have come."""
+        assert self.sum_I is not None, "no tokens were seen"
+        scale_I = (self.sum_I / self.tokens).sqrt()
+        return torch.where(scale_I == 0, torch.full_like(scale_I, ZERO_SCALE), scale_I)

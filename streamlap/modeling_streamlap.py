@@ -1,0 +1,43 @@
+"""What `auto_map` in a streamlap folder names: `trust_remote_code=True` loads it where streamlap is not installed.
+
+Neither class is ever instantiated. Importing hf_plugin registers the loader; after that the native classes do the work,
+so what comes out is the config and the model of transformers itself. Copied as it is into every output folder.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+
+from .hf_plugin import register
+
+register()
+
+
+class StreamlapAutoConfig:
+    """Stands where transformers expects a config class."""
+
+    @classmethod
+    def from_pretrained(cls, folder: str, /, **kwargs: Any) -> PreTrainedConfig:
+        return AutoConfig.from_pretrained(folder, **{**kwargs, "trust_remote_code": False})
+
+    @classmethod
+    def register_for_auto_class(cls, auto_class: str = "AutoConfig") -> None:
+        """Nothing to do: the native class is in the table. Marking it as custom code would break its own saving."""
+
+
+class StreamlapAutoModelForCausalLM:
+    """Stands where transformers expects a model class."""
+
+    @classmethod
+    def from_pretrained(cls, folder: str, /, *args: Any, **kwargs: Any) -> PreTrainedModel:
+        return AutoModelForCausalLM.from_pretrained(folder, *args, **{**kwargs, "trust_remote_code": False})
+
+    @classmethod
+    def _from_config(cls, config: PreTrainedConfig, **kwargs: Any) -> PreTrainedModel:
+        return AutoModelForCausalLM.from_config(config, **{**kwargs, "trust_remote_code": False})
+
+    @classmethod
+    def register_for_auto_class(cls, auto_class: str = "AutoModelForCausalLM") -> None:
+        """Nothing to do, as above."""

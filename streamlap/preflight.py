@@ -1,0 +1,111 @@
+"""Everything that is checked before the first heavy second: device, output folder, recipe against shapes, disk, fingerprint."""
+
+from __future__ import annotations
+
+import hashlib
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+
+from streamlap.calibration import token_hash
+from streamlap.errors import RecipeError, UnsupportedModel
+from streamlap.export.folder import RECIPE_NAME
+from streamlap.families.stream import ModelStream, batch_of
+from streamlap.memory import existing_ancestor, require_disk
+from streamlap.methods.base import Layout
+from streamlap.recipe import Recipe
+from streamlap.store.hidden import DiskBank
+from streamlap.store.journal import STATE_FOLDER, Journal, OutputLock
+from streamlap.version import __version__
+
+COMPANION_BYTES = 64 << 20
+"""Room on the disk for what stands beside the shards and hidden states: tokenizer, report, kept channels."""
+
+
+def pick_device(name: str) -> str:
+    """auto, cpu, cuda or cuda:N -> a device that is there."""
+    if name == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    if name != "cpu" and not (
+        name.split(":")[0] == "cuda" and name.removeprefix("cuda").removeprefix(":").isdigit() | (name == "cuda")
+    ):
+        raise RecipeError(f"device is {name!r}; wanted auto, cpu, cuda or cuda:N.")
+    if name.startswith("cuda") and int(name[5:] or 0) >= torch.cuda.device_count():
+        raise RecipeError(
+            f"device is {name!r}, and torch sees {torch.cuda.device_count()} CUDA devices; use --device cpu."
+        )
+    return name
+
+
+def check_output(folder: Path, out: Path, overwrite: bool) -> None:
+    """Refuse an output folder that is the input or holds something else; empty it where `overwrite` allows."""
+    source, target = folder.resolve(), out.resolve()
+    if target == source or source in target.parents or target in source.parents:
+        raise RecipeError(f"output folder {out} lies on the input {folder}; wanted a folder apart from it.")
+    if out.exists() and not out.is_dir():
+        raise RecipeError(f"output {out} is a file; wanted a folder.")
+    entries = {path.name for path in out.iterdir()} if out.exists() else set()
+    ours = STATE_FOLDER in entries or RECIPE_NAME in entries
+    if overwrite and entries:
+        if not ours:
+            raise RecipeError(
+                f"--overwrite: {out} was not written by streamlap ({min(entries)}, ...); choose another folder."
+            )
+        with OutputLock(out):
+            pass  # nobody is writing there
+        shutil.rmtree(out)
+    elif entries and not Journal.exists(out) and entries != {STATE_FOLDER}:
+        state = "holds a finished model" if RECIPE_NAME in entries else f"is not empty ({min(entries)}, ...)"
+        raise RecipeError(
+            f"output folder {out} {state}; wanted a new one. Choose another, or --overwrite a streamlap output."
+        )
+
+
+def plan_layers(stream: ModelStream, recipe: Recipe) -> list[Layout]:
+    """What each layer will become, from shapes alone; every RecipeError that could come later comes here."""
+    if stream.rows:
+        raise UnsupportedModel(f"{stream.folder} is already compressed by streamlap; wanted the original checkpoint.")
+    recipe.check_paths(stream.family)
+    layouts = []
+    for index in range(stream.depth):
+        shapes = {path: stream.dense_shape(index, path) for path in stream.family.linears}
+        merged: Layout = {}
+        for method in recipe.methods:
+            merged |= method.layout(stream.family, shapes, recipe.ratio)
+        layouts.append(merged)
+    return layouts
+
+
+def fingerprint(stream: ModelStream, recipe: Recipe, tokens_NL: torch.Tensor) -> dict[str, Any]:
+    """All that the bytes of the output depend on."""
+    shards = {
+        f"source {name}": f"{h.file_bytes} bytes, header {h.digest[:16]}" for name, h in stream.source.headers.items()
+    }
+    recipe_rows = {f"recipe {key}": value for key, value in recipe.to_dict().items()}
+    return {
+        **recipe_rows, **shards,
+        "calibration tokens": f"{list(tokens_NL.shape)} {token_hash(tokens_NL)[:16]}",
+        "compute": f"{stream.dtype} on {stream.device.type}",
+        "versions": f"streamlap {__version__}, torch {torch.__version__}, transformers {transformers.__version__}",
+    }  # fmt: skip
+
+
+def open_bank(stream: ModelStream, out: Path, work: str | Path | None, tokens_NL: torch.Tensor) -> DiskBank:
+    """Hidden states live in the output's state folder, or in a folder of this output's own under `work`."""
+    mark = hashlib.sha256(str(out.resolve()).encode()).hexdigest()[:16]
+    folder = out / STATE_FOLDER / "hidden" if work is None else Path(work) / f"streamlap-hidden-{mark}"
+    sequences, length = tokens_NL.shape
+    return DiskBank(folder, (sequences, length, stream.width), stream.dtype, batch_of(length))
+
+
+def forecast_disk(stream: ModelStream, out: Path, hidden: DiskBank) -> None:
+    """Raise BudgetError before the first layer where the disk cannot hold the result and two generations of hidden states."""
+    model_bytes = sum(header.file_bytes for header in stream.source.headers.values())
+    work_bytes = 2 * hidden.nbytes
+    same_disk = existing_ancestor(hidden.folder).stat().st_dev == existing_ancestor(out).stat().st_dev
+    require_disk(out, model_bytes + COMPANION_BYTES + work_bytes * same_disk, "the output folder")
+    if not same_disk:
+        require_disk(hidden.folder, work_bytes, "the hidden states")

@@ -1,0 +1,158 @@
+"""All that decides the result: frozen settings, presets, their YAML form.
+
+preset: lorap
+ratio: 0.2
+dtype: auto
+methods:
+  - {method: attention_awsvd, alpha: 3.0}
+  - {method: ffn_lorap, protect: 0.01}
+calibration: {files: [], samples: 128, length: 2048, seed: 0}
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields, replace
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from streamlap.errors import RecipeError
+from streamlap.families import Family
+from streamlap.methods import METHODS, PRESETS, Method
+
+COMPUTE_DTYPES = ("auto", "float32", "float16", "bfloat16")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Calibration:
+    """Which tokens the statistics are taken on."""
+
+    files: tuple[str, ...] = ()
+    """Text (.txt, .jsonl, .parquet), token ids (.npy) or a hub data set; none means the bundled text."""
+    samples: int | None = None
+    """Windows to use; None means 128 of a text, all rows of a two-dimensional .npy."""
+    length: int | None = None
+    """Tokens in a window; None means 2048 or the model's context if that is shorter, the row length of an .npy."""
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name, least in (("samples", 1), ("length", 2), ("seed", 0)):
+            value = getattr(self, name)
+            if value is not None and (type(value) is not int or value < least):
+                raise RecipeError(f"calibration: {name} is {value!r}; wanted a whole number of at least {least}.")
+        if isinstance(self.files, str) or not all(isinstance(file, str) for file in self.files):
+            raise RecipeError(f"calibration: files is {self.files!r}; wanted a list of paths.")
+        object.__setattr__(self, "files", tuple(self.files))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """Settings of one compression; equal recipes on equal inputs give equal bytes."""
+
+    ratio: float = 0.2
+    """Fraction of the decoder-linear parameters to remove, inside (0, 1)."""
+    preset: str = "lorap"
+    """Where `methods` came from; "custom" when they were written out by hand."""
+    methods: tuple[Method, ...] = PRESETS["lorap"]
+    calibration: Calibration = field(default_factory=Calibration)
+    dtype: str = "auto"
+    """Compute dtype; auto is float32 on a CPU and the checkpoint's dtype on a GPU. Storage keeps the checkpoint's dtype."""
+
+    def __post_init__(self) -> None:
+        if isinstance(self.ratio, bool) or not isinstance(self.ratio, int | float) or not 0 < self.ratio < 1:
+            raise RecipeError(f"ratio is {self.ratio!r}; wanted a fraction between 0 and 1, like 0.2 for 20 % removed.")
+        if self.dtype not in COMPUTE_DTYPES:
+            raise RecipeError(f"dtype is {self.dtype!r}; wanted one of {', '.join(COMPUTE_DTYPES)}.")
+
+    def check_paths(self, family: Family) -> None:
+        """Raise RecipeError where two methods would edit one linear."""
+        owner: dict[str, str] = {}
+        for method in self.methods:
+            for path in method.paths(family):
+                if path in owner:
+                    raise RecipeError(
+                        f"methods {owner[path]} and {method_name(method)} both edit {path}; wanted one. Drop one of them."
+                    )
+                owner[path] = method_name(method)
+
+    def override(self, **changes: Any) -> Recipe:
+        """This recipe with single fields replaced; those of the calibration may be named directly."""
+        within = {entry.name for entry in fields(Calibration)}
+        _refuse_unknown("overrides", {key: value for key, value in changes.items() if key not in within}, Recipe)
+        own = {key: value for key, value in changes.items() if key not in within}
+        if "methods" in own:
+            own["preset"] = own.get("preset", "custom")
+        elif "preset" in own:
+            own["methods"] = preset_methods(own["preset"])
+        calibration = replace(
+            own.get("calibration", self.calibration), **{key: value for key, value in changes.items() if key in within}
+        )
+        return replace(self, **(own | {"calibration": calibration}))
+
+    def to_dict(self) -> dict[str, Any]:
+        methods = [{"method": method_name(method), **asdict(method)} for method in self.methods]  # type: ignore[call-overload]
+        calibration = asdict(self.calibration) | {"files": list(self.calibration.files)}
+        plain = {"preset": self.preset, "ratio": self.ratio, "dtype": self.dtype}
+        return plain | {"methods": methods, "calibration": calibration}
+
+    def to_yaml(self) -> str:
+        text: str = yaml.safe_dump(self.to_dict(), sort_keys=False)
+        return text
+
+    @classmethod
+    def from_dict(cls, table: Mapping[str, Any]) -> Recipe:
+        """The recipe that a parsed YAML or JSON object stands for. Raises RecipeError for unknown keys and bad values."""
+        _refuse_unknown("recipe", table, cls)
+        values = dict(table)
+        preset = values.setdefault("preset", "custom" if "methods" in values else "lorap")
+        if "methods" in values:
+            values["methods"] = tuple(_parse_method(row) for row in values["methods"] or ())
+        else:
+            values["methods"] = preset_methods(preset)
+        calibration = values.get("calibration") or {}
+        if not isinstance(calibration, Mapping):
+            raise RecipeError(f"calibration is {calibration!r}; wanted files, samples, length and seed.")
+        _refuse_unknown("calibration", calibration, Calibration)
+        return cls(**(values | {"calibration": Calibration(**calibration)}))
+
+    @classmethod
+    def from_yaml(cls, path: Path) -> Recipe:
+        try:
+            table = yaml.safe_load(path.read_text(encoding="utf-8"))
+        except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+            raise RecipeError(f"recipe {path} cannot be read: {error}") from error
+        if not isinstance(table, Mapping):
+            raise RecipeError(f"recipe {path} holds a {type(table).__name__}; wanted keys like ratio and preset.")
+        return cls.from_dict(table)
+
+
+def preset_methods(preset: str) -> tuple[Method, ...]:
+    if preset not in PRESETS:
+        raise RecipeError(f"preset is {preset!r}; wanted one of {', '.join(PRESETS)}.")
+    return PRESETS[preset]
+
+
+def method_name(method: Method) -> str:
+    return next(name for name, kind in METHODS.items() if type(method) is kind)
+
+
+def _parse_method(row: Any) -> Method:
+    known = ", ".join(METHODS)
+    if not isinstance(row, Mapping) or row.get("method") not in METHODS:
+        raise RecipeError(f"methods holds {row!r}; wanted rows like {{method: NAME}} with one of {known}.")
+    kind = METHODS[row["method"]]
+    knobs = {key: value for key, value in row.items() if key != "method"}
+    _refuse_unknown(row["method"], knobs, kind)
+    for key, value in knobs.items():
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            raise RecipeError(f"{row['method']}: {key} is {value!r}; wanted a number.")
+    return kind(**knobs)
+
+
+def _refuse_unknown(where: str, table: Mapping[str, Any], kind: type) -> None:
+    known = [entry.name for entry in fields(kind)]
+    unknown = [str(key) for key in table if key not in known]
+    if unknown:
+        raise RecipeError(f"{where} has unknown keys {', '.join(unknown)}; wanted some of {', '.join(known)}.")

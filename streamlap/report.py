@@ -1,0 +1,111 @@
+"""What was done, as plain values: one LayerReport a journal line, one Report a run."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from streamlap.families.layer import Edit
+
+
+@dataclass(frozen=True, kw_only=True)
+class EditReport:
+    path: str
+    row: Mapping[str, int]
+    """What config.json says of it: rank, out, in."""
+    of: tuple[int, int]
+    """(out, in) of the dense linear."""
+    error: float
+    kept: tuple[int, ...] | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayerReport:
+    index: int
+    edits: tuple[EditReport, ...]
+    seconds: Mapping[str, float]
+    """By phase: read, capture, solve, propagate, write."""
+    peak_ram_bytes: int
+    peak_vram_bytes: int
+    sha256: str
+    """Of the layer's shard."""
+
+    @staticmethod
+    def describe(edits: Iterable[Edit]) -> tuple[EditReport, ...]:
+        return tuple(EditReport(path=e.path, row=e.row, of=e.of, error=e.error, kept=e.kept) for e in edits)
+
+    @classmethod
+    def from_json(cls, line: Mapping[str, Any]) -> LayerReport:
+        edits = tuple(EditReport(**edit) for edit in line["edits"])
+        return cls(**{**line, "edits": edits})
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+    def public(self) -> dict[str, Any]:
+        """Without the kept channels, which have a file of their own."""
+        table = self.to_json()
+        for edit in table["edits"]:
+            edit.pop("kept")
+        return table
+
+
+@dataclass(frozen=True, kw_only=True)
+class Parameters:
+    """Stored parameters: decoder linears (weights and biases, factors counted as written), and everything in the file."""
+
+    decoder_before: int
+    decoder_after: int
+    total_before: int
+    total_after: int
+
+    @property
+    def ratio_decoder(self) -> float:
+        return 1.0 - self.decoder_after / self.decoder_before
+
+    @property
+    def ratio_total(self) -> float:
+        return 1.0 - self.total_after / self.total_before
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self) | {"ratio_decoder": self.ratio_decoder, "ratio_total": self.ratio_total}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Report:
+    """The result of one compression; `to_json` is what `compress --json` prints and the output folder keeps."""
+
+    out: str
+    recipe: Mapping[str, Any]
+    parameters: Parameters
+    layers: tuple[LayerReport, ...]
+    shards: Mapping[str, str]
+    """Shard -> sha256."""
+    calibration_tokens: tuple[int, int]
+    """[N, L] as used."""
+    seconds: float
+    """Summed over the layers, over all runs where the compression was resumed."""
+    kept_channels: str
+    """File in the output folder with the channels that stay, by layer."""
+
+    @property
+    def peak_ram_bytes(self) -> int:
+        return max((layer.peak_ram_bytes for layer in self.layers), default=0)
+
+    @property
+    def peak_vram_bytes(self) -> int:
+        return max((layer.peak_vram_bytes for layer in self.layers), default=0)
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "recipe": dict(self.recipe),
+            "parameters": self.parameters.to_json(),
+            "calibration_tokens": list(self.calibration_tokens),
+            "kept_channels": self.kept_channels,
+            "layers": [layer.public() for layer in self.layers],
+            "peak_ram_bytes": self.peak_ram_bytes,
+            "peak_vram_bytes": self.peak_vram_bytes,
+            "seconds": self.seconds,
+            "shards": dict(self.shards),
+        }

@@ -1,0 +1,19 @@
+"""Puts the loader into an output folder, for those who open it without streamlap."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+# The package's own files, byte for byte: one implementation, wherever it runs. Each imports only the others and
+# third-party packages; transformers follows their relative imports from the one that auto_map names.
+SHIM_FILES = ("modeling_streamlap.py", "hf_plugin.py", "modules.py")
+
+
+def write_shim(folder: Path) -> dict[str, str]:
+    """Copy the loader's files into `folder`; gives back the `auto_map` for its config.json."""
+    for name in SHIM_FILES:
+        (folder / name).write_bytes((Path(__file__).parent / name).read_bytes())
+    return {
+        "AutoConfig": "modeling_streamlap.StreamlapAutoConfig",
+        "AutoModelForCausalLM": "modeling_streamlap.StreamlapAutoModelForCausalLM",
+    }

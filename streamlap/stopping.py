@@ -1,0 +1,38 @@
+"""Stops on request: a first SIGINT or SIGTERM is noted and honoured at the next commit, a second SIGINT stops at once."""
+
+from __future__ import annotations
+
+import logging
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from types import FrameType
+
+log = logging.getLogger(__name__)
+
+
+@contextmanager
+def stop_requests() -> Iterator[Callable[[], bool]]:
+    """Gives a function that says whether a stop was asked for; the old handlers return at the end.
+
+    Outside the main thread, where Python allows no handlers, it always says no.
+    """
+    requested: list[int] = []
+    if threading.current_thread() is not threading.main_thread():
+        yield lambda: False
+        return
+
+    def note(number: int, _: FrameType | None) -> None:
+        requested.append(number)
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        log.warning(
+            "stopping after this layer is committed (%s); press Ctrl-C to stop at once", signal.strsignal(number)
+        )
+
+    old = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield lambda: bool(requested)
+    finally:
+        for number, handler in old.items():
+            signal.signal(number, handler)

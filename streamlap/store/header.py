@@ -1,0 +1,124 @@
+"""The header of one safetensors file, parsed and checked before a byte of its data is trusted.
+
+Format: 8 bytes little-endian header length, that many bytes of JSON {name: {dtype, shape, data_offsets}}, then the data
+without holes (https://huggingface.co/docs/safetensors).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from streamlap.errors import CheckpointError
+
+MAX_HEADER_BYTES = 100_000_000
+
+DTYPES: dict[str, torch.dtype] = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+
+
+@dataclass(frozen=True, kw_only=True)
+class TensorInfo:
+    """Where one tensor lies: `[begin, end)` are byte offsets from the start of the file."""
+
+    name: str
+    path: Path
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    begin: int
+    end: int
+
+    @property
+    def nbytes(self) -> int:
+        return self.end - self.begin
+
+    @property
+    def numel(self) -> int:
+        return math.prod(self.shape)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Header:
+    path: Path
+    tensors: dict[str, TensorInfo]
+    file_bytes: int
+    digest: str
+    """sha256 of the raw header: with the file's size, a cheap fingerprint of the shard."""
+
+
+def _fault(path: Path, seen: str, wanted: str) -> CheckpointError:
+    return CheckpointError(f"{path.name}: {seen}; wanted {wanted}. Fetch the file again from where it came ({path}).")
+
+
+def read_header(path: Path) -> Header:
+    """Parse and check the header of `path`.
+
+    Raises CheckpointError when the file is missing, cut short, longer than its header says, or the header lies.
+    """
+    try:
+        with path.open("rb") as file:
+            size = path.stat().st_size
+            length = int.from_bytes(file.read(8), "little")
+            if size < 8 or length > min(size - 8, MAX_HEADER_BYTES):
+                raise _fault(path, f"header length {length} in a file of {size} bytes", "a whole safetensors file")
+            raw = file.read(length)
+    except OSError as error:
+        raise CheckpointError(f"{path.name}: cannot be read ({error.strerror}); wanted a shard at {path}.") from error
+    try:
+        table = json.loads(raw)
+    except (ValueError, RecursionError) as error:
+        raise _fault(path, f"header is not JSON ({error})", "a JSON object") from error
+    if not isinstance(table, dict):
+        raise _fault(path, f"header is a {type(table).__name__}", "a JSON object")
+    table.pop("__metadata__", None)
+    tensors = {name: _parse_row(path, name, row, 8 + length) for name, row in table.items()}
+    _check_layout(path, tensors, 8 + length, size)
+    return Header(path=path, tensors=tensors, file_bytes=size, digest=hashlib.sha256(raw).hexdigest())
+
+
+def _parse_row(path: Path, name: str, row: Any, data_start: int) -> TensorInfo:
+    try:
+        dtype, shape, (begin, end) = row["dtype"], row["shape"], row["data_offsets"]
+    except (KeyError, TypeError, ValueError) as error:
+        raise _fault(path, f"tensor {name!r} is described as {row!r}", "dtype, shape and data_offsets") from error
+    if dtype not in DTYPES:
+        raise _fault(path, f"tensor {name!r} has dtype {dtype!r}", f"one of {', '.join(DTYPES)}")
+    numbers = [*shape, begin, end] if isinstance(shape, list) else [None]
+    if any(type(number) is not int or not 0 <= number < 2**60 for number in numbers):
+        raise _fault(path, f"tensor {name!r} has shape {shape!r} and offsets {begin!r}, {end!r}", "whole numbers")
+    if math.prod(shape) * DTYPES[dtype].itemsize != end - begin:
+        raise _fault(path, f"tensor {name!r}: {dtype} {shape} in {end - begin} bytes", "offsets that fit the shape")
+    info = {"begin": data_start + begin, "end": data_start + end}
+    return TensorInfo(name=name, path=path, dtype=DTYPES[dtype], shape=tuple(shape), **info)
+
+
+def _check_layout(path: Path, tensors: dict[str, TensorInfo], data_start: int, size: int) -> None:
+    """No hole, no overlap, and the file ends where the last tensor ends."""
+    expected = data_start
+    for info in sorted(tensors.values(), key=lambda info: (info.begin, info.end)):
+        if info.begin != expected:
+            kind = "overlaps the tensor before it" if info.begin < expected else "leaves a hole before it"
+            raise _fault(path, f"tensor {info.name!r} {kind} (byte {info.begin})", f"it to begin at byte {expected}")
+        expected = info.end
+    if expected != size:
+        state = "truncated" if size < expected else "longer than its header says"
+        raise _fault(path, f"file is {state}: {size} bytes", f"{expected} bytes")

@@ -1,0 +1,136 @@
+"""What has been committed to an output folder, and for whom.
+
+`.streamlap/journal.jsonl`: the first line says what the folder is being made from (fingerprint, arguments), every further
+line is one finished layer. A line is the commit point of its layer: it is appended and fsynced after the shard and the
+next hidden states are on the disk. A torn last line, as a crash leaves it, never happened.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import filelock
+
+from streamlap.errors import ResumeMismatch
+from streamlap.store.sink import disk_error, write_durably
+
+STATE_FOLDER = ".streamlap"
+JOURNAL_NAME = "journal.jsonl"
+
+
+class OutputLock:
+    """One writer per output folder. The kernel lets go of the lock when its process dies, however it dies."""
+
+    def __init__(self, out: Path) -> None:
+        state = out / STATE_FOLDER
+        state.mkdir(parents=True, exist_ok=True)
+        self._holder = state / "holder"
+        self._lock = filelock.FileLock(str(state / "lock"))
+
+    def __enter__(self) -> OutputLock:
+        try:
+            self._lock.acquire(timeout=0)
+        except filelock.Timeout as error:
+            holder = self._holder.read_text() if self._holder.exists() else "unknown"
+            raise ResumeMismatch(
+                f"{self._holder.parent.parent} is being written by process {holder}; wanted it free. "
+                "Wait for that run or stop it."
+            ) from error
+        self._holder.write_text(f"{os.getpid()} on {os.uname().nodename}")
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._lock.release()
+
+
+class Journal:
+    """The open journal of one output folder."""
+
+    def __init__(self, out: Path, start: Mapping[str, Any], layers: list[dict[str, Any]]) -> None:
+        self.state, self.start, self.layers = out / STATE_FOLDER, dict(start), layers
+
+    @property
+    def next_layer(self) -> int:
+        return len(self.layers)
+
+    @staticmethod
+    def exists(out: Path) -> bool:
+        return (out / STATE_FOLDER / JOURNAL_NAME).is_file()
+
+    @classmethod
+    def open(cls, out: Path, fingerprint: Mapping[str, Any], arguments: Mapping[str, Any]) -> Journal:
+        """The folder's journal, checked against this run, or a new one."""
+        if not cls.exists(out):
+            return cls.create(out, fingerprint, arguments)
+        journal = cls.load(out)
+        journal.check(fingerprint)
+        return journal
+
+    @classmethod
+    def create(cls, out: Path, fingerprint: Mapping[str, Any], arguments: Mapping[str, Any]) -> Journal:
+        start = {"fingerprint": dict(fingerprint), "arguments": dict(arguments)}
+        write_durably(out / STATE_FOLDER / JOURNAL_NAME, (json.dumps(start) + "\n").encode())
+        return cls(out, start, [])
+
+    @classmethod
+    def load(cls, out: Path) -> Journal:
+        """Read the journal and cut off a torn last line. Raises ResumeMismatch when there is none or it is damaged inside."""
+        path = out / STATE_FOLDER / JOURNAL_NAME
+        if not path.is_file():
+            raise ResumeMismatch(
+                f"{out} has no {STATE_FOLDER}/{JOURNAL_NAME}, so nothing to resume. Run streamlap compress."
+            )
+        raw = path.read_bytes()
+        whole = raw[: raw.rfind(b"\n") + 1]
+        if whole != raw:
+            with path.open("r+b") as file:
+                file.truncate(len(whole))
+                os.fsync(file.fileno())
+        try:
+            start, *layers = [json.loads(line) for line in whole.splitlines()]
+            ordered = [layer["index"] for layer in layers] == list(range(len(layers)))
+            if not ordered or not {"fingerprint", "arguments"} <= start.keys():
+                raise ValueError("lines out of order")
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise ResumeMismatch(
+                f"{path} is damaged ({error}). Delete {out} and run streamlap compress again."
+            ) from error
+        return cls(out, start, layers)
+
+    def check(self, fingerprint: Mapping[str, Any]) -> None:
+        """Raise ResumeMismatch naming every entry in which this run differs from the one that began the folder."""
+        old = self.start["fingerprint"]
+        rows = [
+            f"  {key}: the folder has {old.get(key)!r}, this run has {fingerprint.get(key)!r}"
+            for key in sorted({*old, *fingerprint})
+            if old.get(key) != fingerprint.get(key)
+        ]
+        if rows:
+            raise ResumeMismatch(
+                f"{self.state.parent} was begun by another run:\n"
+                + "\n".join(rows)
+                + "\nUse the values that the folder has, "
+                "or start over with --overwrite, or choose another folder."
+            )
+
+    def append(self, layer: Mapping[str, Any]) -> None:
+        """Commit one layer."""
+        path = self.state / JOURNAL_NAME
+        line = (json.dumps(dict(layer)) + "\n").encode()
+        try:
+            with path.open("ab") as file:
+                file.write(line)
+                file.flush()
+                os.fsync(file.fileno())
+        except OSError as error:
+            raise disk_error(error, path, len(line)) from error
+        self.layers.append(dict(layer))
+
+    def remove(self) -> None:
+        """The run is complete: nothing of its state stays."""
+        shutil.rmtree(self.state)

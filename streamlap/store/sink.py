@@ -1,0 +1,138 @@
+"""Tensors -> shards. A shard has its final name only once all of it is on the disk.
+
+Order: write to a temporary name, fsync, rename, fsync the folder. The writer streams, so a shard never has to be in memory
+whole, and the same tensors always give the same bytes.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import hashlib
+import json
+import os
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import BinaryIO, Protocol
+
+import torch
+
+from streamlap.errors import BudgetError, StreamlapError
+from streamlap.store.header import DTYPE_NAMES, TensorInfo, read_header
+from streamlap.store.source import INDEX_NAME, read_chunks
+
+TensorEntry = torch.Tensor | TensorInfo
+"""What can be written: a tensor, or the place of one in another file, which is copied as bytes."""
+
+
+class TensorSink(Protocol):
+    """Anything shards can be written to."""
+
+    def write(self, shard: str, tensors: Mapping[str, TensorEntry]) -> str: ...
+    def seal(self, shards: Iterable[str]) -> None: ...
+
+
+def shard_names(depth: int) -> list[str]:
+    """The first shard holds what lies outside the layers, then one shard a layer; all names are known up front."""
+    return [f"model-{number:05d}-of-{depth + 1:05d}.safetensors" for number in range(1, depth + 2)]
+
+
+@contextlib.contextmanager
+def durable(path: Path, wanted_bytes: int = 0) -> Iterator[BinaryIO]:
+    """Open a temporary file beside `path`; on success it is on the disk under its final name, on failure it is gone.
+
+    Raises BudgetError when the disk is full and StreamlapError for any other fault of the disk.
+    """
+    temporary = path.with_name(path.name + ".tmp")
+    try:
+        with temporary.open("wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+        fsync_folder(path.parent)
+    except OSError as error:
+        raise disk_error(error, path, wanted_bytes) from error
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def disk_error(error: OSError, path: Path, wanted_bytes: int = 0) -> StreamlapError:
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return BudgetError(
+            f"the disk under {path.parent} is full while writing {path.name}"
+            + (f" ({wanted_bytes:,} bytes)" if wanted_bytes else "")
+            + ". Free some space and run the same command again: it resumes after the last finished layer."
+        )
+    return StreamlapError(f"cannot write {path}: {error.strerror or error}. Mend that and run again to resume.")
+
+
+def fsync_folder(folder: Path) -> None:
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def file_hash(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def write_durably(path: Path, data: bytes) -> None:
+    with durable(path, len(data)) as file:
+        file.write(data)
+
+
+class ShardFolder:
+    """The output folder: one shard per decoder layer, an index at the end."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def write(self, shard: str, tensors: Mapping[str, TensorEntry]) -> str:
+        """Write one shard durably; returns its sha256. Tensors must be contiguous or are made so one at a time."""
+        header, order = _build_header(tensors)
+        digest = hashlib.sha256()
+        total = len(header) + sum(_nbytes(tensors[name]) for name in order)
+        with durable(self.folder / shard, total) as file:
+            for chunk in (header, *(_lazy(tensors[name]) for name in order)):
+                for piece in (chunk,) if isinstance(chunk, bytes) else chunk():
+                    file.write(piece)
+                    digest.update(piece)
+        return digest.hexdigest()
+
+    def seal(self, shards: Iterable[str]) -> None:
+        """Write the index over `shards`. config.json, which makes the folder a model, is the caller's and comes later."""
+        headers = [read_header(self.folder / shard) for shard in shards]
+        weight_map = {name: header.path.name for header in headers for name in header.tensors}
+        infos = [info for header in headers for info in header.tensors.values()]
+        metadata = {"total_parameters": sum(i.numel for i in infos), "total_size": sum(i.nbytes for i in infos)}
+        index = {"metadata": metadata, "weight_map": dict(sorted(weight_map.items()))}
+        write_durably(self.folder / INDEX_NAME, (json.dumps(index, indent=2) + "\n").encode())
+
+
+def _nbytes(entry: TensorEntry) -> int:
+    return entry.nbytes
+
+
+def _build_header(tensors: Mapping[str, TensorEntry]) -> tuple[bytes, list[str]]:
+    """Header bytes and the order of the data: wide dtypes first, so that every tensor begins aligned to its item size."""
+    order = sorted(tensors, key=lambda name: (-tensors[name].dtype.itemsize, name))
+    table: dict[str, object] = {"__metadata__": {"format": "pt"}}
+    offset = 0
+    for name in order:
+        entry = tensors[name]
+        end = offset + _nbytes(entry)
+        table[name] = {"dtype": DTYPE_NAMES[entry.dtype], "shape": list(entry.shape), "data_offsets": [offset, end]}
+        offset = end
+    raw = json.dumps(table, separators=(",", ":")).encode()
+    raw += b" " * (-len(raw) % 8)
+    return len(raw).to_bytes(8, "little") + raw, order
+
+
+def _lazy(entry: TensorEntry) -> Callable[[], Iterable[bytes | memoryview]]:
+    if isinstance(entry, TensorInfo):
+        return lambda: read_chunks(entry)
+    return lambda: (memoryview(entry.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()),)

@@ -1,0 +1,83 @@
+"""Is an output folder whole? Every shard, header, hash and shape is looked at; nothing is repaired.
+
+Faults are collected, not raised, so that one look shows all of them.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from streamlap.errors import CheckpointError, StreamlapError, UnsupportedModel
+from streamlap.export.folder import REPORT_NAME
+from streamlap.families.stream import ModelStream
+from streamlap.store.journal import STATE_FOLDER
+from streamlap.store.sink import file_hash
+from streamlap.store.source import INDEX_NAME, SafetensorsFolder
+
+Fault = dict[str, str | None]
+
+
+def verify(out: str | Path) -> dict[str, Any]:
+    """{"ok": bool, "faults": [{"file", "tensor", "fault"}]} for a finished output folder or any checkpoint folder.
+
+    Checks: the run is finished; headers; hashes from the report; names, shapes and dtypes against config.json on the meta
+    device; every number finite. Raises CheckpointError only when there is no such folder.
+    """
+    folder = Path(out)
+    if not folder.is_dir():
+        raise CheckpointError(f"{folder} is not a folder; wanted one that streamlap wrote.")
+    faults = unfinished(folder)
+    if not faults:
+        faults = [*wrong_hashes(folder), *wrong_tensors(folder)]
+    return {"ok": not faults, "faults": faults}
+
+
+def fault(file: str, text: str, tensor: str | None = None) -> Fault:
+    return {"file": file, "tensor": tensor, "fault": text}
+
+
+def unfinished(folder: Path) -> list[Fault]:
+    if (folder / STATE_FOLDER).exists():
+        return [fault(STATE_FOLDER, f"the run is not finished; go on with: streamlap resume {folder}")]
+    if not (folder / "config.json").is_file():
+        return [fault("config.json", "missing, so this is not a model; compress again")]
+    return []
+
+
+def wrong_hashes(folder: Path) -> list[Fault]:
+    """Shards whose bytes are not those that were written."""
+    report = folder / REPORT_NAME
+    if not report.is_file():
+        return []
+    try:
+        shards = dict(json.loads(report.read_text(encoding="utf-8"))["shards"])
+    except (ValueError, KeyError, TypeError) as error:
+        return [fault(REPORT_NAME, f"cannot be parsed ({error!r}), so hashes cannot be checked")]
+    faults = []
+    for name, digest in shards.items():
+        path = folder / Path(name).name
+        if not path.is_file():
+            faults.append(fault(name, "missing"))
+        elif file_hash(path) != digest:
+            faults.append(fault(name, f"sha256 is not {digest[:16]}..., which was written: the file changed"))
+    return faults
+
+
+def wrong_tensors(folder: Path) -> list[Fault]:
+    try:
+        source = SafetensorsFolder(folder)
+    except StreamlapError as error:
+        return [fault(INDEX_NAME, str(error))]
+    faults = []
+    try:
+        ModelStream(folder, source=source)
+    except (CheckpointError, UnsupportedModel) as error:
+        faults.append(fault("config.json", str(error)))
+    for name in source.names():
+        try:
+            source.read(name)
+        except CheckpointError as error:
+            faults.append(fault(source.info(name).path.name, str(error), name))
+    return faults

@@ -1,0 +1,427 @@
+"""hf_plugin.py and the shim: what transformers makes of a streamlap folder, with the loader, with the shim, with neither.
+
+The folders are put together by hand here, tensor by tensor, so that nothing under test has written what it reads.
+"""
+
+import copy
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file, save_file
+from torch import nn
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    LlamaConfig,
+    MistralConfig,
+    PreTrainedConfig,
+    PreTrainedModel,
+    Qwen2Config,
+    Qwen3Config,
+    dynamic_module_utils,
+)
+from transformers.trainer_utils import validate_quantization_for_training
+
+from streamlap import hf_plugin
+from streamlap.modules import LowRankLinear
+from streamlap.shim import SHIM_FILES, write_shim
+
+Rows = dict[str, dict[str, int]]
+REPOSITORY = Path(__file__).parents[1]
+SIZES: dict[str, Any] = dict(
+    vocab_size=96, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+    num_key_value_heads=2, max_position_embeddings=64, bos_token_id=None, eos_token_id=None, pad_token_id=None,
+)  # fmt: skip
+FAMILIES: dict[str, Callable[[], PreTrainedConfig]] = {
+    "llama": lambda: LlamaConfig(**SIZES, tie_word_embeddings=False),
+    "llama-tied": lambda: LlamaConfig(**SIZES, tie_word_embeddings=True),
+    "mistral": lambda: MistralConfig(**SIZES, head_dim=16),
+    "qwen2": lambda: Qwen2Config(**SIZES, tie_word_embeddings=False),
+    "qwen2-tied": lambda: Qwen2Config(**SIZES, tie_word_embeddings=True),
+    "qwen3": lambda: Qwen3Config(**SIZES, head_dim=16, tie_word_embeddings=True),
+}
+ATTENTION: Rows = {f"model.layers.0.self_attn.{name}_proj": {"rank": rank} for name, rank in zip("qkvo", (7, 5, 6, 9))}
+# Layer 1 is factored in other places than layer 0, and its channels have another width.
+MIXED: Rows = ATTENTION | {
+    "model.layers.0.mlp.gate_proj": {"out": 33},
+    "model.layers.0.mlp.up_proj": {"out": 33},
+    "model.layers.0.mlp.down_proj": {"in": 33},
+    "model.layers.1.self_attn.v_proj": {"rank": 3},
+    "model.layers.1.mlp.gate_proj": {"out": 20},
+    "model.layers.1.mlp.up_proj": {"out": 20},
+    "model.layers.1.mlp.down_proj": {"in": 20},
+}
+TOKENS_BL = torch.arange(24).reshape(2, 12) * 7 % 96
+
+
+class Case(NamedTuple):
+    folder: Path
+    reference: PreTrainedModel
+    tensors: dict[str, torch.Tensor]  # as they are on disk
+
+
+def logits(model: nn.Module) -> torch.Tensor:
+    with torch.no_grad():
+        found: torch.Tensor = model(TOKENS_BL).logits
+    return found
+
+
+def make_case(folder: Path, config: PreTrainedConfig, rows: Rows, dtype: torch.dtype = torch.float32) -> Case:
+    """A native model with the listed modules replaced, and the folder that streamlap would write for it."""
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
+    for name, parameter in model.named_parameters():
+        if name.endswith("bias"):  # transformers starts them at zero, which would hide a lost one
+            nn.init.normal_(parameter)
+    model.save_pretrained(folder)
+    tensors = load_file(folder / "model.safetensors")
+    for path, row in rows.items():
+        weight, bias = tensors.pop(f"{path}.weight"), tensors.pop(f"{path}.bias", None)
+        module: nn.Module
+        if "rank" in row:
+            u_OO, s_K, vh_II = torch.linalg.svd(weight.float(), full_matrices=False)
+            up_OR, down_RI = (
+                (u_OO * s_K)[:, : row["rank"]].to(dtype).contiguous(),
+                vh_II[: row["rank"]].to(dtype).contiguous(),
+            )
+            tensors |= {f"{path}.weight": up_OR, f"{path}.down.weight": down_RI}
+            module = LowRankLinear.from_factors(up_OR, down_RI, bias)
+        else:
+            weight = weight[: row.get("out"), : row.get("in")].contiguous()
+            tensors |= {f"{path}.weight": weight}
+            module = nn.Linear(weight.shape[1], weight.shape[0], bias=False)
+            module.weight = nn.Parameter(weight)
+        tensors |= {} if bias is None else {f"{path}.bias": bias}
+        model.set_submodule(path, module)
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    table = {"quant_method": "streamlap", "format_version": 1, "modules": rows}
+    edit_config(folder, quantization_config=table, auto_map=write_shim(folder))
+    return Case(folder, model, tensors)
+
+
+def edit_config(folder: Path, **changes: Any) -> None:
+    path = folder / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+def load(folder: Path, **kwargs: Any) -> PreTrainedModel:
+    return AutoModelForCausalLM.from_pretrained(folder, **kwargs)
+
+
+@pytest.fixture(scope="module")
+def mixed(tmp_path_factory: pytest.TempPathFactory) -> Case:
+    """qwen2, tied, biases on q, k and v. Shared: a test must not write into its folder."""
+    return make_case(tmp_path_factory.mktemp("mixed"), FAMILIES["qwen2-tied"](), MIXED)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_loads_what_was_assembled_by_hand(tmp_path: Path, family: str) -> None:
+    case = make_case(tmp_path, FAMILIES[family](), MIXED)
+    model, info = load(tmp_path, output_loading_info=True)
+    assert torch.equal(logits(model), logits(case.reference))
+    assert type(model) is type(case.reference)
+    assert not any(info[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    assert isinstance(model.model.layers[0].self_attn.q_proj, LowRankLinear)
+    assert isinstance(model.model.layers[1].self_attn.q_proj, nn.Linear)
+    assert all(parameter.requires_grad for parameter in model.parameters())
+
+
+@pytest.mark.parametrize(("stored", "asked"), [("bfloat16", "auto"), ("bfloat16", "float32"), ("float32", "bfloat16")])
+def test_dtypes(tmp_path: Path, stored: str, asked: str) -> None:
+    case = make_case(tmp_path, FAMILIES["qwen2-tied"](), MIXED, getattr(torch, stored))
+    wanted = stored if asked == "auto" else asked
+    reference = case.reference.to(getattr(torch, wanted))
+    reference.model.rotary_emb = type(reference.model.rotary_emb)(reference.config)  # stays float32 when loaded
+    model = load(tmp_path, dtype=asked)
+    assert {parameter.dtype for parameter in model.parameters()} == {getattr(torch, wanted)}
+    assert torch.equal(logits(model), logits(reference))
+
+
+@pytest.mark.parametrize("device_map", ["auto", "cpu", {"": "cpu"}])
+def test_device_maps(mixed: Case, device_map: Any) -> None:
+    assert torch.equal(logits(load(mixed.folder, device_map=device_map)), logits(mixed.reference))
+
+
+def test_offload_to_disk(mixed: Case, tmp_path: Path) -> None:
+    device_map = {"model.embed_tokens": "cpu", "lm_head": "cpu", "model.layers.0": "disk", "model.layers.1": "cpu",
+                  "model.norm": "cpu", "model.rotary_emb": "cpu"}  # fmt: skip
+    model = load(mixed.folder, device_map=device_map, offload_folder=tmp_path)
+    assert model.model.layers[0].self_attn.q_proj.up.weight.device.type == "meta"
+    assert torch.equal(logits(model), logits(mixed.reference))
+
+
+def test_layer_1_is_not_layer_11(tmp_path: Path) -> None:
+    config = LlamaConfig(**SIZES | {"num_hidden_layers": 12})
+    rows: Rows = {f"model.layers.{i}.self_attn.q_proj": {"rank": 4 + i} for i in (1, 10)}
+    rows |= {"model.layers.11.self_attn.k_proj": {"rank": 3}}
+    case = make_case(tmp_path / "first", config, rows)
+    model = load(tmp_path / "first")
+    assert torch.equal(logits(model), logits(case.reference))
+    model.save_pretrained(tmp_path / "second")
+    assert_same_tensors(load_file(tmp_path / "second" / "model.safetensors"), case.tensors)
+
+
+def assert_same_tensors(found: dict[str, torch.Tensor], wanted: dict[str, torch.Tensor]) -> None:
+    assert sorted(found) == sorted(wanted)
+    for name, tensor in wanted.items():
+        assert torch.equal(found[name], tensor), name
+
+
+def test_bare_decoder_and_back(mixed: Case, tmp_path: Path) -> None:
+    decoder = AutoModel.from_pretrained(mixed.folder)
+    with torch.no_grad():
+        hidden_BLD, wanted_BLD = (m(TOKENS_BL).last_hidden_state for m in (decoder, mixed.reference.model))
+    assert torch.equal(hidden_BLD, wanted_BLD)
+    decoder.save_pretrained(tmp_path)
+    assert load_file(tmp_path / "model.safetensors")["layers.0.self_attn.q_proj.weight"].shape == (32, 7)
+    for model in (load(tmp_path).model, AutoModel.from_pretrained(tmp_path)):
+        with torch.no_grad():
+            assert torch.equal(model(TOKENS_BL).last_hidden_state, wanted_BLD)
+
+
+@pytest.mark.parametrize("shard", [None, "10KB"])
+def test_save_pretrained_round_trip(mixed: Case, tmp_path: Path, shard: str | None) -> None:
+    load(mixed.folder).save_pretrained(tmp_path, **({"max_shard_size": shard} if shard else {}))
+    shards = sorted(tmp_path.glob("*.safetensors"))
+    assert (len(shards) > 3) is bool(shard)
+    assert_same_tensors({name: t for path in shards for name, t in load_file(path).items()}, mixed.tensors)
+    config, original = (json.loads((f / "config.json").read_text()) for f in (tmp_path, mixed.folder))
+    assert config["quantization_config"] == original["quantization_config"]
+    assert "auto_map" not in config and not list(tmp_path.glob("*.py"))
+    assert torch.equal(logits(load(tmp_path)), logits(mixed.reference))
+
+
+def test_generates_with_its_cache(mixed: Case) -> None:
+    wanted_BL = TOKENS_BL
+    for _ in range(6):
+        with torch.no_grad():
+            wanted_BL = torch.cat([wanted_BL, mixed.reference(wanted_BL).logits[:, -1:].argmax(-1)], dim=1)
+    model = load(mixed.folder)
+    for cache in ("dynamic", "static"):
+        found_BL = model.generate(
+            TOKENS_BL, attention_mask=torch.ones_like(TOKENS_BL), max_new_tokens=6, do_sample=False,
+            cache_implementation=cache, disable_compile=True,
+        )  # fmt: skip
+        assert torch.equal(found_BL, wanted_BL), cache
+
+
+def test_lora_on_all_linears_trains_and_merges(mixed: Case, tmp_path: Path) -> None:
+    model = get_peft_model(load(mixed.folder), LoraConfig(target_modules="all-linear", r=2, task_type="CAUSAL_LM"))
+    adapters = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    for path in ("0.self_attn.q_proj.up", "0.self_attn.q_proj.down", "1.self_attn.q_proj", "1.mlp.down_proj"):
+        assert f"base_model.model.model.layers.{path}.lora_B.default.weight" in adapters
+    optimizer = torch.optim.AdamW(adapters.values(), lr=0.01)
+    model(TOKENS_BL, labels=TOKENS_BL).loss.backward()
+    optimizer.step()
+    assert all(p.abs().sum() > 0 for name, p in adapters.items() if "lora_B" in name)
+    tuned_BLV = logits(model.eval())
+    assert not torch.allclose(tuned_BLV, logits(mixed.reference), atol=1e-3)
+    model.save_pretrained(tmp_path / "adapter")
+    again = PeftModel.from_pretrained(load(mixed.folder), tmp_path / "adapter")
+    assert torch.equal(logits(again), tuned_BLV)
+    merged = model.merge_and_unload()
+    torch.testing.assert_close(logits(merged), tuned_BLV, atol=1e-5, rtol=1e-5)
+    merged.save_pretrained(tmp_path / "merged")
+    assert torch.equal(logits(load(tmp_path / "merged")), logits(merged))
+
+
+def test_whole_model_may_be_trained_by_trainer(mixed: Case) -> None:
+    validate_quantization_for_training(load(mixed.folder))
+
+
+@pytest.mark.parametrize(("dtype", "atol"), [(torch.float32, 1e-5), (torch.bfloat16, 0.1)])
+def test_dequantize_gives_a_plain_dense_model(tmp_path: Path, dtype: torch.dtype, atol: float) -> None:
+    case = make_case(tmp_path / "small", FAMILIES["qwen2-tied"](), MIXED, dtype)
+    model = load(tmp_path / "small")
+    model.save_pretrained(tmp_path / "again")  # turns config.dtype into a string
+    model.dequantize()
+    assert {parameter.dtype for parameter in model.parameters()} == {dtype}
+    torch.testing.assert_close(logits(model), logits(case.reference), atol=atol, rtol=0)
+    model.save_pretrained(tmp_path / "dense")
+    assert "quantization_config" not in json.loads((tmp_path / "dense" / "config.json").read_text())
+    dense, info = load(tmp_path / "dense", output_loading_info=True)
+    assert not any(info[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    assert not any(isinstance(module, LowRankLinear) for module in dense.modules())
+    assert torch.equal(logits(dense), logits(model))
+
+
+def test_dequantize_to_another_dtype(tmp_path: Path) -> None:
+    make_case(tmp_path, FAMILIES["qwen2-tied"](), MIXED, torch.bfloat16)
+    model = load(tmp_path)
+    wide = load(tmp_path, dtype=torch.float32)
+    model.dequantize(dtype=torch.float32)
+    assert model.model.rotary_emb.inv_freq.dtype == torch.float32
+    torch.testing.assert_close(logits(model), logits(wide), atol=1e-5, rtol=1e-5)
+
+
+def test_compiles_in_one_graph(mixed: Case) -> None:
+    model = load(mixed.folder)
+    assert model.hf_quantizer.is_compileable
+    compiled = torch.compile(model, fullgraph=True, backend="eager")
+    torch.testing.assert_close(logits(compiled), logits(mixed.reference), atol=1e-5, rtol=1e-5)
+
+
+def test_loaded_config_can_be_used_again(mixed: Case) -> None:
+    config = AutoConfig.from_pretrained(mixed.folder)
+    for _ in range(2):
+        assert torch.equal(logits(load(mixed.folder, config=config)), logits(mixed.reference))
+
+
+TABLE: dict[str, Any] = {"quant_method": "streamlap", "format_version": 1, "modules": ATTENTION}
+Q_PROJ = "model.layers.0.self_attn.q_proj"
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"format_version": 2}, "format_version: seen 2; wanted 1.*[Uu]pdate"),
+        ({"format_version": 2, "modules": [], "new": 1}, "format_version: seen 2"),
+        ({"format_version": "1"}, "format_version: seen '1'"),
+        ({"format_version": True}, "format_version: seen True"),
+        ({"format_version": None}, "format_version: seen None"),
+        ({"module": {}}, r"seen module; wanted"),
+        ({"modules": None}, "modules: seen None; wanted a table"),
+        ({"modules": ["a"]}, r"modules: seen \['a'\]; wanted a table"),
+        ({"modules": {Q_PROJ: 7}}, f"'{Q_PROJ}': 7"),
+        ({"modules": {".*q_proj": {"rank": 7}}}, r"'\.\*q_proj'"),
+        ({"modules": {Q_PROJ: {}}}, f"'{Q_PROJ}'.*seen {{}}; wanted 'rank'"),
+        ({"modules": {Q_PROJ: {"rank": "7"}}}, f"'{Q_PROJ}'.*rank = '7'; wanted an integer"),
+        ({"modules": {Q_PROJ: {"rank": 32}}}, f"'{Q_PROJ}'.*rank = 32; wanted an integer 1..31"),
+        ({"modules": {"model.layers.2.self_attn.q_proj": {"rank": 7}}}, "'model.layers.2.self_attn.q_proj'.*no such"),
+        ({"modules": {"model.norm": {"rank": 7}}}, "'model.norm'.*RMSNorm"),
+    ],
+)
+def test_malformed_tables_raise(mixed: Case, changes: dict[str, Any], words: str) -> None:
+    config = AutoConfig.from_pretrained(mixed.folder)
+    config.quantization_config = TABLE | changes
+    with pytest.raises(ValueError, match=words):
+        load(mixed.folder, config=config)
+
+
+def test_table_that_contradicts_the_tensors_raises(mixed: Case) -> None:
+    config = AutoConfig.from_pretrained(mixed.folder)
+    config.quantization_config = copy.deepcopy(TABLE | {"modules": MIXED | {Q_PROJ: {"rank": 8}}})
+    with pytest.raises(RuntimeError, match=r"mismatched"):
+        load(mixed.folder, config=config)
+
+
+def test_does_not_compress_on_the_fly(tmp_path: Path) -> None:
+    AutoModelForCausalLM.from_config(FAMILIES["llama"]()).save_pretrained(tmp_path)
+    table = hf_plugin.StreamlapConfig(modules=ATTENTION, format_version=1)
+    with pytest.raises(ValueError, match="streamlap does require the model to be pre-quantized"):
+        load(tmp_path, quantization_config=table)
+
+
+def test_shim_is_the_packages_own_files(tmp_path: Path) -> None:
+    old_mask = os.umask(0o027)
+    try:
+        auto_map = write_shim(tmp_path)
+    finally:
+        os.umask(old_mask)
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(SHIM_FILES)
+    for name in SHIM_FILES:
+        assert (tmp_path / name).read_bytes() == (REPOSITORY / "streamlap" / name).read_bytes()
+        assert (tmp_path / name).stat().st_mode & 0o777 == 0o640
+        assert "import streamlap" not in (tmp_path / name).read_text()
+    for auto_class, reference in auto_map.items():
+        file, name = reference.split(".")
+        assert hasattr(AutoModelForCausalLM if "Model" in auto_class else AutoConfig, "from_pretrained")
+        assert f"class {name}:" in (tmp_path / f"{file}.py").read_text()
+
+
+def test_shim_and_package_in_one_process(mixed: Case, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(dynamic_module_utils, "HF_MODULES_CACHE", str(tmp_path))
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    model = load(mixed.folder, trust_remote_code=True)
+    assert any(name.endswith(".hf_plugin") and name.startswith("transformers_modules") for name in sys.modules)
+    assert type(model.hf_quantizer) is hf_plugin.StreamlapQuantizer
+    assert torch.equal(logits(model), logits(mixed.reference))
+    assert not type(model).is_remote_code() and type(model.config)._auto_class is None
+
+
+WITHOUT_STREAMLAP = """
+import json, sys
+
+class Blocker:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] == "streamlap":
+            raise ModuleNotFoundError("No module named 'streamlap'")
+
+sys.meta_path.insert(0, Blocker())
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
+
+attention, mixed, out = sys.argv[1:]
+tokens_BL = torch.arange(24).reshape(2, 12) * 7 % 96
+seen = {}
+for key, folder in {"attention": attention, "mixed": mixed}.items():
+    try:
+        AutoModelForCausalLM.from_pretrained(folder)
+    except Exception as error:
+        seen[key] = f"{type(error).__name__}: {error}"
+config = AutoConfig.from_pretrained(mixed, trust_remote_code=True)
+model = AutoModelForCausalLM.from_pretrained(mixed, trust_remote_code=True)
+seen["types"] = [f"{type(x).__module__}.{type(x).__name__}" for x in (config, model)]
+with torch.no_grad():
+    torch.save(model(tokens_BL).logits, out + "/logits.pt")
+torch.save(model.generate(tokens_BL, attention_mask=torch.ones_like(tokens_BL), max_new_tokens=4, do_sample=False), out + "/generated.pt")
+model.save_pretrained(out + "/saved")
+empty = AutoModelForCausalLM.from_config(config, trust_remote_code=True)
+seen["from_config"] = type(empty).__name__
+seen["streamlap"] = [name for name in sys.modules if name.split(".")[0] == "streamlap"]
+print(json.dumps(seen))
+"""
+
+
+class Outside(NamedTuple):
+    """What a process without streamlap saw."""
+
+    seen: dict[str, Any]
+    folder: Path
+
+
+@pytest.fixture(scope="module")
+def outside(mixed: Case, tmp_path_factory: pytest.TempPathFactory) -> Outside:
+    """One process, -I and a blocked import, first without any help and then with trust_remote_code."""
+    folder = tmp_path_factory.mktemp("outside")
+    make_case(folder / "attention", FAMILIES["qwen2-tied"](), ATTENTION)
+    environment = {k: v for k, v in os.environ.items() if not k.startswith(("PYTHON", "COV_"))}
+    command = [sys.executable, "-I", "-c", WITHOUT_STREAMLAP, folder / "attention", mixed.folder, folder]
+    done = subprocess.run(
+        command,
+        capture_output=True,
+        text=True,
+        timeout=300,
+        cwd=folder,
+        env=environment | {"HF_HOME": str(folder / "hf")},
+    )
+    assert done.returncode == 0, done.stderr
+    return Outside(json.loads(done.stdout.splitlines()[-1]), folder)
+
+
+@pytest.mark.parametrize("which", ["attention", "mixed"])
+def test_without_loader_or_shim_it_raises(outside: Outside, which: str) -> None:
+    assert outside.seen[which].startswith("RuntimeError") and "mismatched" in outside.seen[which]
+
+
+def test_shim_loads_where_streamlap_is_not(outside: Outside, mixed: Case) -> None:
+    assert outside.seen["streamlap"] == []
+    assert outside.seen["types"] == [
+        f"{type(x).__module__}.{type(x).__name__}" for x in (mixed.reference.config, mixed.reference)
+    ]
+    assert torch.equal(torch.load(outside.folder / "logits.pt"), logits(mixed.reference))
+    wanted = mixed.reference.generate(
+        TOKENS_BL, attention_mask=torch.ones_like(TOKENS_BL), max_new_tokens=4, do_sample=False
+    )
+    assert torch.equal(torch.load(outside.folder / "generated.pt"), wanted)
+    assert torch.equal(logits(load(outside.folder / "saved")), logits(mixed.reference))
+    assert outside.seen["from_config"] == "Qwen2ForCausalLM"
