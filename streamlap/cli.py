@@ -36,7 +36,9 @@ def compress(
     out: Annotated[Path, typer.Argument(help="New folder for the result.")],
     ratio: Annotated[float | None, typer.Option(help="Fraction of the decoder-linear parameters to remove.")] = None,
     preset: Annotated[str | None, typer.Option(help="lorap.")] = None,
-    recipe: Annotated[Path | None, typer.Option(help="YAML file of settings; other options replace single ones.")] = None,
+    recipe: Annotated[
+        Path | None, typer.Option(help="YAML file of settings; other options replace single ones.")
+    ] = None,
     calibration: Annotated[
         list[str] | None, typer.Option(help="Text (.txt, .jsonl, .parquet) or token ids (.npy); may be repeated.")
     ] = None,
@@ -50,7 +52,14 @@ def compress(
     as_json: Json = False,
 ) -> None:
     """Compress MODEL into the new folder OUT. A run that was killed goes on when the command is given again."""
-    options = {"ratio": ratio, "preset": preset, "samples": samples, "length": length, "seed": seed, "dtype": dtype}
+    options: dict[str, Any] = {
+        "ratio": ratio,
+        "preset": preset,
+        "samples": samples,
+        "length": length,
+        "seed": seed,
+        "dtype": dtype,
+    }
     options["files"] = tuple(calibration) if calibration else None
     overrides = {key: value for key, value in options.items() if value is not None}
     base = Recipe.from_yaml(recipe) if recipe else Recipe()
@@ -72,7 +81,9 @@ def evaluate(
         list[str] | None, typer.Option(help="Text or token ids, as for --calibration; default: the bundled text.")
     ] = None,
     length: Annotated[int | None, typer.Option(help="Tokens a window; default 2048 or the model's context.")] = None,
-    stride: Annotated[int | None, typer.Option(help="Overlapping windows, each scoring its last STRIDE tokens.")] = None,
+    stride: Annotated[
+        int | None, typer.Option(help="Overlapping windows, each scoring its last STRIDE tokens.")
+    ] = None,
     limit: Annotated[int | None, typer.Option(help="Use at most this many tokens.")] = None,
     dtype: Dtype = None,
     device: Device = "auto",
@@ -103,7 +114,9 @@ def inspect(path: Model, as_json: Json = False) -> None:
 
 
 @app.command()
-def verify(out: Annotated[Path, typer.Argument(help="Output folder, or any checkpoint folder.")], as_json: Json = False) -> None:
+def verify(
+    out: Annotated[Path, typer.Argument(help="Output folder, or any checkpoint folder.")], as_json: Json = False
+) -> None:
     """Check every shard: header, hash, shapes against config.json, no NaN; exit 3 with the list of faults."""
     result = streamlap.verify(out)
     lines = [f"{row['file']}{' ' + row['tensor'] if row['tensor'] else ''}: {row['fault']}" for row in result["faults"]]

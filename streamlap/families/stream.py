@@ -111,7 +111,7 @@ class ModelStream:
         recorders = [_Recorder() for _ in self.layers]
         try:
             # inv_freq is computed, not stored, so the rotary embedding is built anew off meta.
-            rotary = type(parts[self.family.rotary])(config=self.config)  # type: ignore[call-arg]
+            rotary = type(parts[self.family.rotary])(config=self.config)
             self.model.set_submodule(self.family.rotary, rotary.to(self.device))
             self.model.set_submodule(self.family.norm, nn.Identity())
             self.model.set_submodule(self.family.layers, nn.ModuleList(recorders))
@@ -128,7 +128,7 @@ class ModelStream:
     def embed(self, tokens_NL: torch.Tensor) -> Iterator[torch.Tensor]:
         """Hidden states before the first layer, in batches x_BLD. The table is in memory only while this runs."""
         embedding = self._outer_module(self.family.embedding)
-        for tokens_BL in tokens_NL.split(batch_of(tokens_NL.shape[1])):
+        for tokens_BL in torch.split(tokens_NL, batch_of(tokens_NL.shape[1])):
             yield embedding(tokens_BL.to(self.device))
 
     def layer(self, index: int, kwargs: Mapping[str, Any]) -> StreamLayer:
@@ -220,7 +220,8 @@ def _meta_model(folder: Path) -> nn.Module:
     try:
         config = AutoConfig.from_pretrained(folder, local_files_only=True)
         with torch.device("meta"):
-            return AutoModelForCausalLM.from_config(config).eval()  # type: ignore[no-any-return]
+            model: nn.Module = AutoModelForCausalLM.from_config(config)  # type: ignore[no-untyped-call]
+        return model.eval()
     except Exception as error:  # whatever transformers makes of a config that is out of range
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise CheckpointError(f"{folder / 'config.json'} does not describe a model: {reason}") from error

@@ -24,7 +24,8 @@ def lorap_scores(
     scale_I, scale_F = scale_in_I.float(), scale_mid_F.float()
     gate_F = (gate_FI.float() * scale_I).norm(dim=1)
     up_F = (up_FI.float() * scale_I).norm(dim=1)
-    return gate_F + up_F + down_OF.float().norm(dim=0) * scale_F
+    score_F: torch.Tensor = gate_F + up_F + down_OF.float().norm(dim=0) * scale_F
+    return score_F
 
 
 def kept_channels(score_F: torch.Tensor, removal: Removal) -> torch.Tensor:

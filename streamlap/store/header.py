@@ -36,6 +36,12 @@ DTYPES: dict[str, torch.dtype] = {
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
+def byte_view(tensor: torch.Tensor) -> memoryview:
+    """The memory of a contiguous CPU tensor as bytes, not copied."""
+    array: Any = tensor.reshape(-1).view(torch.uint8).numpy()
+    return memoryview(array)
+
+
 @dataclass(frozen=True, kw_only=True)
 class TensorInfo:
     """Where one tensor lies: `[begin, end)` are byte offsets from the start of the file."""

@@ -15,6 +15,7 @@ from typing import Protocol
 import torch
 
 from streamlap.errors import ResumeMismatch
+from streamlap.store.header import byte_view
 from streamlap.store.sink import durable
 
 
@@ -73,7 +74,7 @@ class DiskBank:
             for first in range(0, sequences, self.batch):
                 rows = min(self.batch, sequences - first)
                 x_BLD = torch.empty(rows, length, width, dtype=self.dtype)
-                view = memoryview(x_BLD.reshape(-1).view(torch.uint8).numpy())
+                view = byte_view(x_BLD)
                 done, start = 0, first * self.nbytes // sequences
                 while done < len(view):
                     done += os.preadv(handle, [view[done:]], start + done)
@@ -84,7 +85,7 @@ class DiskBank:
     def write(self, generation: int, batches: Iterable[torch.Tensor]) -> None:
         with durable(self._path(generation), self.nbytes) as file:
             for x_BLD in batches:
-                file.write(memoryview(x_BLD.cpu().contiguous().reshape(-1).view(torch.uint8).numpy()))
+                file.write(byte_view(x_BLD.cpu().contiguous()))
 
     def drop(self, generation: int) -> None:
         self._path(generation).unlink(missing_ok=True)

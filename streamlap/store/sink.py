@@ -9,16 +9,17 @@ from __future__ import annotations
 import contextlib
 import errno
 import hashlib
+import itertools
 import json
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import BinaryIO, Protocol
 
 import torch
 
 from streamlap.errors import BudgetError, StreamlapError
-from streamlap.store.header import DTYPE_NAMES, TensorInfo, read_header
+from streamlap.store.header import DTYPE_NAMES, TensorInfo, byte_view, read_header
 from streamlap.store.source import INDEX_NAME, read_chunks
 
 TensorEntry = torch.Tensor | TensorInfo
@@ -97,10 +98,9 @@ class ShardFolder:
         digest = hashlib.sha256()
         total = len(header) + sum(_nbytes(tensors[name]) for name in order)
         with durable(self.folder / shard, total) as file:
-            for chunk in (header, *(_lazy(tensors[name]) for name in order)):
-                for piece in (chunk,) if isinstance(chunk, bytes) else chunk():
-                    file.write(piece)
-                    digest.update(piece)
+            for piece in itertools.chain((header,), *(_pieces(tensors[name]) for name in order)):
+                file.write(piece)
+                digest.update(piece)
         return digest.hexdigest()
 
     def seal(self, shards: Iterable[str]) -> None:
@@ -132,7 +132,9 @@ def _build_header(tensors: Mapping[str, TensorEntry]) -> tuple[bytes, list[str]]
     return len(raw).to_bytes(8, "little") + raw, order
 
 
-def _lazy(entry: TensorEntry) -> Callable[[], Iterable[bytes | memoryview]]:
+def _pieces(entry: TensorEntry) -> Iterator[bytes | memoryview]:
+    """The entry's bytes; a generator, so that nothing is read or copied before its turn."""
     if isinstance(entry, TensorInfo):
-        return lambda: read_chunks(entry)
-    return lambda: (memoryview(entry.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()),)
+        yield from read_chunks(entry)
+    else:
+        yield byte_view(entry.detach().cpu().contiguous())

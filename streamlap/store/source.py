@@ -14,7 +14,7 @@ from typing import Protocol
 import torch
 
 from streamlap.errors import CheckpointError
-from streamlap.store.header import Header, TensorInfo, read_header
+from streamlap.store.header import Header, TensorInfo, byte_view, read_header
 
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
@@ -66,12 +66,11 @@ class SafetensorsFolder:
     def read(self, name: str) -> torch.Tensor:
         """The tensor in its stored dtype, in memory of its own. Non-finite numbers raise CheckpointError."""
         info = self.info(name)
-        flat_bytes = torch.empty(info.nbytes, dtype=torch.uint8)
-        view, offset = memoryview(flat_bytes.numpy()), 0
+        tensor = torch.empty(info.shape, dtype=info.dtype)
+        view, offset = byte_view(tensor), 0
         for chunk in read_chunks(info):
             view[offset : offset + len(chunk)] = chunk
             offset += len(chunk)
-        tensor = flat_bytes.view(info.dtype).view(info.shape)
         if tensor.is_floating_point() and not torch.isfinite(tensor).all():
             bad = int((~torch.isfinite(tensor)).sum())
             raise CheckpointError(

@@ -1,0 +1,108 @@
+"""Pico models on disk: real architectures, a few thousand random weights, made when a test asks for one."""
+
+from __future__ import annotations
+
+import os
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TQDM_DISABLE", "1")
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
+
+torch.set_num_threads(2)
+
+VOCABULARY = 300
+CONTEXT = 64
+
+PICO = {
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "vocab_size": VOCABULARY,
+    "max_position_embeddings": CONTEXT,
+    "bos_token_id": 0,
+    "eos_token_id": 1,
+    "pad_token_id": None,
+}
+
+TEXT = "\n".join(f"On day {day} the {noun} went to sea, and {noun} {day} came home again." for day in range(60)
+                 for noun in ("boat", "captain", "old man", "whale"))  # fmt: skip
+
+MakeModel = Callable[..., Path]
+
+
+def make_pico(
+    folder: Path,
+    model_type: str = "llama",
+    *,
+    dtype: torch.dtype = torch.float32,
+    tied: bool = False,
+    shard_size: str = "1GB",
+    seed: int = 0,
+    tokenizer: bool = False,
+    **config: object,
+) -> Path:
+    """Write a random model of `model_type`; biases and norms are random too, so that losing one shows."""
+    torch.manual_seed(seed)
+    settings = AutoConfig.for_model(model_type, **(PICO | {"tie_word_embeddings": tied} | config))
+    model = AutoModelForCausalLM.from_config(settings)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            centre = 1.0 if "norm" in name else 0.0
+            parameter.copy_(centre + torch.randn_like(parameter) * 0.15)
+    model.tie_weights()
+    model.to(dtype).save_pretrained(folder, max_shard_size=shard_size)
+    if tokenizer:
+        make_tokenizer().save_pretrained(folder)
+    return folder
+
+
+def make_tokenizer() -> PreTrainedTokenizerFast:
+    bpe = Tokenizer(models.BPE())
+    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bpe.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(
+        vocab_size=VOCABULARY, special_tokens=["<s>", "</s>"], initial_alphabet=alphabet, show_progress=False
+    )
+    bpe.train_from_iterator([TEXT], trainer)
+    return PreTrainedTokenizerFast(tokenizer_object=bpe, bos_token="<s>", eos_token="</s>")
+
+
+@pytest.fixture(scope="session")
+def pico(tmp_path_factory: pytest.TempPathFactory) -> MakeModel:
+    """pico(model_type, **settings) -> folder of a source model; equal calls share one folder, so do not change it."""
+    made: dict[str, Path] = {}
+
+    def make(model_type: str = "llama", **settings: object) -> Path:
+        key = f"{model_type} {sorted(settings.items(), key=str)}"
+        if key not in made:
+            made[key] = make_pico(tmp_path_factory.mktemp(model_type), model_type, **settings)  # type: ignore[arg-type]
+        return made[key]
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def tokens(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Token ids [12, 16] as .npy."""
+    path = tmp_path_factory.mktemp("tokens") / "tokens.npy"
+    np.save(path, np.random.default_rng(0).integers(0, VOCABULARY, (12, 16)).astype(np.uint16))
+    return path
+
+
+@pytest.fixture(scope="session")
+def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("text") / "text.txt"
+    path.write_text(TEXT)
+    return path
