@@ -9,6 +9,7 @@ from streamlap.errors import StreamlapError
 from streamlap.evaluate import Evaluation, evaluate
 from streamlap.export.dense import export_dense
 from streamlap.inventory import inspect
+from streamlap.loading import load
 from streamlap.pipeline import compress, resume
 from streamlap.recipe import Calibration, Recipe
 from streamlap.report import Report
@@ -26,6 +27,7 @@ __all__ = [
     "evaluate",
     "export_dense",
     "inspect",
+    "load",
     "resume",
     "verify",
 ]

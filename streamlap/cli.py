@@ -8,7 +8,6 @@ import sys
 from pathlib import Path
 from typing import Annotated, Any
 
-import click
 import typer
 
 import streamlap
@@ -21,9 +20,10 @@ app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
+    rich_markup_mode=None,
 )
 
-Model = Annotated[str, typer.Argument(help="Checkpoint folder or hub id, org/name[@revision].")]
+Model = Annotated[str, typer.Argument(metavar="MODEL", help="Checkpoint folder or hub id, org/name[@revision].")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout instead of text.")]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")]
 Dtype = Annotated[str | None, typer.Option(help="Compute dtype: auto, float32, float16 or bfloat16.")]
@@ -33,7 +33,7 @@ Work = Annotated[Path | None, typer.Option(help="Folder for hidden states betwee
 @app.command()
 def compress(
     model: Model,
-    out: Annotated[Path, typer.Argument(help="New folder for the result.")],
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="New folder for the result.")],
     ratio: Annotated[float | None, typer.Option(help="Fraction of the decoder-linear parameters to remove.")] = None,
     preset: Annotated[str | None, typer.Option(help="lorap.")] = None,
     recipe: Annotated[
@@ -68,7 +68,9 @@ def compress(
 
 
 @app.command()
-def resume(out: Annotated[Path, typer.Argument(help="Folder of an interrupted run.")], as_json: Json = False) -> None:
+def resume(
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="Folder of an interrupted run.")], as_json: Json = False
+) -> None:
     """Go on with an interrupted compress; OUT knows everything that is needed."""
     report = streamlap.resume(out)
     emit(as_json, report.to_json(), describe_report(report))
@@ -103,7 +105,10 @@ def evaluate(
 
 
 @app.command()
-def inspect(path: Model, as_json: Json = False) -> None:
+def inspect(
+    path: Annotated[str, typer.Argument(metavar="PATH", help="Checkpoint, output folder or hub id.")],
+    as_json: Json = False,
+) -> None:
     """What is in a checkpoint or output folder: kinds, shapes, ranks, widths and parameters of every site."""
     table = streamlap.inspect(path)
     lines = [f"{table['model_type']}, {len(table['layers'])} layers"]
@@ -115,7 +120,8 @@ def inspect(path: Model, as_json: Json = False) -> None:
 
 @app.command()
 def verify(
-    out: Annotated[Path, typer.Argument(help="Output folder, or any checkpoint folder.")], as_json: Json = False
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="Output folder, or any checkpoint folder.")],
+    as_json: Json = False,
 ) -> None:
     """Check every shard: header, hash, shapes against config.json, no NaN; exit 3 with the list of faults."""
     result = streamlap.verify(out)
@@ -127,8 +133,8 @@ def verify(
 
 @app.command()
 def export(
-    out: Annotated[Path, typer.Argument(help="Folder that streamlap wrote.")],
-    destination: Annotated[Path, typer.Argument(help="New folder.")],
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="Folder that streamlap wrote.")],
+    destination: Annotated[Path, typer.Argument(metavar="DEST", help="New folder.")],
     to: Annotated[str, typer.Option(help="dense: factors multiplied back, removed channels as zeros.")],
     as_json: Json = False,
 ) -> None:
@@ -141,7 +147,9 @@ def export(
 
 @app.command()
 def demo(
-    out: Annotated[Path, typer.Argument(help="New folder for the compressed model.")] = Path("streamlap-demo"),
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="New folder for the compressed model.")] = Path(
+        "streamlap-demo"
+    ),
     ratio: Annotated[float, typer.Option(help="Fraction of the decoder-linear parameters to remove.")] = 0.2,
     as_json: Json = False,
 ) -> None:
@@ -192,14 +200,9 @@ def main() -> None:
     """Entry point of the console script: a StreamlapError becomes one line on stderr and its exit code."""
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
     try:
-        sys.exit(app(standalone_mode=False))
+        app(prog_name="streamlap")
     except StreamlapError as error:
         fail(str(error), error.exit_code)
-    except click.ClickException as error:
-        error.show()
-        sys.exit(error.exit_code)
-    except (KeyboardInterrupt, click.Abort):
-        fail("stopped at once; what was committed is kept, run again to resume", 75)
     except OSError as error:
         fail(f"{error.filename or 'the system'}: {error.strerror or error}", 1)
 

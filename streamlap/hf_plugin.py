@@ -17,10 +17,11 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
+from torch import nn
 from transformers import PreTrainedModel
 from transformers.core_model_loading import WeightRenaming, WeightTransform
-from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
-from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING
+from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING, register_quantization_config, register_quantizer
+from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from .modules import LowRankLinear, merge_modules, swap_modules
@@ -71,6 +72,7 @@ class StreamlapQuantizer(HfQuantizer):
 
     # A dense checkpoint cannot be compressed while it loads: transformers refuses it with a clear message.
     requires_calibration = True
+    quantization_config: StreamlapConfig
 
     def __init__(self, quantization_config: StreamlapConfig, **kwargs: Any) -> None:
         super().__init__(quantization_config, **kwargs)
@@ -83,7 +85,7 @@ class StreamlapQuantizer(HfQuantizer):
         self.dense_shapes = {path: (old.out_features, old.in_features) for path, old in replaced.items()}
         # transformers loads a bare decoder's checkpoint into the whole model and the other way round: know both names.
         low_rank = [path for path, row in rows.items() if "rank" in row]
-        self.low_rank_paths = {*low_rank, *(_path_in(model.base_model, path) for path in low_rank)}
+        self.low_rank_paths = {*low_rank, *(path.removeprefix(f"{model.base_model_prefix}.") for path in low_rank)}
 
     def get_weight_conversions(self) -> list[WeightTransform]:
         """The rule of `disk_name` as transformers' own renamings, which it also reverses to save.
@@ -91,11 +93,9 @@ class StreamlapQuantizer(HfQuantizer):
         One expression spells out every path and is anchored at the start, so neither another layer nor an unlisted
         module can match. No `$` at the end: transformers closes names itself, and keeps a `$` as a letter in reverse.
         """
-        known: list[WeightTransform] = super().get_weight_conversions()
-        if not self.low_rank_paths:
-            return known
         paths = "|".join(re.escape(path) for path in sorted(self.low_rank_paths))
-        return known + [WeightRenaming(rf"^({paths})\.{leaf}", rf"^\1\.up\.{leaf}") for leaf in ("weight", "bias")]
+        leaves = ("weight", "bias") if paths else ()
+        return [WeightRenaming(rf"^({paths})\.{leaf}", rf"^\1\.up\.{leaf}") for leaf in leaves]
 
     def update_parallel_plan(self, model: PreTrainedModel, plan: dict[str, str]) -> None:
         """Tensor parallel: the factor that faces the heads is split, the one that faces the rank is whole on every rank."""
@@ -108,12 +108,16 @@ class StreamlapQuantizer(HfQuantizer):
         # save_pretrained writes no code files, so the reference to them must not be written either.
         if hasattr(model.config, "auto_map"):
             del model.config.auto_map
-        if getattr(model, "_tp_size", None):
-            # A plan has one row for all layers, so a factored module got the hook that its dense siblings in other
-            # layers need. Its factors have their own; drop the hook, which is an instance attribute, from the module.
-            for module in model.modules():
-                if isinstance(module, LowRankLinear):
+        for path in self.dense_shapes:
+            module = model.get_submodule(path)
+            if isinstance(module, LowRankLinear):
+                # transformers before 5.21 leaves a tensor that it renamed in the dtype that it has on disk.
+                module.up.to(module.down.weight.dtype)
+                if getattr(model, "_tp_size", None):
+                    # A plan has one row for all layers, so this module got the hook that its dense siblings in other
+                    # layers need. Its factors have their own; drop the hook, an instance attribute, from the module.
                     module.__dict__.pop("forward", None)
+            _check_loaded(path, module)
 
     def _dequantize(self, model: PreTrainedModel, dtype: torch.dtype | str | None = None) -> PreTrainedModel:
         """Factors multiplied back, widths padded with zeros: the plain native model of config.json, all in `dtype`."""
@@ -151,6 +155,16 @@ def register() -> None:
 def _path_in(model: PreTrainedModel, path: str) -> str:
     """`path` as `model` spells it: the bare decoder that AutoModel gives has no `model.` in front."""
     return path.removeprefix(f"{model.base_model_prefix}.") if model.base_model is model else path
+
+
+def _check_loaded(path: str, module: nn.Module) -> None:
+    """transformers before 5.23 does not compare the shapes of tensors that it loads through a quantizer."""
+    for linear in module.modules():
+        if isinstance(linear, nn.Linear) and linear.weight.shape != (linear.out_features, linear.in_features):
+            raise ValueError(
+                f"streamlap module {path!r}: seen a tensor of shape {tuple(linear.weight.shape)} in the folder; "
+                f"wanted {(linear.out_features, linear.in_features)}, as quantization_config.modules says"
+            )
 
 
 register()

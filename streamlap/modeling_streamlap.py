@@ -11,6 +11,7 @@ from typing import Any
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from .hf_plugin import register
+from .modules import LowRankLinear  # noqa: F401  # older transformers copy only what this very file imports
 
 register()
 
@@ -20,7 +21,8 @@ class StreamlapAutoConfig:
 
     @classmethod
     def from_pretrained(cls, folder: str, /, **kwargs: Any) -> PreTrainedConfig:
-        return AutoConfig.from_pretrained(folder, **{**kwargs, "trust_remote_code": False})
+        config: PreTrainedConfig = AutoConfig.from_pretrained(folder, **{**kwargs, "trust_remote_code": False})
+        return config
 
     @classmethod
     def register_for_auto_class(cls, auto_class: str = "AutoConfig") -> None:
@@ -32,11 +34,16 @@ class StreamlapAutoModelForCausalLM:
 
     @classmethod
     def from_pretrained(cls, folder: str, /, *args: Any, **kwargs: Any) -> PreTrainedModel:
-        return AutoModelForCausalLM.from_pretrained(folder, *args, **{**kwargs, "trust_remote_code": False})
+        model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
+            folder, *args, **{**kwargs, "trust_remote_code": False}
+        )
+        return model
 
     @classmethod
     def _from_config(cls, config: PreTrainedConfig, **kwargs: Any) -> PreTrainedModel:
-        return AutoModelForCausalLM.from_config(config, **{**kwargs, "trust_remote_code": False})
+        kwargs["trust_remote_code"] = False
+        model: PreTrainedModel = AutoModelForCausalLM.from_config(config, **kwargs)  # type: ignore[no-untyped-call]
+        return model
 
     @classmethod
     def register_for_auto_class(cls, auto_class: str = "AutoModelForCausalLM") -> None:

@@ -8,6 +8,7 @@ Shape suffixes: O out, I in, R rank; leading dimensions of activations are writt
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from typing import Any
 
 import torch
 from torch import nn
@@ -52,6 +53,14 @@ class LowRankLinear(nn.Module):
         wide = torch.promote_types(up_OR.dtype, torch.float32)
         return (up_OR.to(wide) @ down_RI.to(wide)).to(dtype or up_OR.dtype)
 
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        # Names on disk are welcome too: a Trainer resumes by handing the saved file to load_state_dict as it is, and
+        # would otherwise go on with the old `up` after no more than a warning.
+        for leaf in ("weight", "bias"):
+            if prefix + leaf in state_dict:
+                state_dict[f"{prefix}up.{leaf}"] = state_dict.pop(prefix + leaf)
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
     def extra_repr(self) -> str:
         return f"in_features={self.in_features}, out_features={self.out_features}, rank={self.rank}"
 
@@ -81,10 +90,9 @@ def merge_modules(
     """
     for path, (out_features, in_features) in dense_shapes.items():
         old = root.get_submodule(path)
-        if isinstance(old, LowRankLinear):
-            weight_oi, bias_o = old.merged(dtype), old.up.bias
-        else:
-            weight_oi, bias_o = old.get_parameter("weight"), old._parameters.get("bias")
+        last = old.up if isinstance(old, LowRankLinear) else old
+        weight_oi = old.merged(dtype) if isinstance(old, LowRankLinear) else old.get_parameter("weight")
+        bias_o = last._parameters["bias"]
         new = nn.Linear(in_features, out_features, bias_o is not None, weight_oi.device, dtype or weight_oi.dtype)
         with torch.no_grad():
             new.weight.zero_()[: weight_oi.shape[0], : weight_oi.shape[1]] = weight_oi
@@ -120,11 +128,16 @@ def _linear_at(root: nn.Module, path: str) -> nn.Linear:
 def _check_row(path: str, row: Mapping[str, int], old: nn.Linear) -> None:
     if not row or set(row) - {"rank", "out", "in"}:
         raise ValueError(f"streamlap module {path!r}: seen {dict(row)!r}; wanted 'rank', 'out' or 'in'")
-    # rank < I: an up factor [O, I] would carry the dense layer's name and its shape, and load where it must not.
-    most = {"rank": row.get("in", old.in_features) - 1, "out": old.out_features, "in": old.in_features}
-    for key, value in row.items():
-        if type(value) is not int or not 1 <= value <= most[key]:
-            raise ValueError(f"streamlap module {path!r}: seen {key} = {value!r}; wanted an integer 1..{most[key]}")
+    for key, width in (("out", old.out_features), ("in", old.in_features)):
+        _check_size(path, key, row.get(key, width), width)
+    if "rank" in row:
+        # Below the width: an up factor [O, I] would have the dense layer's name and its shape, and load where it must not.
+        _check_size(path, "rank", row["rank"], row.get("in", old.in_features) - 1)
+
+
+def _check_size(path: str, key: str, size: int, most: int) -> None:
+    if type(size) is not int or not 1 <= size <= most:
+        raise ValueError(f"streamlap module {path!r}: seen {key} = {size!r}; wanted an integer 1..{most}")
 
 
 def _build(row: Mapping[str, int], old: nn.Linear) -> nn.Module:

@@ -28,7 +28,7 @@ from streamlap.recipe import Recipe
 from streamlap.report import LayerReport, Report
 from streamlap.stopping import stop_requests
 from streamlap.store.hidden import DiskBank
-from streamlap.store.hub import local_folder
+from streamlap.store.hub import local_folder, model_name
 from streamlap.store.journal import STATE_FOLDER, Journal, OutputLock
 from streamlap.store.sink import ShardFolder, file_hash, shard_names, write_durably
 
@@ -104,7 +104,9 @@ def run(stream: ModelStream, recipe: Recipe, tokens_NL: torch.Tensor, out: Path,
         compress_layers(job, stopped)
         report = build_report(job)
         ShardFolder(out).seal(report.shards)
-        finish_folder(out, stream.folder, arguments["model"], stream.family.layers, report, recipe.to_yaml())
+        finish_folder(
+            out, stream.folder, model_name(arguments["model"]), stream.family.layers, report, recipe.to_yaml()
+        )
         hidden.remove()
         journal.remove()
     return report

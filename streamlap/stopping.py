@@ -9,6 +9,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
 
+from streamlap.errors import Interrupted
+
 log = logging.getLogger(__name__)
 
 
@@ -24,8 +26,9 @@ def stop_requests() -> Iterator[Callable[[], bool]]:
         return
 
     def note(number: int, _: FrameType | None) -> None:
+        if requested and number == signal.SIGINT:
+            raise Interrupted("stopped at once; what was committed is kept, run the same command again to resume")
         requested.append(number)
-        signal.signal(signal.SIGINT, signal.default_int_handler)
         log.warning(
             "stopping after this layer is committed (%s); press Ctrl-C to stop at once", signal.strsignal(number)
         )

@@ -38,7 +38,8 @@ def test_low_rank_linear_is_its_merged_matrix(bias: bool) -> None:
     module = LowRankLinear.from_factors(up_OR, down_RI, bias_O if bias else None)
     x_BLI = torch.randn(2, 4, 5, dtype=torch.float64)
     torch.testing.assert_close(module(x_BLI), x_BLI @ (up_OR @ down_RI).T + (bias_O if bias else 0))
-    assert module.up.weight.data_ptr() == up_OR.data_ptr() and module.down.weight.data_ptr() == down_RI.data_ptr()
+    assert module.up.weight.data_ptr() == up_OR.data_ptr()
+    assert module.down.weight.data_ptr() == down_RI.data_ptr()
     assert (module.in_features, module.out_features, module.rank) == (5, 7, 3)
     assert sorted(module.state_dict()) == ["down.weight", *(["up.bias"] if bias else []), "up.weight"]
 
@@ -53,11 +54,23 @@ def test_merged_rounds_once() -> None:
     assert torch.equal(half.merged(), (up_OR.float() @ down_RI.float()).bfloat16())
 
 
+def test_load_state_dict_takes_both_sets_of_names() -> None:
+    source = nn.ModuleDict({"q": LowRankLinear(5, 7, 3, bias=True)})
+    own = source.state_dict()
+    for tensors in (own, {disk_name(name, ["q"]): tensor for name, tensor in own.items()}):
+        module = nn.ModuleDict({"q": LowRankLinear(5, 7, 3, bias=True)})
+        given = dict(tensors)
+        module.load_state_dict(given)
+        assert given.keys() == tensors.keys()
+        assert all(torch.equal(module.state_dict()[name], tensor) for name, tensor in own.items())
+
+
 def test_swap_modules_builds_what_the_table_says(mlp: GatedMLP) -> None:
     gate, down = mlp.gate, mlp.down
     mlp.bfloat16().to("meta")
     replaced = swap_modules(mlp, {"gate": {"rank": 3, "out": 9}, "up": {"out": 9}, "down": {"in": 9}})
-    assert list(replaced) == ["gate", "up", "down"] and replaced["gate"] is gate and replaced["down"] is down
+    assert list(replaced) == ["gate", "up", "down"]
+    assert (replaced["gate"], replaced["down"]) == (gate, down)
     shapes = {name: tuple(tensor.shape) for name, tensor in mlp.state_dict().items() if "norm" not in name}
     assert shapes == {
         "gate.down.weight": (3, 8),
@@ -84,6 +97,7 @@ def test_swap_modules_builds_what_the_table_says(mlp: GatedMLP) -> None:
         ({"gate": {"out": 13}}, r"out = 13.*1\.\.12"),
         ({"down": {"in": 13}}, r"in = 13.*1\.\.12"),
         ({"down": {"in": 6, "rank": 6}}, r"rank = 6.*1\.\.5"),
+        ({"down": {"in": "6", "rank": 2}}, "in = '6'.*integer"),
     ],
 )
 def test_swap_modules_refuses_and_leaves_the_model_alone(

@@ -18,6 +18,11 @@ FETCHED = ["*.safetensors", "*.json", "tokenizer*", "*.model", "merges.txt", "vo
            "NOTICE*", "USE_POLICY*"]  # fmt: skip
 
 
+def model_name(model: str) -> str:
+    """What to call a model in public: its hub id, or the bare name of its folder."""
+    return Path(model).resolve().name if Path(model).is_dir() else model
+
+
 def local_folder(model: str) -> Path:
     """The folder `model` itself, or the snapshot of `org/name[@revision]` in the hub's cache, fetched where it is absent.
 
@@ -32,4 +37,4 @@ def local_folder(model: str) -> Path:
         return Path(snapshot_download(name, revision=revision or None, allow_patterns=FETCHED))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         reason = str(error).strip().splitlines()[0]
-        raise CheckpointError(f"{model} is not a local folder, and the hub does not give it: {reason}") from error
+        raise CheckpointError(f"{model} is not a local folder, and no hub id that the hub gives: {reason}") from error

@@ -20,7 +20,7 @@ import torch
 
 from streamlap.errors import BudgetError, StreamlapError
 from streamlap.store.header import DTYPE_NAMES, TensorInfo, byte_view, read_header
-from streamlap.store.source import INDEX_NAME, read_chunks
+from streamlap.store.source import CHUNK_BYTES, INDEX_NAME, read_chunks
 
 TensorEntry = torch.Tensor | TensorInfo
 """What can be written: a tensor, or the place of one in another file, which is copied as bytes."""
@@ -77,8 +77,11 @@ def fsync_folder(folder: Path) -> None:
 
 
 def file_hash(path: Path) -> str:
+    digest = hashlib.sha256()
     with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+        while chunk := file.read(CHUNK_BYTES):
+            digest.update(chunk)
+    return digest.hexdigest()
 
 
 def write_durably(path: Path, data: bytes) -> None:

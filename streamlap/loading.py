@@ -1,0 +1,17 @@
+"""Open an output folder as a transformers model."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from streamlap import hf_plugin as hf_plugin
+from streamlap.store.hub import local_folder
+
+
+def load(model: str | Path, **options: Any) -> PreTrainedModel:
+    """`AutoModelForCausalLM.from_pretrained` with the loader registered; `options` are passed on (dtype, device_map, ...)."""
+    loaded: PreTrainedModel = AutoModelForCausalLM.from_pretrained(local_folder(str(model)), **options)
+    return loaded

@@ -1,0 +1,110 @@
+"""The contract other programs rely on: one JSON object on stdout, fields by name, exit codes."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import MakeModel
+
+from streamlap.cli import main
+
+Run = tuple[int, str, str]
+
+
+def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], *words: object) -> Run:
+    monkeypatch.setattr(sys, "argv", ["streamlap", *map(str, words)])
+    with pytest.raises(SystemExit) as stopped:
+        main()
+    captured = capsys.readouterr()
+    return int(stopped.value.code or 0), captured.out, captured.err
+
+
+def test_the_main_job_in_json(
+    pico: MakeModel, tokens: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out"
+
+    def ask(*words: object) -> dict:
+        code, stdout, stderr = run(monkeypatch, capsys, *words, "--json")
+        assert (code, stderr) == (0, "")
+        return json.loads(stdout)
+
+    report = ask("compress", pico("llama"), out, "--ratio", 0.4, "--calibration", tokens, "--seed", 3)
+    fields = {"parameters", "layers", "peak_ram_bytes", "peak_vram_bytes", "seconds", "recipe", "shards"}
+    assert fields <= set(report)
+    assert report["recipe"]["calibration"]["seed"] == 3
+    evaluation = ask("eval", out, "--text", tokens)
+    fields = {"perplexity", "nll", "tokens", "length", "seconds", "peak_ram_bytes", "peak_vram_bytes"}
+    assert set(evaluation) == fields
+    table = ask("inspect", out)
+    assert set(table) == {"model_type", "layers", "parameters"}
+    assert set(table["parameters"]) == {
+        "decoder_before", "decoder_after", "total_before", "total_after", "ratio_decoder", "ratio_total",
+    }  # fmt: skip
+    site = table["layers"][0]["sites"]["mlp.up_proj"]
+    assert {"kind", "shape", "rank", "width", "parameters"} <= set(site)
+    assert ask("verify", out) == {"ok": True, "faults": []}
+    assert ask("export", out, tmp_path / "dense", "--to", "dense")["shards"] == 4
+
+
+def test_the_main_job_in_words(
+    pico: MakeModel, tokens: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out"
+
+    def ask(*words: object) -> str:
+        code, stdout, _ = run(monkeypatch, capsys, *words)
+        assert code == 0
+        return stdout
+
+    assert "removed" in ask("compress", pico("llama"), out, "--ratio", 0.4, "--calibration", tokens)
+    assert "perplexity" in ask("eval", out, "--text", tokens)
+    assert "rank" in ask("inspect", out)
+    assert "whole" in ask("verify", out)
+    assert "streamlap" in ask("--help")
+
+
+def test_a_recipe_file_and_options_together(
+    pico: MakeModel, tokens: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(
+        f"ratio: 0.6\nmethods: [{{method: ffn_lorap, protect: 0.1}}]\ncalibration: {{files: [{tokens}]}}\n"
+    )
+    words = ("compress", pico("llama"), tmp_path / "out", "--recipe", recipe, "--ratio", 0.3, "--json")
+    _, stdout, _ = run(monkeypatch, capsys, *words)
+    saved = json.loads(stdout)["recipe"]
+    assert (saved["ratio"], saved["methods"]) == (0.3, [{"method": "ffn_lorap", "protect": 0.1}])
+
+
+@pytest.mark.parametrize(
+    ("words", "code", "said"),
+    [
+        (["frobnicate"], 2, "frobnicate"),
+        (["compress"], 2, "MODEL"),
+        (["compress", "m", "o", "--ratio", "abc"], 2, "--ratio"),
+        (["export", "a", "b", "--to", "gguf"], 2, "dense"),
+        (["eval", "nowhere-at-all"], 3, "nowhere-at-all"),
+        (["verify", "nowhere-at-all"], 3, "nowhere-at-all"),
+        (["resume", "nowhere-at-all"], 5, "nowhere-at-all"),
+    ],
+)
+def test_exit_codes(
+    words: list[str], code: int, said: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    got, stdout, stderr = run(monkeypatch, capsys, *words)
+    assert got == code
+    assert stdout == ""
+    assert said in stderr
+
+
+def test_faults_give_exit_code_3(
+    pico: MakeModel, tokens: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "empty").mkdir()
+    code, stdout, _ = run(monkeypatch, capsys, "verify", tmp_path / "empty", "--json")
+    assert code == 3
+    assert json.loads(stdout)["faults"]

@@ -1,0 +1,147 @@
+"""Numerics by identities, against independent constructions."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from streamlap.linalg.budget import break_even, lorap_pair_ranks, lorap_removal, low_rank_parameters
+from streamlap.linalg.channels import kept_channels, lorap_scores, removed_energy
+from streamlap.linalg.lowrank import awsvd
+from streamlap.linalg.statistics import ZERO_SCALE, Energy
+
+GOLDEN = Path(__file__).parent / "data" / "lorap_scores.npz"
+
+
+def weights(out: int, width: int, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(out, width, generator=generator), torch.rand(width, generator=generator) + 0.1
+
+
+@pytest.mark.parametrize("shape", [(24, 24), (16, 40), (40, 16)])
+def test_full_rank_factors_give_the_matrix_back(shape: tuple[int, int]) -> None:
+    w_OI, scale_I = weights(*shape)
+    up_OR, down_RI, error = awsvd(w_OI, scale_I, min(shape))
+    torch.testing.assert_close(up_OR @ down_RI, w_OI.double(), rtol=1e-9, atol=1e-9)
+    assert error == pytest.approx(0, abs=1e-12)
+
+
+@pytest.mark.parametrize("shape", [(24, 24), (16, 40), (40, 16)])
+@pytest.mark.parametrize("rank", [1, 7, 15])
+def test_error_equals_the_measured_one_and_the_tail_of_an_independent_svd(shape: tuple[int, int], rank: int) -> None:
+    w_OI, scale_I = weights(*shape)
+    up_OR, down_RI, error = awsvd(w_OI, scale_I, rank)
+    weighted_OI = w_OI.double() * scale_I.double()
+    measured = ((w_OI.double() - up_OR @ down_RI) * scale_I.double()).square().sum() / weighted_OI.square().sum()
+    values = torch.linalg.svdvals(weighted_OI)
+    assert error == pytest.approx(float(measured), rel=1e-9)
+    assert error == pytest.approx(float(values[rank:].square().sum() / values.square().sum()), rel=1e-9)
+
+
+def test_the_scale_is_split_between_the_factors() -> None:
+    """up = U S^1/2, so its columns have the norms S^1/2; one factor with all of S would lose bits in bf16."""
+    w_OI, scale_I = weights(16, 40)
+    up_OR, _, _ = awsvd(w_OI, scale_I, 5)
+    values = torch.linalg.svdvals(w_OI.double() * scale_I.double())[:5]
+    torch.testing.assert_close(up_OR.square().sum(0), values, rtol=1e-9, atol=0)
+
+
+@pytest.mark.parametrize("shape", [(12, 20), (20, 12)])
+def test_a_rank_deficient_matrix_gives_finite_factors(shape: tuple[int, int]) -> None:
+    w_OI = torch.outer(torch.arange(1.0, shape[0] + 1), torch.arange(1.0, shape[1] + 1))
+    up_OR, down_RI, error = awsvd(w_OI, torch.ones(shape[1]), 6)
+    torch.testing.assert_close(up_OR @ down_RI, w_OI.double(), rtol=1e-9, atol=1e-9)
+    assert error < 1e-12
+
+
+def published_rule(h: int, s: float, alpha: float) -> tuple[int, int | None]:
+    """LoRAP's allocation for h x h matrices, written from the paper: (rank of q and k, rank of v and o or dense)."""
+    k_att = int((1 - s) * h / 2)
+    k_vo = int(k_att * 2 * alpha / (1 + alpha))
+    if k_vo >= h / 2:
+        return int((1 - s) * h) - int(h / 2), None
+    return int(k_att * 2 / (1 + alpha)), k_vo
+
+
+@pytest.mark.parametrize("alpha", [1.0, 2.0, 3.0, 5.0])
+def test_square_matrices_get_exactly_the_published_ranks(alpha: float) -> None:
+    for h in range(8, 700, 6):
+        for percent in range(5, 96, 5):
+            assert lorap_pair_ranks(h, h, percent / 100, alpha) == published_rule(h, percent / 100, alpha), (h, percent)
+
+
+@pytest.mark.parametrize("ratio", [0.1, 0.2, 0.3, 0.4, 0.5, 0.7])
+def test_grouped_query_attention_meets_the_budget_by_parameters(ratio: float) -> None:
+    hidden, kv = 4096, 1024
+    stored = dense = 0
+    for rows in (hidden, kv):
+        weak, strong = lorap_pair_ranks(rows, hidden, ratio, 3.0)
+        for rank in (weak, strong):
+            assert rank is None or 1 <= rank < break_even(rows, hidden)
+            stored += rows * hidden if rank is None else low_rank_parameters(rows, hidden, rank)
+            dense += rows * hidden
+    assert 0 <= (1 - ratio) - stored / dense < 0.002
+
+
+def test_a_matrix_never_stores_more_as_factors_than_dense() -> None:
+    for rows in (8, 24, 40, 100):
+        for percent in range(1, 20):
+            for rank in lorap_pair_ranks(rows, 100, percent / 1000, 3.0):
+                assert rank is None or low_rank_parameters(rows, 100, rank) < rows * 100
+
+
+@pytest.mark.parametrize("ratio", ["0.2", "0.3", "0.5"])
+@pytest.mark.parametrize("layer", [0, 3])
+def test_published_scores_give_the_published_channels(ratio: str, layer: int) -> None:
+    golden = np.load(GOLDEN)
+    score_F = torch.from_numpy(golden[f"{ratio}.{layer}.score"])
+    kept = kept_channels(score_F, lorap_removal(len(score_F), float(ratio), 0.01))
+    assert kept.tolist() == golden[f"{ratio}.{layer}.kept"].tolist()
+
+
+def test_channel_scores_are_the_sum_of_three_weighted_norms() -> None:
+    gate_FI, scale_I = weights(6, 4)
+    up_FI, _ = weights(6, 4, seed=1)
+    down_OF, scale_F = weights(4, 6, seed=2)
+    expected = [
+        sum((gate_FI[c, i] * scale_I[i]) ** 2 for i in range(4)) ** 0.5
+        + sum((up_FI[c, i] * scale_I[i]) ** 2 for i in range(4)) ** 0.5
+        + sum(down_OF[o, c] ** 2 for o in range(4)) ** 0.5 * scale_F[c]
+        for c in range(6)
+    ]
+    torch.testing.assert_close(lorap_scores(gate_FI, up_FI, down_OF, scale_I, scale_F), torch.stack(expected))
+
+
+def test_removed_energy_is_the_share_of_uncorrelated_channels() -> None:
+    down_OF = torch.eye(4)
+    assert removed_energy(down_OF, torch.tensor([1.0, 2.0, 3.0, 4.0]), torch.tensor([1, 3])) == pytest.approx(10 / 30)
+
+
+@pytest.mark.parametrize("batch", [1, 3, 40])
+def test_streamed_energy_equals_one_shot_in_any_order(batch: int) -> None:
+    x_TI = torch.randn(40, 7, generator=torch.Generator().manual_seed(0))
+    one_shot = x_TI.double().square().mean(0).sqrt()
+    for rows in (x_TI, x_TI.flip(0)):
+        energy = Energy()
+        for part in rows.split(batch):
+            energy.update(part)
+        torch.testing.assert_close(energy.scale(), one_shot, rtol=1e-12, atol=0)
+
+
+def test_merged_energies_equal_one_that_saw_everything() -> None:
+    x_TI = torch.randn(40, 7, generator=torch.Generator().manual_seed(0))
+    left, right, empty = Energy(), Energy(), Energy()
+    left.update(x_TI[:13])
+    right.update(x_TI[13:])
+    empty.merge(left)
+    empty.merge(right)
+    torch.testing.assert_close(empty.scale(), x_TI.double().square().mean(0).sqrt(), rtol=1e-12, atol=0)
+
+
+def test_a_dead_channel_weighs_a_little_and_not_zero() -> None:
+    energy = Energy()
+    energy.update(torch.tensor([[0.0, 3.0], [0.0, 4.0]]))
+    assert energy.scale().tolist() == [ZERO_SCALE, 12.5**0.5]
