@@ -20,12 +20,12 @@ from transformers import AutoTokenizer
 
 from streamlap.errors import RecipeError
 from streamlap.recipe import Calibration
+from streamlap.store.hub import TEXT_SUFFIXES, text_files
 
 log = logging.getLogger(__name__)
 
 DEFAULT_SAMPLES = 128
 DEFAULT_LENGTH = 2048
-TEXT_SUFFIXES = (".txt", ".jsonl", ".parquet")
 
 
 def calibration_tokens(settings: Calibration, folder: Path, vocabulary: int, context: int) -> torch.Tensor:
@@ -49,7 +49,8 @@ def read_windows(
     files: Sequence[str], folder: Path, vocabulary: int, context: int, length: int | None, stride: int | None = None
 ) -> torch.Tensor:
     """Every window of the files in order, [N, L] int64; the last partial window of each file is left out."""
-    windows = [_file_windows(Path(file), folder, context, length, stride) for file in files]
+    paths = [path for file in files for path in text_files(file)]
+    windows = [_file_windows(path, folder, context, length, stride) for path in paths]
     if len({part.shape[1] for part in windows}) > 1:
         raise RecipeError(f"{', '.join(files)} have windows of different lengths; set --length.")
     windows_NL = torch.cat(windows)

@@ -13,8 +13,9 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
-from conftest import MakeModel
+from conftest import TEXT, MakeModel
 
+import streamlap
 from streamlap.errors import CheckpointError
 from streamlap.store.hub import local_folder, model_name
 
@@ -22,7 +23,7 @@ COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
 
 class Hub(BaseHTTPRequestHandler):
-    """One model, `org/pico`, from `folder`: its file list and its files."""
+    """One repository, `org/pico`, model and data set alike, from `folder`: its file list and its files."""
 
     folder: Path
     asked: list[str]
@@ -44,7 +45,7 @@ class Hub(BaseHTTPRequestHandler):
             rows = [{"type": "file", "path": path.name, "size": path.stat().st_size, "oid": "0"}
                     for path in sorted(self.folder.iterdir())]  # fmt: skip
             data = json.dumps(rows).encode()
-        elif self.path.startswith("/api/models/org/pico"):
+        elif self.path.startswith(("/api/models/org/pico", "/api/datasets/org/pico")):
             siblings = [{"rfilename": path.name} for path in sorted(self.folder.iterdir())]
             data = json.dumps({"id": "org/pico", "sha": COMMIT, "siblings": siblings}).encode()
             headers["Content-Type"] = "application/json"
@@ -69,8 +70,9 @@ class Hub(BaseHTTPRequestHandler):
 def hub(pico: MakeModel, tmp_path: Path) -> Iterator[tuple[str, list[str]]]:
     served = tmp_path / "served"
     served.mkdir()
-    for path in pico("llama").iterdir():
+    for path in pico("llama", tokenizer=True).iterdir():
         (served / path.name).write_bytes(path.read_bytes())
+    (served / "part.txt").write_text(TEXT)
     (served / "pytorch_model.bin").write_bytes(b"pickle")
     (served / "modeling_evil.py").write_text("raise SystemExit('ran')")
     handler = type("Served", (Hub,), {"folder": served, "asked": []})
@@ -98,6 +100,14 @@ def test_a_hub_id_is_fetched_once_without_pickles_or_code(hub: tuple[str, list[s
     assert json.loads(done.stdout)["model_type"] == "llama"
     assert any(path.endswith("model.safetensors") for path in asked)
     assert not [path for path in asked if path.endswith((".bin", ".py"))]
+
+
+def test_a_hub_data_set_is_calibration_text(hub: tuple[str, list[str]], text: Path, tmp_path: Path) -> None:
+    words = ("eval", "org/pico", "--length", "16", "--json", "--text")
+    done = ask(hub[0], tmp_path / "home", *words, "org/pico")
+    assert done.returncode == 0, done.stderr
+    local = streamlap.evaluate(tmp_path / "served", text, length=16)
+    assert json.loads(done.stdout)["nll"] == local.nll
 
 
 def test_an_unknown_hub_id_says_so(hub: tuple[str, list[str]], tmp_path: Path) -> None:

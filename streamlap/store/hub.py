@@ -11,7 +11,9 @@ from pathlib import Path
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
-from streamlap.errors import CheckpointError
+from streamlap.errors import CheckpointError, RecipeError
+
+TEXT_SUFFIXES = (".txt", ".jsonl", ".parquet")
 
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+(@[\w./-]+)?")
 FETCHED = ["*.safetensors", "*.json", "tokenizer*", "*.model", "merges.txt", "vocab.*", "*.jinja", "*.md", "LICENSE*",
@@ -32,9 +34,27 @@ def local_folder(model: str) -> Path:
         return Path(model)
     if not HUB_ID.fullmatch(model) or Path(model).exists():
         raise CheckpointError(f"{model} is not a folder; wanted a checkpoint folder or a hub id like org/name.")
-    name, _, revision = model.partition("@")
+    return _snapshot(model, "model", FETCHED)
+
+
+def text_files(name: str) -> list[Path]:
+    """The file `name` itself, or the text files of the hub data set `org/name[@revision]`, in order of their names.
+
+    A name that is neither is given back as it is: the reader says what is wrong with it.
+    """
+    if Path(name).exists() or not HUB_ID.fullmatch(name) or Path(name).suffix in (*TEXT_SUFFIXES, ".npy"):
+        return [Path(name)]
+    folder = _snapshot(name, "dataset", [f"*{suffix}" for suffix in TEXT_SUFFIXES])
+    found = sorted(path for path in folder.rglob("*") if path.suffix in TEXT_SUFFIXES)
+    if not found:
+        raise RecipeError(f"data set {name} has no {', '.join(TEXT_SUFFIXES)} file; wanted text to calibrate on.")
+    return found
+
+
+def _snapshot(hub_id: str, kind: str, patterns: list[str]) -> Path:
+    name, _, revision = hub_id.partition("@")
     try:
-        return Path(snapshot_download(name, revision=revision or None, allow_patterns=FETCHED))
+        return Path(snapshot_download(name, repo_type=kind, revision=revision or None, allow_patterns=patterns))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         reason = str(error).strip().splitlines()[0]
-        raise CheckpointError(f"{model} is not a local folder, and no hub id that the hub gives: {reason}") from error
+        raise CheckpointError(f"{hub_id} is not a folder, nor a hub id under which a {kind} can be had: {reason}") from error
