@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from transformers import AutoTokenizer
 
-from streamlap.errors import RecipeError
+from streamlap.errors import RecipeError, first_line
 from streamlap.recipe import Calibration
 from streamlap.store.hub import TEXT_SUFFIXES, text_files
 
@@ -84,6 +84,8 @@ def _file_windows(path: Path, folder: Path, context: int, length: int | None, st
             raise RecipeError(f"{path} has rows of {tokens.shape[1]} tokens; --length {length} does not divide that.")
         tokens = tokens.flatten() if stride is None else tokens
     length = length or min(DEFAULT_LENGTH, context)
+    if length < 2:
+        raise RecipeError(f"{path}: length is {length}; wanted windows of at least 2 tokens.")
     if length > context:
         raise RecipeError(
             f"length is {length}, and the model's context is {context}; choose --length {context} or less."
@@ -95,12 +97,12 @@ def _file_windows(path: Path, folder: Path, context: int, length: int | None, st
 
 def _read_ids(path: Path) -> torch.Tensor:
     try:
-        ids = np.load(path, allow_pickle=False)
-    except (ValueError, OSError, EOFError) as error:
+        with path.open("rb") as file:
+            ids = np.lib.format.read_array(file, allow_pickle=False)
+    except (ValueError, OSError, EOFError, MemoryError) as error:
         raise RecipeError(f"{path} is not a .npy array ({error}); wanted token ids saved by numpy.save.") from error
-    if not isinstance(ids, np.ndarray) or ids.ndim not in (1, 2) or ids.dtype.kind not in "iu" or ids.size == 0:
-        kind = f"{ids.dtype} {ids.shape}" if isinstance(ids, np.ndarray) else type(ids).__name__
-        raise RecipeError(f"{path} holds {kind}; wanted whole numbers of shape [T] or [N, L].")
+    if ids.ndim not in (1, 2) or ids.dtype.kind not in "iu" or ids.size == 0:
+        raise RecipeError(f"{path} holds {ids.dtype} {ids.shape}; wanted whole numbers of shape [T] or [N, L].")
     return torch.from_numpy(ids.astype(np.int64))
 
 
@@ -110,7 +112,7 @@ def _tokenise(path: Path, folder: Path) -> torch.Tensor:
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
     except Exception as error:  # transformers raises a different one for every way to lack a tokenizer
         raise RecipeError(
-            f"{folder} has no tokenizer that loads ({str(error).splitlines()[0]}); wanted one to read {path}. "
+            f"{folder} has no tokenizer that loads ({first_line(error)}); wanted one to read {path}. "
             "Put its files there, or give token ids as .npy."
         ) from error
     ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
@@ -126,11 +128,20 @@ def _read_text(path: Path) -> str:
         text = path.read_text(encoding="utf-8")
         if path.suffix == ".txt":
             return text
-        return "\n".join(str(json.loads(line)["text"]) for line in text.splitlines() if line.strip())
+        return "\n".join(_json_text(line) for line in text.split("\n") if line.strip())
+    except OSError as error:
+        raise RecipeError(f"{path} cannot be read: {error.strerror}.") from error
     except UnicodeDecodeError as error:
         raise RecipeError(f"{path} is not UTF-8 text (byte {error.start}); convert it first.") from error
     except (ValueError, KeyError, TypeError) as error:
         raise RecipeError(f"{path}: wanted one JSON object with a text field in each line, found {error!r}.") from error
+
+
+def _json_text(line: str) -> str:
+    text = json.loads(line)["text"]
+    if not isinstance(text, str):
+        raise TypeError(f"text is {text!r}")
+    return text
 
 
 def _parquet_texts(path: Path) -> list[str]:

@@ -43,3 +43,9 @@ class NumericalError(StreamlapError):
 
 class Interrupted(StreamlapError):
     exit_code = 75
+
+
+def first_line(error: BaseException) -> str:
+    """What a library's error says, in one line: the first of its message, or its type where it has none."""
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__

@@ -17,7 +17,7 @@ import torch
 from tqdm import tqdm
 
 from streamlap.calibration import calibration_tokens
-from streamlap.errors import Interrupted
+from streamlap.errors import Interrupted, ResumeMismatch
 from streamlap.export.folder import KEPT_NAME, finish_folder, module_rows
 from streamlap.families.layer import Edit, StreamLayer
 from streamlap.families.stream import ModelStream
@@ -85,21 +85,34 @@ def resume(out: str | Path) -> Report:
     out = Path(out)
     arguments = Journal.load(out).start["arguments"]
     recipe = Recipe.from_dict(arguments["recipe"])
-    tokens_NL = torch.from_numpy(np.load(out / STATE_FOLDER / TOKENS_NAME, allow_pickle=False))
     stream = ModelStream(local_folder(arguments["model"]), pick_device(arguments["device"]), recipe.dtype)
-    return run(stream, recipe, tokens_NL, out, arguments)
+    return run(stream, recipe, saved_tokens(out), out, arguments)
+
+
+def saved_tokens(out: Path) -> torch.Tensor:
+    path = out / STATE_FOLDER / TOKENS_NAME
+    try:
+        with path.open("rb") as file:
+            return torch.from_numpy(np.lib.format.read_array(file, allow_pickle=False))
+    except (OSError, ValueError, TypeError) as error:
+        raise ResumeMismatch(
+            f"{path} cannot be read ({error}); wanted this run's calibration tokens. Give the compress command again."
+        ) from error
 
 
 def run(stream: ModelStream, recipe: Recipe, tokens_NL: torch.Tensor, out: Path, arguments: dict[str, Any]) -> Report:
     """The checked job, from its next layer to a finished folder."""
+    if not Journal.exists(out):
+        forecast_disk(stream, out, open_bank(stream, out, arguments["work"], tokens_NL))
     with OutputLock(out), stop_requests() as stopped:
-        hidden = open_bank(stream, out, arguments["work"], tokens_NL)
+        check_output(stream.folder, out, overwrite=False)  # again, now that nobody else can write there
         if not Journal.exists(out):
-            forecast_disk(stream, out, hidden)
             np_bytes = io.BytesIO()
             np.save(np_bytes, tokens_NL.numpy())
             write_durably(out / STATE_FOLDER / TOKENS_NAME, np_bytes.getvalue())
         journal = Journal.open(out, fingerprint(stream, recipe, tokens_NL), arguments)
+        arguments = journal.start["arguments"]  # those that began the folder
+        hidden = open_bank(stream, out, arguments["work"], tokens_NL)
         job = Job(stream=stream, recipe=recipe, out=out, tokens_NL=tokens_NL, journal=journal, hidden=hidden)
         compress_layers(job, stopped)
         report = build_report(job)
@@ -118,8 +131,13 @@ def compress_layers(job: Job, stopped: Callable[[], bool]) -> None:
     kwargs = stream.layer_kwargs(job.tokens_NL.shape[1])
     shards = shard_names(stream.depth)
     if journal.next_layer == 0:
-        sink.write(shards[0], stream.outer_tensors())
+        outer = stream.outer_tensors()
+        for name in outer:
+            stream.source.read(name)  # refuses NaN, which a copy as bytes would carry over
+        sink.write(shards[0], outer)
         hidden.write(0, stream.embed(job.tokens_NL))
+    else:
+        hidden.drop(journal.next_layer - 1)  # where the run died between the commit and this
     for index in progress(journal.next_layer, stream.depth):
         if stopped():
             raise Interrupted(f"stopped at layer {index} of {stream.depth}; go on with: streamlap resume {job.out}")

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import hashlib
+import json
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -18,7 +20,7 @@ from streamlap.memory import existing_ancestor, require_disk
 from streamlap.methods.base import Layout
 from streamlap.recipe import Recipe
 from streamlap.store.hidden import DiskBank
-from streamlap.store.journal import STATE_FOLDER, Journal, OutputLock
+from streamlap.store.journal import JOURNAL_NAME, STATE_FOLDER, Journal, OutputLock
 from streamlap.version import __version__
 
 COMPANION_BYTES = 64 << 20
@@ -29,9 +31,7 @@ def pick_device(name: str) -> str:
     """auto, cpu, cuda or cuda:N -> a device that is there."""
     if name == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"
-    if name != "cpu" and not (
-        name.split(":")[0] == "cuda" and name.removeprefix("cuda").removeprefix(":").isdigit() | (name == "cuda")
-    ):
+    if not re.fullmatch(r"cpu|cuda(:[0-9]+)?", name):
         raise RecipeError(f"device is {name!r}; wanted auto, cpu, cuda or cuda:N.")
     if name.startswith("cuda") and int(name[5:] or 0) >= torch.cuda.device_count():
         raise RecipeError(
@@ -54,14 +54,25 @@ def check_output(folder: Path, out: Path, overwrite: bool) -> None:
             raise RecipeError(
                 f"--overwrite: {out} was not written by streamlap ({min(entries)}, ...); choose another folder."
             )
-        with OutputLock(out):
-            pass  # nobody is writing there
-        shutil.rmtree(out)
+        empty_output(out)
     elif entries and not Journal.exists(out) and entries != {STATE_FOLDER}:
         state = "holds a finished model" if RECIPE_NAME in entries else f"is not empty ({min(entries)}, ...)"
         raise RecipeError(
             f"output folder {out} {state}; wanted a new one. Choose another, or --overwrite a streamlap output."
         )
+
+
+def empty_output(out: Path) -> None:
+    """Remove an earlier result. Cut short, what is left is no model and no run to resume, and is still known as ours."""
+    with OutputLock(out):
+        for name in ("config.json", f"{STATE_FOLDER}/{JOURNAL_NAME}"):
+            (out / name).unlink(missing_ok=True)
+        for path in out.iterdir():
+            if path.is_dir() and not path.is_symlink():
+                shutil.rmtree(path) if path.name != STATE_FOLDER else None
+            else:
+                path.unlink()
+        shutil.rmtree(out / STATE_FOLDER)
 
 
 def plan_layers(stream: ModelStream, recipe: Recipe) -> list[Layout]:
@@ -85,8 +96,9 @@ def fingerprint(stream: ModelStream, recipe: Recipe, tokens_NL: torch.Tensor) ->
         f"source {name}": f"{h.file_bytes} bytes, header {h.digest[:16]}" for name, h in stream.source.headers.items()
     }
     recipe_rows = {f"recipe {key}": value for key, value in recipe.to_dict().items()}
+    config = json.dumps(stream.raw_config, sort_keys=True).encode()
     return {
-        **recipe_rows, **shards,
+        **recipe_rows, **shards, "source config.json": hashlib.sha256(config).hexdigest()[:16],
         "calibration tokens": f"{list(tokens_NL.shape)} {token_hash(tokens_NL)[:16]}",
         "compute": f"{stream.dtype} on {stream.device.type}",
         "versions": f"streamlap {__version__}, torch {torch.__version__}, transformers {transformers.__version__}",

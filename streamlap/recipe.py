@@ -42,7 +42,7 @@ class Calibration:
             value = getattr(self, name)
             if value is not None and (type(value) is not int or value < least):
                 raise RecipeError(f"calibration: {name} is {value!r}; wanted a whole number of at least {least}.")
-        if isinstance(self.files, str) or not all(isinstance(file, str) for file in self.files):
+        if not isinstance(self.files, list | tuple) or not all(isinstance(file, str) for file in self.files):
             raise RecipeError(f"calibration: files is {self.files!r}; wanted a list of paths.")
         object.__setattr__(self, "files", tuple(self.files))
 
@@ -108,7 +108,9 @@ class Recipe:
         values = dict(table)
         preset = values.setdefault("preset", "custom" if "methods" in values else "lorap")
         if "methods" in values:
-            values["methods"] = tuple(_parse_method(row) for row in values["methods"] or ())
+            if not isinstance(values["methods"], list):
+                raise RecipeError(f"methods is {values['methods']!r}; wanted a list of some of {', '.join(METHODS)}.")
+            values["methods"] = tuple(_parse_method(row) for row in values["methods"])
         else:
             values["methods"] = preset_methods(preset)
         calibration = values.get("calibration") or {}
@@ -122,14 +124,14 @@ class Recipe:
         try:
             table = yaml.safe_load(path.read_text(encoding="utf-8"))
         except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-            raise RecipeError(f"recipe {path} cannot be read: {error}") from error
+            raise RecipeError(f"recipe {path} cannot be read: {' '.join(str(error).split())}") from error
         if not isinstance(table, Mapping):
             raise RecipeError(f"recipe {path} holds a {type(table).__name__}; wanted keys like ratio and preset.")
         return cls.from_dict(table)
 
 
 def preset_methods(preset: str) -> tuple[Method, ...]:
-    if preset not in PRESETS:
+    if not isinstance(preset, str) or preset not in PRESETS:
         raise RecipeError(f"preset is {preset!r}; wanted one of {', '.join(PRESETS)}.")
     return PRESETS[preset]
 
@@ -140,7 +142,7 @@ def method_name(method: Method) -> str:
 
 def _parse_method(row: Any) -> Method:
     known = ", ".join(METHODS)
-    if not isinstance(row, Mapping) or row.get("method") not in METHODS:
+    if not isinstance(row, Mapping) or row.get("method") not in list(METHODS):
         raise RecipeError(f"methods holds {row!r}; wanted rows like {{method: NAME}} with one of {known}.")
     kind = METHODS[row["method"]]
     knobs = {key: value for key, value in row.items() if key != "method"}

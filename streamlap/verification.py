@@ -12,7 +12,7 @@ from typing import Any
 from streamlap.errors import CheckpointError, StreamlapError, UnsupportedModel
 from streamlap.export.folder import REPORT_NAME
 from streamlap.families.stream import ModelStream
-from streamlap.store.journal import STATE_FOLDER
+from streamlap.store.journal import STATE_FOLDER, Journal
 from streamlap.store.sink import file_hash
 from streamlap.store.source import INDEX_NAME, SafetensorsFolder
 
@@ -39,7 +39,7 @@ def fault(file: str, text: str, tensor: str | None = None) -> Fault:
 
 
 def unfinished(folder: Path) -> list[Fault]:
-    if (folder / STATE_FOLDER).exists():
+    if Journal.exists(folder):
         return [fault(STATE_FOLDER, f"the run is not finished; go on with: streamlap resume {folder}")]
     if not (folder / "config.json").is_file():
         return [fault("config.json", "missing, so this is not a model; compress again")]

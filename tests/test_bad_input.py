@@ -187,7 +187,7 @@ def test_a_file_that_is_not_whole(source: Path, tokens: Path, tmp_path: Path, ru
     assert not (tmp_path / "out").exists()
 
 
-SHARD_2 = "model-00002-of-00004.safetensors"
+SHARD_2 = "model-00002-of-00003.safetensors"
 
 
 def point_to(shard: Any, name: str = UP_1) -> Break:
@@ -216,7 +216,7 @@ INDEXES: dict[str, tuple[Break, tuple[str, ...]]] = {
     "inner folder": (point_to("a/x.safetensors"), ("'a/x.safetensors'", UP_1, "inside")),
     "the folder itself": (point_to("."), ("'.'", UP_1, "inside")),
     "absurd name": (point_to("x" * 5000), ("x" * 50, UP_1)),
-    "another shard": (point_to("model-00001-of-00004.safetensors"), (UP_1, "model-00001-of-00004", "not there")),
+    "another shard": (point_to("model-00001-of-00003.safetensors"), (UP_1, "model-00001-of-00003", "not there")),
     "tensor twice": (twice, ("stands in model-00001-of", "model-00002-of", "once")),
     "not JSON": (write_index(b"{"), (INDEX, "weight_map")),
     "not UTF-8": (write_index(b"\xff\xff"), (INDEX, "weight_map")),
@@ -241,6 +241,11 @@ def test_shards_may_be_links_out_of_the_folder(sharded: Path, tokens: Path, tmp_
     for path in sharded.iterdir():
         (snapshot / path.name).symlink_to(path)
     assert run_cli("compress", snapshot, tmp_path / "out", "--calibration", tokens) == (0, "")
+
+
+def no_layers(folder: Path) -> None:
+    edit_config(num_hidden_layers=0)(folder)
+    edit_tensors(lambda t: [t.pop(name) for name in list(t) if ".layers." in name])(folder)
 
 
 TENSORS: dict[str, tuple[Break, int, tuple[str, ...]]] = {
@@ -284,6 +289,7 @@ TENSORS: dict[str, tuple[Break, int, tuple[str, ...]]] = {
         edit_config(quantization_config={"quant_method": "streamlap", "format_version": 1, "modules": {"x": {"rank": 2}}}),
         3, ("quantization_config.modules", "'x'"),
     ),
+    "no layers at all": (no_layers, 3, ("config.json", "num_hidden_layers 0", "at least one")),
     "modules is a list": (
         edit_config(quantization_config={"quant_method": "streamlap", "format_version": 1, "modules": [1]}),
         3, ("quantization_config.modules",),
@@ -364,12 +370,12 @@ def test_a_word_out_of_range(pico: MakeModel, tokens: Path, tmp_path: Path, run_
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("words", [["--ratio", "abc"], ["--samples", "many"], ["--frobnicate"], ["one", "too many"]])
+@pytest.mark.parametrize("words", [["--ratio", "abc"], ["--samples", "many"], ["--frobnicate"], ["third"]])
 def test_words_that_do_not_parse(tmp_path: Path, run_cli: Cli, words: list[str]) -> None:
     code, err = run_cli("compress", "model", tmp_path / "out", *words)
     assert code == 2
-    assert words[-1] in err
-    assert "Traceback" not in err
+    assert "Error: " in err
+    assert words[0] in err
 
 
 RECIPES: dict[str, tuple[str, tuple[str, ...]]] = {
@@ -423,6 +429,11 @@ def save(value: Any, **options: Any) -> Break:
     return lambda path: np.save(path, value, **options)
 
 
+def save_zip(path: Path) -> None:
+    np.savez(path.with_suffix(".npz"), np.zeros(99, int))
+    path.with_suffix(".npz").rename(path)
+
+
 def npy_header(shape: str) -> bytes:
     """A .npy of one number that says it has another shape."""
     text = f"{{'descr': '<i8', 'fortran_order': False, 'shape': {shape}, }}"
@@ -447,17 +458,17 @@ CALIBRATIONS: dict[str, tuple[str, Break, tuple[str, ...]]] = {
     "three axes": ("c.npy", save(np.zeros((2, 2, 16), int)), ("c.npy", "(2, 2, 16)", "[T] or [N, L]")),
     "no rows": ("c.npy", save(np.zeros((0, 16), int)), ("c.npy", "(0, 16)", "[T] or [N, L]")),
     "short ids": ("c.npy", save(np.zeros(15, int)), ("c.npy", "15 tokens", "window of 64")),
-    "rows of one": ("c.npy", save(np.zeros((9, 1), int)), ("c.npy", "length is 1", "at least 2")),
+    "rows of one": ("c.npy", save(np.zeros((9, 1), int)), ("c.npy", "length is 1", "at least 2 tokens")),
     "rows above the context": ("c.npy", save(np.zeros((2, 65), int)), ("length is 65", "context is 64")),
     "ids above": ("c.npy", save(np.full((2, 16), 300)), ("c.npy", "from 300 to 300", "0 to 299", "tokenizer")),
     "ids below": ("c.npy", save(np.full((2, 16), -1)), ("c.npy", "from -1", "0 to 299")),
     "ids beyond int64": ("c.npy", save(np.full((2, 16), 2**64 - 1, np.uint64)), ("c.npy", "from -1", "0 to 299")),
     "objects": ("c.npy", save(np.array([{}], object), allow_pickle=True), ("c.npy", "not a .npy array")),
     "truncated": ("c.npy", write(npy_header("(4, 16)")), ("c.npy", "not a .npy array")),
-    "absurd shape": ("c.npy", write(npy_header("(10**15, 16)".replace("10**15", "1" + "0" * 15))), ("c.npy", "not a .npy")),
+    "absurd shape": ("c.npy", write(npy_header(f"({10**15}, 16)")), ("c.npy", "not a .npy")),
     "not npy": ("c.npy", write(TEXT), ("c.npy", "not a .npy array")),
     "not a zip": ("c.npy", write(b"PK\x03\x04" + b"x" * 99), ("c.npy", "not a .npy array")),
-    "npz": ("c.npy", lambda path: np.savez(path.open("wb"), a=np.zeros(99, int)), ("c.npy", "NpzFile", "whole numbers")),
+    "npz": ("c.npy", save_zip, ("c.npy", "not a .npy array")),
 }  # fmt: skip
 
 

@@ -151,6 +151,15 @@ def test_loads_what_was_assembled_by_hand(tmp_path: Path, family: str) -> None:
     assert all(parameter.requires_grad for parameter in model.parameters())
 
 
+@pytest.mark.parametrize("rows", [{}, {path: row for path, row in MIXED.items() if "mlp" in path}], ids=["none", "mlp"])
+def test_tables_without_factors(tmp_path: Path, rows: Rows) -> None:
+    case = make_case(tmp_path / "first", FAMILIES["llama"](), rows)
+    model = load(tmp_path / "first")
+    assert torch.equal(logits(model), logits(case.reference))
+    model.save_pretrained(tmp_path / "second")
+    assert_same_tensors(load_file(tmp_path / "second" / "model.safetensors"), case.tensors)
+
+
 @pytest.mark.parametrize(("stored", "asked"), [("bfloat16", "auto"), ("bfloat16", "float32"), ("float32", "bfloat16")])
 def test_dtypes(tmp_path: Path, stored: str, asked: str) -> None:
     case = make_case(tmp_path, FAMILIES["qwen2-tied"](), MIXED, getattr(torch, stored))

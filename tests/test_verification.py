@@ -72,6 +72,7 @@ def test_shapes_are_held_against_the_config(out: Path) -> None:
 
 def test_an_unfinished_folder_is_called_that(out: Path) -> None:
     (out / ".streamlap").mkdir()
+    (out / ".streamlap" / "journal.jsonl").touch()
     assert "not finished" in faults(out)
 
 

@@ -52,15 +52,16 @@ FAMILIES = {
 def find_family(config: Mapping[str, Any]) -> Family:
     """The row for a parsed config.json. Raises UnsupportedModel with what was found and what is known."""
     found, known = config.get("model_type"), ", ".join(FAMILIES)
-    if found not in FAMILIES:
+    if not isinstance(found, str) or found not in FAMILIES:
         raise UnsupportedModel(
             f"model_type {found!r} (architectures {config.get('architectures')!r}) is not known; known are {known}. "
             "docs/add-a-family.md shows the row that a new one takes."
         )
     quantization = config.get("quantization_config") or {}
-    if quantization and quantization.get("quant_method") != "streamlap":
+    method = quantization.get("quant_method") if isinstance(quantization, Mapping) else quantization
+    if quantization and method != "streamlap":
         raise UnsupportedModel(
-            f"the checkpoint is quantised ({quantization.get('quant_method')!r}); wanted plain float weights. "
+            f"the checkpoint is quantised ({method!r}); wanted plain float weights. "
             "Compress the original first and quantise the result."
         )
-    return FAMILIES[str(found)]
+    return FAMILIES[found]

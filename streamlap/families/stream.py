@@ -19,7 +19,7 @@ import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from streamlap.errors import CheckpointError, UnsupportedModel
+from streamlap.errors import CheckpointError, UnsupportedModel, first_line
 from streamlap.families import find_family
 from streamlap.families.layer import StreamLayer
 from streamlap.modules import LowRankLinear, disk_name, swap_modules
@@ -58,6 +58,8 @@ class ModelStream:
         self.rows: dict[str, dict[str, int]] = (self.raw_config.get("quantization_config") or {}).get("modules", {})
         _swap(self.model, self.rows)
         self.layers = list(self.model.get_submodule(self.family.layers).children())
+        if not self.layers:
+            raise CheckpointError(f"{folder / 'config.json'} has num_hidden_layers 0; wanted at least one decoder layer.")
         self.dtype = self._resolve_dtype(dtype)
         self._check_tensors()
 
@@ -223,8 +225,7 @@ def _meta_model(folder: Path) -> nn.Module:
             model: nn.Module = AutoModelForCausalLM.from_config(config)  # type: ignore[no-untyped-call]
         return model.eval()
     except Exception as error:  # whatever transformers makes of a config that is out of range
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise CheckpointError(f"{folder / 'config.json'} does not describe a model: {reason}") from error
+        raise CheckpointError(f"{folder / 'config.json'} does not describe a model: {first_line(error)}") from error
 
 
 def _swap(model: nn.Module, rows: Any) -> None:

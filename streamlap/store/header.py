@@ -106,7 +106,7 @@ def _parse_row(path: Path, name: str, row: Any, data_start: int) -> TensorInfo:
         dtype, shape, (begin, end) = row["dtype"], row["shape"], row["data_offsets"]
     except (KeyError, TypeError, ValueError) as error:
         raise _fault(path, f"tensor {name!r} is described as {row!r}", "dtype, shape and data_offsets") from error
-    if dtype not in DTYPES:
+    if not isinstance(dtype, str) or dtype not in DTYPES:
         raise _fault(path, f"tensor {name!r} has dtype {dtype!r}", f"one of {', '.join(DTYPES)}")
     numbers = [*shape, begin, end] if isinstance(shape, list) else [None]
     if any(type(number) is not int or not 0 <= number < 2**60 for number in numbers):

@@ -14,9 +14,9 @@ from typing import Protocol
 
 import torch
 
-from streamlap.errors import ResumeMismatch
+from streamlap.errors import ResumeMismatch, StreamlapError
 from streamlap.store.header import byte_view
-from streamlap.store.sink import durable
+from streamlap.store.sink import disk_error, durable
 
 
 class HiddenStates(Protocol):
@@ -48,7 +48,6 @@ class DiskBank:
 
     def __init__(self, folder: Path, shape_NLD: tuple[int, int, int], dtype: torch.dtype, batch: int) -> None:
         self.folder, self.shape_NLD, self.dtype, self.batch = folder, shape_NLD, dtype, batch
-        folder.mkdir(parents=True, exist_ok=True)
 
     @property
     def nbytes(self) -> int:
@@ -77,12 +76,16 @@ class DiskBank:
                 view = byte_view(x_BLD)
                 done, start = 0, first * self.nbytes // sequences
                 while done < len(view):
-                    done += os.preadv(handle, [view[done:]], start + done)
+                    done += _read_some(handle, view[done:], start + done, path)
                 yield x_BLD
         finally:
             os.close(handle)
 
     def write(self, generation: int, batches: Iterable[torch.Tensor]) -> None:
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise disk_error(error, self.folder) from error
         with durable(self._path(generation), self.nbytes) as file:
             for x_BLD in batches:
                 file.write(byte_view(x_BLD.cpu().contiguous()))
@@ -93,3 +96,13 @@ class DiskBank:
     def remove(self) -> None:
         """No generation is needed any more."""
         shutil.rmtree(self.folder, ignore_errors=True)
+
+
+def _read_some(handle: int, view: memoryview, start: int, path: Path) -> int:
+    try:
+        count = os.preadv(handle, [view], start)
+    except OSError as error:
+        raise StreamlapError(f"{path} cannot be read: {error.strerror}. Mend that and run again to resume.") from error
+    if not count:
+        raise StreamlapError(f"{path} ended at byte {start}: it was cut while in use. Start over with --overwrite.")
+    return count

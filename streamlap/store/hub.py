@@ -11,7 +11,7 @@ from pathlib import Path
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
-from streamlap.errors import CheckpointError, RecipeError
+from streamlap.errors import CheckpointError, RecipeError, first_line
 
 TEXT_SUFFIXES = (".txt", ".jsonl", ".parquet")
 
@@ -56,5 +56,6 @@ def _snapshot(hub_id: str, kind: str, patterns: list[str]) -> Path:
     try:
         return Path(snapshot_download(name, repo_type=kind, revision=revision or None, allow_patterns=patterns))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise CheckpointError(f"{hub_id} is not a folder, nor a hub id under which a {kind} can be had: {reason}") from error
+        raise CheckpointError(
+            f"{hub_id} is not a folder, nor a hub id under which a {kind} can be had: {first_line(error)}"
+        ) from error

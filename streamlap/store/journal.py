@@ -17,7 +17,7 @@ from typing import Any
 import filelock
 
 from streamlap.errors import ResumeMismatch
-from streamlap.store.sink import disk_error, write_durably
+from streamlap.store.sink import disk_error, fsync_folder, write_durably
 
 STATE_FOLDER = ".streamlap"
 JOURNAL_NAME = "journal.jsonl"
@@ -27,21 +27,22 @@ class OutputLock:
     """One writer per output folder. The kernel lets go of the lock when its process dies, however it dies."""
 
     def __init__(self, out: Path) -> None:
-        state = out / STATE_FOLDER
-        state.mkdir(parents=True, exist_ok=True)
-        self._holder = state / "holder"
-        self._lock = filelock.FileLock(str(state / "lock"))
+        self._out, self._holder = out, out / STATE_FOLDER / "holder"
+        self._lock = filelock.FileLock(str(out / STATE_FOLDER / "lock"))
 
     def __enter__(self) -> OutputLock:
         try:
+            self._holder.parent.mkdir(parents=True, exist_ok=True)
             self._lock.acquire(timeout=0)
+            self._holder.write_text(f"{os.getpid()} on {os.uname().nodename}")
         except filelock.Timeout as error:
             holder = self._holder.read_text() if self._holder.exists() else "unknown"
             raise ResumeMismatch(
-                f"{self._holder.parent.parent} is being written by process {holder}; wanted it free. "
-                "Wait for that run or stop it."
+                f"{self._out} is being written by process {holder}; wanted it free. Wait for that run or stop it."
             ) from error
-        self._holder.write_text(f"{os.getpid()} on {os.uname().nodename}")
+        except OSError as error:
+            self._lock.release()
+            raise disk_error(error, self._holder) from error
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -69,6 +70,7 @@ class Journal:
             return cls.create(out, fingerprint, arguments)
         journal = cls.load(out)
         journal.check(fingerprint)
+        journal.cut_torn_line()
         return journal
 
     @classmethod
@@ -79,7 +81,10 @@ class Journal:
 
     @classmethod
     def load(cls, out: Path) -> Journal:
-        """Read the journal and cut off a torn last line. Raises ResumeMismatch when there is none or it is damaged inside."""
+        """Read the journal up to its last whole line. Raises ResumeMismatch when there is none or it is damaged inside.
+
+        Changes nothing, so that it may be called without the lock.
+        """
         path = out / STATE_FOLDER / JOURNAL_NAME
         if not path.is_file():
             raise ResumeMismatch(
@@ -87,10 +92,6 @@ class Journal:
             )
         raw = path.read_bytes()
         whole = raw[: raw.rfind(b"\n") + 1]
-        if whole != raw:
-            with path.open("r+b") as file:
-                file.truncate(len(whole))
-                os.fsync(file.fileno())
         try:
             start, *layers = [json.loads(line) for line in whole.splitlines()]
             ordered = [layer["index"] for layer in layers] == list(range(len(layers)))
@@ -118,6 +119,15 @@ class Journal:
                 "or start over with --overwrite, or choose another folder."
             )
 
+    def cut_torn_line(self) -> None:
+        """Take off what follows the last whole line, so that the next one begins a line of its own."""
+        path = self.state / JOURNAL_NAME
+        raw = path.read_bytes()
+        if not raw.endswith(b"\n"):
+            with path.open("r+b") as file:
+                file.truncate(raw.rfind(b"\n") + 1)
+                os.fsync(file.fileno())
+
     def append(self, layer: Mapping[str, Any]) -> None:
         """Commit one layer."""
         path = self.state / JOURNAL_NAME
@@ -132,5 +142,7 @@ class Journal:
         self.layers.append(dict(layer))
 
     def remove(self) -> None:
-        """The run is complete: nothing of its state stays."""
+        """The run is complete: nothing of its state stays. The journal goes first; from then on the folder is finished."""
+        (self.state / JOURNAL_NAME).unlink()
+        fsync_folder(self.state)
         shutil.rmtree(self.state)

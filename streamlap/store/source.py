@@ -20,6 +20,7 @@ INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
 PICKLE_SUFFIXES = {".bin", ".pt", ".pth", ".ckpt"}
 CHUNK_BYTES = 1 << 26
+MAX_NAME_BYTES = 255
 
 
 class TensorSource(Protocol):
@@ -121,14 +122,14 @@ def _read_index(folder: Path) -> dict[str, str]:
     try:
         table = json.loads((folder / INDEX_NAME).read_text(encoding="utf-8"))["weight_map"]
         pairs = {str(name): str(shard) for name, shard in table.items()}
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise CheckpointError(
             f"{INDEX_NAME} cannot be parsed ({error!r}); wanted an object with weight_map."
         ) from error
     for name, shard in pairs.items():
-        if Path(shard).name != shard or shard in {"", ".", ".."}:
+        if Path(shard).name != shard or shard in {"", ".", ".."} or len(shard.encode(errors="replace")) > MAX_NAME_BYTES:
             raise CheckpointError(
-                f"{INDEX_NAME} puts tensor {name!r} into {shard!r}; wanted a file name inside {folder}. Do not trust it."
+                f"{INDEX_NAME} puts tensor {name!r} into {shard[:200]!r}; wanted a file name inside {folder}. Do not trust it."
             )
         if not (folder / shard).is_file():
             raise CheckpointError(
