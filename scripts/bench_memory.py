@@ -57,6 +57,12 @@ def measure(depth: int, hidden: int, windows: int, threads: int) -> dict:
         return {"layers": depth} | json.loads(done.stdout.splitlines()[-1])
 
 
+def layer_bytes(hidden: int) -> int:
+    """Bytes of one decoder layer as stored, in bfloat16."""
+    ffn, kv = hidden * 11 // 4, max(1, hidden // 256) * 64
+    return 2 * (2 * hidden * hidden + 2 * hidden * kv + 3 * hidden * ffn + 2 * hidden)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--depths", type=int, nargs="+", default=[4, 12, 36])
@@ -66,10 +72,8 @@ def main() -> None:
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
     rows = [measure(depth, args.hidden, args.windows, args.threads) for depth in args.depths]
-    h, f, kv = args.hidden, args.hidden * 11 // 4, max(1, args.hidden // 256) * 64
-    layer_bytes = 2 * (2 * h * h + 2 * h * kv + 3 * h * f + 2 * h)
     spread = {what: max(r[what] for r in rows) - min(r[what] for r in rows) for what in ("compress", "evaluate")}
-    result = {"rows": rows, "layer_bytes_bf16": layer_bytes, "spread": spread}
+    result = {"rows": rows, "layer_bytes": layer_bytes(args.hidden), "spread": spread}
     text = json.dumps(result, indent=1)
     print(text)
     if args.out:

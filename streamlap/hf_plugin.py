@@ -58,9 +58,9 @@ class StreamlapConfig(QuantizationConfigMixin):
         if not isinstance(modules, Mapping):
             raise ValueError(f"quantization_config.modules: seen {modules!r}; wanted a table of module path -> row")
         for path, row in modules.items():
-            if not isinstance(path, str) or not re.fullmatch(r"\w+(\.\w+)*", path) or not isinstance(row, Mapping):
+            if not isinstance(row, Mapping):
                 raise ValueError(
-                    f"quantization_config.modules: seen {path!r}: {row!r}; wanted 'a.module.path': {{...}}"
+                    f"quantization_config.modules[{path!r}]: seen {row!r}; wanted {{'rank': 7}} or the like"
                 )
         self.quant_method = QUANT_METHOD  # type: ignore[assignment]  # transformers declares its own closed enum
         self.format_version = FORMAT_VERSION
@@ -145,13 +145,6 @@ class StreamlapQuantizer(HfQuantizer):
         return True
 
 
-def register() -> None:
-    """Make the loader known to transformers. A second copy of this file, from an output folder, leaves the first in charge."""
-    if QUANT_METHOD not in AUTO_QUANTIZER_MAPPING:
-        register_quantization_config(QUANT_METHOD)(StreamlapConfig)
-        register_quantizer(QUANT_METHOD)(StreamlapQuantizer)
-
-
 def _path_in(model: PreTrainedModel, path: str) -> str:
     """`path` as `model` spells it: the bare decoder that AutoModel gives has no `model.` in front."""
     return path.removeprefix(f"{model.base_model_prefix}.") if model.base_model is model else path
@@ -167,4 +160,8 @@ def _check_loaded(path: str, module: nn.Module) -> None:
             )
 
 
-register()
+if (
+    QUANT_METHOD not in AUTO_QUANTIZER_MAPPING
+):  # a second copy of this file, out of a folder, leaves the first in charge
+    register_quantization_config(QUANT_METHOD)(StreamlapConfig)
+    register_quantizer(QUANT_METHOD)(StreamlapQuantizer)

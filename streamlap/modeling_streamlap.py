@@ -10,10 +10,9 @@ from typing import Any
 
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
-from .hf_plugin import register
-from .modules import LowRankLinear  # noqa: F401  # older transformers copy only what this very file imports
-
-register()
+# For what their import does. Both are named here: older transformers copy only the files that this very one imports.
+from .hf_plugin import StreamlapQuantizer  # noqa: F401
+from .modules import LowRankLinear  # noqa: F401
 
 
 class StreamlapAutoConfig:

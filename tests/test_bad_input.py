@@ -215,7 +215,7 @@ INDEXES: dict[str, tuple[Break, tuple[str, ...]]] = {
     "absolute": (point_to("/etc/passwd"), ("'/etc/passwd'", UP_1, "inside")),
     "inner folder": (point_to("a/x.safetensors"), ("'a/x.safetensors'", UP_1, "inside")),
     "the folder itself": (point_to("."), ("'.'", UP_1, "inside")),
-    "absurd name": (point_to("x" * 5000), ("x" * 50, UP_1)),
+    "absurd name": (point_to("x" * 5000), ("x" * 50, "missing", UP_1)),
     "another shard": (point_to("model-00001-of-00003.safetensors"), (UP_1, "model-00001-of-00003", "not there")),
     "tensor twice": (twice, ("stands in model-00001-of", "model-00002-of", "once")),
     "not JSON": (write_index(b"{"), (INDEX, "weight_map")),
@@ -524,9 +524,7 @@ def test_an_output_that_is_taken(source: Path, tokens: Path, tmp_path: Path, run
     assert sorted(tmp_path.rglob("*")) == before
 
 
-def test_a_finished_output_is_replaced_only_on_demand(
-    source: Path, tokens: Path, tmp_path: Path, run_cli: Cli
-) -> None:
+def test_a_finished_output_is_replaced_only_on_demand(source: Path, tokens: Path, tmp_path: Path, run_cli: Cli) -> None:
     out, words = tmp_path / "out", ("--calibration", tokens)
     assert run_cli("compress", source, out, *words) == (0, "")
     whole = {path.name: path.read_bytes() for path in out.iterdir()}

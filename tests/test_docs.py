@@ -7,7 +7,8 @@ The blocks of a page run from top to bottom in one folder that holds `my-model` 
   that its comment names (`# exit code 3`). `# Ctrl-C here; exit code 75` interrupts it after the first layer. Of `scripts/...`
   lines only the script's existence is checked. Any other command is an error, so that none goes untested;
 - ```yaml is written to the file that its first line names;
-- ```json after a command with --json, or under `<!-- file: PATH [KEY | line N] -->`, must have the fields of the real thing;
+- ```json after a command with --json, or under `<!-- file: PATH [KEY | line N] -->`, must have the fields of the real thing, or
+  some of them under `<!-- part of file: PATH -->`;
 - ```text is left alone.
 """
 
@@ -41,7 +42,9 @@ ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 TEXTS = {str(page.relative_to(ROOT)): page.read_text(encoding="utf-8") for page in [*PAGES, ROOT / "CHANGELOG.md"]}
 
-BLOCK = re.compile(r"^(?:<!-- file: (?P<file>.+?) -->\n)?```(?P<language>\w*)\n(?P<code>.*?)^```$", re.M | re.S)
+BLOCK = re.compile(
+    r"^(?:<!-- (?P<part>part of )?file: (?P<file>.+?) -->\n)?```(?P<language>\w*)\n(?P<code>.*?)^```$", re.M | re.S
+)
 FREE_KEYS = {"modules", "sites", "shards", "fingerprint", "recipe"}
 """Objects of which a page may show a part."""
 
@@ -52,6 +55,7 @@ class Block:
     code: str
     line: int
     file: str | None
+    part: bool
 
     @classmethod
     def all_of(cls, page: str) -> list[Block]:
@@ -62,6 +66,7 @@ class Block:
                 code=match["code"],
                 line=text.count("\n", 0, match.start("code")) + 1,
                 file=match["file"],
+                part=match["part"] is not None,
             )
             for match in BLOCK.finditer(text)
         ]
@@ -107,7 +112,7 @@ def test_blocks_run(
             (workplace / name[1]).write_text(block.code)
         elif block.language == "json":
             actual = read_part(block.file) if block.file else json.loads(printed)
-            compare(json.loads(block.code), actual, where)
+            compare(json.loads(block.code), actual, where, block.part)
         else:
             assert block.language == "text", f"{where}: {block.language or 'no language'}; wanted one that is tested"
 
@@ -151,7 +156,7 @@ def read_part(reference: str) -> Any:
 
 
 def compare(shown: Any, actual: Any, where: str, partial: bool = False) -> None:
-    """The same fields, of the same types; of lists, of `FREE_KEYS` and of a file by itself the page may show the beginning."""
+    """The same fields, of the same types; where `partial`, below `FREE_KEYS` and of lists the page may show some only."""
     assert type(shown) is type(actual), f"{where}: shows {shown!r}, and it is {actual!r}"
     if isinstance(shown, dict):
         assert shown.keys() <= actual.keys(), f"{where}: {shown.keys() - actual.keys()} are not there"
@@ -198,7 +203,10 @@ def test_readme_names_every_command() -> None:
 def test_exit_codes_are_those_of_the_errors(page: str) -> None:
     section = TEXTS[page].split("## Exit codes")[1].split("\n## ")[0]
     kinds = [kind for kind in vars(errors).values() if isinstance(kind, type) and issubclass(kind, Exception)]
-    assert {int(code) for code in re.findall(r"^\| (\d+) \|", section, re.M)} == {0, *(kind.exit_code for kind in kinds)}
+    assert {int(code) for code in re.findall(r"^\| (\d+) \|", section, re.M)} == {
+        0,
+        *(kind.exit_code for kind in kinds),
+    }
     for code, cell in re.findall(r"^\| (\d+) \| ([`\w, ]*) \|", section, re.M):
         for name in re.findall(r"`(\w+)`", cell):
             assert getattr(errors, name).exit_code == int(code), name

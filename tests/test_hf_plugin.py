@@ -194,6 +194,9 @@ def test_layer_1_is_not_layer_11(tmp_path: Path) -> None:
     case = make_case(tmp_path / "first", config, rows)
     model = load(tmp_path / "first")
     assert torch.equal(logits(model), logits(case.reference))
+    for renaming in model.hf_quantizer.get_weight_conversions():
+        for name in ("model.layers.11.self_attn.q_proj.weight", "model.layers.1.self_attn.k_proj.weight"):
+            assert renaming.rename_source_key(name)[0] == name
     model.save_pretrained(tmp_path / "second")
     assert_same_tensors(load_file(tmp_path / "second" / "model.safetensors"), case.tensors)
 
@@ -324,8 +327,8 @@ Q_PROJ = "model.layers.0.self_attn.q_proj"
         ({"module": {}}, r"seen module; wanted"),
         ({"modules": None}, "modules: seen None; wanted a table"),
         ({"modules": ["a"]}, r"modules: seen \['a'\]; wanted a table"),
-        ({"modules": {Q_PROJ: 7}}, f"'{Q_PROJ}': 7"),
-        ({"modules": {".*q_proj": {"rank": 7}}}, r"'\.\*q_proj'"),
+        ({"modules": {Q_PROJ: 7}}, rf"modules\['{Q_PROJ}'\]: seen 7"),
+        ({"modules": {".*q_proj": {"rank": 7}}}, r"'\.\*q_proj'.*no such module"),
         ({"modules": {Q_PROJ: {}}}, f"'{Q_PROJ}'.*seen {{}}; wanted 'rank'"),
         ({"modules": {Q_PROJ: {"rank": "7"}}}, f"'{Q_PROJ}'.*rank = '7'; wanted an integer"),
         ({"modules": {Q_PROJ: {"rank": 32}}}, f"'{Q_PROJ}'.*rank = 32; wanted an integer 1..31"),

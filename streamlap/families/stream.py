@@ -59,7 +59,9 @@ class ModelStream:
         _swap(self.model, self.rows)
         self.layers = list(self.model.get_submodule(self.family.layers).children())
         if not self.layers:
-            raise CheckpointError(f"{folder / 'config.json'} has num_hidden_layers 0; wanted at least one decoder layer.")
+            raise CheckpointError(
+                f"{folder / 'config.json'} has num_hidden_layers 0; wanted at least one decoder layer."
+            )
         self.dtype = self._resolve_dtype(dtype)
         self._check_tensors()
 

@@ -1,0 +1,472 @@
+"""A run that dies anywhere is known as unfinished, goes on, and ends in the bytes of the unbroken run."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from conftest import MakeModel
+from outputs import STATE, contents, is_begun
+
+import streamlap
+from streamlap import preflight
+from streamlap.errors import Interrupted, ResumeMismatch
+from streamlap.store.journal import Journal, OutputLock
+
+ROOT = Path(__file__).parents[1]
+JOURNAL = f"{STATE}/journal.jsonl"
+
+Compress = Callable[..., streamlap.Report]
+
+
+class Crash(BaseException):
+    """The process is gone: nothing that tidies up may catch this."""
+
+
+@pytest.fixture
+def source(pico: MakeModel) -> Path:
+    return pico("llama", tokenizer=True, num_hidden_layers=2)
+
+
+@pytest.fixture
+def compress(source: Path, tokens: Path) -> Compress:
+    def run(out: Path, **changes: Any) -> streamlap.Report:
+        return streamlap.compress(changes.pop("model", source), out, files=(str(tokens),), **changes)
+
+    return run
+
+
+@pytest.fixture
+def whole(compress: Compress, tmp_path: Path) -> dict[str, Any]:
+    """The bytes of an unbroken run."""
+    compress(tmp_path / "whole")
+    return contents(tmp_path / "whole")
+
+
+def crash_after(layers: int, monkeypatch: pytest.MonkeyPatch, run: Callable[[], object]) -> None:
+    """`run` dies where it would commit the layer after the first `layers`."""
+    append, done = Journal.append, []
+
+    def count(journal: Journal, line: dict[str, Any]) -> None:
+        if len(done) == layers:
+            raise Crash
+        append(journal, line)
+        done.append(line)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Journal, "append", count)
+        with pytest.raises(Crash):
+            run()
+
+
+@pytest.fixture
+def broken(compress: Compress, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An output folder with one layer of two committed."""
+    crash_after(1, monkeypatch, lambda: compress(tmp_path / "out"))
+    return tmp_path / "out"
+
+
+# --- death at every step -----------------------------------------------------------------------------------------------
+
+STEPS = ("fsync", "replace", "unlink", "rmdir")
+"""The calls to the kernel by which a run moves on. Between two of them only temporary files and the journal's end grow."""
+
+
+def die_at(step: int, patch: pytest.MonkeyPatch) -> list[str]:
+    """From the step of that number on, every step raises, as none would come to pass. Returns the names of those seen."""
+    seen: list[str] = []
+
+    def guard(name: str) -> Callable[..., Any]:
+        real = getattr(os, name)
+
+        def call(*args: Any, **kwargs: Any) -> Any:
+            seen.append(name)
+            if len(seen) >= step:
+                raise Crash
+            return real(*args, **kwargs)
+
+        return call
+
+    for name in STEPS:
+        patch.setattr(os, name, guard(name))
+    return seen
+
+
+def crashes(step: int, monkeypatch: pytest.MonkeyPatch, run: Callable[[], object]) -> bool:
+    with monkeypatch.context() as patch:
+        seen = die_at(step, patch)
+        try:
+            run()
+        except Crash:
+            return True
+    assert len(seen) == step - 1
+    return False
+
+
+def test_death_at_every_step(
+    compress: Compress, whole: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    step, ended = 1, 0
+    while crashes(step, monkeypatch, lambda: compress(tmp_path / str(step))):  # noqa: B023
+        out = tmp_path / str(step)
+        looks_finished = (out / "config.json").exists() and not is_begun(out)
+        assert streamlap.verify(out)["ok"] == looks_finished, step
+        if not looks_finished:
+            streamlap.resume(out) if is_begun(out) and step % 2 else compress(out)
+        else:
+            ended += 1
+            shutil.rmtree(out / STATE)
+        assert contents(out) == whole, step
+        shutil.rmtree(out)
+        step += 1
+    assert contents(tmp_path / str(step)) == whole
+    assert step > 60, "the steps were not seen"
+    assert 0 < ended < 8, "only tidying up comes after the journal is gone"
+
+
+def test_death_twice(
+    compress: Compress, whole: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The resumed run dies too, and the next, each five steps later than the one before."""
+    out, step = tmp_path / "out", 10
+    assert crashes(step, monkeypatch, lambda: compress(out))
+    while crashes(step, monkeypatch, lambda: streamlap.resume(out)):
+        assert not streamlap.verify(out)["ok"]
+        step += 5
+    assert step > 30
+    assert contents(out) == whole
+
+
+def test_death_while_an_old_result_is_replaced(
+    compress: Compress, whole: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With --overwrite: at no step do the remains of the old result pass for a model or for a run to resume."""
+    compress(tmp_path / "old", ratio=0.5)
+    for step in range(1, 30):
+        out = Path(shutil.copytree(tmp_path / "old", tmp_path / str(step)))
+        assert crashes(step, monkeypatch, lambda out=out: compress(out, overwrite=True))
+        if step > 1:
+            assert not streamlap.verify(out)["ok"], step
+        compress(out, overwrite=True)
+        assert contents(out) == whole
+        shutil.rmtree(out)
+
+
+def test_a_file_is_on_the_disk_before_it_gets_its_name(
+    compress: Compress, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """fsync of all its bytes, rename, fsync of the folder: in this order for every file, and the journal comes after."""
+    events: list[tuple[str, Any]] = []
+    fsync, replace = os.fsync, os.replace
+
+    def note_fsync(handle: int) -> None:
+        fsync(handle)
+        stat = os.fstat(handle)
+        events.append(("fsync", (stat.st_ino, stat.st_size)))
+
+    def note_replace(old: Any, new: Any) -> None:
+        stat = os.stat(old)
+        events.append(("replace", (stat.st_ino, stat.st_size)))
+        replace(old, new)
+        events.append(("folder", os.stat(Path(new).parent).st_ino))
+
+    monkeypatch.setattr(os, "fsync", note_fsync)
+    monkeypatch.setattr(os, "replace", note_replace)
+    compress(tmp_path / "out")
+    renames = [place for place, (kind, _) in enumerate(events) if kind == "replace"]
+    assert len(renames) > 10
+    for place in renames:
+        (before, synced), (_, renamed), (_, folder), (after, inode) = events[place - 1 : place + 3]
+        assert (before, after) == ("fsync", "fsync")
+        assert synced == renamed
+        assert inode[0] == folder
+
+
+# --- the journal ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kept", [0.0, 0.01, 0.5, 0.99, -1])
+def test_a_torn_last_line_never_happened(broken: Path, whole: dict[str, Any], kept: float) -> None:
+    raw = (broken / JOURNAL).read_bytes()
+    start = raw.index(b"\n") + 1
+    length = len(raw) - start
+    (broken / JOURNAL).write_bytes(raw[: start + (length - 1 if kept < 0 else int(kept * length))])
+    streamlap.resume(broken)
+    assert contents(broken) == whole
+
+
+def test_a_refused_resume_does_not_touch_the_journal(broken: Path) -> None:
+    """The line that looks torn may be one that the running process is just writing."""
+    torn = (broken / JOURNAL).read_bytes()[:-9]
+    (broken / JOURNAL).write_bytes(torn)
+    with OutputLock(broken), pytest.raises(ResumeMismatch, match="being written by process"):
+        streamlap.resume(broken)
+    assert (broken / JOURNAL).read_bytes() == torn
+
+
+def edit_line(number: int, change: Callable[[bytes], bytes]) -> Callable[[list[bytes]], list[bytes]]:
+    return lambda lines: [change(line) if place == number else line for place, line in enumerate(lines)]
+
+
+DAMAGE: dict[str, Callable[[list[bytes]], list[bytes]]] = {
+    "first line cut": edit_line(0, lambda line: line[:40] + b"\n"),
+    "first line of another kind": edit_line(0, lambda line: b"[1]\n"),
+    "middle line cut": edit_line(1, lambda line: line[:40] + b"\n"),
+    "middle line not text": edit_line(1, lambda line: b"\xff\xfe\n"),
+    "middle line gone": lambda lines: [lines[0], lines[2]],
+    "a line twice": lambda lines: [lines[0], lines[1], lines[1]],
+    "first line gone": lambda lines: lines[1:],
+    "empty": lambda lines: [],
+}
+
+
+@pytest.mark.parametrize("case", DAMAGE)
+@pytest.mark.parametrize("again", ["resume", "compress"])
+def test_a_damaged_journal_is_refused(broken: Path, compress: Compress, case: str, again: str) -> None:
+    lines = (broken / JOURNAL).read_bytes().splitlines(keepends=True)
+    second = lines[1].replace(b'"index": 0', b'"index": 1')
+    (broken / JOURNAL).write_bytes(b"".join(DAMAGE[case]([*lines, second])))
+    with pytest.raises(ResumeMismatch, match=r"journal.jsonl is damaged .* Delete .*out and run"):
+        streamlap.resume(broken) if again == "resume" else compress(broken)
+
+
+@pytest.mark.parametrize("data", [None, b"", b"PK\x03\x04", b"\x93NUMPY"])
+def test_damaged_tokens_are_made_anew_by_compress(
+    broken: Path, compress: Compress, whole: dict[str, Any], data: bytes | None
+) -> None:
+    path = broken / STATE / "tokens.npy"
+    path.unlink() if data is None else path.write_bytes(data)
+    with pytest.raises(ResumeMismatch, match=r"tokens.npy cannot be read .* compress command again"):
+        streamlap.resume(broken)
+    compress(broken)
+    assert contents(broken) == whole
+
+
+def test_there_must_be_something_to_resume(compress: Compress, tmp_path: Path) -> None:
+    compress(tmp_path / "out")
+    for out in (tmp_path / "out", tmp_path / "nowhere"):
+        with pytest.raises(ResumeMismatch, match=r"nothing to resume\. Run streamlap compress"):
+            streamlap.resume(out)
+    assert not (tmp_path / "nowhere").exists()
+
+
+# --- another run ---------------------------------------------------------------------------------------------------------
+
+CHANGES: dict[str, tuple[dict[str, Any], str]] = {
+    "ratio": ({"ratio": 0.3}, "recipe ratio: the folder has 0.2, this run has 0.3"),
+    "dtype": ({"dtype": "bfloat16"}, "recipe dtype: the folder has 'auto', this run has 'bfloat16'"),
+    "samples": ({"samples": 5}, "calibration tokens: the folder has '[12, 16] "),
+    "seed": ({"samples": 12, "seed": 1}, "'seed': 0}, this run has {"),
+    "methods": ({"methods": ()}, "recipe methods: the folder has [{'method': 'attention_awsvd'"),
+}
+
+
+@pytest.mark.parametrize("case", CHANGES)
+def test_other_settings_are_refused(broken: Path, compress: Compress, case: str) -> None:
+    changes, words = CHANGES[case]
+    before = contents(broken)
+    with pytest.raises(ResumeMismatch) as refusal:
+        compress(broken, **changes)
+    assert words in str(refusal.value)
+    assert "begun by another run" in str(refusal.value)
+    assert "--overwrite" in str(refusal.value)
+    assert {name: data for name, data in contents(broken).items() if "holder" not in name} == {
+        name: data for name, data in before.items() if "holder" not in name
+    }
+
+
+def change_shard(folder: Path) -> None:
+    path = folder / "model.safetensors"
+    raw = path.read_bytes()
+    path.write_bytes(raw.replace(b'{"format":"pt"}', b'{"format":"PT"}'))
+
+
+def change_config(folder: Path) -> None:
+    path = folder / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"rms_norm_eps": 0.1}))
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (change_shard, r"source model.safetensors: the folder has '\d+ bytes"),
+        (change_config, "source config.json: the"),
+    ],
+)
+def test_another_source_is_refused(
+    source: Path, compress: Compress, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    change: Callable[[Path], None], words: str,
+) -> None:  # fmt: skip
+    model, out = Path(shutil.copytree(source, tmp_path / "source")), tmp_path / "out"
+    crash_after(1, monkeypatch, lambda: compress(out, model=model))
+    change(model)
+    with pytest.raises(ResumeMismatch, match=words):
+        streamlap.resume(out)
+    with pytest.raises(ResumeMismatch, match=words):
+        compress(out, model=model)
+
+
+def test_other_tokens_are_refused(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    ids, out = tmp_path / "ids.npy", tmp_path / "out"
+    np.save(ids, np.zeros((3, 16), int))
+    crash_after(1, monkeypatch, lambda: streamlap.compress(source, out, files=(str(ids),)))
+    np.save(ids, np.ones((3, 16), int))
+    with pytest.raises(ResumeMismatch, match=r"calibration tokens: the folder has '\[3, 16\] \w+', this run has"):
+        streamlap.compress(source, out, files=(str(ids),))
+
+
+def test_another_version_is_refused(broken: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(preflight, "__version__", "99.0")
+    with pytest.raises(ResumeMismatch, match=r"versions: the folder has 'streamlap .* this run has 'streamlap 99.0"):
+        streamlap.resume(broken)
+
+
+def test_hidden_states_that_were_changed_are_refused(broken: Path) -> None:
+    hidden = broken / STATE / "hidden" / "hidden-00001.bin"
+    hidden.write_bytes(hidden.read_bytes()[:-1])
+    with pytest.raises(ResumeMismatch, match=r"hidden-00001.bin has 24575 bytes .* wanted 24576"):
+        streamlap.resume(broken)
+
+
+# --- where the hidden states are -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("again", ["resume", "compress", "compress elsewhere"])
+def test_work_is_used_and_left_empty(
+    compress: Compress, whole: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, again: str
+) -> None:
+    out, work = tmp_path / "out", tmp_path / "a" / "work"
+    crash_after(1, monkeypatch, lambda: compress(out, work=work))
+    assert [path.name for path in work.rglob("*.bin")] == ["hidden-00001.bin"]
+    assert not list(out.rglob("*.bin"))
+    if again == "resume":
+        streamlap.resume(out)
+    else:  # the folder knows where they are
+        compress(out, work=work if again == "compress" else None)
+    assert contents(out) == whole
+    assert not list(work.iterdir())
+
+
+def test_a_stale_generation_goes_at_once(broken: Path, compress: Compress, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Death between the commit and the removal must not cost the disk a third generation."""
+    stale = broken / STATE / "hidden" / "hidden-00000.bin"
+    stale.touch()
+    crash_after(0, monkeypatch, lambda: compress(broken))
+    assert not stale.exists()
+
+
+# --- requests to stop ----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def handlers() -> Iterator[None]:
+    """The test leaves the signal handlers as they were."""
+    before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
+    yield
+    assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == before
+
+
+def signal_in_layer_0(monkeypatch: pytest.MonkeyPatch, *numbers: int) -> None:
+    append = Journal.append
+
+    def send(journal: Journal, line: dict[str, Any]) -> None:
+        if line["index"] == 0:
+            for number in numbers:
+                os.kill(os.getpid(), number)
+        append(journal, line)
+
+    monkeypatch.setattr(Journal, "append", send)
+
+
+@pytest.mark.usefixtures("handlers")
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_stops_after_the_commit(
+    compress: Compress, whole: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int
+) -> None:
+    out = tmp_path / "out"
+    signal_in_layer_0(monkeypatch, number)
+    with pytest.raises(Interrupted, match=r"stopped at layer 1 of 2; go on with: streamlap resume .*out") as stop:
+        compress(out)
+    assert stop.value.exit_code == 75
+    assert len((out / JOURNAL).read_bytes().splitlines()) == 2
+    assert not streamlap.verify(out)["ok"]
+    streamlap.resume(out)
+    assert contents(out) == whole
+
+
+@pytest.mark.usefixtures("handlers")
+@pytest.mark.parametrize("first", [signal.SIGINT, signal.SIGTERM])
+def test_a_second_sigint_stops_at_once(
+    compress: Compress, whole: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, first: int
+) -> None:
+    out = tmp_path / "out"
+    signal_in_layer_0(monkeypatch, first, signal.SIGINT)
+    with pytest.raises(KeyboardInterrupt):
+        compress(out)
+    assert len((out / JOURNAL).read_bytes().splitlines()) == 1
+    streamlap.resume(out)
+    assert contents(out) == whole
+
+
+SLOW = """
+import time
+from streamlap import cli, pipeline
+edit_layer = pipeline.edit_layer
+pipeline.edit_layer = lambda *job: (print("in a layer", flush=True), time.sleep({seconds}), edit_layer(*job))[2]
+cli.main()
+"""
+
+
+def start_slow(seconds: float, *words: object) -> subprocess.Popen[str]:
+    """The command in a process of its own, that says when it is in a layer and stays there."""
+    command = [sys.executable, "-c", SLOW.format(seconds=seconds), *map(str, words)]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    assert process.stdout.readline() == "in a layer\n"
+    return process
+
+
+def test_one_process_a_folder_and_exit_75(source: Path, tokens: Path, whole: dict[str, Any], tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    with start_slow(1.0, "compress", source, out, "--calibration", tokens) as process:
+        with pytest.raises(ResumeMismatch, match=f"out is being written by process {process.pid} on .* wanted it free"):
+            streamlap.resume(out)
+        process.send_signal(signal.SIGTERM)
+        _, err = process.communicate(timeout=60)
+    assert process.returncode == 75, err
+    assert "stopping after this layer is committed" in err
+    assert f"streamlap: stopped at layer 1 of 2; go on with: streamlap resume {out}" in err
+    streamlap.resume(out)
+    assert contents(out) == whole
+
+
+def test_two_sigints_leave_a_long_layer(source: Path, tokens: Path, tmp_path: Path) -> None:
+    with start_slow(60, "compress", source, tmp_path / "out", "--calibration", tokens) as process:
+        process.send_signal(signal.SIGINT)
+        assert process.stderr is not None
+        assert "press Ctrl-C to stop at once" in process.stderr.readline()
+        start = time.monotonic()
+        process.send_signal(signal.SIGINT)
+        _, err = process.communicate(timeout=30)
+    assert time.monotonic() - start < 20
+    assert process.returncode == 75, err
+    assert err == "streamlap: stopped at once; what was committed is kept, run again to resume\n"
+
+
+@pytest.mark.nightly
+def test_sigkill_at_random_moments(tmp_path: Path) -> None:
+    command = [sys.executable, ROOT / "scripts" / "bench_resume.py", "--kills", "3", "--layers", "4", "--json"]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    result = json.loads(done.stdout)
+    assert result["differing_bytes"] == 0
+    assert result["kills"] == 3 + 4
