@@ -68,7 +68,7 @@ def test_load_state_dict_takes_both_sets_of_names() -> None:
 def test_swap_modules_builds_what_the_table_says(mlp: GatedMLP) -> None:
     gate, down = mlp.gate, mlp.down
     mlp.bfloat16().to("meta")
-    replaced = swap_modules(mlp, {"gate": {"rank": 3, "out": 9}, "up": {"out": 9}, "down": {"in": 9}})
+    replaced = swap_modules(mlp, {"gate": {"rank": 3, "out": 9}, "up": {"out": 9}, "down": {"in": 9, "rank": 4}})
     assert list(replaced) == ["gate", "up", "down"]
     assert (replaced["gate"], replaced["down"]) == (gate, down)
     shapes = {name: tuple(tensor.shape) for name, tensor in mlp.state_dict().items() if "norm" not in name}
@@ -76,8 +76,9 @@ def test_swap_modules_builds_what_the_table_says(mlp: GatedMLP) -> None:
         "gate.down.weight": (3, 8),
         "gate.up.weight": (9, 3),
         "up.weight": (9, 8),
-        "down.weight": (8, 9),
-        "down.bias": (8,),
+        "down.down.weight": (4, 9),
+        "down.up.weight": (8, 4),
+        "down.up.bias": (8,),
     }
     assert {(str(t.device), t.dtype) for t in mlp.state_dict().values()} == {("meta", torch.bfloat16)}
 
