@@ -34,7 +34,9 @@ def calibration_tokens(settings: Calibration, folder: Path, vocabulary: int, con
     Args: folder, where the tokenizer lies; vocabulary and context, the model's bounds on ids and on L.
     Raises RecipeError for a file that is missing, empty, not text, too short, or out of the vocabulary.
     """
-    windows_NL = read_windows(settings.files or bundled_text(), folder, vocabulary, context, settings.length)
+    windows_NL = read_windows(
+        settings.files or bundled_text("calibration"), folder, vocabulary, context, settings.length
+    )
     ready_made = len(settings.files) == 1 and settings.files[0].endswith(".npy") and settings.samples is None
     wanted = len(windows_NL) if ready_made else settings.samples or DEFAULT_SAMPLES
     if wanted > len(windows_NL):
@@ -67,9 +69,9 @@ def token_hash(tokens_NL: torch.Tensor) -> str:
     return hashlib.sha256(tokens_NL.numpy().tobytes()).hexdigest()
 
 
-def bundled_text() -> tuple[str, ...]:
-    """Public-domain English that ships with the package; its provenance stands beside it."""
-    return (str(resources.files("streamlap") / "demo" / "calibration.txt"),)
+def bundled_text(purpose: str) -> tuple[str, ...]:
+    """Public-domain English that ships with the package, for "calibration" or "validation"; they do not overlap."""
+    return (str(resources.files("streamlap") / "demo" / f"{purpose}.txt"),)
 
 
 def _file_windows(path: Path, folder: Path, context: int, length: int | None, stride: int | None) -> torch.Tensor:

@@ -80,7 +80,8 @@ def resume(
 def evaluate(
     model: Model,
     text: Annotated[
-        list[str] | None, typer.Option(help="Text or token ids, as for --calibration; default: the bundled text.")
+        list[str] | None,
+        typer.Option(help="Text or token ids, as for --calibration; default: the bundled validation text."),
     ] = None,
     length: Annotated[int | None, typer.Option(help="Tokens a window; default 2048 or the model's context.")] = None,
     stride: Annotated[
@@ -191,7 +192,7 @@ def describe_report(report: streamlap.Report) -> list[str]:
 def describe_demo(result: DemoResult) -> list[str]:
     rows = [("", "before", "after")]
     rows += [(label, before, after) for label, before, after in result.table()]
-    lines = [f"{label:<26}{before:>16}{after:>16}" for label, before, after in rows]
+    lines = [f"{label:<28}{before:>16}{after:>16}" for label, before, after in rows]
     samples = [f"\n{name} goes on from {result.prompt!r}:\n  {text}" for name, text in result.samples.items()]
     return [*lines, *samples, f"\ncompressed model and its report: {result.out} ({result.seconds:.0f} s in all)"]
 

@@ -14,6 +14,8 @@ A message names the tensor or flag, the value seen, the value wanted, and the ne
 
 
 class StreamlapError(Exception):
+    """The base of all of them; `exit_code` is what the command line ends with."""
+
     exit_code = 1
 
 

@@ -22,8 +22,9 @@ from tqdm import tqdm
 
 from streamlap.calibration import bundled_text, read_windows
 from streamlap.errors import NumericalError, RecipeError
+from streamlap.families.layer import StreamLayer
 from streamlap.families.stream import ModelStream, batch_of
-from streamlap.memory import peak_ram_bytes, peak_vram_bytes, require_disk, reset_peak_ram
+from streamlap.memory import peak_ram_bytes, peak_vram_bytes, require_disk, reset_peak_ram, steady_heap
 from streamlap.preflight import pick_device
 from streamlap.store.hidden import DiskBank, HiddenStates, RamBank
 from streamlap.store.hub import local_folder
@@ -34,6 +35,8 @@ RAM_SHARE = 0.25
 
 @dataclass(frozen=True, kw_only=True)
 class Evaluation:
+    """A perplexity and what it was measured on."""
+
     perplexity: float
     nll: float
     """Mean negative log-likelihood, nats a token."""
@@ -59,19 +62,21 @@ def evaluate(
     dtype: str = "auto",
     work: str | Path | None = None,
 ) -> Evaluation:
-    """Perplexity of a checkpoint, original or compressed, on text or token ids (as for calibration; default: bundled text).
+    """Perplexity of a checkpoint, original or compressed, on text or token ids (as for calibration; default: bundled text,
+    which is not the one that calibration takes).
 
     Args: length, tokens a window (default 2048, the model's context, or the rows of an .npy); limit, tokens to use at most;
     dtype, compute dtype, auto is float32 on a CPU; work, where hidden states go when memory is short.
     """
     start = time.perf_counter()
+    steady_heap()
     reset_peak_ram()
     for name, value in (("stride", stride), ("limit", limit), ("length", length)):
         if value is not None and value < 1:
             raise RecipeError(f"{name} is {value}; wanted at least 1.")
     folder = local_folder(str(model))
     stream = ModelStream(folder, pick_device(device), dtype)
-    files = (text,) if isinstance(text, str | Path) else tuple(text or bundled_text())
+    files = (text,) if isinstance(text, str | Path) else tuple(text or bundled_text("validation"))
     tokens_NL = read_windows([str(file) for file in files], folder, stream.vocabulary, stream.context, length, stride)
     if limit is not None:
         tokens_NL = tokens_NL[: limit // tokens_NL.shape[1]]
@@ -97,8 +102,7 @@ def token_losses(stream: ModelStream, tokens_NL: torch.Tensor, work: Path | None
         hidden = choose_bank(stream, tokens_NL, Path(scratch))
         hidden.write(0, stream.embed(tokens_NL))
         for index in tqdm(range(stream.depth), desc="evaluate", unit="layer", disable=None):
-            layer = stream.layer(index, kwargs[index])
-            hidden.write(index + 1, (layer(x_BLD) for x_BLD in hidden.read(index)))
+            propagate(stream.layer(index, kwargs[index]), hidden, index)
             hidden.drop(index)
         rows = [
             torch.nn.functional.cross_entropy(
@@ -107,6 +111,11 @@ def token_losses(stream: ModelStream, tokens_NL: torch.Tensor, work: Path | None
             for logits_LV, tokens_L in zip(stream.logits(hidden.read(stream.depth)), tokens_NL, strict=True)
         ]
     return torch.stack(rows).cpu()
+
+
+def propagate(layer: StreamLayer, hidden: HiddenStates, index: int) -> None:
+    """A function of its own, so that nothing holds this layer while the next one is read."""
+    hidden.write(index + 1, (layer(x_BLD) for x_BLD in hidden.read(index)))
 
 
 def choose_bank(stream: ModelStream, tokens_NL: torch.Tensor, scratch: Path) -> HiddenStates:

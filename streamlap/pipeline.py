@@ -22,7 +22,7 @@ from streamlap.export.folder import KEPT_NAME, finish_folder, module_rows
 from streamlap.families.layer import Edit, StreamLayer
 from streamlap.families.stream import ModelStream
 from streamlap.inventory import count_parameters
-from streamlap.memory import PhaseClock, peak_ram_bytes, peak_vram_bytes, reset_peak_ram
+from streamlap.memory import PhaseClock, peak_ram_bytes, peak_vram_bytes, reset_peak_ram, steady_heap
 from streamlap.preflight import check_output, fingerprint, forecast_disk, open_bank, pick_device, plan_layers
 from streamlap.recipe import Recipe
 from streamlap.report import LayerReport, Report
@@ -127,36 +127,42 @@ def run(stream: ModelStream, recipe: Recipe, tokens_NL: torch.Tensor, out: Path,
 
 def compress_layers(job: Job, stopped: Callable[[], bool]) -> None:
     """The loop over decoder layers."""
-    stream, hidden, journal, sink = job.stream, job.hidden, job.journal, ShardFolder(job.out)
+    stream, hidden, journal = job.stream, job.hidden, job.journal
+    steady_heap()
     kwargs = stream.layer_kwargs(job.tokens_NL.shape[1])
     shards = shard_names(stream.depth)
     if journal.next_layer == 0:
         outer = stream.outer_tensors()
         for name in outer:
             stream.source.read(name)  # refuses NaN, which a copy as bytes would carry over
-        sink.write(shards[0], outer)
+        ShardFolder(job.out).write(shards[0], outer)
         hidden.write(0, stream.embed(job.tokens_NL))
     else:
         hidden.drop(journal.next_layer - 1)  # where the run died between the commit and this
     for index in progress(journal.next_layer, stream.depth):
         if stopped():
             raise Interrupted(f"stopped at layer {index} of {stream.depth}; go on with: streamlap resume {job.out}")
-        clock = PhaseClock()
-        with clock.phase("read"):
-            layer = stream.layer(index, kwargs[index])
-        edits = edit_layer(job, layer, index, clock)  # what runs next is what is saved
-        with clock.phase("write"):
-            digest = sink.write(shards[index + 1], layer.tensors())
-        with clock.phase("propagate"):
-            if index + 1 < stream.depth:
-                hidden.write(index + 1, (layer(x_BLD) for x_BLD in hidden.read(index)))
-        report = LayerReport(
-            index=index, edits=LayerReport.describe(edits), seconds=clock.seconds,
-            peak_ram_bytes=peak_ram_bytes(), peak_vram_bytes=peak_vram_bytes(), sha256=digest,
-        )  # fmt: skip
+        report = compress_layer(job, index, kwargs[index], shards[index + 1])
         journal.append(report.to_json())  # the commit point
         hidden.drop(index)
         reset_peak_ram()  # here, so that layer 0 also answers for what came before it
+
+
+def compress_layer(job: Job, index: int, kwargs: dict[str, Any], shard: str) -> LayerReport:
+    """One layer through memory: its shard and the next hidden states are on the disk when this returns."""
+    hidden, clock = job.hidden, PhaseClock()
+    with clock.phase("read"):
+        layer = job.stream.layer(index, kwargs)
+    edits = edit_layer(job, layer, index, clock)  # what runs next is what is saved
+    with clock.phase("write"):
+        digest = ShardFolder(job.out).write(shard, layer.tensors())
+    with clock.phase("propagate"):
+        if index + 1 < job.stream.depth:
+            hidden.write(index + 1, (layer(x_BLD) for x_BLD in hidden.read(index)))
+    return LayerReport(
+        index=index, edits=LayerReport.describe(edits), seconds=clock.seconds,
+        peak_ram_bytes=peak_ram_bytes(), peak_vram_bytes=peak_vram_bytes(), sha256=digest,
+    )  # fmt: skip
 
 
 def edit_layer(job: Job, layer: StreamLayer, index: int, clock: PhaseClock) -> list[Edit]:

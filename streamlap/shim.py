@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 # The package's own files, byte for byte: one implementation, wherever it runs. Each imports only the others and
@@ -9,10 +10,10 @@ from pathlib import Path
 SHIM_FILES = ("modeling_streamlap.py", "hf_plugin.py", "modules.py")
 
 
-def write_shim(folder: Path) -> dict[str, str]:
+def write_shim(folder: Path, write: Callable[[Path, bytes], object] = Path.write_bytes) -> dict[str, str]:
     """Copy the loader's files into `folder`; gives back the `auto_map` for its config.json."""
     for name in SHIM_FILES:
-        (folder / name).write_bytes((Path(__file__).parent / name).read_bytes())
+        write(folder / name, (Path(__file__).parent / name).read_bytes())
     return {
         "AutoConfig": "modeling_streamlap.StreamlapAutoConfig",
         "AutoModelForCausalLM": "modeling_streamlap.StreamlapAutoModelForCausalLM",

@@ -27,7 +27,7 @@ def stop_requests() -> Iterator[Callable[[], bool]]:
 
     def note(number: int, _: FrameType | None) -> None:
         if requested and number == signal.SIGINT:
-            raise Interrupted("stopped at once; what was committed is kept, run the same command again to resume")
+            raise KeyboardInterrupt  # no Exception, which logging and other libraries may swallow where it strikes
         requested.append(number)
         log.warning(
             "stopping after this layer is committed (%s); press Ctrl-C to stop at once", signal.strsignal(number)
@@ -36,6 +36,8 @@ def stop_requests() -> Iterator[Callable[[], bool]]:
     old = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield lambda: bool(requested)
+    except KeyboardInterrupt as stop:
+        raise Interrupted("stopped at once; what was committed is kept, run the same command again to resume") from stop
     finally:
         for number, handler in old.items():
             signal.signal(number, handler)

@@ -285,6 +285,7 @@ TENSORS: dict[str, tuple[Break, int, tuple[str, ...]]] = {
     "model_type is a list": (edit_config(model_type=["llama"]), 3, ("['llama']", "known are llama")),
     "gptq": (edit_config(quantization_config={"quant_method": "gptq", "bits": 4}), 3, ("'gptq'", "plain float")),
     "quantised, not said how": (edit_config(quantization_config="4 bits"), 3, ("'4 bits'", "plain float")),
+    "quantised by a word": (edit_config(quantization_config="streamlap"), 3, ("'streamlap'", "plain float")),
     "modules of another model": (
         edit_config(quantization_config={"quant_method": "streamlap", "format_version": 1, "modules": {"x": {"rank": 2}}}),
         3, ("quantization_config.modules", "'x'"),

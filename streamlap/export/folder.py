@@ -8,6 +8,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from streamlap.hf_plugin import FORMAT_VERSION
 from streamlap.report import LayerReport, Report
 from streamlap.shim import write_shim
 from streamlap.store.sink import write_durably
@@ -15,7 +16,6 @@ from streamlap.store.sink import write_durably
 RECIPE_NAME = "streamlap_recipe.yaml"
 REPORT_NAME = "streamlap_report.json"
 KEPT_NAME = "streamlap_kept_channels.json"
-FORMAT_VERSION = 1
 
 COPIED = (
     "tokenizer*", "vocab.*", "merges.txt", "special_tokens_map.json", "added_tokens.json", "*.model", "spiece.*",
@@ -57,7 +57,7 @@ def finish_folder(out: Path, source: Path, base: str, layers_path: str, report: 
     licence = licence_of(card.read_text(encoding="utf-8", errors="replace")) if card.is_file() else {}
     write_durably(out / "README.md", model_card(report, base, licence).encode())
     raw = json.loads((source / "config.json").read_text(encoding="utf-8"))
-    raw |= {"auto_map": write_shim(out), "quantization_config": quantization_config(report, layers_path)}
+    raw |= {"auto_map": write_shim(out, write_durably), "quantization_config": quantization_config(report, layers_path)}
     write_json(out / "config.json", raw)
 
 

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from streamlap.errors import UnsupportedModel
+from streamlap.hf_plugin import FORMAT_VERSION
 
 GATED_SITES = {
     "attn_in": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
@@ -58,10 +59,16 @@ def find_family(config: Mapping[str, Any]) -> Family:
             "docs/add-a-family.md shows the row that a new one takes."
         )
     quantization = config.get("quantization_config") or {}
-    method = quantization.get("quant_method") if isinstance(quantization, Mapping) else quantization
-    if quantization and method != "streamlap":
+    named = isinstance(quantization, Mapping)
+    method = quantization.get("quant_method") if named else quantization
+    if quantization and not (named and method == "streamlap"):
         raise UnsupportedModel(
             f"the checkpoint is quantised ({method!r}); wanted plain float weights. "
             "Compress the original first and quantise the result."
+        )
+    if quantization and quantization.get("format_version") != FORMAT_VERSION:
+        raise UnsupportedModel(
+            f"quantization_config has format_version {quantization.get('format_version')!r}; this streamlap reads "
+            f"{FORMAT_VERSION}. Update streamlap."
         )
     return FAMILIES[found]

@@ -1,0 +1,295 @@
+"""A disk that fills, fails or denies: one clear error, no model left, and the same bytes once it is mended."""
+
+from __future__ import annotations
+
+import errno
+import os
+import shutil
+import subprocess
+from collections import namedtuple
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import MakeModel
+from outputs import contents
+
+import streamlap
+from streamlap import preflight
+from streamlap.errors import BudgetError, CheckpointError, StreamlapError
+from streamlap.store.hidden import DiskBank
+from streamlap.store.journal import OutputLock
+from streamlap.store.sink import ShardFolder
+from streamlap.store.source import INDEX_NAME, SafetensorsFolder
+
+Usage = namedtuple("Usage", "total used free")
+
+Compress = Callable[..., streamlap.Report]
+
+
+@pytest.fixture
+def compress(pico: MakeModel, tokens: Path) -> Compress:
+    source = pico("llama", tokenizer=True, num_hidden_layers=2)
+    return lambda out, **changes: streamlap.compress(source, out, files=(str(tokens),), **changes)
+
+
+@pytest.fixture
+def whole(compress: Compress, tmp_path: Path) -> dict[str, Any]:
+    """The bytes of an unbroken run."""
+    compress(tmp_path / "whole")
+    return contents(tmp_path / "whole")
+
+
+def assert_unfinished(out: Path) -> None:
+    assert not (out / "config.json").exists()
+    assert not streamlap.verify(out)["ok"]
+
+
+# --- full before the run ---------------------------------------------------------------------------------------------
+
+
+def test_a_full_disk_is_seen_before_anything_is_made(
+    compress: Compress, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: Usage(10**9, 10**9 - 1234, 1234))
+    with pytest.raises(
+        BudgetError, match=r"the output folder takes [\d,]+ bytes under .*out, and 1,234 are free.*--work"
+    ):
+        compress(tmp_path / "out")
+    assert BudgetError.exit_code == 4
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_full_work_disk_is_seen_before_anything_is_made(
+    compress: Compress, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shm = Path("/dev/shm")
+    if not shm.is_dir() or shm.stat().st_dev == tmp_path.stat().st_dev:
+        pytest.skip("wants a second file system")
+    monkeypatch.setattr(
+        shutil, "disk_usage", lambda path: Usage(10**9, 0, 0 if shm in [path, *path.parents] else 10**9)
+    )
+    work = shm / f"streamlap-{os.getpid()}"
+    with pytest.raises(BudgetError, match=r"the hidden states takes 49,152 bytes under /dev/shm/.*and 0 are free"):
+        compress(tmp_path / "out", work=work)
+    assert not (tmp_path / "out").exists()
+    assert not work.exists()
+
+
+# --- full during the run ---------------------------------------------------------------------------------------------
+
+
+def fail_from(step: int, number: int, patch: pytest.MonkeyPatch) -> list[None]:
+    """Of all writes to files, that of number `step` and the later ones come half through, then fail with errno `number`."""
+    seen: list[None] = []
+    real_open = Path.open
+
+    def open_counted(path: Path, mode: str = "r", *args: Any, **kwargs: Any) -> Any:
+        file = real_open(path, mode, *args, **kwargs)
+        if mode[0] in "wa":
+            write = file.write
+
+            def counted(data: Any) -> int:
+                seen.append(None)
+                if len(seen) >= step:
+                    write(data[: len(data) // 2])
+                    raise OSError(number, os.strerror(number))
+                return int(write(data))
+
+            file.write = counted
+        return file
+
+    patch.setattr(Path, "open", open_counted)
+    return seen
+
+
+def test_a_disk_that_fills_at_any_write(
+    compress: Compress, whole: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "out"
+    with monkeypatch.context() as patch:
+        writes = fail_from(10**6, errno.ENOSPC, patch)
+        compress(out)
+    assert contents(out) == whole
+    for step in range(1, len(writes) + 1):
+        shutil.rmtree(out)
+        with monkeypatch.context() as patch:
+            fail_from(step, errno.ENOSPC, patch)
+            with pytest.raises(BudgetError, match=r"is full while writing .* run the same command again"):
+                compress(out)
+        assert_unfinished(out)
+        compress(out)
+        assert contents(out) == whole, step
+    assert len(writes) > 40
+
+
+def test_a_disk_that_gets_space_bit_by_bit(
+    compress: Compress, whole: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The same command again and again: each run resumes after the last finished layer and gets a little further."""
+    step = 10
+    while step:
+        with monkeypatch.context() as patch:
+            fail_from(step, errno.EDQUOT, patch)
+            try:
+                compress(tmp_path / "out")
+                break
+            except BudgetError:
+                step += 5
+    assert step > 20
+    assert contents(tmp_path / "out") == whole
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of 256 KiB."""
+    place = tmp_path / "disk"
+    place.mkdir()
+    command = ["mount", "-t", "tmpfs", "-o", "size=256k", "tmpfs", str(place)]
+    if os.geteuid() != 0 or subprocess.run(command, capture_output=True).returncode:
+        pytest.skip("mounting is not allowed here")
+    yield place
+    subprocess.run(["umount", "-l", str(place)], check=True)
+
+
+@pytest.mark.parametrize("place", ["output", "work"])
+def test_a_real_disk_that_fills(
+    compress: Compress, whole: dict[str, Any], tmp_path: Path, small_disk: Path,
+    monkeypatch: pytest.MonkeyPatch, place: str,
+) -> None:  # fmt: skip
+    """The forecast was right, and then somebody else took the space."""
+    monkeypatch.setattr(preflight, "require_disk", lambda *_: None)
+    out, work = (small_disk / "out", None) if place == "output" else (tmp_path / "out", small_disk)
+    filler = small_disk / "filler"
+    filler.write_bytes(bytes(100 << 10 if place == "output" else 210 << 10))
+    with pytest.raises(BudgetError, match=r"disk under .* is full while writing .*\([\d,]+ bytes\)"):
+        compress(out, work=work)
+    assert_unfinished(out)
+    assert not list(small_disk.rglob("*.tmp"))
+    filler.unlink()
+    subprocess.run(["mount", "-o", "remount,size=4m", str(small_disk)], check=True)
+    compress(out, work=work)
+    assert contents(out) == whole
+    assert place == "output" or not list(small_disk.iterdir())
+
+
+# --- a disk that fails -----------------------------------------------------------------------------------------------
+
+
+def fail_call(name: str, step: int, patch: pytest.MonkeyPatch) -> None:
+    """Call number `step` of `os.name` fails with EIO."""
+    real, seen = getattr(os, name), []
+
+    def call(*args: Any) -> Any:
+        seen.append(None)
+        if len(seen) == step:
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        return real(*args)
+
+    patch.setattr(os, name, call)
+
+
+FAILS: dict[str, tuple[str, int, type[StreamlapError], str]] = {
+    "source, first tensor": (
+        "pread",
+        1,
+        CheckpointError,
+        "model.safetensors: .*/output error while reading tensor 'lm_h",
+    ),
+    "source, a layer": ("pread", 12, CheckpointError, "Input/output error while reading tensor 'model.layers.0"),
+    "hidden states": ("preadv", 1, StreamlapError, "hidden-00000.bin cannot be read: Input/output error"),
+    "fsync of tokens": ("fsync", 1, StreamlapError, "cannot write .*tokens.npy: Input/output error"),
+    "fsync of a shard": ("fsync", 5, StreamlapError, "cannot write .*model-00001-of-00003.safetensors: Input/output"),
+    "rename": ("replace", 4, StreamlapError, "cannot write .*hidden-00000.bin: Input/output error"),
+}
+
+
+@pytest.mark.parametrize("case", FAILS)
+def test_a_disk_that_fails(
+    compress: Compress, whole: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, case: str
+) -> None:
+    name, step, kind, words = FAILS[case]
+    with monkeypatch.context() as patch:
+        fail_call(name, step, patch)
+        with pytest.raises(StreamlapError, match=words) as failure:
+            compress(tmp_path / "out")
+    assert type(failure.value) is kind
+    assert_unfinished(tmp_path / "out")
+    compress(tmp_path / "out")
+    assert contents(tmp_path / "out") == whole
+
+
+@pytest.mark.parametrize("number", [errno.EIO, errno.EACCES])
+def test_a_checkpoint_that_cannot_be_opened(
+    compress: Compress, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int
+) -> None:
+    real = Path.open
+
+    def deny(path: Path, *args: Any, **kwargs: Any) -> Any:
+        if path.suffix == ".safetensors":
+            raise OSError(number, os.strerror(number), str(path))
+        return real(path, *args, **kwargs)
+
+    monkeypatch.setattr(Path, "open", deny)
+    with pytest.raises(CheckpointError, match=rf"model.safetensors: cannot be read \({os.strerror(number)}\)"):
+        compress(tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("denied", ["mkdir", "open"])
+def test_an_output_without_permission(
+    compress: Compress, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, denied: str
+) -> None:
+    def deny(*_: Any, **__: Any) -> None:
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+
+    if denied == "open":
+        (tmp_path / "out" / ".streamlap").mkdir(parents=True)
+    monkeypatch.setattr(os, denied, deny)
+    with pytest.raises(StreamlapError, match=r"cannot write .*out.*: Permission denied"):
+        compress(tmp_path / "out")
+    monkeypatch.undo()
+    assert not (tmp_path / "out" / "config.json").exists()
+    with OutputLock(tmp_path / "out"):
+        pass  # a failed run holds no lock
+
+
+# --- files that change under the reader ------------------------------------------------------------------------------
+
+
+def test_a_shard_that_is_cut_while_in_use(pico: MakeModel, tmp_path: Path) -> None:
+    shutil.copytree(pico("llama"), tmp_path / "source")
+    source = SafetensorsFolder(tmp_path / "source")
+    name = "model.layers.2.mlp.up_proj.weight"
+    os.truncate(tmp_path / "source" / "model.safetensors", source.info(name).end - 1)
+    with pytest.raises(CheckpointError, match=rf"model.safetensors ended inside tensor '{name}'"):
+        source.read(name)
+
+
+def test_hidden_states_that_are_cut_while_in_use(tmp_path: Path) -> None:
+    bank = DiskBank(tmp_path, (4, 8, 16), torch.float32, 1)
+    bank.write(0, torch.zeros(4, 8, 16).split(1))
+    batches = bank.read(0)
+    next(batches)
+    os.truncate(tmp_path / "hidden-00000.bin", 600)
+    with pytest.raises(StreamlapError, match=r"hidden-00000.bin ended at byte 600"):
+        next(batches)
+
+
+def test_a_shard_of_the_output_that_is_gone(
+    compress: Compress, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seal = ShardFolder.seal
+    lost = tmp_path / "out" / "model-00002-of-00003.safetensors"
+
+    def lose(folder: ShardFolder, shards: Any) -> None:
+        lost.unlink()
+        seal(folder, shards)
+
+    monkeypatch.setattr(ShardFolder, "seal", lose)
+    with pytest.raises(CheckpointError, match=r"model-00002-of-00003.safetensors: cannot be read"):
+        compress(tmp_path / "out")
+    assert_unfinished(tmp_path / "out")
+    assert not (tmp_path / "out" / INDEX_NAME).exists()
