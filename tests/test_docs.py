@@ -80,7 +80,7 @@ def workplace(tmp_path: Path, pico: MakeModel, text: Path, monkeypatch: pytest.M
         shutil.copy(text, tmp_path / name)
     bundled = {"model": tmp_path / "my-model"}
     monkeypatch.setattr("streamlap.demo.bundled", lambda name: bundled.get(name, tmp_path / name))
-    monkeypatch.setattr("streamlap.calibration.bundled_text", lambda: (str(tmp_path / "calibration.txt"),))
+    monkeypatch.setattr("streamlap.calibration.bundled_text", lambda purpose: (str(tmp_path / f"{purpose}.txt"),))
     monkeypatch.chdir(tmp_path)
     torch.manual_seed(0)
     tables: list[tuple[dict[str, Any], dict[str, Any]]] = [(table, dict(table)) for table in (FAMILIES, METHODS)]
