@@ -17,7 +17,7 @@ import torch
 from tqdm import tqdm
 
 from streamlap.calibration import calibration_tokens
-from streamlap.errors import Interrupted, ResumeMismatch
+from streamlap.errors import Interrupted, ResumeMismatch, first_line
 from streamlap.export.folder import KEPT_NAME, finish_folder, module_rows
 from streamlap.families.layer import Edit, StreamLayer
 from streamlap.families.stream import ModelStream
@@ -94,9 +94,9 @@ def saved_tokens(out: Path) -> torch.Tensor:
     try:
         with path.open("rb") as file:
             return torch.from_numpy(np.lib.format.read_array(file, allow_pickle=False))
-    except (OSError, ValueError, TypeError) as error:
+    except Exception as error:  # numpy raises a different one for every way to damage a header
         raise ResumeMismatch(
-            f"{path} cannot be read ({error}); wanted this run's calibration tokens. Give the compress command again."
+            f"{path} cannot be read ({first_line(error)}); wanted this run's tokens. Give the compress command again."
         ) from error
 
 

@@ -238,22 +238,22 @@ def test_a_checkpoint_that_cannot_be_opened(
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("denied", ["mkdir", "open"])
+@pytest.mark.parametrize("denied", [(os, "mkdir"), (os, "open"), (Path, "write_text")])
 def test_an_output_without_permission(
-    compress: Compress, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, denied: str
+    compress: Compress, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, denied: tuple[Any, str]
 ) -> None:
     def deny(*_: Any, **__: Any) -> None:
         raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
 
-    if denied == "open":
+    if denied[1] == "open":
         (tmp_path / "out" / ".streamlap").mkdir(parents=True)
-    monkeypatch.setattr(os, denied, deny)
-    with pytest.raises(StreamlapError, match=r"cannot write .*out.*: Permission denied"):
-        compress(tmp_path / "out")
-    monkeypatch.undo()
+    with monkeypatch.context() as patch:
+        patch.setattr(*denied, deny)
+        with pytest.raises(StreamlapError, match=r"cannot write .*out.*: Permission denied") as failure:
+            compress(tmp_path / "out")
     assert not (tmp_path / "out" / "config.json").exists()
     with OutputLock(tmp_path / "out"):
-        pass  # a failed run holds no lock
+        assert failure.value.exit_code == 1  # a failed run holds no lock
 
 
 # --- files that change under the reader ------------------------------------------------------------------------------

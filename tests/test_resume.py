@@ -19,8 +19,8 @@ from conftest import MakeModel
 from outputs import STATE, contents, is_begun
 
 import streamlap
-from streamlap import preflight
-from streamlap.errors import Interrupted, ResumeMismatch
+from streamlap import pipeline, preflight
+from streamlap.errors import Interrupted, RecipeError, ResumeMismatch
 from streamlap.store.journal import Journal, OutputLock
 
 ROOT = Path(__file__).parents[1]
@@ -78,16 +78,16 @@ def broken(compress: Compress, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
 
 # --- death at every step -----------------------------------------------------------------------------------------------
 
-STEPS = ("fsync", "replace", "unlink", "rmdir")
-"""The calls to the kernel by which a run moves on. Between two of them only temporary files and the journal's end grow."""
+STEPS = ((os, "fsync"), (os, "replace"), (os, "unlink"), (os, "rmdir"), (Journal, "append"))
+"""The calls by which a run moves on. Between two of them only a temporary file grows, or the journal by its last line."""
 
 
 def die_at(step: int, patch: pytest.MonkeyPatch) -> list[str]:
-    """From the step of that number on, every step raises, as none would come to pass. Returns the names of those seen."""
+    """From the step of that number on, every step raises, as none would come to pass. Returns the names of all seen."""
     seen: list[str] = []
 
-    def guard(name: str) -> Callable[..., Any]:
-        real = getattr(os, name)
+    def guard(owner: Any, name: str) -> Callable[..., Any]:
+        real = getattr(owner, name)
 
         def call(*args: Any, **kwargs: Any) -> Any:
             seen.append(name)
@@ -97,8 +97,8 @@ def die_at(step: int, patch: pytest.MonkeyPatch) -> list[str]:
 
         return call
 
-    for name in STEPS:
-        patch.setattr(os, name, guard(name))
+    for owner, name in STEPS:
+        patch.setattr(owner, name, guard(owner, name))
     return seen
 
 
@@ -158,8 +158,8 @@ def test_death_while_an_old_result_is_replaced(
     for step in range(1, 30):
         out = Path(shutil.copytree(tmp_path / "old", tmp_path / str(step)))
         assert crashes(step, monkeypatch, lambda out=out: compress(out, overwrite=True))
-        if step > 1:
-            assert not streamlap.verify(out)["ok"], step
+        assert (out / "config.json").exists() == (step == 1)
+        assert not is_begun(out) or step > 20
         compress(out, overwrite=True)
         assert contents(out) == whole
         shutil.rmtree(out)
@@ -199,11 +199,15 @@ def test_a_file_is_on_the_disk_before_it_gets_its_name(
 
 
 @pytest.mark.parametrize("kept", [0.0, 0.01, 0.5, 0.99, -1])
-def test_a_torn_last_line_never_happened(broken: Path, whole: dict[str, Any], kept: float) -> None:
+def test_a_torn_last_line_never_happened(
+    broken: Path, whole: dict[str, Any], monkeypatch: pytest.MonkeyPatch, kept: float
+) -> None:
+    """Nor does it spoil the line that takes its place, which a second death shows."""
     raw = (broken / JOURNAL).read_bytes()
     start = raw.index(b"\n") + 1
     length = len(raw) - start
     (broken / JOURNAL).write_bytes(raw[: start + (length - 1 if kept < 0 else int(kept * length))])
+    crash_after(1, monkeypatch, lambda: streamlap.resume(broken))
     streamlap.resume(broken)
     assert contents(broken) == whole
 
@@ -215,6 +219,24 @@ def test_a_refused_resume_does_not_touch_the_journal(broken: Path) -> None:
     with OutputLock(broken), pytest.raises(ResumeMismatch, match="being written by process"):
         streamlap.resume(broken)
     assert (broken / JOURNAL).read_bytes() == torn
+
+
+def test_what_another_process_finished_meanwhile_is_not_begun_again(
+    broken: Path, compress: Compress, whole: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Between a look at the journal and the lock there is time for that."""
+    saved_tokens = pipeline.saved_tokens
+
+    def read_and_lose_the_race(out: Path) -> Any:
+        tokens_NL = saved_tokens(out)
+        compress(out)
+        return tokens_NL
+
+    monkeypatch.setattr(pipeline, "saved_tokens", read_and_lose_the_race)
+    with pytest.raises(RecipeError, match="holds a finished model"):
+        streamlap.resume(broken)
+    assert streamlap.verify(broken)["ok"]
+    assert {name: data for name, data in contents(broken).items() if STATE not in name} == whole
 
 
 def edit_line(number: int, change: Callable[[bytes], bytes]) -> Callable[[list[bytes]], list[bytes]]:
