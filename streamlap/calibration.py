@@ -157,4 +157,4 @@ def _parquet_texts(path: Path) -> list[str]:
         table = parquet.read_table(path, columns=["text"])
     except (ArrowInvalid, OSError) as error:
         raise RecipeError(f"{path} is not a parquet file with a text column ({error}).") from error
-    return [str(value) for value in table["text"].to_pylist()]
+    return [str(value) for value in table["text"].to_pylist() if value is not None]

@@ -101,7 +101,7 @@ def token_losses(stream: ModelStream, tokens_NL: torch.Tensor, work: Path | None
     with tempfile.TemporaryDirectory(prefix="streamlap-eval-", dir=work) as scratch:
         hidden = choose_bank(stream, tokens_NL, Path(scratch))
         hidden.write(0, stream.embed(tokens_NL))
-        for index in tqdm(range(stream.depth), desc="evaluate", unit="layer", disable=None):
+        for index in tqdm(range(stream.depth), desc="evaluate", unit="layer"):
             propagate(stream.layer(index, kwargs[index]), hidden, index)
             hidden.drop(index)
         rows = [

@@ -181,7 +181,7 @@ def edit_layer(job: Job, layer: StreamLayer, index: int, clock: PhaseClock) -> l
 
 def progress(first: int, depth: int) -> Iterator[int]:
     """Layer numbers from `first`, behind a bar on stderr that honours TQDM_DISABLE."""
-    return iter(tqdm(range(first, depth), initial=first, total=depth, desc="compress", unit="layer", disable=None))
+    return iter(tqdm(range(first, depth), initial=first, total=depth, desc="compress", unit="layer"))
 
 
 def build_report(job: Job) -> Report:

@@ -63,6 +63,8 @@ class Recipe:
     def __post_init__(self) -> None:
         if isinstance(self.ratio, bool) or not isinstance(self.ratio, int | float) or not 0 < self.ratio < 1:
             raise RecipeError(f"ratio is {self.ratio!r}; wanted a fraction between 0 and 1, like 0.2 for 20 % removed.")
+        if self.preset not in (*PRESETS, "custom"):
+            raise RecipeError(f"preset is {self.preset!r}; wanted one of {', '.join(PRESETS)}, custom.")
         if self.dtype not in COMPUTE_DTYPES:
             raise RecipeError(f"dtype is {self.dtype!r}; wanted one of {', '.join(COMPUTE_DTYPES)}.")
 

@@ -484,6 +484,13 @@ def test_a_calibration_that_cannot_be_used(pico: MakeModel, tmp_path: Path, run_
     assert not (tmp_path / "out").exists()
 
 
+def test_a_jsonl_line_ends_at_a_newline_only(pico: MakeModel, tmp_path: Path, run_cli: Cli) -> None:
+    """JSON allows other line separators, as they are, inside a string."""
+    path = tmp_path / "c.jsonl"
+    path.write_text(json.dumps({"text": TEXT + "\u2028and\u0085on"}, ensure_ascii=False) + "\r\n", encoding="utf-8")
+    assert run_cli("compress", pico("llama", tokenizer=True), tmp_path / "out", "--calibration", path)[0] == 0
+
+
 def test_text_needs_a_tokenizer(pico: MakeModel, text: Path, tmp_path: Path, run_cli: Cli) -> None:
     result = run_cli("compress", pico("llama"), tmp_path / "out", "--calibration", text)
     assert_refused(result, 2, ("no tokenizer that loads", str(text), ".npy"))

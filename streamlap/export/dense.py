@@ -12,6 +12,7 @@ import torch
 from streamlap.errors import RecipeError, UnsupportedModel
 from streamlap.export.folder import copy_companions, write_json
 from streamlap.families.stream import ModelStream, read_config
+from streamlap.inventory import count_parameters
 from streamlap.memory import require_disk
 from streamlap.store.sink import ShardFolder, TensorEntry, shard_names
 
@@ -30,7 +31,7 @@ def export_dense(out: str | Path, destination: str | Path) -> dict[str, int]:
         )
     if destination.exists() and (not destination.is_dir() or any(destination.iterdir())):
         raise RecipeError(f"destination {destination} is not empty; wanted a new folder.")
-    dense_bytes = sum(tensor.numel() for tensor in stream.dense.state_dict().values()) * 4
+    dense_bytes = 4 * count_parameters(stream, stream.rows).total_before  # float32 is the widest there is
     require_disk(destination, dense_bytes, "the dense checkpoint")
     destination.mkdir(parents=True, exist_ok=True)
     sink, shards = ShardFolder(destination), shard_names(stream.depth)

@@ -51,12 +51,10 @@ class ModelStream:
         self.raw_config = read_config(folder)
         self.family = find_family(self.raw_config)
         self.source = source or SafetensorsFolder(folder)
-        self.dense = _meta_model(folder)
-        self.config: Any = self.dense.config
-        """The architecture before any edit, on meta: the shapes that ratios are counted from."""
-        self.model = copy.deepcopy(self.dense)
+        self.model = _meta_model(folder)
+        self.config: Any = self.model.config
         self.rows: dict[str, dict[str, int]] = (self.raw_config.get("quantization_config") or {}).get("modules", {})
-        _swap(self.model, self.rows)
+        self._dense = _swap(self.model, self.rows)  # the linears that an earlier compression replaced, by path
         self.layers = list(self.model.get_submodule(self.family.layers).children())
         if not self.layers:
             raise CheckpointError(
@@ -87,12 +85,17 @@ class ModelStream:
 
     def dense_shape(self, index: int, path: str) -> tuple[int, int]:
         """(out, in) of a linear before any edit."""
-        linear = self.dense.get_submodule(f"{self.layer_name(index)}.{path}")
-        assert isinstance(linear, nn.Linear)
+        linear = self._dense_linear(index, path)
         return linear.out_features, linear.in_features
 
     def has_bias(self, index: int, path: str) -> bool:
-        return self.dense.get_submodule(f"{self.layer_name(index)}.{path}").bias is not None
+        return self._dense_linear(index, path).bias is not None
+
+    def _dense_linear(self, index: int, path: str) -> nn.Linear:
+        name = f"{self.layer_name(index)}.{path}"
+        linear = self._dense.get(name) or self.model.get_submodule(name)
+        assert isinstance(linear, nn.Linear)
+        return linear
 
     def outer_tensors(self) -> dict[str, TensorInfo]:
         """Everything outside the decoder layers, by name: embeddings, final norm, head."""
@@ -230,8 +233,8 @@ def _meta_model(folder: Path) -> nn.Module:
         raise CheckpointError(f"{folder / 'config.json'} does not describe a model: {first_line(error)}") from error
 
 
-def _swap(model: nn.Module, rows: Any) -> None:
+def _swap(model: nn.Module, rows: Any) -> dict[str, nn.Linear]:
     try:
-        swap_modules(model, rows)
+        return swap_modules(model, rows)
     except (AttributeError, ValueError, TypeError) as error:
         raise CheckpointError(f"quantization_config.modules in config.json does not fit the model: {error}") from error
