@@ -107,6 +107,8 @@ def _read_ids(path: Path) -> torch.Tensor:
         ) from error
     if ids.ndim not in (1, 2) or ids.dtype.kind not in "iu" or ids.size == 0:
         raise RecipeError(f"{path} holds {ids.dtype} {ids.shape}; wanted whole numbers of shape [T] or [N, L].")
+    if int(ids.max()) >= 2**63:
+        raise RecipeError(f"{path} holds the id {int(ids.max())}; wanted token ids.")
     return torch.from_numpy(ids.astype(np.int64))
 
 
@@ -130,6 +132,8 @@ def _read_text(path: Path) -> str:
         if path.suffix == ".parquet":
             return "\n".join(_parquet_texts(path))
         text = path.read_text(encoding="utf-8")
+        if "\0" in text:
+            raise RecipeError(f"{path} is not text: character {text.index(chr(0))} is NUL; wanted UTF-8 text.")
         if path.suffix == ".txt":
             return text
         return "\n".join(_json_text(line) for line in text.split("\n") if line.strip())

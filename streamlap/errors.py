@@ -51,3 +51,8 @@ def first_line(error: BaseException) -> str:
     """What a library's error says, in one line: the first of its message, or its type where it has none."""
     lines = str(error).strip().splitlines()
     return lines[0] if lines else type(error).__name__
+
+
+def whole(error: BaseException, limit: int = 400) -> str:
+    """All that a library said, on one line, behind the name of its error: some put the reason last."""
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:limit]}"

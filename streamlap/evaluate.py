@@ -65,8 +65,9 @@ def evaluate(
     """Perplexity of a checkpoint, original or compressed, on text or token ids (as for calibration; default: bundled text,
     which is not the one that calibration takes).
 
-    Args: length, tokens a window (default 2048, the model's context, or the rows of an .npy); limit, tokens to use at most;
-    dtype, compute dtype, auto is float32 on a CPU; work, where hidden states go when memory is short.
+    Args: length, tokens a window (default 2048, the model's context, or the rows of an .npy); limit, tokens to use at
+    most, windows times length; dtype, compute dtype, auto is float32 on a CPU; work, where hidden states go when memory is
+    short.
     """
     start = time.perf_counter()
     steady_heap()
@@ -98,6 +99,8 @@ def evaluate(
 def token_losses(stream: ModelStream, tokens_NL: torch.Tensor, work: Path | None = None) -> torch.Tensor:
     """NLL of every predicted position, [N, L - 1] float32."""
     kwargs = stream.layer_kwargs(tokens_NL.shape[1])
+    if work is not None:
+        work.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix="streamlap-eval-", dir=work) as scratch:
         hidden = choose_bank(stream, tokens_NL, Path(scratch))
         hidden.write(0, stream.embed(tokens_NL))

@@ -17,7 +17,7 @@ import torch
 from tqdm import tqdm
 
 from streamlap.calibration import calibration_tokens
-from streamlap.errors import Interrupted, ResumeMismatch, first_line
+from streamlap.errors import Interrupted, NumericalError, ResumeMismatch, first_line
 from streamlap.export.folder import KEPT_NAME, finish_folder, module_rows
 from streamlap.families.layer import Edit, StreamLayer
 from streamlap.families.stream import ModelStream
@@ -111,7 +111,8 @@ def run(stream: ModelStream, recipe: Recipe, tokens_NL: torch.Tensor, out: Path,
             np.save(np_bytes, tokens_NL.numpy())
             write_durably(out / STATE_FOLDER / TOKENS_NAME, np_bytes.getvalue())
         journal = Journal.open(out, fingerprint(stream, recipe, tokens_NL), arguments)
-        arguments = journal.start["arguments"]  # those that began the folder
+        arguments = journal.start["arguments"]  # those that began the folder, to whose words this run is bound
+        recipe = Recipe.from_dict(arguments["recipe"])
         hidden = open_bank(stream, out, arguments["work"], tokens_NL)
         job = Job(stream=stream, recipe=recipe, out=out, tokens_NL=tokens_NL, journal=journal, hidden=hidden)
         compress_layers(job, stopped)
@@ -175,8 +176,20 @@ def edit_layer(job: Job, layer: StreamLayer, index: int, clock: PhaseClock) -> l
             layer.observe(pairs, job.hidden.read(index))
     with clock.phase("solve"):
         edits = [edit for method, seen in zip(methods, stats, strict=True) for edit in method.edit(layer, seen, ratio)]
+        for edit in edits:
+            refuse_overflow(layer, edit)
         layer.apply(edits)
     return edits
+
+
+def refuse_overflow(layer: StreamLayer, edit: Edit) -> None:
+    """Raise NumericalError where an edit has no finite form in the storage dtype; nothing of it is written then."""
+    for name, tensor in edit.module.state_dict().items():
+        if not torch.isfinite(tensor).all():
+            raise NumericalError(
+                f"{layer.prefix}.{edit.path}: {name} is not finite in {tensor.dtype}; wanted numbers that {tensor.dtype} "
+                "can hold. Convert the checkpoint to bfloat16 or float32 and compress that."
+            )
 
 
 def progress(first: int, depth: int) -> Iterator[int]:

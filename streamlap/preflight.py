@@ -42,11 +42,7 @@ def pick_device(name: str) -> str:
 
 def check_output(folder: Path, out: Path, overwrite: bool) -> None:
     """Refuse an output folder that is the input or holds something else; empty it where `overwrite` allows."""
-    source, target = folder.resolve(), out.resolve()
-    if target == source or source in target.parents or target in source.parents:
-        raise RecipeError(f"output folder {out} lies on the input {folder}; wanted a folder apart from it.")
-    if out.exists() and not out.is_dir():
-        raise RecipeError(f"output {out} is a file; wanted a folder.")
+    check_apart(folder, out)
     entries = {path.name for path in out.iterdir()} if out.exists() else set()
     ours = STATE_FOLDER in entries or RECIPE_NAME in entries
     if overwrite and entries:
@@ -60,6 +56,17 @@ def check_output(folder: Path, out: Path, overwrite: bool) -> None:
         raise RecipeError(
             f"output folder {out} {state}; wanted a new one. Choose another, or --overwrite a streamlap output."
         )
+
+
+def check_apart(folder: Path, out: Path) -> None:
+    """Refuse a place for results that is, holds or lies in the source, or that cannot be a folder."""
+    source, target = folder.resolve(), out.resolve()
+    if target == source or source in target.parents or target in source.parents:
+        raise RecipeError(
+            f"output folder {out} is, holds or is inside the input {folder}; wanted a folder apart from it."
+        )
+    if not existing_ancestor(out).is_dir():
+        raise RecipeError(f"output {out}: {existing_ancestor(out)} is a file; wanted a folder.")
 
 
 def empty_output(out: Path) -> None:
@@ -95,7 +102,8 @@ def fingerprint(stream: ModelStream, recipe: Recipe, tokens_NL: torch.Tensor) ->
     shards = {
         f"source {name}": f"{h.file_bytes} bytes, header {h.digest[:16]}" for name, h in stream.source.headers.items()
     }
-    recipe_rows = {f"recipe {key}": value for key, value in recipe.to_dict().items()}
+    # Not the calibration's file names: the tokens that came out of them are what counts, however they are spelt.
+    recipe_rows = {f"recipe {key}": value for key, value in recipe.to_dict().items() if key != "calibration"}
     config = json.dumps(stream.raw_config, sort_keys=True).encode()
     return {
         **recipe_rows, **shards, "source config.json": hashlib.sha256(config).hexdigest()[:16],

@@ -40,8 +40,10 @@ class Calibration:
     def __post_init__(self) -> None:
         for name, least in (("samples", 1), ("length", 2), ("seed", 0)):
             value = getattr(self, name)
-            if value is not None and (type(value) is not int or value < least):
-                raise RecipeError(f"calibration: {name} is {value!r}; wanted a whole number of at least {least}.")
+            if value is not None and (type(value) is not int or not least <= value < 2**63):
+                raise RecipeError(
+                    f"calibration: {name} is {value!r}; wanted a whole number of at least {least} and below 2^63."
+                )
         if not isinstance(self.files, list | tuple) or not all(isinstance(file, str) for file in self.files):
             raise RecipeError(f"calibration: files is {self.files!r}; wanted a list of paths.")
         object.__setattr__(self, "files", tuple(self.files))
@@ -129,6 +131,8 @@ class Recipe:
             raise RecipeError(f"recipe {path} cannot be read: {' '.join(str(error).split())}") from error
         if not isinstance(table, Mapping):
             raise RecipeError(f"recipe {path} holds a {type(table).__name__}; wanted keys like ratio and preset.")
+        if "methods" in table and not table["methods"]:
+            raise RecipeError(f"recipe {path} has no methods, so nothing would be compressed; wanted some or a preset.")
         return cls.from_dict(table)
 
 

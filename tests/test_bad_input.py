@@ -215,7 +215,8 @@ INDEXES: dict[str, tuple[Break, tuple[str, ...]]] = {
     "absolute": (point_to("/etc/passwd"), ("'/etc/passwd'", UP_1, "inside")),
     "inner folder": (point_to("a/x.safetensors"), ("'a/x.safetensors'", UP_1, "inside")),
     "the folder itself": (point_to("."), ("'.'", UP_1, "inside")),
-    "absurd name": (point_to("x" * 5000), ("x" * 50, "missing", UP_1)),
+    "absurd name": (point_to("x" * 5000 + ".safetensors"), ("x" * 50, "missing", UP_1)),
+    "no shard at all": (point_to("config.json"), ("'config.json'", UP_1, ".safetensors")),
     "another shard": (point_to("model-00001-of-00003.safetensors"), (UP_1, "model-00001-of-00003", "not there")),
     "tensor twice": (twice, ("stands in model-00001-of", "model-00002-of", "once")),
     "not JSON": (write_index(b"{"), (INDEX, "weight_map")),
@@ -463,7 +464,8 @@ CALIBRATIONS: dict[str, tuple[str, Break, tuple[str, ...]]] = {
     "rows above the context": ("c.npy", save(np.zeros((2, 65), int)), ("length is 65", "context is 64")),
     "ids above": ("c.npy", save(np.full((2, 16), 300)), ("c.npy", "from 300 to 300", "0 to 299", "tokenizer")),
     "ids below": ("c.npy", save(np.full((2, 16), -1)), ("c.npy", "from -1", "0 to 299")),
-    "ids beyond int64": ("c.npy", save(np.full((2, 16), 2**64 - 1, np.uint64)), ("c.npy", "from -1", "0 to 299")),
+    "ids beyond int64": ("c.npy", save(np.full((2, 16), 2**64 - 1, np.uint64)), ("c.npy", str(2**64 - 1))),
+    "NUL characters": ("c.txt", write(b"ab\0" * 5000), ("c.txt", "not text", "NUL")),
     "objects": ("c.npy", save(np.array([{}], object), allow_pickle=True), ("c.npy", "not a .npy array")),
     "truncated": ("c.npy", write(npy_header("(4, 16)")), ("c.npy", "not a .npy array")),
     "absurd shape": ("c.npy", write(npy_header(f"({10**15}, 16)")), ("c.npy", "not a .npy")),
@@ -516,11 +518,11 @@ OUTPUTS: dict[str, tuple[str, Break, list[str], tuple[str, ...]]] = {
     "not empty": ("out", foreign, [], ("out", "not empty (thesis.tex", "--overwrite")),
     "overwrite what is not ours": ("out", foreign, ["--overwrite"], ("thesis.tex", "not written by streamlap")),
     "a file": ("out", lambda out: out.write_text("x"), [], ("out", "is a file", "folder")),
-    "the input": ("source", lambda out: None, [], ("source", "on the input")),
-    "the input, overwriting": ("source", lambda out: None, ["--overwrite"], ("source", "on the input")),
-    "in the input": ("source/small", lambda out: None, [], ("source/small", "on the input")),
-    "around the input": (".", lambda out: None, ["--overwrite"], ("on the input",)),
-    "a link to the input": ("link", lambda out: out.symlink_to("source"), [], ("link", "on the input")),
+    "the input": ("source", lambda out: None, [], ("source", "the input")),
+    "the input, overwriting": ("source", lambda out: None, ["--overwrite"], ("source", "the input")),
+    "in the input": ("source/small", lambda out: None, [], ("source/small", "the input")),
+    "around the input": (".", lambda out: None, ["--overwrite"], ("the input",)),
+    "a link to the input": ("link", lambda out: out.symlink_to("source"), [], ("link", "the input")),
 }
 
 
@@ -545,7 +547,7 @@ def test_a_finished_output_is_replaced_only_on_demand(source: Path, tokens: Path
 
 
 PLACES: dict[str, tuple[Callable[[Path], list[object]], int, tuple[str, ...]]] = {
-    "output under a file": (lambda tmp: [tmp / "file" / "out"], 1, ("file/out", "Not a directory")),
+    "output under a file": (lambda tmp: [tmp / "file" / "out"], 2, ("file/out", "is a file", "wanted a folder")),
     "work is a file": (lambda tmp: [tmp / "out", "--work", tmp / "file"], 1, ("file", "Not a directory")),
 }
 

@@ -73,7 +73,7 @@ class Block:
 
 
 @pytest.fixture
-def workplace(tmp_path: Path, pico: MakeModel, text: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+def folder_of_page(tmp_path: Path, pico: MakeModel, text: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """A folder with `my-model` and `text.txt`; the bundled model and text are these two, which is quick."""
     shutil.copytree(pico("llama", tokenizer=True), tmp_path / "my-model")
     for name in ("text.txt", "calibration.txt", "validation.txt"):
@@ -93,7 +93,7 @@ def workplace(tmp_path: Path, pico: MakeModel, text: Path, monkeypatch: pytest.M
 @pytest.mark.parametrize("page", [page for page in TEXTS if Block.all_of(page)])
 @pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")  # peft asks for it
 def test_blocks_run(
-    page: str, workplace: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    page: str, folder_of_page: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     module = types.ModuleType("example")
     monkeypatch.setitem(sys.modules, "example", module)
@@ -109,7 +109,7 @@ def test_blocks_run(
         elif block.language == "yaml":
             name = re.match(r"# (\S+\.yaml)\n", block.code)
             assert name, f"{where}: the first line of a yaml block names its file"
-            (workplace / name[1]).write_text(block.code)
+            (folder_of_page / name[1]).write_text(block.code)
         elif block.language == "json":
             actual = read_part(block.file) if block.file else json.loads(printed)
             compare(json.loads(block.code), actual, where, block.part)

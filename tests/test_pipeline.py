@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import stat
 from pathlib import Path
 
@@ -16,10 +17,12 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 import streamlap
+from streamlap.errors import Interrupted, NumericalError, RecipeError
 from streamlap.families.stream import ModelStream
 from streamlap.linalg.budget import lorap_pair_ranks, lorap_removal
 from streamlap.linalg.channels import kept_channels, lorap_scores
 from streamlap.linalg.lowrank import awsvd
+from streamlap.store.journal import Journal
 
 
 def compressed(pico: MakeModel, tokens: Path, out: Path, family: str = "llama", **settings: object) -> streamlap.Report:
@@ -196,3 +199,46 @@ def test_dense_export_is_a_plain_model_with_the_same_logits(
         first, second = (model(input_ids=tokens_NL).logits for model in models)
     torch.testing.assert_close(first, second, rtol=1e-4, atol=1e-4)
     assert streamlap.verify(dense)["ok"]
+
+
+def test_factors_that_the_storage_dtype_cannot_hold_are_refused(pico: MakeModel, tokens: Path, tmp_path: Path) -> None:
+    """In the last layer too, whose output nobody looks at: the inputs of o are tiny, its weights large, float16 overflows."""
+    from safetensors.torch import save_file
+
+    source, out = tmp_path / "source", tmp_path / "out"
+    shutil.copytree(pico("llama", dtype=torch.float16), source)
+    weights = load_file(source / "model.safetensors")
+    weights["model.layers.2.self_attn.v_proj.weight"][:] = 6e-8
+    weights["model.layers.2.self_attn.o_proj.weight"] *= 20000
+    save_file(weights, source / "model.safetensors", {"format": "pt"})
+    with pytest.raises(
+        NumericalError, match=r"model.layers.2.self_attn.o_proj: down.weight is not finite in torch.float16"
+    ):
+        streamlap.compress(source, out, ratio=0.4, files=(str(tokens),))
+    assert not (out / "config.json").exists()
+
+
+def test_calibration_files_may_be_spelt_otherwise_on_resume(
+    pico: MakeModel, tokens: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The tokens count; the recipe that is kept is the one that began the folder."""
+    out, append = tmp_path / "out", Journal.append
+
+    def stop(journal: Journal, line: dict[str, object]) -> None:
+        append(journal, line)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Journal, "append", stop)
+        with pytest.raises(Interrupted):
+            compressed(pico, tokens, out)
+    monkeypatch.chdir(tokens.parent)
+    streamlap.compress(pico("llama"), out, ratio=0.4, files=(tokens.name,))
+    assert streamlap.Recipe.from_yaml(out / "streamlap_recipe.yaml").calibration.files == (str(tokens),)
+
+
+def test_a_dense_export_stays_apart_from_its_source(pico: MakeModel, tokens: Path, tmp_path: Path) -> None:
+    compressed(pico, tokens, tmp_path / "out")
+    with pytest.raises(RecipeError, match="apart"):
+        streamlap.export_dense(tmp_path / "out", tmp_path / "out" / "dense")
+    assert streamlap.verify(tmp_path / "out")["ok"]

@@ -60,6 +60,8 @@ def test_overrides_replace_single_fields() -> None:
         ({"calibration": {"samples": 0}}, ["samples", "0", "1"]),
         ({"calibration": {"length": 1}}, ["length", "1", "2"]),
         ({"calibration": {"seed": -1}}, ["seed", "-1"]),
+        ({"calibration": {"seed": 10**23}}, ["seed", "2^63"]),
+        ({"preset": 7, "methods": []}, ["preset", "7", "lorap"]),
         ({"calibration": {"files": "a.txt"}}, ["files", "a.txt"]),
     ],
 )

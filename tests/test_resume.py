@@ -291,7 +291,7 @@ CHANGES: dict[str, tuple[dict[str, Any], str]] = {
     "ratio": ({"ratio": 0.3}, "recipe ratio: the folder has 0.2, this run has 0.3"),
     "dtype": ({"dtype": "bfloat16"}, "recipe dtype: the folder has 'auto', this run has 'bfloat16'"),
     "samples": ({"samples": 5}, "calibration tokens: the folder has '[12, 16] "),
-    "seed": ({"samples": 12, "seed": 1}, "'seed': 0}, this run has {"),
+    "seed": ({"samples": 5, "seed": 1}, "calibration tokens: the folder has '[12, 16] "),
     "methods": ({"methods": ()}, "recipe methods: the folder has [{'method': 'attention_awsvd'"),
 }
 

@@ -14,6 +14,8 @@ from streamlap.export.folder import copy_companions, write_json
 from streamlap.families.stream import ModelStream, read_config
 from streamlap.inventory import count_parameters
 from streamlap.memory import require_disk
+from streamlap.modules import LowRankLinear
+from streamlap.preflight import check_apart
 from streamlap.store.sink import ShardFolder, TensorEntry, shard_names
 
 
@@ -29,9 +31,11 @@ def export_dense(out: str | Path, destination: str | Path) -> dict[str, int]:
         raise UnsupportedModel(
             f"{folder} is not compressed by streamlap; wanted an output folder. It is dense already."
         )
-    if destination.exists() and (not destination.is_dir() or any(destination.iterdir())):
+    check_apart(folder, destination)
+    if destination.exists() and any(destination.iterdir()):
         raise RecipeError(f"destination {destination} is not empty; wanted a new folder.")
-    dense_bytes = 4 * count_parameters(stream, stream.rows).total_before  # float32 is the widest there is
+    stored = stream.source.info(f"{stream.family.embedding}.weight").dtype
+    dense_bytes = stored.itemsize * count_parameters(stream, stream.rows).total_before
     require_disk(destination, dense_bytes, "the dense checkpoint")
     destination.mkdir(parents=True, exist_ok=True)
     sink, shards = ShardFolder(destination), shard_names(stream.depth)
@@ -60,7 +64,7 @@ def dense_layer(stream: ModelStream, index: int) -> dict[str, TensorEntry]:
         weight = stream.source.read(f"{base}.weight")
         if "rank" in row:
             down = stream.source.read(f"{base}.down.weight")
-            weight = (weight.float() @ down.float()).to(weight.dtype)
+            weight = LowRankLinear.from_factors(weight, down, None).merged()
         entries[f"{base}.weight"] = padded(weight, stream.dense_shape(index, path))
         if stream.has_bias(index, path):
             bias = stream.source.read(f"{base}.bias")

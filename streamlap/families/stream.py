@@ -19,7 +19,7 @@ import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from streamlap.errors import CheckpointError, UnsupportedModel, first_line
+from streamlap.errors import CheckpointError, UnsupportedModel, whole
 from streamlap.families import find_family
 from streamlap.families.layer import StreamLayer
 from streamlap.modules import LowRankLinear, disk_name, swap_modules
@@ -230,7 +230,7 @@ def _meta_model(folder: Path) -> nn.Module:
             model: nn.Module = AutoModelForCausalLM.from_config(config)  # type: ignore[no-untyped-call]
         return model.eval()
     except Exception as error:  # whatever transformers makes of a config that is out of range
-        raise CheckpointError(f"{folder / 'config.json'} does not describe a model: {first_line(error)}") from error
+        raise CheckpointError(f"{folder / 'config.json'} does not describe a model: {whole(error)}") from error
 
 
 def _swap(model: nn.Module, rows: Any) -> dict[str, nn.Linear]:

@@ -44,7 +44,10 @@ def text_files(name: str) -> list[Path]:
     """
     if Path(name).exists() or not HUB_ID.fullmatch(name) or Path(name).suffix in (*TEXT_SUFFIXES, ".npy"):
         return [Path(name)]
-    folder = _snapshot(name, "dataset", [f"*{suffix}" for suffix in TEXT_SUFFIXES])
+    try:
+        folder = _snapshot(name, "dataset", [f"*{suffix}" for suffix in TEXT_SUFFIXES])
+    except CheckpointError as error:
+        raise RecipeError(f"{error}; wanted a text file or a data set") from error
     found = sorted(path for path in folder.rglob("*") if path.suffix in TEXT_SUFFIXES)
     if not found:
         raise RecipeError(f"data set {name} has no {', '.join(TEXT_SUFFIXES)} file; wanted text to calibrate on.")

@@ -14,7 +14,7 @@ import json
 import os
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import BinaryIO, Protocol
+from typing import BinaryIO
 
 import torch
 
@@ -24,13 +24,6 @@ from streamlap.store.source import CHUNK_BYTES, INDEX_NAME, read_chunks
 
 TensorEntry = torch.Tensor | TensorInfo
 """What can be written: a tensor, or the place of one in another file, which is copied as bytes."""
-
-
-class TensorSink(Protocol):
-    """Anything shards can be written to."""
-
-    def write(self, shard: str, tensors: Mapping[str, TensorEntry]) -> str: ...
-    def seal(self, shards: Iterable[str]) -> None: ...
 
 
 def shard_names(depth: int) -> list[str]:

@@ -60,7 +60,9 @@ class SafetensorsFolder:
 
     def info(self, name: str) -> TensorInfo:
         if name not in self._tensors:
-            raise CheckpointError(f"tensor {name!r} is missing from {self.folder}; wanted it in one of its shards.")
+            raise CheckpointError(
+                f"tensor {name!r} is missing from {self.folder}; wanted it in one of its shards, or a config.json without it."
+            )
         return self._tensors[name]
 
     def read(self, name: str) -> torch.Tensor:
@@ -126,9 +128,10 @@ def _read_index(folder: Path) -> dict[str, str]:
             f"{INDEX_NAME} cannot be parsed ({error!r}); wanted an object with weight_map."
         ) from error
     for name, shard in pairs.items():
-        if Path(shard).name != shard or shard in {"", ".", ".."}:
+        if Path(shard).name != shard or not shard.endswith(".safetensors"):
             raise CheckpointError(
-                f"{INDEX_NAME} puts tensor {name!r} into {shard!r}; wanted a file name inside {folder}. Do not trust it."
+                f"{INDEX_NAME} puts tensor {name!r} into {shard!r}; wanted a .safetensors file inside {folder}. "
+                "Do not trust it."
             )
         if not os.path.isfile(folder / shard):  # unlike Path.is_file, no for a name that no file can have
             raise CheckpointError(
