@@ -72,19 +72,9 @@ def evaluate(
     start = time.perf_counter()
     steady_heap()
     reset_peak_ram()
-    for name, value in (("stride", stride), ("limit", limit), ("length", length)):
-        if value is not None and value < 1:
-            raise RecipeError(f"{name} is {value}; wanted at least 1.")
-    folder = local_folder(str(model))
-    stream = ModelStream(folder, pick_device(device), dtype)
+    stream = ModelStream(local_folder(str(model)), pick_device(device), dtype)
     files = (text,) if isinstance(text, str | Path) else tuple(text or bundled_text("validation"))
-    tokens_NL = read_windows([str(file) for file in files], folder, stream.vocabulary, stream.context, length, stride)
-    if limit is not None:
-        tokens_NL = tokens_NL[: limit // tokens_NL.shape[1]]
-        if not len(tokens_NL):
-            raise RecipeError(f"limit is {limit} tokens, less than one window; wanted at least one window of tokens.")
-    if stride is not None and stride >= tokens_NL.shape[1]:
-        raise RecipeError(f"stride is {stride}; wanted less than the window's {tokens_NL.shape[1]} tokens.")
+    tokens_NL = choose_windows(stream, [str(file) for file in files], length, stride, limit)
     nll_NL = token_losses(stream, tokens_NL, Path(work) if work else None)
     scored_NL = nll_NL if stride is None else nll_NL[:, -stride:]
     mean = float(scored_NL.double().mean())
@@ -94,6 +84,23 @@ def evaluate(
         perplexity=math.exp(min(mean, 700.0)), nll=mean, tokens=scored_NL.numel(), length=tokens_NL.shape[1],
         seconds=time.perf_counter() - start, peak_ram_bytes=peak_ram_bytes(), peak_vram_bytes=peak_vram_bytes(),
     )  # fmt: skip
+
+
+def choose_windows(
+    stream: ModelStream, files: Sequence[str], length: int | None, stride: int | None, limit: int | None
+) -> torch.Tensor:
+    """The windows to score, [N, L]. Raises RecipeError where the numbers do not fit the text or each other."""
+    for name, value in (("stride", stride), ("limit", limit), ("length", length)):
+        least = 2 if name == "length" else 1
+        if value is not None and value < least:
+            raise RecipeError(f"{name} is {value}; wanted at least {least}.")
+    tokens_NL = read_windows(files, stream.folder, stream.vocabulary, stream.context, length, stride)
+    if stride is not None and stride >= tokens_NL.shape[1]:
+        raise RecipeError(f"stride is {stride}; wanted less than the window's {tokens_NL.shape[1]} tokens.")
+    windows = len(tokens_NL) if limit is None else limit // tokens_NL.shape[1]
+    if not windows:
+        raise RecipeError(f"limit is {limit} tokens; wanted at least one window of {tokens_NL.shape[1]}.")
+    return tokens_NL[:windows]
 
 
 def token_losses(stream: ModelStream, tokens_NL: torch.Tensor, work: Path | None = None) -> torch.Tensor:

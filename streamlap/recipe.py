@@ -20,9 +20,8 @@ import yaml
 
 from streamlap.errors import RecipeError
 from streamlap.families import Family
+from streamlap.families.stream import COMPUTE_DTYPES
 from streamlap.methods import METHODS, PRESETS, Method
-
-COMPUTE_DTYPES = ("auto", "float32", "float16", "bfloat16")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,8 +66,8 @@ class Recipe:
             raise RecipeError(f"ratio is {self.ratio!r}; wanted a fraction between 0 and 1, like 0.2 for 20 % removed.")
         if self.preset not in (*PRESETS, "custom"):
             raise RecipeError(f"preset is {self.preset!r}; wanted one of {', '.join(PRESETS)}, custom.")
-        if self.dtype not in COMPUTE_DTYPES:
-            raise RecipeError(f"dtype is {self.dtype!r}; wanted one of {', '.join(COMPUTE_DTYPES)}.")
+        if self.dtype not in ("auto", *COMPUTE_DTYPES):
+            raise RecipeError(f"dtype is {self.dtype!r}; wanted one of auto, {', '.join(COMPUTE_DTYPES)}.")
 
     def check_paths(self, family: Family) -> None:
         """Raise RecipeError where two methods would edit one linear."""

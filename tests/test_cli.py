@@ -10,6 +10,7 @@ import pytest
 from conftest import MakeModel
 
 from streamlap.cli import main
+from streamlap.demo import bundled
 
 Run = tuple[int, str, str]
 
@@ -87,6 +88,8 @@ def test_a_recipe_file_and_options_together(
         (["compress"], 2, "MODEL"),
         (["compress", "m", "o", "--ratio", "abc"], 2, "--ratio"),
         (["export", "a", "b", "--to", "gguf"], 2, "dense"),
+        (["eval", str(bundled("model")), "--dtype", "int8"], 2, "int8"),
+        (["eval", str(bundled("model")), "--limit", "5"], 2, "limit is 5"),
         (["eval", "nowhere-at-all"], 3, "nowhere-at-all"),
         (["verify", "nowhere-at-all"], 3, "nowhere-at-all"),
         (["resume", "nowhere-at-all"], 5, "nowhere-at-all"),

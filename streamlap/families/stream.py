@@ -19,7 +19,7 @@ import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from streamlap.errors import CheckpointError, UnsupportedModel, whole
+from streamlap.errors import CheckpointError, RecipeError, UnsupportedModel, whole
 from streamlap.families import find_family
 from streamlap.families.layer import StreamLayer
 from streamlap.modules import LowRankLinear, disk_name, swap_modules
@@ -29,7 +29,8 @@ from streamlap.store.source import SafetensorsFolder, TensorSource
 BATCH_TOKENS = 4096
 """Tokens per forward. Fixed, because the shape of a matrix product can move its last bits."""
 
-FLOATS = (torch.float32, torch.float16, torch.bfloat16)
+COMPUTE_DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+"""What a layer may be computed in, and stored in; "auto" is float32 on a CPU and the checkpoint's dtype on a GPU."""
 
 
 def batch_of(length: int) -> int:
@@ -172,7 +173,9 @@ class ModelStream:
         stored = self.source.info(f"{self.family.embedding}.weight").dtype
         if name == "auto":
             return torch.float32 if self.device.type == "cpu" else stored
-        return {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}[name]
+        if name not in COMPUTE_DTYPES:
+            raise RecipeError(f"dtype is {name!r}; wanted one of auto, {', '.join(COMPUTE_DTYPES)}.")
+        return COMPUTE_DTYPES[name]
 
     def _check_tensors(self) -> None:
         wanted: dict[str, torch.Size] = {}
@@ -186,7 +189,7 @@ class ModelStream:
                 raise CheckpointError(
                     f"tensor {name!r} in {info.path.name} has shape {list(info.shape)}; config.json wants {list(shape)}."
                 )
-            if info.dtype not in FLOATS:
+            if info.dtype not in COMPUTE_DTYPES.values():
                 raise UnsupportedModel(
                     f"tensor {name!r} has dtype {info.dtype}; wanted float32, float16 or bfloat16 weights."
                 )
