@@ -97,10 +97,12 @@ def test_imports_point_down(module: str) -> None:
 
 
 def test_no_import_cycles() -> None:
+    cycle: list[str] = []
     try:
         TopologicalSorter({module: inside(module) for module in SOURCES}).prepare()
     except CycleError as error:
-        pytest.fail(" -> ".join(error.args[1]))
+        cycle = error.args[1]
+    assert not cycle, " -> ".join(cycle)
 
 
 @pytest.mark.parametrize("module", [module for module in SOURCES if module.split(".")[0] == "linalg"])

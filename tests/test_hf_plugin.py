@@ -262,7 +262,9 @@ def test_lora_on_all_linears_trains_and_merges(mixed: Case, tmp_path: Path) -> N
 
 
 def test_whole_model_may_be_trained_by_trainer(mixed: Case) -> None:
-    validate_quantization_for_training(load(mixed.folder))
+    model = load(mixed.folder)
+    validate_quantization_for_training(model)  # raises where the quantizer does not allow it
+    assert model.hf_quantizer.is_qat_trainable
 
 
 def test_saved_file_goes_through_load_state_dict(mixed: Case) -> None:
