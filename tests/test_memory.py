@@ -5,10 +5,12 @@ from __future__ import annotations
 import importlib.util
 from pathlib import Path
 
+import psutil
 import pytest
+import torch
 
 from streamlap.errors import BudgetError
-from streamlap.memory import PhaseClock, peak_ram_bytes, require_disk, reset_peak_ram
+from streamlap.memory import PhaseClock, peak_ram_bytes, require_disk, reset_peak_ram, steady_heap
 
 
 def test_three_times_the_layers_take_less_than_one_layer_more() -> None:
@@ -34,6 +36,18 @@ def test_the_peak_is_counted_anew_after_a_reset() -> None:
     reset_peak_ram()
     assert high - before > 60 << 20
     assert high - peak_ram_bytes() > 32 << 20
+
+
+def test_freed_blocks_go_back_to_the_system_between_blocks_that_stay() -> None:
+    """Also once a large block has been freed, which is what makes glibc keep such sizes in its heap by default."""
+    steady_heap()
+    torch.ones(24 << 20, dtype=torch.uint8)
+    before = psutil.Process().memory_info().rss
+    pairs = [(torch.ones(2 << 20, dtype=torch.uint8), torch.ones(1 << 16, dtype=torch.uint8)) for _ in range(40)]
+    kept = [small for _, small in pairs]
+    del pairs
+    assert len(kept) == 40
+    assert psutil.Process().memory_info().rss - before < 16 << 20
 
 
 def test_phases_add_up() -> None:
