@@ -11,6 +11,7 @@ from streamlap.export.dense import export_dense
 from streamlap.inventory import inspect
 from streamlap.loading import load
 from streamlap.pipeline import compress, resume
+from streamlap.plan import Plan, plan
 from streamlap.recipe import Calibration, Recipe
 from streamlap.report import Report
 from streamlap.verification import verify
@@ -19,6 +20,7 @@ from streamlap.version import __version__
 __all__ = [
     "Calibration",
     "Evaluation",
+    "Plan",
     "Recipe",
     "Report",
     "StreamlapError",
@@ -28,6 +30,7 @@ __all__ = [
     "export_dense",
     "inspect",
     "load",
+    "plan",
     "resume",
     "verify",
 ]

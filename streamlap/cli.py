@@ -4,15 +4,20 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import sys
 from pathlib import Path
 from typing import Annotated, Any
 
+import torch
 import typer
+from tqdm import tqdm
 
 import streamlap
+from streamlap.cgroups import usable_cpus
 from streamlap.demo import DemoResult, run_demo
-from streamlap.errors import StreamlapError
+from streamlap.errors import BudgetError, StreamlapError
+from streamlap.memory import show_size
 from streamlap.recipe import Recipe
 
 app = typer.Typer(
@@ -27,52 +32,103 @@ Model = Annotated[str, typer.Argument(metavar="MODEL", help="Checkpoint folder o
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout instead of text.")]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")]
 Dtype = Annotated[str | None, typer.Option(help="Compute dtype: auto, float32, float16 or bfloat16.")]
+MaxRam = Annotated[str | None, typer.Option(help="Cap on RAM, Python included, like 8GiB; default what is free.")]
+MaxVram = Annotated[str | None, typer.Option(help="Cap on GPU memory, like 8GiB; default what is free.")]
+Overlap = Annotated[
+    bool,
+    typer.Option("--overlap/--no-overlap", help="Read, write and compute at the same time; the result is the same."),
+]
 Work = Annotated[Path | None, typer.Option(help="Folder for hidden states between layers.")]
+
+
+Ratio = Annotated[float | None, typer.Option(help="Fraction of the decoder-linear parameters to remove.")]
+Preset = Annotated[str | None, typer.Option(help="lorap.")]
+RecipeFile = Annotated[Path | None, typer.Option(help="YAML file of settings; other options replace single ones.")]
+CalibrationFiles = Annotated[
+    list[str] | None, typer.Option(help="Text (.txt, .jsonl, .parquet) or token ids (.npy); may be repeated.")
+]
+Samples = Annotated[int | None, typer.Option(help="Calibration windows; default 128.")]
+Length = Annotated[int | None, typer.Option(help="Tokens a window; default 2048 or the model's context.")]
+Seed = Annotated[int | None, typer.Option(help="Seed of the choice of windows.")]
+
+
+def recipe_of(path: Path | None, files: list[str] | None, **options: Any) -> Recipe:
+    """The recipe of the file, or the default, with the options that were given in place of its own."""
+    options["files"] = tuple(files) if files else None
+    base = Recipe.from_yaml(path) if path else Recipe()
+    return base.override(**{key: value for key, value in options.items() if value is not None})
 
 
 @app.command()
 def compress(
     model: Model,
     out: Annotated[Path, typer.Argument(metavar="OUT", help="New folder for the result.")],
-    ratio: Annotated[float | None, typer.Option(help="Fraction of the decoder-linear parameters to remove.")] = None,
-    preset: Annotated[str | None, typer.Option(help="lorap.")] = None,
-    recipe: Annotated[
-        Path | None, typer.Option(help="YAML file of settings; other options replace single ones.")
-    ] = None,
-    calibration: Annotated[
-        list[str] | None, typer.Option(help="Text (.txt, .jsonl, .parquet) or token ids (.npy); may be repeated.")
-    ] = None,
-    samples: Annotated[int | None, typer.Option(help="Calibration windows; default 128.")] = None,
-    length: Annotated[int | None, typer.Option(help="Tokens a window; default 2048 or the model's context.")] = None,
-    seed: Annotated[int | None, typer.Option(help="Seed of the choice of windows.")] = None,
+    ratio: Ratio = None,
+    preset: Preset = None,
+    recipe: RecipeFile = None,
+    calibration: CalibrationFiles = None,
+    samples: Samples = None,
+    length: Length = None,
+    seed: Seed = None,
     dtype: Dtype = None,
     device: Device = "auto",
+    max_ram: MaxRam = None,
+    max_vram: MaxVram = None,
     work: Work = None,
+    overlap: Overlap = True,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an earlier streamlap output.")] = False,
     as_json: Json = False,
 ) -> None:
     """Compress MODEL into the new folder OUT. A run that was killed goes on when the command is given again."""
-    options: dict[str, Any] = {
-        "ratio": ratio,
-        "preset": preset,
-        "samples": samples,
-        "length": length,
-        "seed": seed,
-        "dtype": dtype,
-    }
-    options["files"] = tuple(calibration) if calibration else None
-    overrides = {key: value for key, value in options.items() if value is not None}
-    base = Recipe.from_yaml(recipe) if recipe else Recipe()
-    report = streamlap.compress(model, out, base, device=device, work=work, overwrite=overwrite, **overrides)
+    settings = recipe_of(
+        recipe, calibration, ratio=ratio, preset=preset, samples=samples, length=length, seed=seed, dtype=dtype
+    )
+    report = streamlap.compress(
+        model, out, settings, device=device, work=work, overwrite=overwrite, max_ram=max_ram, max_vram=max_vram,
+        overlap=overlap,
+    )  # fmt: skip
     emit(as_json, report.to_json(), describe_report(report))
 
 
 @app.command()
-def resume(
-    out: Annotated[Path, typer.Argument(metavar="OUT", help="Folder of an interrupted run.")], as_json: Json = False
+def plan(
+    model: Model,
+    ratio: Ratio = None,
+    preset: Preset = None,
+    recipe: RecipeFile = None,
+    calibration: CalibrationFiles = None,
+    samples: Samples = None,
+    length: Length = None,
+    seed: Seed = None,
+    dtype: Dtype = None,
+    device: Device = "auto",
+    max_ram: MaxRam = None,
+    max_vram: MaxVram = None,
+    work: Work = None,
+    overlap: Overlap = True,
+    as_json: Json = False,
 ) -> None:
-    """Go on with an interrupted compress; OUT knows everything that is needed."""
-    report = streamlap.resume(out)
+    """What compress with the same options would take: size, memory, disk, time. From headers; exit 4 if it does not fit."""
+    settings = recipe_of(
+        recipe, calibration, ratio=ratio, preset=preset, samples=samples, length=length, seed=seed, dtype=dtype
+    )
+    result = streamlap.plan(
+        model, settings, device=device, work=work, max_ram=max_ram, max_vram=max_vram, overlap=overlap
+    )
+    emit(as_json, result.to_json(), describe_plan(result))
+    if not result.fits:
+        raise typer.Exit(BudgetError.exit_code)
+
+
+@app.command()
+def resume(
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="Folder of an interrupted run.")],
+    max_ram: MaxRam = None,
+    max_vram: MaxVram = None,
+    as_json: Json = False,
+) -> None:
+    """Go on with an interrupted compress; OUT knows everything that is needed, the caps included."""
+    report = streamlap.resume(out, max_ram=max_ram, max_vram=max_vram)
     emit(as_json, report.to_json(), describe_report(report))
 
 
@@ -90,17 +146,21 @@ def evaluate(
     limit: Annotated[int | None, typer.Option(help="Use at most this many tokens.")] = None,
     dtype: Dtype = None,
     device: Device = "auto",
+    max_ram: MaxRam = None,
+    max_vram: MaxVram = None,
     work: Work = None,
+    overlap: Overlap = True,
     as_json: Json = False,
 ) -> None:
     """Streaming perplexity of any checkpoint, original or compressed; never more than one layer in memory."""
     result = streamlap.evaluate(
-        model, text, length=length, stride=stride, limit=limit, device=device, dtype=dtype or "auto", work=work
-    )
+        model, text, length=length, stride=stride, limit=limit, device=device, dtype=dtype or "auto", work=work,
+        max_ram=max_ram, max_vram=max_vram, overlap=overlap,
+    )  # fmt: skip
     lines = [
         f"perplexity {result.perplexity:.4f}  (mean NLL {result.nll:.6f} nats, {result.tokens:,} predicted tokens, "
         f"windows of {result.length})",
-        f"{result.seconds:.1f} s, peak RAM {size(result.peak_ram_bytes)}",
+        f"{result.seconds:.1f} s, peak RAM {show_size(result.peak_ram_bytes)}",
     ]
     emit(as_json, result.to_json(), lines)
 
@@ -143,7 +203,11 @@ def export(
     if to != "dense":
         raise typer.BadParameter(f"{to!r} is not known; wanted dense", param_hint="--to")
     result = streamlap.export_dense(out, destination)
-    emit(as_json, result, [f"{destination}: {result['shards']} shards, {size(result['bytes'])}, for comparison only"])
+    emit(
+        as_json,
+        result,
+        [f"{destination}: {result['shards']} shards, {show_size(result['bytes'])}, for comparison only"],
+    )
 
 
 @app.command()
@@ -163,10 +227,6 @@ def emit(as_json: bool, value: dict[str, Any], lines: list[str]) -> None:
     typer.echo(json.dumps(value) if as_json else "\n".join(lines))
 
 
-def size(count: int) -> str:
-    return f"{count / 2**30:.2f} GiB" if count >= 2**30 else f"{count / 2**20:.1f} MiB"
-
-
 def describe_parameters(table: dict[str, Any]) -> list[str]:
     return [
         f"decoder linears {table['decoder_before']:,} -> {table['decoder_after']:,} ({table['ratio_decoder']:.2%} removed)",
@@ -183,10 +243,28 @@ def describe_site(site: dict[str, Any]) -> str:
 
 def describe_report(report: streamlap.Report) -> list[str]:
     return [
-        f"{report.out}: {len(report.layers)} layers in {report.seconds:.1f} s, peak RAM {size(report.peak_ram_bytes)}",
+        f"{report.out}: {len(report.layers)} layers in {report.seconds:.1f} s, peak RAM {show_size(report.peak_ram_bytes)}",
         *describe_parameters(report.parameters.to_json()),
         f"load it with: import streamlap; AutoModelForCausalLM.from_pretrained({report.out!r})",
     ]
+
+
+def describe_plan(plan: streamlap.Plan) -> list[str]:
+    sequences, length = plan.calibration_tokens
+    hours = " to ".join(tqdm.format_interval(seconds) for seconds in (plan.seconds_low, plan.seconds_high))
+    way = "read-ahead on" if plan.overlap else "read-ahead off"
+    heaviest = max(plan.layers, key=lambda layer: layer.seconds_low)
+    rows = [
+        ("output", f"{show_size(plan.output_bytes)} of shards"),
+        ("peak RAM", show_size(plan.peak_ram_bytes)),
+        ("peak VRAM", show_size(plan.peak_vram_bytes)),
+        ("disk", f"{show_size(plan.disk_bytes)} beside the source"),
+        ("read, written", f"{show_size(plan.read_bytes)}, {show_size(plan.write_bytes)}"),
+        ("operations", f"{plan.flops:.3g} FLOP, {sequences} windows of {length} tokens"),
+        ("time", f"{hours}, {heaviest.seconds_low:.1f} s for a layer at the least, {len(plan.layers)} layers"),
+        ("schedule", f"{way}, hidden states in {plan.hidden_states}, {plan.forward_tokens:,} tokens a forward"),
+    ]
+    return [*(f"{name:<15}{value}" for name, value in rows), *(plan.advice or ["it fits"])]
 
 
 def describe_demo(result: DemoResult) -> list[str]:
@@ -200,6 +278,8 @@ def describe_demo(result: DemoResult) -> list[str]:
 def main() -> None:
     """Entry point of the console script: a StreamlapError becomes one line on stderr and its exit code."""
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
+    if "OMP_NUM_THREADS" not in os.environ:  # torch counts the machine's cores, also those that a container may not use
+        torch.set_num_threads(min(torch.get_num_threads(), usable_cpus()))
     try:
         app(prog_name="streamlap")
     except StreamlapError as error:

@@ -11,26 +11,24 @@ from __future__ import annotations
 import math
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import psutil
 import torch
-from tqdm import tqdm
+from torch.nn.functional import cross_entropy
 
 from streamlap.calibration import bundled_text, read_windows
+from streamlap.engine import Engine, open_bank, start_engine
 from streamlap.errors import NumericalError, RecipeError
-from streamlap.families.layer import StreamLayer
-from streamlap.families.stream import ModelStream, batch_of
-from streamlap.memory import peak_ram_bytes, peak_vram_bytes, require_disk, reset_peak_ram, steady_heap
+from streamlap.families.stream import HEAD_TOKENS, ModelStream
+from streamlap.memory import parse_size, require_disk
+from streamlap.meters import peak_ram_bytes, peak_vram_bytes, reset_peaks, steady_heap
 from streamlap.preflight import pick_device
-from streamlap.store.hidden import DiskBank, HiddenStates, RamBank
+from streamlap.sizing import Caps, Fit, Schedule, evaluation_workload, fit, require_fit
+from streamlap.store.hidden import HiddenBank
 from streamlap.store.hub import local_folder
-
-RAM_SHARE = 0.25
-"""Hidden states stay in memory while two generations take less than this share of what is free; else they go to disk."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,21 +59,27 @@ def evaluate(
     device: str = "auto",
     dtype: str = "auto",
     work: str | Path | None = None,
+    max_ram: int | str | None = None,
+    max_vram: int | str | None = None,
+    overlap: bool = True,
 ) -> Evaluation:
     """Perplexity of a checkpoint, original or compressed, on text or token ids (as for calibration; default: bundled text,
     which is not the one that calibration takes).
 
     Args: length, tokens a window (default 2048, the model's context, or the rows of an .npy); limit, tokens to use at
     most, windows times length; dtype, compute dtype, auto is float32 on a CPU; work, where hidden states go when memory is
-    short.
+    short; max_ram, max_vram, caps as bytes or as text like 8GiB (default: what is free).
     """
-    start = time.perf_counter()
+    start, device = time.perf_counter(), pick_device(device)
     steady_heap()
-    reset_peak_ram()
-    stream = ModelStream(local_folder(str(model)), pick_device(device), dtype)
+    reset_peaks()
+    caps = Caps(ram=parse_size(max_ram, "max_ram"), vram=parse_size(max_vram, "max_vram"))
+    stream = ModelStream(local_folder(str(model)), device, "float32" if (device, dtype) == ("cpu", "auto") else dtype)
     files = (text,) if isinstance(text, str | Path) else tuple(text or bundled_text("validation"))
     tokens_NL = choose_windows(stream, [str(file) for file in files], length, stride, limit)
-    nll_NL = token_losses(stream, tokens_NL, Path(work) if work else None)
+    choice = fit(evaluation_workload(stream, *tokens_NL.shape), caps, overlap)
+    require_fit(choice, caps)
+    nll_NL = token_losses(stream, tokens_NL, choice, Path(work) if work else None)
     scored_NL = nll_NL if stride is None else nll_NL[:, -stride:]
     mean = float(scored_NL.double().mean())
     if not math.isfinite(mean):
@@ -103,36 +107,54 @@ def choose_windows(
     return tokens_NL[:windows]
 
 
-def token_losses(stream: ModelStream, tokens_NL: torch.Tensor, work: Path | None = None) -> torch.Tensor:
+def token_losses(stream: ModelStream, tokens_NL: torch.Tensor, choice: Fit, work: Path | None = None) -> torch.Tensor:
     """NLL of every predicted position, [N, L - 1] float32."""
     kwargs = stream.layer_kwargs(tokens_NL.shape[1])
     if work is not None:
         work.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix="streamlap-eval-", dir=work) as scratch:
-        hidden = choose_bank(stream, tokens_NL, Path(scratch))
-        hidden.write(0, stream.embed(tokens_NL))
-        for index in tqdm(range(stream.depth), desc="evaluate", unit="layer"):
-            propagate(stream.layer(index, kwargs[index]), hidden, index)
-            hidden.drop(index)
-        rows = [
-            torch.nn.functional.cross_entropy(
-                logits_LV[:-1].float(), tokens_L[1:].to(logits_LV.device), reduction="none"
-            )
-            for logits_LV, tokens_L in zip(stream.logits(hidden.read(stream.depth)), tokens_NL, strict=True)
-        ]
-    return torch.stack(rows).cpu()
+        hidden = scratch_bank(stream, tokens_NL, choice.schedule, Path(scratch))
+        stream_layers(stream, choice, hidden, tokens_NL, kwargs)
+        with choice.ram.claim(choice.schedule.ram["head"]), choice.vram.claim(choice.schedule.vram.get("head", {})):
+            return head_losses(stream, hidden.read(stream.depth), tokens_NL)
 
 
-def propagate(layer: StreamLayer, hidden: HiddenStates, index: int) -> None:
-    """A function of its own, so that nothing holds this layer while the next one is read."""
-    hidden.write(index + 1, (layer(x_BLD) for x_BLD in hidden.read(index)))
+def stream_layers(
+    stream: ModelStream, choice: Fit, hidden: HiddenBank, tokens_NL: torch.Tensor, kwargs: Sequence[Mapping[str, Any]]
+) -> None:
+    """Every layer in turn. All that the loop needed is free again at the end."""
+    with start_engine(stream, choice, hidden, "evaluate") as engine:
+        hidden.write(0, stream.embed(tokens_NL), engine.writer)
+        for index in range(stream.depth):
+            propagate(engine, index, kwargs[index])
+            engine.require_baseline(index)
 
 
-def choose_bank(stream: ModelStream, tokens_NL: torch.Tensor, scratch: Path) -> HiddenStates:
-    """Memory where two generations fit well, else files in `scratch`. The numbers are the same."""
-    sequences, length = tokens_NL.shape
-    disk = DiskBank(scratch, (sequences, length, stream.width), stream.dtype, batch_of(length))
-    if 2 * disk.nbytes < RAM_SHARE * psutil.virtual_memory().available:
-        return RamBank()
-    require_disk(scratch, 2 * disk.nbytes, "hidden states")
-    return disk
+def propagate(engine: Engine, index: int, kwargs: Mapping[str, Any]) -> None:
+    """One layer; a function of its own, so that nothing holds this layer while the next one is read."""
+    engine.progress.phase("read")
+    layer = engine.layer(index, kwargs)
+    engine.advance(layer, index)
+    engine.hidden.settle()
+    engine.hidden.drop(index)
+    engine.progress.next()
+
+
+@torch.no_grad()
+def head_losses(stream: ModelStream, batches: Iterable[torch.Tensor], tokens_NL: torch.Tensor) -> torch.Tensor:
+    """NLL [N, L - 1] from the last hidden states, a piece of a sequence at a time: logits are as wide as the vocabulary."""
+    head, rows = stream.head(), []
+    sequences = (x_LD for x_BLD in batches for x_LD in x_BLD)
+    for x_LD, tokens_L in zip(sequences, tokens_NL.to(stream.device), strict=True):
+        pieces = zip(x_LD[:-1].split(HEAD_TOKENS), tokens_L[1:].split(HEAD_TOKENS), strict=True)
+        losses = [cross_entropy(head(x_TD).float(), target_T, reduction="none") for x_TD, target_T in pieces]
+        rows.append(torch.cat(losses).cpu())
+    return torch.stack(rows)
+
+
+def scratch_bank(stream: ModelStream, tokens_NL: torch.Tensor, schedule: Schedule, scratch: Path) -> HiddenBank:
+    """Memory where the schedule says so, else files in `scratch`. The numbers are the same."""
+    bank = open_bank(stream, tokens_NL, schedule, scratch if schedule.tier == "disk" else None)
+    if schedule.tier == "disk":
+        require_disk(scratch, 2 * bank.nbytes, "hidden states")
+    return bank

@@ -1,54 +1,146 @@
-"""Meters and the heap: seconds by phase, peak memory, free disk, and memory that goes back when it is freed."""
+"""Memory as a budget: how much there is, who holds how much of it, and what gives way where it is not enough."""
 
 from __future__ import annotations
 
 import contextlib
-import ctypes
+import gc
+import logging
+import re
 import shutil
-import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
+from typing import TypeVar
 
 import psutil
 import torch
 
-from streamlap.errors import BudgetError
+from streamlap.cgroups import memory_room
+from streamlap.errors import BudgetError, RecipeError, first_line
 
-_CLEAR_REFS = Path("/proc/self/clear_refs")
-_STATUS = Path("/proc/self/status")
+log = logging.getLogger(__name__)
+T = TypeVar("T")
+
+UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12,
+         "KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}  # fmt: skip
 
 
-_M_MMAP_THRESHOLD = -3
-_MMAP_THRESHOLD_BYTES = 1 << 20
+def parse_size(text: str | int | None, what: str) -> int | None:
+    """`8GiB`, `500MB` or a number of bytes -> bytes; None stays None. Raises RecipeError that names `what`."""
+    if text is None:
+        return None
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([A-Za-z]*)", str(text).strip())
+    if not match or match[2].upper() not in UNITS or not (size := int(float(match[1]) * UNITS[match[2].upper()])):
+        raise RecipeError(f"{what} is {text!r}; wanted a size like 8GiB or 500MB.")
+    return size
 
 
-def steady_heap() -> None:
-    """Have every block of a MiB or more mapped on its own, so that freeing it gives its memory back at once (glibc).
+def show_size(count: int) -> str:
+    return f"{count / 2**30:.2f} GiB" if count >= 2**30 else f"{count / 2**20:.1f} MiB"
 
-    By default glibc raises that limit to 32 MiB as blocks are freed; the tensors of one layer after another then come
-    from a heap with ever other holes, and the peak of a long run creeps up by whole layers.
+
+def free_ram() -> int:
+    """Bytes that this process may still take: what the system has, or what its control group leaves, if that is less."""
+    return max(0, min([psutil.virtual_memory().available, *memory_room()]))
+
+
+def free_vram(device: torch.device) -> int:
+    return int(torch.cuda.mem_get_info(device)[0]) if device.type == "cuda" else 0
+
+
+class Budget:
+    """The one purse of a run. Whatever lives longer than a moment is claimed here, under its purpose, before it is made.
+
+    Args: cap, bytes in all; base, what the process held before (Python, torch, the meta model).
     """
-    with contextlib.suppress(OSError, AttributeError, TypeError):
-        ctypes.CDLL(None).mallopt(_M_MMAP_THRESHOLD, _MMAP_THRESHOLD_BYTES)
+
+    def __init__(self, cap: int, base: int = 0, name: str = "RAM") -> None:
+        self.cap, self.base, self.name = cap, base, name
+        self.held: dict[str, int] = {}
+
+    @property
+    def used(self) -> int:
+        return self.base + sum(self.held.values())
+
+    @contextlib.contextmanager
+    def claim(self, parts: Mapping[str, int]) -> Iterator[None]:
+        """Hold `parts` (purpose -> bytes) for the block. Raises BudgetError where they do not fit, before they are held."""
+        if self.used + sum(parts.values()) > self.cap:
+            raise BudgetError(
+                f"{', '.join(parts)} take {show_size(sum(parts.values()))} of {self.name}, and {show_size(self.used)} of the "
+                f"{show_size(self.cap)} allowed are held ({self._table()}). Raise the cap."
+            )
+        self._add(parts, 1)
+        try:
+            yield
+        finally:
+            self._add(parts, -1)
+
+    def _add(self, parts: Mapping[str, int], sign: int) -> None:
+        for purpose, count in parts.items():
+            self.held[purpose] = self.held.get(purpose, 0) + sign * count
+        self.held = {purpose: count for purpose, count in self.held.items() if count}
+
+    def _table(self) -> str:
+        return ", ".join(
+            f"{purpose} {show_size(count)}" for purpose, count in {"process": self.base, **self.held}.items()
+        )
 
 
-def reset_peak_ram() -> None:
-    """Let the kernel count this process's peak anew, where it offers that (Linux)."""
-    with contextlib.suppress(OSError):
-        _CLEAR_REFS.write_text("5")
+class Ladder:
+    """What gives way where memory runs out all the same: fewer sequences a forward, cached blocks, the device of the solve.
+
+    A step, once taken, holds for the rest of the run. Statistics and solves go in blocks of rows in any case.
+    """
+
+    def __init__(self, micro: int, device: torch.device) -> None:
+        self.micro, self.solve_device = micro, device
+        self.steps: list[tuple[int, str]] = []
+
+    def taken(self, layer: int) -> tuple[str, ...]:
+        """The steps taken in this layer."""
+        return tuple(step for index, step in self.steps if index == layer)
+
+    def climb(self, phase: str, layer: int, attempt: Callable[[], T]) -> T:
+        """The result of `attempt`, which is called again after each step. Raises BudgetError when there is none left."""
+        tried: set[str] = set()
+        while True:
+            try:
+                return attempt()
+            except Exception as error:
+                if not is_out_of_memory(error):
+                    raise
+                reason = first_line(error)
+            # Not inside the handler: the error's traceback holds the tensors of the attempt.
+            step = self._give_way(phase, tried, reason)
+            tried.add(step)
+            self.steps.append((layer, f"layer {layer}, {phase}: {step}"))
+            log.warning("out of memory in layer %d, %s: %s", layer, phase, step)
+            free_caches()
+
+    def _give_way(self, phase: str, tried: set[str], reason: str) -> str:
+        if phase != "solve" and self.micro > 1:
+            self.micro = -(-self.micro // 2)
+            return f"{self.micro} sequences a forward"
+        if "caches freed" not in tried:
+            return "caches freed"
+        if phase == "solve" and self.solve_device.type != "cpu":
+            self.solve_device = torch.device("cpu")
+            return "solve on the CPU"
+        raise BudgetError(
+            f"out of memory in {phase} after every fallback ({reason}). What is committed is kept: run again with a shorter "
+            "--length in a new folder, with less beside it on the machine, or on a larger one."
+        )
 
 
-def peak_ram_bytes() -> int:
-    """Highest resident set of this process since `reset_peak_ram`; the present one where the kernel does not tell."""
-    with contextlib.suppress(OSError):
-        for line in _STATUS.read_text().splitlines():
-            if line.startswith("VmHWM:"):
-                return int(line.split()[1]) * 1024
-    return int(psutil.Process().memory_info().rss)
+def free_caches() -> None:
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
 
 
-def peak_vram_bytes() -> int:
-    return torch.cuda.max_memory_allocated() if torch.cuda.is_available() else 0
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether torch or Python could not get memory, on whatever device."""
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or "DefaultCPUAllocator" in str(error)
 
 
 def existing_ancestor(path: Path) -> Path:
@@ -63,18 +155,3 @@ def require_disk(path: Path, wanted: int, purpose: str) -> None:
             f"{purpose} takes {wanted:,} bytes under {path}, and {free:,} are free. Free some space, choose another "
             "folder or --work, or use fewer --samples."
         )
-
-
-class PhaseClock:
-    """Seconds spent in each named phase; a phase entered again adds up."""
-
-    def __init__(self) -> None:
-        self.seconds: dict[str, float] = {}
-
-    @contextlib.contextmanager
-    def phase(self, name: str) -> Iterator[None]:
-        start = time.perf_counter()
-        try:
-            yield
-        finally:
-            self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start

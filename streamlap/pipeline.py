@@ -6,36 +6,45 @@ that fed it go. A run that dies anywhere starts again at the first layer without
 
 from __future__ import annotations
 
-import io
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from concurrent.futures import Future
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from tqdm import tqdm
 
 from streamlap.calibration import calibration_tokens
-from streamlap.errors import Interrupted, NumericalError, ResumeMismatch, first_line
+from streamlap.engine import Engine, open_bank, start_engine
+from streamlap.errors import Interrupted, NumericalError
 from streamlap.export.folder import KEPT_NAME, finish_folder, module_rows
 from streamlap.families.layer import Edit, StreamLayer
 from streamlap.families.stream import ModelStream
+from streamlap.forecast import compression_workload, forecast, plan_layers
 from streamlap.inventory import count_parameters
-from streamlap.memory import PhaseClock, peak_ram_bytes, peak_vram_bytes, reset_peak_ram, steady_heap
-from streamlap.preflight import check_output, fingerprint, forecast_disk, open_bank, pick_device, plan_layers
+from streamlap.memory import parse_size
+from streamlap.meters import (
+    PhaseClock,
+    bytes_moved,
+    peak_ram_bytes,
+    peak_vram_bytes,
+    ram_bytes,
+    reset_peaks,
+    steady_heap,
+)
+from streamlap.methods.base import Statistic
+from streamlap.preflight import check_output, fingerprint, forecast_disk, hidden_folder, pick_device
 from streamlap.recipe import Recipe
 from streamlap.report import LayerReport, Report
+from streamlap.sizing import Caps, Fit, fit, require_fit
 from streamlap.stopping import stop_requests
-from streamlap.store.hidden import DiskBank
+from streamlap.store.hidden import HiddenBank
 from streamlap.store.hub import local_folder, model_name
-from streamlap.store.journal import STATE_FOLDER, Journal, OutputLock
-from streamlap.store.sink import ShardFolder, file_hash, shard_names, write_durably
-
-TOKENS_NAME = "tokens.npy"
+from streamlap.store.journal import Journal, OutputLock, save_tokens, saved_tokens
+from streamlap.store.sink import ShardFolder, file_hash, shard_names
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(kw_only=True)
 class Job:
     """Everything one run needs, checked."""
 
@@ -44,7 +53,10 @@ class Job:
     out: Path
     tokens_NL: torch.Tensor
     journal: Journal
-    hidden: DiskBank
+    hidden: HiddenBank
+    fit: Fit
+    moved: tuple[int, int] = field(default_factory=bytes_moved)
+    """Bytes read and written up to the last commit."""
 
 
 def compress(
@@ -55,12 +67,16 @@ def compress(
     device: str = "auto",
     work: str | Path | None = None,
     overwrite: bool = False,
+    max_ram: int | str | None = None,
+    max_vram: int | str | None = None,
+    overlap: bool = True,
     **overrides: Any,
 ) -> Report:
     """Compress the checkpoint `model` (a folder or a hub id) into the new folder `out`, or go on where a killed run stopped.
 
     `overrides` replace single fields of the recipe: ratio, preset, dtype, and the calibration's files, samples, length, seed.
-    `work` is where hidden states are kept between layers; default inside `out`.
+    `work` is where hidden states are kept between layers; default inside `out`. `max_ram` and `max_vram` are caps, as bytes or
+    as text like 8GiB; default what is free. Without `overlap` nothing runs beside the loop. None of these changes the result.
     Raises a StreamlapError before the first layer for anything that can be checked from headers.
     """
     recipe = (recipe or Recipe()).override(**overrides)
@@ -70,51 +86,45 @@ def compress(
     plan_layers(stream, recipe)
     tokens_NL = calibration_tokens(recipe.calibration, folder, stream.vocabulary, stream.context)
     check_output(folder, out, overwrite)
-    source = str(folder.resolve()) if Path(model).is_dir() else str(model)
     arguments = {
-        "model": source,
+        "model": str(folder.resolve()) if Path(model).is_dir() else str(model),
         "recipe": recipe.to_dict(),
         "device": device,
         "work": work and str(Path(work).resolve()),
+        "max_ram": parse_size(max_ram, "max_ram"),
+        "max_vram": parse_size(max_vram, "max_vram"),
+        "overlap": overlap,
     }
     return run(stream, recipe, tokens_NL, out, arguments)
 
 
-def resume(out: str | Path) -> Report:
-    """Go on with an interrupted `compress` into `out`: its folder knows everything that is needed."""
+def resume(out: str | Path, *, max_ram: int | str | None = None, max_vram: int | str | None = None) -> Report:
+    """Go on with an interrupted `compress` into `out`: its folder knows everything that is needed. Other caps may be given."""
     out = Path(out)
     arguments = Journal.load(out).start["arguments"]
+    caps = {"max_ram": parse_size(max_ram, "max_ram"), "max_vram": parse_size(max_vram, "max_vram")}
     recipe = Recipe.from_dict(arguments["recipe"])
     stream = ModelStream(local_folder(arguments["model"]), pick_device(arguments["device"]), recipe.dtype)
-    return run(stream, recipe, saved_tokens(out), out, arguments)
-
-
-def saved_tokens(out: Path) -> torch.Tensor:
-    path = out / STATE_FOLDER / TOKENS_NAME
-    try:
-        with path.open("rb") as file:
-            return torch.from_numpy(np.lib.format.read_array(file, allow_pickle=False))
-    except Exception as error:  # numpy raises a different one for every way to damage a header
-        raise ResumeMismatch(
-            f"{path} cannot be read ({first_line(error)}); wanted this run's tokens. Give the compress command again."
-        ) from error
+    return run(stream, recipe, saved_tokens(out), out, arguments | {key: cap for key, cap in caps.items() if cap})
 
 
 def run(stream: ModelStream, recipe: Recipe, tokens_NL: torch.Tensor, out: Path, arguments: dict[str, Any]) -> Report:
     """The checked job, from its next layer to a finished folder."""
+    choice = choose_schedule(stream, recipe, tokens_NL, arguments)
     if not Journal.exists(out):
-        forecast_disk(stream, out, open_bank(stream, out, arguments["work"], tokens_NL))
+        model_bytes = sum(header.file_bytes for header in stream.source.headers.values())
+        forecast_disk(model_bytes, choice.work.generation, out, hidden_folder(out, arguments["work"]))
     with OutputLock(out), stop_requests() as stopped:
         check_output(stream.folder, out, overwrite=False)  # again, now that nobody else can write there
         if not Journal.exists(out):
-            np_bytes = io.BytesIO()
-            np.save(np_bytes, tokens_NL.numpy())
-            write_durably(out / STATE_FOLDER / TOKENS_NAME, np_bytes.getvalue())
+            save_tokens(out, tokens_NL)
         journal = Journal.open(out, fingerprint(stream, recipe, tokens_NL), arguments)
         arguments = journal.start["arguments"]  # those that began the folder, to whose words this run is bound
         recipe = Recipe.from_dict(arguments["recipe"])
-        hidden = open_bank(stream, out, arguments["work"], tokens_NL)
-        job = Job(stream=stream, recipe=recipe, out=out, tokens_NL=tokens_NL, journal=journal, hidden=hidden)
+        hidden = open_bank(stream, tokens_NL, choice.schedule, hidden_folder(out, arguments["work"]))
+        job = Job(
+            stream=stream, recipe=recipe, out=out, tokens_NL=tokens_NL, journal=journal, hidden=hidden, fit=choice
+        )
         compress_layers(job, stopped)
         report = build_report(job)
         ShardFolder(out).seal(report.shards)
@@ -126,56 +136,113 @@ def run(stream: ModelStream, recipe: Recipe, tokens_NL: torch.Tensor, out: Path,
     return report
 
 
+def choose_schedule(stream: ModelStream, recipe: Recipe, tokens_NL: torch.Tensor, arguments: Mapping[str, Any]) -> Fit:
+    """How to go about it inside the caps. Raises BudgetError, with the smallest caps that would do, where nothing fits."""
+    steady_heap()
+    sequences, length = tokens_NL.shape
+    shape_NL = (sequences, length)
+    work = compression_workload(stream, forecast(stream, recipe, shape_NL), shape_NL)
+    caps = Caps(ram=arguments.get("max_ram"), vram=arguments.get("max_vram"))
+    choice = fit(work, caps, arguments.get("overlap", True))
+    require_fit(choice, caps)
+    return choice
+
+
 def compress_layers(job: Job, stopped: Callable[[], bool]) -> None:
     """The loop over decoder layers."""
-    stream, hidden, journal = job.stream, job.hidden, job.journal
-    steady_heap()
+    stream, hidden, journal, first = job.stream, job.hidden, job.journal, job.journal.next_layer
     kwargs = stream.layer_kwargs(job.tokens_NL.shape[1])
     shards = shard_names(stream.depth)
-    if journal.next_layer == 0:
-        outer = stream.outer_tensors()
-        for name in outer:
-            stream.source.read(name)  # refuses NaN, which a copy as bytes would carry over
-        ShardFolder(job.out).write(shards[0], outer)
-        hidden.write(0, stream.embed(job.tokens_NL))
-    else:
-        hidden.drop(journal.next_layer - 1)  # where the run died between the commit and this
-    for index in progress(journal.next_layer, stream.depth):
-        if stopped():
-            raise Interrupted(f"stopped at layer {index} of {stream.depth}; go on with: streamlap resume {job.out}")
-        report = compress_layer(job, index, kwargs[index], shards[index + 1])
-        journal.append(report.to_json())  # the commit point
-        hidden.drop(index)
-        reset_peak_ram()  # here, so that layer 0 also answers for what came before it
+    done = tuple(sum(line["seconds"].values()) for line in journal.layers)
+    with start_engine(stream, job.fit, hidden, "compress", first, done) as engine:
+        if first == 0:
+            ShardFolder(job.out).write(shards[0], stream.outer_tensors())
+            hidden.write(0, stream.embed(job.tokens_NL), engine.writer)
+        else:
+            hidden.drop(first - 1)  # where the run died between the commit and this
+        committed: Future[None] | None = None
+        try:
+            for index in range(first, stream.depth):
+                if stopped():
+                    raise Interrupted(
+                        f"stopped at layer {index} of {stream.depth}; go on with: streamlap resume {job.out}"
+                    )
+                committed = compress_layer(job, engine, index, kwargs[index], shards[index + 1], committed)
+                engine.require_baseline(index)
+                engine.progress.next()
+                reset_peaks()  # here, so that layer 0 also answers for what came before it
+        except Exception:
+            settle(committed)  # what went wrong in this layer takes nothing from the one before
+            raise
+        settle(committed)
 
 
-def compress_layer(job: Job, index: int, kwargs: dict[str, Any], shard: str) -> LayerReport:
-    """One layer through memory: its shard and the next hidden states are on the disk when this returns."""
-    hidden, clock = job.hidden, PhaseClock()
+def settle(committed: Future[None] | None) -> None:
+    """Wait for a commit; what went wrong in it is raised here."""
+    if committed is not None:
+        committed.result()
+
+
+def compress_layer(
+    job: Job, engine: Engine, index: int, kwargs: dict[str, Any], shard: str, before: Future[None] | None
+) -> Future[None]:
+    """One layer through memory. Its commit, which this returns, may still be under way while the next layer is computed."""
+    clock = PhaseClock(engine.progress.phase)
     with clock.phase("read"):
-        layer = job.stream.layer(index, kwargs)
-    edits = edit_layer(job, layer, index, clock)  # what runs next is what is saved
+        layer = engine.layer(index, kwargs)
+    edits = edit_layer(job, engine, layer, index, clock, before)  # what runs next is what is saved
     with clock.phase("write"):
-        digest = ShardFolder(job.out).write(shard, layer.tensors())
+        digest = engine.writer.submit(ShardFolder(job.out).write, shard, layer.tensors())
     with clock.phase("propagate"):
         if index + 1 < job.stream.depth:
-            hidden.write(index + 1, (layer(x_BLD) for x_BLD in hidden.read(index)))
-    return LayerReport(
-        index=index, edits=LayerReport.describe(edits), seconds=clock.seconds,
-        peak_ram_bytes=peak_ram_bytes(), peak_vram_bytes=peak_vram_bytes(), sha256=digest,
+            engine.advance(layer, index)
+    report = LayerReport(
+        index=index, edits=LayerReport.describe(edits), seconds=clock.seconds, ladder=engine.ladder.taken(index),
+        peak_ram_bytes=peak_ram_bytes(), peak_vram_bytes=peak_vram_bytes(), baseline_ram_bytes=ram_bytes(),
     )  # fmt: skip
+    return engine.writer.submit(commit, job, report, digest)
 
 
-def edit_layer(job: Job, layer: StreamLayer, index: int, clock: PhaseClock) -> list[Edit]:
-    """Statistics from one dense pass on inputs from the compressed prefix, then every method's edits, applied."""
+def commit(job: Job, report: LayerReport, digest: Future[str]) -> None:
+    """The commit point of a layer: its shard and the next hidden states are on the disk, and now the journal says so."""
+    sha256 = digest.result()
+    job.hidden.settle()
+    now = bytes_moved()
+    read, written = (after - before for after, before in zip(now, job.moved, strict=True))
+    job.moved = now
+    job.journal.append(replace(report, sha256=sha256, bytes_read=read, bytes_written=written).to_json())
+    job.hidden.drop(report.index)
+
+
+def edit_layer(
+    job: Job, engine: Engine, layer: StreamLayer, index: int, clock: PhaseClock, before: Future[None] | None
+) -> list[Edit]:
+    """Statistics from one dense pass on inputs from the compressed prefix, then every method's edits, applied.
+
+    The layer before is on the disk, and out of memory, before the solve begins.
+    """
     methods, ratio = job.recipe.methods, job.recipe.ratio
-    stats = [method.wants(layer) for method in methods]
-    with clock.phase("capture"):
+
+    def capture() -> list[dict[str, Statistic]]:
+        stats = [method.wants(layer) for method in methods]  # anew on every attempt
         pairs = [pair for wanted in stats for pair in wanted.items()]
         if pairs:
-            layer.observe(pairs, job.hidden.read(index))
+            with layer.observed(pairs):
+                for x_BLD in engine.batches(index, "capture"):
+                    engine.forward(layer, x_BLD)
+        return stats
+
+    def solve() -> list[Edit]:
+        with layer.on(engine.ladder.solve_device):
+            pairs = zip(methods, stats, strict=True)
+            return [edit for method, seen in pairs for edit in method.edit(layer, seen, ratio)]
+
+    with clock.phase("capture"):
+        stats = engine.run("capture", index, capture)
+    with clock.phase("write"):
+        settle(before)
     with clock.phase("solve"):
-        edits = [edit for method, seen in zip(methods, stats, strict=True) for edit in method.edit(layer, seen, ratio)]
+        edits = engine.run("solve", index, solve)
         for edit in edits:
             refuse_overflow(layer, edit)
         layer.apply(edits)
@@ -190,11 +257,6 @@ def refuse_overflow(layer: StreamLayer, edit: Edit) -> None:
                 f"{layer.prefix}.{edit.path}: {name} is not finite in {tensor.dtype}; wanted numbers that {tensor.dtype} "
                 "can hold. Convert the checkpoint to bfloat16 or float32 and compress that."
             )
-
-
-def progress(first: int, depth: int) -> Iterator[int]:
-    """Layer numbers from `first`, behind a bar on stderr that honours TQDM_DISABLE."""
-    return iter(tqdm(range(first, depth), initial=first, total=depth, desc="compress", unit="layer"))
 
 
 def build_report(job: Job) -> Report:

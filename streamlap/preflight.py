@@ -13,13 +13,11 @@ import torch
 import transformers
 
 from streamlap.calibration import token_hash
-from streamlap.errors import RecipeError, UnsupportedModel
+from streamlap.errors import RecipeError
 from streamlap.export.folder import RECIPE_NAME
-from streamlap.families.stream import ModelStream, batch_of
+from streamlap.families.stream import ModelStream
 from streamlap.memory import existing_ancestor, require_disk
-from streamlap.methods.base import Layout
 from streamlap.recipe import Recipe
-from streamlap.store.hidden import DiskBank
 from streamlap.store.journal import JOURNAL_NAME, STATE_FOLDER, Journal, OutputLock
 from streamlap.version import __version__
 
@@ -82,21 +80,6 @@ def empty_output(out: Path) -> None:
         shutil.rmtree(out / STATE_FOLDER)
 
 
-def plan_layers(stream: ModelStream, recipe: Recipe) -> list[Layout]:
-    """What each layer will become, from shapes alone; every RecipeError that could come later comes here."""
-    if stream.rows:
-        raise UnsupportedModel(f"{stream.folder} is already compressed by streamlap; wanted the original checkpoint.")
-    recipe.check_paths(stream.family)
-    layouts = []
-    for index in range(stream.depth):
-        shapes = {path: stream.dense_shape(index, path) for path in stream.family.linears}
-        merged: Layout = {}
-        for method in recipe.methods:
-            merged |= method.layout(stream.family, shapes, recipe.ratio)
-        layouts.append(merged)
-    return layouts
-
-
 def fingerprint(stream: ModelStream, recipe: Recipe, tokens_NL: torch.Tensor) -> dict[str, Any]:
     """All that the bytes of the output depend on."""
     shards = {
@@ -113,19 +96,16 @@ def fingerprint(stream: ModelStream, recipe: Recipe, tokens_NL: torch.Tensor) ->
     }  # fmt: skip
 
 
-def open_bank(stream: ModelStream, out: Path, work: str | Path | None, tokens_NL: torch.Tensor) -> DiskBank:
+def hidden_folder(out: Path, work: str | Path | None) -> Path:
     """Hidden states live in the output's state folder, or in a folder of this output's own under `work`."""
     mark = hashlib.sha256(str(out.resolve()).encode()).hexdigest()[:16]
-    folder = out / STATE_FOLDER / "hidden" if work is None else Path(work) / f"streamlap-hidden-{mark}"
-    sequences, length = tokens_NL.shape
-    return DiskBank(folder, (sequences, length, stream.width), stream.dtype, batch_of(length))
+    return out / STATE_FOLDER / "hidden" if work is None else Path(work) / f"streamlap-hidden-{mark}"
 
 
-def forecast_disk(stream: ModelStream, out: Path, hidden: DiskBank) -> None:
+def forecast_disk(model_bytes: int, generation: int, out: Path, folder: Path) -> None:
     """Raise BudgetError before the first layer where the disk cannot hold the result and two generations of hidden states."""
-    model_bytes = sum(header.file_bytes for header in stream.source.headers.values())
-    work_bytes = 2 * hidden.nbytes
-    same_disk = existing_ancestor(hidden.folder).stat().st_dev == existing_ancestor(out).stat().st_dev
+    work_bytes = 2 * generation
+    same_disk = existing_ancestor(folder).stat().st_dev == existing_ancestor(out).stat().st_dev
     require_disk(out, model_bytes + COMPANION_BYTES + work_bytes * same_disk, "the output folder")
     if not same_disk:
-        require_disk(hidden.folder, work_bytes, "the hidden states")
+        require_disk(folder, work_bytes, "the hidden states")

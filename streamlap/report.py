@@ -25,10 +25,17 @@ class LayerReport:
     index: int
     edits: tuple[EditReport, ...]
     seconds: Mapping[str, float]
-    """By phase: read, capture, solve, propagate, write."""
+    """By phase, as the loop went through them: read, capture, solve, write, propagate. What ran beside it is in none."""
     peak_ram_bytes: int
     peak_vram_bytes: int
-    sha256: str
+    baseline_ram_bytes: int
+    """Resident set at the end of the layer."""
+    ladder: tuple[str, ...] = ()
+    """What gave way because memory ran out."""
+    bytes_read: int = 0
+    """By the whole process since the commit before, headers and hidden states included."""
+    bytes_written: int = 0
+    sha256: str = ""
     """Of the layer's shard."""
 
     @staticmethod
@@ -38,7 +45,7 @@ class LayerReport:
     @classmethod
     def from_json(cls, line: Mapping[str, Any]) -> LayerReport:
         edits = tuple(EditReport(**edit) for edit in line["edits"])
-        return cls(**{**line, "edits": edits})
+        return cls(**{**line, "edits": edits, "ladder": tuple(line["ladder"])})
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
@@ -107,5 +114,6 @@ class Report:
             "peak_ram_bytes": self.peak_ram_bytes,
             "peak_vram_bytes": self.peak_vram_bytes,
             "seconds": self.seconds,
+            "ladder": [step for layer in self.layers for step in layer.ladder],
             "shards": dict(self.shards),
         }

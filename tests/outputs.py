@@ -8,11 +8,11 @@ from typing import Any
 
 STATE = ".streamlap"
 REPORT = "streamlap_report.json"
-MEASURED = {"seconds", "peak_ram_bytes", "peak_vram_bytes"}
+MEASURED = {"seconds", "peak_ram_bytes", "peak_vram_bytes", "baseline_ram_bytes", "bytes_read", "bytes_written"}
 
 
 def contents(out: Path) -> dict[str, Any]:
-    """Every file of the finished `out`: its bytes, or for the report its values without times and peaks."""
+    """Every file of the finished `out`: its bytes, or for the report its values without what was measured."""
     files = {str(path.relative_to(out)): path.read_bytes() for path in out.rglob("*") if path.is_file()}
     return {name: unmeasured(json.loads(data)) if name == REPORT else data for name, data in files.items()}
 

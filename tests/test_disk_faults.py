@@ -11,15 +11,18 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from conftest import MakeModel
 from outputs import contents
 
 import streamlap
-from streamlap import preflight
+from streamlap import preflight, sizing
 from streamlap.errors import BudgetError, CheckpointError, StreamlapError
-from streamlap.store.hidden import DiskBank
+from streamlap.families.stream import batch_of
+from streamlap.sizing import Schedule, Workload, make_schedule
+from streamlap.store.hidden import HiddenBank
 from streamlap.store.journal import OutputLock
 from streamlap.store.sink import ShardFolder
 from streamlap.store.source import INDEX_NAME, SafetensorsFolder
@@ -178,47 +181,105 @@ def test_a_real_disk_that_fills(
 # --- a disk that fails -----------------------------------------------------------------------------------------------
 
 
-def fail_call(name: str, step: int, patch: pytest.MonkeyPatch) -> None:
-    """Call number `step` of `os.name` fails with EIO."""
+def file_of(place: Any) -> str:
+    """Name of the file behind a handle or path."""
+    return Path(os.readlink(f"/proc/self/fd/{place}") if isinstance(place, int) else place).name
+
+
+def fail_call(name: str, file: str, patch: pytest.MonkeyPatch, offset: int | None = None, step: int = 1) -> None:
+    """Of the calls of `os.name` on `file`, at `offset` where there is one, that of number `step` fails with EIO."""
     real, seen = getattr(os, name), []
 
     def call(*args: Any) -> Any:
-        seen.append(None)
-        if len(seen) == step:
-            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        if file_of(args[0]) == file and offset in (None, args[-1]):
+            seen.append(None)
+            if len(seen) == step:
+                raise OSError(errno.EIO, os.strerror(errno.EIO))
         return real(*args)
 
     patch.setattr(os, name, call)
 
 
-FAILS: dict[str, tuple[str, int, type[StreamlapError], str]] = {
-    "source, first tensor": (
-        "pread",
-        1,
-        CheckpointError,
-        "model.safetensors: .*/output error while reading tensor 'lm_h",
+FAILS: dict[str, tuple[str, str, type[StreamlapError], str]] = {
+    "hidden states": ("preadv", "hidden-00000.bin", StreamlapError, "hidden-00000.bin cannot be read: Input/output"),
+    "fsync of tokens": ("fsync", "tokens.npy.tmp", StreamlapError, "cannot write .*tokens.npy: Input/output error"),
+    "fsync of the first shard": (
+        "fsync", "model-00001-of-00003.safetensors.tmp",
+        StreamlapError, "cannot write .*model-00001-of-00003.safetensors: Input/output",
     ),
-    "source, a layer": ("pread", 12, CheckpointError, "Input/output error while reading tensor 'model.layers.0"),
-    "hidden states": ("preadv", 1, StreamlapError, "hidden-00000.bin cannot be read: Input/output error"),
-    "fsync of tokens": ("fsync", 1, StreamlapError, "cannot write .*tokens.npy: Input/output error"),
-    "fsync of a shard": ("fsync", 5, StreamlapError, "cannot write .*model-00001-of-00003.safetensors: Input/output"),
-    "rename": ("replace", 4, StreamlapError, "cannot write .*hidden-00000.bin: Input/output error"),
-}
+    "fsync of a layer's shard": (
+        "fsync", "model-00002-of-00003.safetensors.tmp",
+        StreamlapError, "cannot write .*model-00002-of-00003.safetensors: Input/output",
+    ),
+    "fsync of the journal": ("fsync", "journal.jsonl", StreamlapError, "cannot write .*journal.jsonl: Input/output"),
+    "rename": ("replace", "hidden-00000.bin.tmp", StreamlapError, "cannot write .*hidden-00000.bin: Input/output"),
+    "rename beside the loop": (
+        "replace", "hidden-00001.bin.tmp", StreamlapError, "cannot write .*hidden-00001.bin: Input/output",
+    ),
+}  # fmt: skip
+
+
+def on_disk(work: Workload, overlap: bool) -> list[Schedule]:
+    """In place of `schedules`: hidden states are read from the disk, however much memory there is."""
+    return [make_schedule(work, overlap, "disk", batch_of(work.length))]
 
 
 @pytest.mark.parametrize("case", FAILS)
+@pytest.mark.parametrize("overlap", [True, False])
 def test_a_disk_that_fails(
-    compress: Compress, whole: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, case: str
-) -> None:
-    name, step, kind, words = FAILS[case]
+    compress: Compress, whole: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    case: str, overlap: bool,
+) -> None:  # fmt: skip
+    name, file, kind, words = FAILS[case]
+    monkeypatch.setattr(sizing, "schedules", on_disk)
     with monkeypatch.context() as patch:
-        fail_call(name, step, patch)
+        fail_call(name, file, patch)
         with pytest.raises(StreamlapError, match=words) as failure:
-            compress(tmp_path / "out")
+            compress(tmp_path / "out", overlap=overlap)
     assert type(failure.value) is kind
     assert_unfinished(tmp_path / "out")
+    assert not list(tmp_path.rglob("*.tmp"))
     compress(tmp_path / "out")
     assert contents(tmp_path / "out") == whole
+
+
+UNREADABLE = {
+    "copied first": ("lm_head.weight", 1),
+    "embedding": ("model.embed_tokens.weight", 1),
+    "a layer": ("model.layers.0.mlp.up_proj.weight", 1),
+    "a layer that is read ahead": ("model.layers.1.mlp.up_proj.weight", 1),
+    "copied with its layer": ("model.layers.1.input_layernorm.weight", 2),
+}
+"""Tensor, and which reading of it fails: a layer's is read to compute with it, and again to be copied."""
+
+
+@pytest.mark.parametrize("case", UNREADABLE)
+@pytest.mark.parametrize("overlap", [True, False])
+def test_a_source_that_fails(
+    pico: MakeModel, compress: Compress, whole: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    case: str, overlap: bool,
+) -> None:  # fmt: skip
+    tensor, step = UNREADABLE[case]
+    info = SafetensorsFolder(pico("llama", tokenizer=True, num_hidden_layers=2)).info(tensor)
+    with monkeypatch.context() as patch:
+        fail_call("preadv", info.path.name, patch, info.begin, step)
+        with pytest.raises(
+            CheckpointError, match=f"model.safetensors: .*/output error while reading tensor '{tensor}'"
+        ):
+            compress(tmp_path / "out", overlap=overlap)
+    assert_unfinished(tmp_path / "out")
+    assert not list(tmp_path.rglob("*.tmp"))
+    compress(tmp_path / "out")
+    assert contents(tmp_path / "out") == whole
+
+
+def test_an_embedding_row_that_cannot_be_read(pico: MakeModel, tokens: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = pico("llama")
+    info = SafetensorsFolder(source).info("model.embed_tokens.weight")
+    lowest = int(np.load(tokens).min()) * info.nbytes // info.shape[0]
+    fail_call("preadv", info.path.name, monkeypatch, info.begin + lowest)
+    with pytest.raises(CheckpointError, match=r"Input/output error while reading tensor 'model.embed_tokens.weight'"):
+        streamlap.evaluate(source, tokens)
 
 
 @pytest.mark.parametrize("number", [errno.EIO, errno.EACCES])
@@ -269,7 +330,7 @@ def test_a_shard_that_is_cut_while_in_use(pico: MakeModel, tmp_path: Path) -> No
 
 
 def test_hidden_states_that_are_cut_while_in_use(tmp_path: Path) -> None:
-    bank = DiskBank(tmp_path, (4, 8, 16), torch.float32, 1)
+    bank = HiddenBank((4, 8, 16), torch.float32, 1, folder=tmp_path)
     bank.write(0, torch.zeros(4, 8, 16).split(1))
     batches = bank.read(0)
     next(batches)

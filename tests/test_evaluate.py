@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
-import sys
+import shutil
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -13,9 +15,12 @@ from conftest import MakeModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import streamlap
+from streamlap import sizing
+from streamlap.errors import BudgetError
 from streamlap.families import FAMILIES
-from streamlap.families.stream import ModelStream
-from streamlap.store.hidden import DiskBank
+from streamlap.families.stream import ModelStream, batch_of
+from streamlap.sizing import Schedule, Workload, make_schedule
+from streamlap.store.hidden import HiddenBank
 
 
 def in_memory_nll(folder: Path, tokens_NL: torch.Tensor) -> float:
@@ -76,19 +81,46 @@ def test_rows_of_token_ids_may_be_cut_into_shorter_windows(pico: MakeModel, toke
     assert result.nll == pytest.approx(in_memory_nll(pico("llama"), rows.view(-1, 8)), rel=1e-6)
 
 
+def on_disk(work: Workload, overlap: bool) -> list[Schedule]:
+    """In place of `schedules`: hidden states go to the disk, however much memory there is."""
+    return [make_schedule(work, overlap, "disk", batch_of(work.length))]
+
+
+def note_writes(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Path | None, int]]:
+    """(folder, generation) of everything that a bank takes in from now on."""
+    written: list[tuple[Path | None, int]] = []
+    write = HiddenBank.write
+
+    def note(bank: HiddenBank, generation: int, *rest: Any) -> None:
+        write(bank, generation, *rest)
+        written.append((bank.folder and bank.folder.parent, generation))
+
+    monkeypatch.setattr(HiddenBank, "write", note)
+    return written
+
+
+@pytest.mark.parametrize("overlap", [True, False])
 def test_hidden_states_on_disk_give_the_same_numbers(
+    pico: MakeModel, tokens: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, overlap: bool
+) -> None:
+    written = note_writes(monkeypatch)
+    in_ram = streamlap.evaluate(pico("llama"), tokens, work=tmp_path, overlap=overlap)
+    assert written == [(None, generation) for generation in range(4)]
+    written.clear()
+    monkeypatch.setattr(sizing, "schedules", on_disk)
+    from_files = streamlap.evaluate(pico("llama"), tokens, work=tmp_path, overlap=overlap)
+    assert written == [(tmp_path, generation) for generation in range(4)]
+    assert from_files.nll == in_ram.nll
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_disk_too_small_for_the_hidden_states_is_seen_at_once(
     pico: MakeModel, tokens: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    in_ram = streamlap.evaluate(pico("llama"), tokens)
-    written: list[int] = []
-    write = DiskBank.write
-    monkeypatch.setattr(sys.modules["streamlap.evaluate"], "RAM_SHARE", 0.0)
-    monkeypatch.setattr(
-        DiskBank, "write", lambda bank, index, batches: (written.append(index), write(bank, index, batches))
-    )
-    on_disk = streamlap.evaluate(pico("llama"), tokens, work=tmp_path)
-    assert written == [0, 1, 2, 3]
-    assert on_disk.nll == in_ram.nll
+    monkeypatch.setattr(sizing, "schedules", on_disk)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=49151))
+    with pytest.raises(BudgetError, match=r"hidden states takes 49,152 bytes under .*, and 49,151 are free"):
+        streamlap.evaluate(pico("llama"), tokens, work=tmp_path)
     assert not list(tmp_path.iterdir())
 
 

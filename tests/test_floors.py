@@ -21,17 +21,18 @@ PACKAGE = ROOT / "streamlap"
 FLOORS = {
     4: {"", "cli"},
     3: {
-        "pipeline", "preflight", "evaluate", "inventory", "verification", "loading", "report",
-        "export", "export.dense", "export.folder", "demo",
+        "pipeline", "preflight", "evaluate", "engine", "forecast", "sizing", "plan", "inventory", "verification",
+        "loading", "report", "export", "export.dense", "export.folder", "demo",
     },
     2: {"methods", "methods.base", "methods.attention_awsvd", "methods.ffn_lorap", "recipe", "calibration"},
     1: {
         "store", "store.header", "store.hidden", "store.hub", "store.journal", "store.sink", "store.source",
-        "families", "families.layer", "families.stream",
+        "store.staging", "store.transfer", "store.worker", "families", "families.layer", "families.stream",
     },
     0: {
         "linalg", "linalg.budget", "linalg.channels", "linalg.lowrank", "linalg.statistics",
-        "modules", "memory", "errors", "hf_plugin", "modeling_streamlap", "shim", "stopping", "version",
+        "modules", "memory", "cgroups", "meters", "machine", "progress", "errors", "hf_plugin", "modeling_streamlap", "shim",
+        "stopping", "version",
     },
 }  # fmt: skip
 """Modules by their names inside the package; "" is the package root."""

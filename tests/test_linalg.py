@@ -8,10 +8,11 @@ import numpy as np
 import pytest
 import torch
 
+from streamlap.linalg import channels, lowrank
 from streamlap.linalg.budget import break_even, lorap_pair_ranks, lorap_removal, low_rank_parameters
 from streamlap.linalg.channels import kept_channels, lorap_scores, removed_energy
-from streamlap.linalg.lowrank import awsvd
-from streamlap.linalg.statistics import ZERO_SCALE, Energy
+from streamlap.linalg.lowrank import awsvd, eigh
+from streamlap.linalg.statistics import ROW_BLOCK, ZERO_SCALE, Energy
 
 GOLDEN = Path(__file__).parent / "data" / "lorap_scores.npz"
 
@@ -47,6 +48,51 @@ def test_the_scale_is_split_between_the_factors() -> None:
     up_OR, _, _ = awsvd(w_OI, scale_I, 5)
     values = torch.linalg.svdvals(w_OI.double() * scale_I.double())[:5]
     torch.testing.assert_close(up_OR.square().sum(0), values, rtol=1e-9, atol=0)
+
+
+@pytest.mark.parametrize("shape", [(24, 24), (16, 40), (40, 16)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_blocks_of_rows_or_columns_give_the_same_factors(
+    shape: tuple[int, int], dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    w_OI, scale_I = weights(*shape)
+    up_OR, down_RI, error = awsvd(w_OI.to(dtype), scale_I, 9)
+    monkeypatch.setattr(lowrank, "BLOCK", 7)
+    blocked = awsvd(w_OI.to(dtype), scale_I, 9)
+    torch.testing.assert_close(blocked[0] @ blocked[1], up_OR @ down_RI, rtol=1e-9, atol=1e-9)
+    assert blocked[2] == pytest.approx(error, rel=1e-9)
+
+
+@pytest.mark.parametrize("threads", [1, 3, 4])
+def test_a_decomposition_has_the_same_bits_on_any_number_of_threads(threads: int) -> None:
+    gram_MM = torch.randn(300, 300, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    gram_MM = gram_MM @ gram_MM.T
+    values_M, vectors_MM = eigh(gram_MM)
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        again = eigh(gram_MM)
+        assert torch.get_num_threads() == threads
+    finally:
+        torch.set_num_threads(before)
+    assert torch.equal(again[0], values_M)
+    assert torch.equal(again[1], vectors_MM)
+
+
+def test_a_decomposition_that_fails_leaves_the_threads_as_they_were(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(_: torch.Tensor) -> None:
+        assert torch.get_num_threads() == lowrank.SOLVER_THREADS
+        raise MemoryError
+
+    monkeypatch.setattr(torch.linalg, "eigh", fail)
+    before = torch.get_num_threads()
+    torch.set_num_threads(3)
+    try:
+        with pytest.raises(MemoryError):
+            eigh(torch.eye(3, dtype=torch.float64))
+        assert torch.get_num_threads() == 3
+    finally:
+        torch.set_num_threads(before)
 
 
 @pytest.mark.parametrize("shape", [(12, 20), (20, 12)])
@@ -115,6 +161,17 @@ def test_channel_scores_are_the_sum_of_three_weighted_norms() -> None:
     torch.testing.assert_close(lorap_scores(gate_FI, up_FI, down_OF, scale_I, scale_F), torch.stack(expected))
 
 
+def test_blocks_of_channels_give_the_same_scores(monkeypatch: pytest.MonkeyPatch) -> None:
+    gate_FI, scale_I = weights(23, 4)
+    up_FI, _ = weights(23, 4, seed=1)
+    down_OF, scale_F = weights(4, 23, seed=2)
+    scores = lorap_scores(gate_FI, up_FI, down_OF, scale_I, scale_F)
+    energy = removed_energy(down_OF, scale_F, torch.arange(11))
+    monkeypatch.setattr(channels, "BLOCK", 7)
+    torch.testing.assert_close(lorap_scores(gate_FI, up_FI, down_OF, scale_I, scale_F), scores)
+    assert removed_energy(down_OF, scale_F, torch.arange(11)) == pytest.approx(energy, rel=1e-12)
+
+
 def test_removed_energy_is_the_share_of_uncorrelated_channels() -> None:
     down_OF = torch.eye(4)
     assert removed_energy(down_OF, torch.tensor([1.0, 2.0, 3.0, 4.0]), torch.tensor([1, 3])) == pytest.approx(10 / 30)
@@ -129,6 +186,17 @@ def test_streamed_energy_equals_one_shot_in_any_order(batch: int) -> None:
         for part in rows.split(batch):
             energy.update(part)
         torch.testing.assert_close(energy.scale(), one_shot, rtol=1e-12, atol=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64])
+def test_energy_of_many_rows_in_any_dtype(dtype: torch.dtype) -> None:
+    """More than go through at a time. Products of half-precision numbers are exact, and the input stays as it was."""
+    x_TI = torch.randn(2 * ROW_BLOCK + 5, 3, generator=torch.Generator().manual_seed(0)).to(dtype)
+    before, energy = x_TI.clone(), Energy()
+    energy.update(x_TI)
+    assert torch.equal(x_TI, before)
+    assert (energy.tokens, energy.scale().dtype) == (len(x_TI), torch.float64)
+    torch.testing.assert_close(energy.scale(), x_TI.double().square().mean(0).sqrt(), rtol=1e-12, atol=0)
 
 
 def test_merged_energies_equal_one_that_saw_everything() -> None:

@@ -9,6 +9,9 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
+import time
+from collections import defaultdict
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -19,8 +22,10 @@ from conftest import MakeModel
 from outputs import STATE, contents, is_begun
 
 import streamlap
-from streamlap import pipeline, preflight
-from streamlap.errors import Interrupted, RecipeError, ResumeMismatch
+from streamlap import pipeline, preflight, sizing
+from streamlap.errors import Interrupted, NumericalError, RecipeError, ResumeMismatch
+from streamlap.families.stream import batch_of
+from streamlap.sizing import Schedule, Workload, make_schedule
 from streamlap.store.journal import Journal, OutputLock
 
 ROOT = Path(__file__).parents[1]
@@ -113,11 +118,20 @@ def crashes(step: int, monkeypatch: pytest.MonkeyPatch, run: Callable[[], object
     return False
 
 
+def on_disk(work: Workload, overlap: bool) -> list[Schedule]:
+    """In place of `schedules`: hidden states are read from the disk, however much memory there is."""
+    return [make_schedule(work, overlap, "disk", batch_of(work.length))]
+
+
+@pytest.mark.parametrize("overlap", [True, False])
 def test_death_at_every_step(
-    compress: Compress, whole: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    compress: Compress, whole: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, overlap: bool
 ) -> None:
+    """With overlap most steps are in a thread beside the loop, and a death there is the death of the run."""
+    if not overlap:
+        monkeypatch.setattr(sizing, "schedules", on_disk)
     step, ended = 1, 0
-    while crashes(step, monkeypatch, lambda: compress(tmp_path / str(step))):  # noqa: B023
+    while crashes(step, monkeypatch, lambda: compress(tmp_path / str(step), overlap=overlap)):  # noqa: B023
         out = tmp_path / str(step)
         looks_finished = (out / "config.json").exists() and not is_begun(out)
         assert streamlap.verify(out)["ok"] == looks_finished, step
@@ -165,34 +179,97 @@ def test_death_while_an_old_result_is_replaced(
         shutil.rmtree(out)
 
 
+@pytest.mark.parametrize("overlap", [True, False])
 def test_a_file_is_on_the_disk_before_it_gets_its_name(
-    compress: Compress, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    compress: Compress, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, overlap: bool
 ) -> None:
-    """fsync of all its bytes, rename, fsync of the folder: in this order for every file, and the journal comes after."""
-    events: list[tuple[str, Any]] = []
+    """fsync of all its bytes, rename, fsync of the folder: in this order for every file, in whatever thread."""
+    events: dict[int, list[tuple[str, Any]]] = defaultdict(list)
     fsync, replace = os.fsync, os.replace
 
     def note_fsync(handle: int) -> None:
         fsync(handle)
         stat = os.fstat(handle)
-        events.append(("fsync", (stat.st_ino, stat.st_size)))
+        events[threading.get_ident()].append(("fsync", (stat.st_ino, stat.st_size)))
 
     def note_replace(old: Any, new: Any) -> None:
-        stat = os.stat(old)
-        events.append(("replace", (stat.st_ino, stat.st_size)))
+        stat, seen = os.stat(old), events[threading.get_ident()]
+        seen.append(("replace", (stat.st_ino, stat.st_size)))
         replace(old, new)
-        events.append(("folder", os.stat(Path(new).parent).st_ino))
+        seen.append(("folder", os.stat(Path(new).parent).st_ino))
 
     monkeypatch.setattr(os, "fsync", note_fsync)
     monkeypatch.setattr(os, "replace", note_replace)
-    compress(tmp_path / "out")
-    renames = [place for place, (kind, _) in enumerate(events) if kind == "replace"]
+    compress(tmp_path / "out", overlap=overlap)
+    assert len(events) == (2 if overlap else 1), "threads that write"
+    renames = [(seen, place) for seen in events.values() for place, (kind, _) in enumerate(seen) if kind == "replace"]
     assert len(renames) > 10
-    for place in renames:
-        (before, synced), (_, renamed), (_, folder), (after, inode) = events[place - 1 : place + 3]
+    for seen, place in renames:
+        (before, synced), (_, renamed), (_, folder), (after, inode) = seen[place - 1 : place + 3]
         assert (before, after) == ("fsync", "fsync")
         assert synced == renamed
         assert inode[0] == folder
+
+
+@pytest.mark.parametrize("overlap", [True, False])
+def test_a_layer_is_committed_when_all_of_it_is_on_the_disk(
+    compress: Compress, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, overlap: bool
+) -> None:
+    """Its shard, the hidden states that it gave, the journal; only then do those that it was given go."""
+    events: list[str] = []
+    replace, append, unlink = os.replace, Journal.append, os.unlink
+
+    def note_replace(old: Any, new: Any) -> None:
+        replace(old, new)
+        events.append(Path(new).name)
+
+    def note_append(journal: Journal, line: dict[str, Any]) -> None:
+        append(journal, line)
+        events.append(f"layer {line['index']}")
+
+    def note_unlink(path: Any, **rest: Any) -> None:
+        unlink(path, **rest)
+        events.append(f"no {Path(path).name}")
+
+    monkeypatch.setattr(os, "replace", note_replace)
+    monkeypatch.setattr(Journal, "append", note_append)
+    monkeypatch.setattr(os, "unlink", note_unlink)
+    compress(tmp_path / "out", overlap=overlap)
+    first = events.index("model-00001-of-00003.safetensors")
+    assert events[first : first + 9] == [
+        "model-00001-of-00003.safetensors", "hidden-00000.bin",
+        "model-00002-of-00003.safetensors", "hidden-00001.bin", "layer 0", "no hidden-00000.bin",
+        "model-00003-of-00003.safetensors", "layer 1", "no hidden-00001.bin",
+    ]  # fmt: skip
+
+
+def test_an_error_takes_nothing_from_the_layer_before(
+    compress: Compress, whole: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its commit may still be under way in the thread beside the loop, here because it waits for the error."""
+    out, failing = tmp_path / "out", threading.Event()
+    edit_layer, append = pipeline.edit_layer, Journal.append
+
+    def fail(job: Any, engine: Any, layer: Any, index: int, *rest: Any) -> Any:
+        if index == 1:
+            failing.set()
+            raise NumericalError("layer 1 cannot be done")
+        return edit_layer(job, engine, layer, index, *rest)
+
+    def wait(journal: Journal, line: dict[str, Any]) -> None:
+        assert failing.wait(60)
+        time.sleep(0.05)
+        append(journal, line)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(pipeline, "edit_layer", fail)
+        patch.setattr(Journal, "append", wait)
+        with pytest.raises(NumericalError, match="layer 1 cannot be done"):
+            compress(out)
+    assert len((out / JOURNAL).read_bytes().splitlines()) == 2
+    assert not list(out.rglob("*.tmp"))
+    streamlap.resume(out)
+    assert contents(out) == whole
 
 
 # --- the journal ---------------------------------------------------------------------------------------------------------
@@ -401,17 +478,17 @@ def handlers() -> Iterator[None]:
     assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == before
 
 
-def signal_in_layer_0(monkeypatch: pytest.MonkeyPatch, *numbers: int) -> None:
-    append = Journal.append
+def signal_in_layer(index: int, monkeypatch: pytest.MonkeyPatch, *numbers: int) -> None:
+    """While the loop is at that layer."""
+    edit_layer = pipeline.edit_layer
 
-    def send(journal: Journal, line: dict[str, Any]) -> None:
-        if line["index"] == 0:
-            for number in numbers:
-                with contextlib.suppress(Exception):  # as a library may do where the signal strikes
-                    os.kill(os.getpid(), number)
-        append(journal, line)
+    def send(job: Any, engine: Any, layer: Any, here: int, *rest: Any) -> Any:
+        for number in numbers if here == index else ():
+            with contextlib.suppress(Exception):  # as a library may do where the signal strikes
+                os.kill(os.getpid(), number)
+        return edit_layer(job, engine, layer, here, *rest)
 
-    monkeypatch.setattr(Journal, "append", send)
+    monkeypatch.setattr(pipeline, "edit_layer", send)
 
 
 @pytest.mark.usefixtures("handlers")
@@ -420,7 +497,7 @@ def test_a_signal_stops_after_the_commit(
     compress: Compress, whole: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int
 ) -> None:
     out = tmp_path / "out"
-    signal_in_layer_0(monkeypatch, number)
+    signal_in_layer(0, monkeypatch, number)
     with pytest.raises(Interrupted, match=r"stopped at layer 1 of 2; go on with: streamlap resume .*out") as stop:
         compress(out)
     assert stop.value.exit_code == 75
@@ -437,10 +514,40 @@ def test_a_second_sigint_stops_at_once(
 ) -> None:
     out = tmp_path / "out"
     with monkeypatch.context() as patch:
-        signal_in_layer_0(patch, first, signal.SIGINT)
+        signal_in_layer(0, patch, first, signal.SIGINT)
         with pytest.raises(Interrupted, match="stopped at once"):
             compress(out)
     assert len((out / JOURNAL).read_bytes().splitlines()) == 1
+    streamlap.resume(out)
+    assert contents(out) == whole
+
+
+@pytest.mark.usefixtures("handlers")
+def test_a_commit_that_is_under_way_is_finished_also_where_all_stops_at_once(
+    compress: Compress, whole: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The thread beside the loop is in the commit of layer 0 when two signals strike the loop in layer 1."""
+    out, begun, append = tmp_path / "out", threading.Event(), Journal.append
+    edit_layer = pipeline.edit_layer
+
+    def send(job: Any, engine: Any, layer: Any, index: int, *rest: Any) -> Any:
+        if index == 1:
+            assert begun.wait(60)
+            for _ in range(2):
+                os.kill(os.getpid(), signal.SIGINT)
+        return edit_layer(job, engine, layer, index, *rest)
+
+    def take_time(journal: Journal, line: dict[str, Any]) -> None:
+        begun.set()
+        time.sleep(0.2)
+        append(journal, line)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(pipeline, "edit_layer", send)
+        patch.setattr(Journal, "append", take_time)
+        with pytest.raises(Interrupted, match="stopped at once"):
+            compress(out)
+    assert len((out / JOURNAL).read_bytes().splitlines()) == 2
     streamlap.resume(out)
     assert contents(out) == whole
 

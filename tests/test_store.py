@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from streamlap.errors import CheckpointError
 from streamlap.store.header import DTYPES, read_header
-from streamlap.store.hidden import DiskBank, HiddenStates, RamBank
 from streamlap.store.sink import ShardFolder
-from streamlap.store.source import SafetensorsFolder
+from streamlap.store.source import SafetensorsFolder, read_rows
 
 TENSORS = {
     "half": torch.randn(3, 5).half(),
@@ -22,6 +23,7 @@ TENSORS = {
     "sliced": torch.randn(6, 6)[:, ::2],
     "counts": torch.arange(5),
     "byte": torch.arange(3, dtype=torch.uint8),
+    "rows": torch.randn(10, 3).bfloat16(),
 }
 
 
@@ -53,7 +55,7 @@ def test_tensors_are_aligned_and_the_bytes_do_not_depend_on_the_order_given(tmp_
 
 
 def test_a_tensor_given_by_its_place_is_copied(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("streamlap.store.source.CHUNK_BYTES", 7)
+    monkeypatch.setattr("streamlap.store.source.CHUNK_BYTES", 40)  # 96 bytes in three pieces
     save_file({"w": TENSORS["full"]}, tmp_path / "model.safetensors")
     info = SafetensorsFolder(tmp_path).info("w")
     ShardFolder(tmp_path).write("copy.safetensors", {"w": info})
@@ -77,26 +79,38 @@ def test_no_file_stays_open_or_mapped(tmp_path: Path) -> None:
     assert tmp_path / "model.safetensors" not in links
 
 
-@pytest.mark.parametrize("kind", ["ram", "disk"])
-@pytest.mark.parametrize("batch", [1, 3, 8])
-def test_a_bank_gives_back_what_it_was_given(tmp_path: Path, kind: str, batch: int) -> None:
-    x_NLD = torch.randn(8, 4, 6).bfloat16()
-    disk = DiskBank(tmp_path, (8, 4, 6), torch.bfloat16, batch)
-    bank: HiddenStates = RamBank() if kind == "ram" else disk
-    bank.write(2, x_NLD.split(batch))
-    batches = list(bank.read(2))
-    assert [len(x_BLD) for x_BLD in batches] == [len(x_BLD) for x_BLD in x_NLD.split(batch)]
-    assert torch.equal(torch.cat(batches), x_NLD)
-    bank.drop(2)
-    assert not list(tmp_path.iterdir())
+def test_what_is_not_finite_is_not_copied(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nor does a file stay behind; the NaN is in the last of three pieces."""
+    monkeypatch.setattr("streamlap.store.source.CHUNK_BYTES", 40)
+    tensor = TENSORS["full"].clone()
+    tensor[-1, -1, -1] = torch.nan
+    save_file({"w": tensor}, tmp_path / "model.safetensors")
+    info = SafetensorsFolder(tmp_path).info("w")
+    with pytest.raises(CheckpointError, match=r"tensor 'w' in model.safetensors has 1 NaN or infinite entries of 4"):
+        ShardFolder(tmp_path).write("copy.safetensors", {"w": info})
+    assert [path.name for path in tmp_path.iterdir()] == ["model.safetensors"]
 
 
-def test_a_generation_that_fails_in_the_middle_leaves_nothing(tmp_path: Path) -> None:
-    def batches():
-        yield torch.zeros(1, 4, 6)
-        raise RuntimeError("layer died")
+def test_rows_come_in_the_order_asked_for(tmp_path: Path) -> None:
+    """Neighbours are read at once, so the ids have runs, gaps and steps back."""
+    save_file({"w": TENSORS["rows"]}, tmp_path / "model.safetensors")
+    info, rows = SafetensorsFolder(tmp_path).info("w"), [0, 1, 2, 9, 4, 5, 5, 3]
+    assert torch.equal(read_rows(info, rows), TENSORS["rows"][rows])
 
-    bank = DiskBank(tmp_path, (8, 4, 6), torch.float32, 1)
-    with pytest.raises(RuntimeError, match="layer died"):
-        bank.write(0, batches())
-    assert not list(tmp_path.iterdir())
+
+def test_only_rows_that_are_read_must_be_finite(tmp_path: Path) -> None:
+    tensor = TENSORS["rows"].clone()
+    tensor[3, 1] = torch.inf
+    save_file({"w": tensor}, tmp_path / "model.safetensors")
+    info = SafetensorsFolder(tmp_path).info("w")
+    assert torch.equal(read_rows(info, [2, 4]), tensor[[2, 4]])
+    with pytest.raises(CheckpointError, match=r"tensor 'w' .* has 1 NaN or infinite"):
+        read_rows(info, [2, 3])
+
+
+def test_rows_of_a_file_that_was_cut_are_refused(tmp_path: Path) -> None:
+    save_file({"w": TENSORS["rows"]}, tmp_path / "model.safetensors")
+    info = SafetensorsFolder(tmp_path).info("w")
+    os.truncate(info.path, info.end - 1)
+    with pytest.raises(CheckpointError, match=r"model.safetensors ended inside tensor 'w'"):
+        read_rows(info, [8, 9])

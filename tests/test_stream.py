@@ -12,8 +12,8 @@ from transformers import AutoModelForCausalLM
 
 import streamlap
 from streamlap.families import FAMILIES
-from streamlap.families.stream import ModelStream
-from streamlap.store.hidden import RamBank
+from streamlap.families.stream import COMPUTE_DTYPES, ModelStream, batch_of
+from streamlap.store.hidden import HiddenBank
 
 CASES = [(name, tied) for name in FAMILIES for tied in (False, True)]
 
@@ -22,28 +22,35 @@ def load_tokens(path: Path) -> torch.Tensor:
     return torch.from_numpy(np.load(path).astype(np.int64))
 
 
-def run_stream(folder: Path, tokens_NL: torch.Tensor) -> tuple[list[torch.Tensor], torch.Tensor]:
+def run_stream(
+    folder: Path, tokens_NL: torch.Tensor, dtype: str = "float32"
+) -> tuple[list[torch.Tensor], torch.Tensor]:
     """Hidden states before every layer and after the last, and the logits."""
-    stream, bank = ModelStream(folder), RamBank()
+    stream = ModelStream(folder, dtype=dtype)
+    shape_NLD, batch = (*tokens_NL.shape, stream.width), batch_of(tokens_NL.shape[1])
+    bank = HiddenBank(shape_NLD, stream.dtype, batch, cache=torch.device("cpu"))
     kwargs = stream.layer_kwargs(tokens_NL.shape[1])
     bank.write(0, stream.embed(tokens_NL))
+    states = [torch.cat(list(bank.read(0)))]
     for index in range(stream.depth):
         layer = stream.layer(index, kwargs[index])
-        bank.write(index + 1, [layer(x_BLD) for x_BLD in bank.read(index)])
-    states = [torch.cat(list(bank.read(index))) for index in range(stream.depth + 1)]
-    return states, torch.stack(list(stream.logits(bank.read(stream.depth))))
+        bank.write(index + 1, (layer(x_BLD) for x_BLD in bank.read(index)))
+        states.append(torch.cat(list(bank.read(index + 1))))
+    head = stream.head()
+    return states, torch.stack([head(x_LD) for x_LD in states[-1]])
 
 
 @pytest.mark.parametrize(("family", "tied"), CASES)
 @pytest.mark.parametrize("sharded", [False, True])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_hidden_states_and_logits_are_bitwise_those_of_transformers(
-    pico: MakeModel, tokens: Path, family: str, tied: bool, sharded: bool
+    pico: MakeModel, tokens: Path, family: str, tied: bool, sharded: bool, dtype: str
 ) -> None:
     folder = pico(family, tied=tied, shard_size="30KB" if sharded else "1GB", dtype=torch.bfloat16)
     assert (folder / "model.safetensors").exists() != sharded
     tokens_NL = load_tokens(tokens)
-    states, logits_NLV = run_stream(folder, tokens_NL)
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    states, logits_NLV = run_stream(folder, tokens_NL, dtype)
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=COMPUTE_DTYPES[dtype])
     with torch.no_grad():
         expected = model(input_ids=tokens_NL, output_hidden_states=True)
     for mine, theirs in zip(states[:-1], expected.hidden_states[:-1], strict=True):
@@ -112,6 +119,23 @@ def test_ffn_biases_follow_the_kept_channels(pico: MakeModel, tokens: Path, tmp_
     name = "model.layers.1.mlp.{}_proj.bias"
     assert torch.equal(before.read(name.format("up"))[kept], after.read(name.format("up")))
     assert torch.equal(before.read(name.format("down")), after.read(name.format("down")))
+
+
+@pytest.mark.parametrize(
+    ("stored", "native", "computed"),
+    [
+        (torch.bfloat16, True, torch.bfloat16),
+        (torch.bfloat16, False, torch.float32),
+        (torch.float16, True, torch.float32),
+        (torch.float32, True, torch.float32),
+    ],
+)
+def test_a_processor_computes_in_bfloat16_where_it_can_and_the_checkpoint_has_it(
+    pico: MakeModel, monkeypatch: pytest.MonkeyPatch, stored: torch.dtype, native: bool, computed: torch.dtype
+) -> None:
+    monkeypatch.setattr("streamlap.families.stream.cpu_has_bfloat16", lambda: native)
+    assert ModelStream(pico("llama", dtype=stored)).dtype == computed
+    assert ModelStream(pico("llama", dtype=stored), dtype="float16").dtype == torch.float16
 
 
 def test_peak_memory_holds_one_layer(pico: MakeModel) -> None:

@@ -5,8 +5,10 @@ Shape suffixes: B batch, L length, D hidden, T tokens, I in.
 
 from __future__ import annotations
 
+import contextlib
 import copy
-from collections.abc import Callable, Iterable, Mapping
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -88,31 +90,45 @@ class StreamLayer:
         parameter = next(self.module.parameters())
         y = self.module(x_BLD.to(parameter.device, parameter.dtype), **self._kwargs)
         y_BLD: torch.Tensor = y[0] if isinstance(y, tuple) else y
-        if not torch.isfinite(y_BLD).all():
+        if not all(map(math.isfinite, torch.stack(torch.aminmax(y_BLD)).tolist())):  # one pass, no copy
             raise NumericalError(
                 f"{self.prefix} gave NaN or infinite hidden states; wanted finite ones. Try dtype float32 in the recipe."
             )
         return y_BLD
 
-    def observe(self, collectors: Iterable[tuple[str, Collector]], batches: Iterable[torch.Tensor]) -> None:
-        """One dense pass; each collector sees the input of its site as x_TI."""
+    @contextlib.contextmanager
+    def observed(self, collectors: Iterable[tuple[str, Collector]]) -> Iterator[None]:
+        """While the block lasts, each collector sees the input of its site, sequence by sequence as x_LI."""
         hooks = [
             self.linear(self.family.sites[site][0]).register_forward_pre_hook(_feed(collector))
             for site, collector in collectors
         ]
         try:
-            for x_BLD in batches:
-                self(x_BLD)
+            yield
         finally:
             for hook in hooks:
                 hook.remove()
 
+    @contextlib.contextmanager
+    def on(self, device: torch.device) -> Iterator[None]:
+        """While the block lasts, the weights are on `device`."""
+        home = next(self.module.parameters()).device
+        if device.type == home.type:
+            yield
+            return
+        self.module.to(device)
+        try:
+            yield
+        finally:
+            self.module.to(home)
+
     def apply(self, edits: Iterable[Edit]) -> None:
         for edit in edits:
             dense = self.module.get_submodule(edit.path)
-            weight = next(dense.parameters())
-            self._edited[edit.path] = edit.module
-            running = copy.deepcopy(edit.module).to(weight.device, weight.dtype)
+            weight, stored = next(dense.parameters()), next(edit.module.parameters())
+            self._edited[edit.path] = running = edit.module
+            if (stored.device, stored.dtype) != (weight.device, weight.dtype):
+                running = copy.deepcopy(edit.module).to(weight.device, weight.dtype)
             self.module.set_submodule(edit.path, running)
 
     def tensors(self) -> dict[str, TensorEntry]:
@@ -129,4 +145,8 @@ class StreamLayer:
 
 
 def _feed(collector: Collector) -> Callable[[nn.Module, tuple[torch.Tensor, ...]], None]:
-    return lambda _, inputs: collector.update(inputs[0].flatten(0, -2))
+    def feed(_: nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
+        for x_LI in inputs[0]:  # one sequence after another, so that the sums do not depend on the batch
+            collector.update(x_LI)
+
+    return feed

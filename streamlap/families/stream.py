@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import copy
 import json
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -24,13 +24,23 @@ from streamlap.families import find_family
 from streamlap.families.layer import StreamLayer
 from streamlap.modules import LowRankLinear, disk_name, swap_modules
 from streamlap.store.header import TensorInfo
-from streamlap.store.source import SafetensorsFolder, TensorSource
+from streamlap.store.source import SafetensorsFolder, TensorSource, read_rows
+from streamlap.store.staging import Staging
 
 BATCH_TOKENS = 4096
 """Tokens per forward. Fixed, because the shape of a matrix product can move its last bits."""
 
+HEAD_TOKENS = 512
+"""Tokens whose logits are in memory at a time."""
+
 COMPUTE_DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
-"""What a layer may be computed in, and stored in; "auto" is float32 on a CPU and the checkpoint's dtype on a GPU."""
+"""What a layer may be computed and stored in; "auto" is the checkpoint's dtype where the device is fast in it, else float32."""
+
+
+def cpu_has_bfloat16() -> bool:
+    """Whether this processor multiplies bfloat16 by itself; where it does not, float32 is several times faster."""
+    capabilities: Mapping[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
+    return any(capabilities.get(flag, False) for flag in ("avx512_bf16", "amx_bf16", "bf16"))
 
 
 def batch_of(length: int) -> int:
@@ -89,6 +99,11 @@ class ModelStream:
         linear = self._dense_linear(index, path)
         return linear.out_features, linear.in_features
 
+    def stored_shape(self, index: int, path: str) -> tuple[int, int]:
+        """(out, in) of a linear as it is in this checkpoint; of two factors that of their product."""
+        module: Any = self.layers[index].get_submodule(path)
+        return module.out_features, module.in_features
+
     def has_bias(self, index: int, path: str) -> bool:
         return self._dense_linear(index, path).bias is not None
 
@@ -134,36 +149,54 @@ class ModelStream:
 
     @torch.no_grad()
     def embed(self, tokens_NL: torch.Tensor) -> Iterator[torch.Tensor]:
-        """Hidden states before the first layer, in batches x_BLD. The table is in memory only while this runs."""
-        embedding = self._outer_module(self.family.embedding)
+        """Hidden states before the first layer, in batches x_BLD. Of the table only the rows of a batch are in memory."""
+        info = self.source.info(f"{self.family.embedding}.weight")
         for tokens_BL in torch.split(tokens_NL, batch_of(tokens_NL.shape[1])):
-            yield embedding(tokens_BL.to(self.device))
+            ids, places_BL = torch.unique(tokens_BL, return_inverse=True)
+            table: Any = copy.deepcopy(self.model.get_submodule(self.family.embedding))
+            weight = read_rows(info, ids.tolist()).to(self.device, self.dtype)
+            table.weight, table.padding_idx = nn.Parameter(weight, requires_grad=False), None
+            yield table(places_BL.to(self.device))
 
-    def layer(self, index: int, kwargs: Mapping[str, Any]) -> StreamLayer:
-        """Read one decoder layer into memory. The caller drops it; the stream keeps nothing."""
+    def layer(self, index: int, kwargs: Mapping[str, Any], staging: Staging | None = None) -> StreamLayer:
+        """Read one decoder layer into memory. The caller drops it before it asks for the next; the stream keeps nothing.
+
+        With `staging` the next layer is read ahead while this one is in use.
+        """
         stored = self.layer_tensors(index)
-        module = self._materialise(self.layers[index], stored)
+        if staging is None:
+            tensors = {name: self.source.read(info.name) for name, info in stored.items()}
+        else:
+            tensors = staging.take(stored)
+        module = self._materialise(self.layers[index], tensors)
+        if staging is not None and index + 1 < self.depth:
+            staging.prefetch(self.layer_tensors(index + 1))
         return StreamLayer(module, self.layer_name(index), self.family, kwargs, stored)
 
-    @torch.no_grad()
-    def logits(self, batches: Iterable[torch.Tensor]) -> Iterator[torch.Tensor]:
-        """Logits [L, V] in the compute dtype, sequence by sequence, from batches of the last hidden states."""
-        norm = self._outer_module(self.family.norm)
-        head = self._outer_module(self.family.head)
-        for x_BLD in batches:
-            for x_LD in x_BLD:
-                yield head(norm(x_LD.to(self.device, self.dtype)))
+    @property
+    def head_name(self) -> str:
+        """Name on disk of the output head. A tied model may carry one of its own; the embedding is what transformers uses."""
+        return f"{self.family.embedding if self._tied() else self.family.head}.weight"
 
-    def _outer_module(self, path: str) -> nn.Module:
-        module = self.model.get_submodule(path)
-        # A tied model may or may not carry a head of its own on disk; the embedding is what transformers uses.
-        stored_path = self.family.embedding if path == self.family.head and self._tied() else path
-        return self._materialise(module, {n: self.source.info(f"{stored_path}.{n}") for n in module.state_dict()})
+    def head(self) -> Callable[[torch.Tensor], torch.Tensor]:
+        """Final norm and output head, read into memory: x_TD -> logits_TV in the compute dtype."""
+        stored = {self.family.norm: f"{self.family.norm}.weight", self.family.head: self.head_name}
+        norm, head = (
+            self._materialise(self.model.get_submodule(path), {"weight": self.source.read(name)})
+            for path, name in stored.items()
+        )
 
-    def _materialise(self, meta: nn.Module, stored: Mapping[str, TensorInfo]) -> nn.Module:
+        @torch.no_grad()
+        def logits(x_TD: torch.Tensor) -> torch.Tensor:
+            y_TV: torch.Tensor = head(norm(x_TD.to(self.device, self.dtype)))
+            return y_TV
+
+        return logits
+
+    def _materialise(self, meta: nn.Module, tensors: Mapping[str, torch.Tensor]) -> nn.Module:
+        """A copy of a module on meta with `tensors` in it, in the compute dtype on the device; copied only to change."""
         module = copy.deepcopy(meta)
-        tensors = {name: self.source.read(i.name).to(self.device, self.dtype) for name, i in stored.items()}
-        module.load_state_dict(tensors, assign=True)
+        module.load_state_dict({n: t.to(self.device, self.dtype) for n, t in tensors.items()}, assign=True)
         return module.eval().requires_grad_(False)
 
     def _tied(self) -> bool:
@@ -172,7 +205,8 @@ class ModelStream:
     def _resolve_dtype(self, name: str) -> torch.dtype:
         stored = self.source.info(f"{self.family.embedding}.weight").dtype
         if name == "auto":
-            return torch.float32 if self.device.type == "cpu" else stored
+            fast = self.device.type != "cpu" or (stored == torch.bfloat16 and cpu_has_bfloat16())
+            return stored if fast else torch.float32
         if name not in COMPUTE_DTYPES:
             raise RecipeError(f"dtype is {name!r}; wanted one of auto, {', '.join(COMPUTE_DTYPES)}.")
         return COMPUTE_DTYPES[name]

@@ -9,6 +9,14 @@ import torch
 
 from streamlap.linalg.budget import Removal
 
+BLOCK = 1024
+"""Channels that are widened at a time."""
+
+
+def channel_bytes(hidden: int) -> int:
+    """Most memory that one block of `lorap_scores` or `removed_energy` takes: it and its product, or it in float64."""
+    return 8 * BLOCK * hidden
+
 
 def lorap_scores(
     gate_FI: torch.Tensor,
@@ -21,11 +29,20 @@ def lorap_scores(
 
     ||gate_c * d_in|| + ||up_c * d_in|| + ||down_c|| d_mid: each matrix's weighted norm of the channel's row or column.
     """
-    scale_I, scale_F = scale_in_I.float(), scale_mid_F.float()
-    gate_F = (gate_FI.float() * scale_I).norm(dim=1)
-    up_F = (up_FI.float() * scale_I).norm(dim=1)
-    score_F: torch.Tensor = gate_F + up_F + down_OF.float().norm(dim=0) * scale_F
-    return score_F
+    scale_I, scale_F = scale_in_I.to(gate_FI.device).float(), scale_mid_F.to(gate_FI.device).float()
+    blocks = zip(
+        torch.split(gate_FI, BLOCK),
+        torch.split(up_FI, BLOCK),
+        torch.split(down_OF, BLOCK, dim=1),
+        torch.split(scale_F, BLOCK),
+        strict=True,
+    )
+    return torch.cat(
+        [
+            (gate.float() * scale_I).norm(dim=1) + (up.float() * scale_I).norm(dim=1) + down.float().norm(dim=0) * scale
+            for gate, up, down, scale in blocks
+        ]
+    )
 
 
 def kept_channels(score_F: torch.Tensor, removal: Removal) -> torch.Tensor:
@@ -37,6 +54,7 @@ def kept_channels(score_F: torch.Tensor, removal: Removal) -> torch.Tensor:
 
 def removed_energy(down_OF: torch.Tensor, scale_mid_F: torch.Tensor, kept: torch.Tensor) -> float:
     """Share of the FFN output's energy that the removed channels carried, counting them as uncorrelated."""
-    energy_F = (down_OF.double().norm(dim=0) * scale_mid_F.double()).square()
+    square_F = torch.cat([down.float().square_().sum(dim=0) for down in torch.split(down_OF, BLOCK, dim=1)]).double()
+    energy_F = square_F * scale_mid_F.to(square_F.device).double().square()
     total = energy_F.sum()
     return float(1.0 - energy_F[kept].sum() / total) if total > 0 else 0.0

@@ -1,11 +1,25 @@
 """Low-rank factors of a linear map.
 
-Shape suffixes: O out, I in, R rank.
+Everything larger than the smaller side squared goes through in blocks of fixed size, so that the memory a solve takes is known
+beforehand (`awsvd_bytes`) and the numbers do not depend on how much there is.
+
+Shape suffixes: O out, I in, R rank, M the smaller of O and I.
 """
 
 from __future__ import annotations
 
+import contextlib
+import itertools
+from collections.abc import Iterator
+
 import torch
+
+SOLVER_THREADS = 2
+"""CPU threads of every eigen-decomposition. LAPACK's last bits depend on their number, and equal input shall give equal output
+on any number; half of the work is bound by memory, which two threads nearly use up."""
+
+BLOCK = 1024
+"""Rows or columns that are widened to float64 at a time."""
 
 
 def awsvd(w_OI: torch.Tensor, scale_I: torch.Tensor, rank: int) -> tuple[torch.Tensor, torch.Tensor, float]:
@@ -17,20 +31,69 @@ def awsvd(w_OI: torch.Tensor, scale_I: torch.Tensor, rank: int) -> tuple[torch.T
     Args: w_OI, scale_I > 0, 1 <= rank <= min(O, I). Returns the factors in float64 and the relative error: the discarded share
     of the squared singular values of W D.
     """
-    weighted_OI = w_OI.double() * scale_I.double()
-    wide = weighted_OI.shape[0] <= weighted_OI.shape[1]
-    side_OI = weighted_OI if wide else weighted_OI.T
-    energies, vectors = torch.linalg.eigh(side_OI @ side_OI.T)
-    energies, vectors = energies.flip(0).clamp_min(0.0), vectors.flip(1)
-    root_R = energies[:rank].sqrt()
+    wide, scale_I = w_OI.shape[0] <= w_OI.shape[1], scale_I.to(w_OI.device).double()
+    gram_MM = _weighted_gram(w_OI, scale_I)
+    energies_M, vectors_MM = eigh(gram_MM)
+    del gram_MM
+    energies_M = energies_M.flip(0).clamp_min(0.0)
+    basis_MR = vectors_MM[:, -rank:].flip(1)
+    del vectors_MM
+    root_R = energies_M[:rank].sqrt()
     balance_R = root_R.sqrt()
     # Directions without energy carry nothing; 1/0 there would only make noise.
     inverse_R = torch.where(root_R > root_R[:1] * 1e-12, 1.0 / balance_R, torch.zeros_like(balance_R))
-    basis = vectors[:, :rank]
     if wide:
-        up_OR, down_RI = basis * balance_R, inverse_R[:, None] * (basis.T @ w_OI.double())
+        down = [inverse_R[:, None] * (basis_MR.T @ w.double()) for w in torch.split(w_OI, BLOCK, dim=1)]
+        up_OR, down_RI = basis_MR * balance_R, torch.cat(down, dim=1)
     else:
-        up_OR, down_RI = weighted_OI @ basis * inverse_R, balance_R[:, None] * basis.T / scale_I.double()
-    total = energies.sum()
-    error = float(energies[rank:].sum() / total) if total > 0 else 0.0
+        up_OR = torch.cat([(w.double() * scale_I) @ basis_MR * inverse_R for w in torch.split(w_OI, BLOCK)])
+        down_RI = balance_R[:, None] * basis_MR.T / scale_I
+    total = energies_M.sum()
+    error = float(energies_M[rank:].sum() / total) if total > 0 else 0.0
     return up_OR, down_RI, error
+
+
+def awsvd_bytes(rows: int, columns: int, rank: int) -> int:
+    """Most memory that `awsvd` holds at one time beside its input, its factors included.
+
+    That is in the decomposition: the Gram, its vectors, and LAPACK's two squares; or after it: the vectors that are kept, a
+    block, and the factors, twice while their blocks are joined.
+    """
+    smaller, larger = sorted((rows, columns))
+    return 8 * max(4 * smaller**2, smaller**2 + BLOCK * smaller + rank * (2 * smaller + 2 * larger))
+
+
+def awsvd_flops(rows: int, columns: int, rank: int) -> int:
+    """Floating-point operations of its matrix products, which are in float64. The decomposition of min(O, I) comes on top."""
+    return 2 * rows * columns * min(rows, columns) + 2 * rows * columns * rank
+
+
+def eigh(gram_MM: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Eigenvalues, ascending, and eigenvectors; the same bits for any number of torch's threads."""
+    with _solver_threads(gram_MM.device):
+        values_M, vectors_MM = torch.linalg.eigh(gram_MM)
+    return values_M, vectors_MM
+
+
+@contextlib.contextmanager
+def _solver_threads(device: torch.device) -> Iterator[None]:
+    before = torch.get_num_threads()
+    if device.type != "cpu" or before == SOLVER_THREADS:
+        yield
+        return
+    torch.set_num_threads(SOLVER_THREADS)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def _weighted_gram(w_OI: torch.Tensor, scale_I: torch.Tensor) -> torch.Tensor:
+    """(W D)(W D)' or (W D)'(W D), whichever is smaller, summed over blocks of the longer side."""
+    wide, size = w_OI.shape[0] <= w_OI.shape[1], min(w_OI.shape)
+    gram_MM = torch.zeros(size, size, dtype=torch.float64, device=w_OI.device)
+    scales = torch.split(scale_I, BLOCK) if wide else itertools.repeat(scale_I)
+    for w, scale in zip(torch.split(w_OI, BLOCK, dim=1 if wide else 0), scales, strict=False):
+        block = w.double() * scale
+        gram_MM.addmm_(*((block, block.T) if wide else (block.T, block)))
+    return gram_MM

@@ -10,6 +10,9 @@ import torch
 ZERO_SCALE = 1e-4
 """What a channel that was never active weighs (LoRAP's published code)."""
 
+ROW_BLOCK = 256
+"""Tokens that are widened at a time: the memory of an update does not depend on the batch."""
+
 
 class Energy:
     """Uncentred second moment of every input channel: sum of x_j^2 over all tokens, in float64."""
@@ -19,8 +22,11 @@ class Energy:
         self.tokens = 0
 
     def update(self, x_TI: torch.Tensor) -> None:
-        square_I = x_TI.double().square().sum(dim=0)
-        self.sum_I = square_I if self.sum_I is None else self.sum_I + square_I
+        # The square of a half-precision number is exact in float32; so is, to 1e-7, the sum of a block of them.
+        wide = torch.float32 if x_TI.dtype.itemsize == 2 else torch.float64
+        for x in torch.split(x_TI, ROW_BLOCK):
+            square_I = x.to(wide).square_().sum(dim=0).double()
+            self.sum_I = square_I if self.sum_I is None else self.sum_I.add_(square_I)
         self.tokens += x_TI.shape[0]
 
     def merge(self, other: Energy) -> None:

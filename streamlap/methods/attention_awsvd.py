@@ -11,9 +11,9 @@ from streamlap.errors import RecipeError
 from streamlap.families import Family
 from streamlap.families.layer import Edit, StreamLayer
 from streamlap.linalg.budget import lorap_pair_ranks
-from streamlap.linalg.lowrank import awsvd
+from streamlap.linalg.lowrank import awsvd, awsvd_bytes, awsvd_flops
 from streamlap.linalg.statistics import Energy
-from streamlap.methods.base import Layout, Shapes, Statistic
+from streamlap.methods.base import Cost, Layout, Shapes, Statistic
 from streamlap.modules import LowRankLinear
 
 
@@ -43,6 +43,14 @@ class AttentionAwsvd:
                     f"{rank}; wanted at least 1. Choose a lower ratio."
                 )
         return {path: {"rank": rank} for path, rank in ranks.items() if rank is not None}
+
+    def cost(self, family: Family, shapes: Shapes, target: float) -> Cost:
+        ranks = {path: row["rank"] for path, row in self.layout(family, shapes, target).items()}
+        return Cost(
+            workspace_bytes=max((awsvd_bytes(*shapes[path], rank) for path, rank in ranks.items()), default=0),
+            flops=sum(awsvd_flops(*shapes[path], rank) for path, rank in ranks.items()),
+            decompositions=tuple(min(shapes[path]) for path in ranks),
+        )
 
     def wants(self, layer: StreamLayer) -> dict[str, Statistic]:
         return {"attn_in": Energy(), "attn_out": Energy()}

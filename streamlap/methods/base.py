@@ -6,6 +6,7 @@ A method knows numbers and one layer; it never sees a file, a token or another l
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Protocol
 
 from streamlap.families import Family
@@ -19,6 +20,18 @@ Layout = dict[str, dict[str, int]]
 """Path in the layer -> row of config.json's modules table: {"rank": r}, {"out": o}, {"in": i}."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class Cost:
+    """What the edits of one layer take."""
+
+    workspace_bytes: int = 0
+    """Most memory held at one time beside the weights and the finished edits."""
+    flops: int = 0
+    """Floating-point operations of products in float64."""
+    decompositions: tuple[int, ...] = ()
+    """Sizes of the symmetric eigen-problems, in float64."""
+
+
 class Method(Protocol):
     def layout(self, family: Family, shapes: Shapes, target: float) -> Layout:
         """What each edited linear will become when `target` of the layer's linear parameters go; from shapes alone.
@@ -29,6 +42,10 @@ class Method(Protocol):
 
     def paths(self, family: Family) -> tuple[str, ...]:
         """Every linear this method may edit; two methods of one recipe must not share any."""
+        ...
+
+    def cost(self, family: Family, shapes: Shapes, target: float) -> Cost:
+        """What `edit` will take, from shapes alone."""
         ...
 
     def wants(self, layer: StreamLayer) -> dict[str, Statistic]:

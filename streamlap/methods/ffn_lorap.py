@@ -12,9 +12,9 @@ from streamlap.errors import RecipeError
 from streamlap.families import Family
 from streamlap.families.layer import Edit, StreamLayer
 from streamlap.linalg.budget import Removal, lorap_removal
-from streamlap.linalg.channels import kept_channels, lorap_scores, removed_energy
+from streamlap.linalg.channels import channel_bytes, kept_channels, lorap_scores, removed_energy
 from streamlap.linalg.statistics import Energy
-from streamlap.methods.base import Layout, Shapes, Statistic
+from streamlap.methods.base import Cost, Layout, Shapes, Statistic
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,6 +44,10 @@ class FfnLorap:
                 f"at least 1, fewer than {width}, and ratio + protect at most 1. Choose another ratio."
             )
         return removal
+
+    def cost(self, family: Family, shapes: Shapes, target: float) -> Cost:
+        (down,) = family.sites["ffn_mid"]
+        return Cost(workspace_bytes=channel_bytes(shapes[down][0]))
 
     def wants(self, layer: StreamLayer) -> dict[str, Statistic]:
         return {"ffn_in": Energy(), "ffn_mid": Energy()}

@@ -11,7 +11,7 @@ import json
 import math
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
 
@@ -82,13 +82,21 @@ def read_header(path: Path) -> Header:
     """
     try:
         with path.open("rb") as file:
-            size = path.stat().st_size
-            length = int.from_bytes(file.read(8), "little")
-            if size < 8 or length > min(size - 8, MAX_HEADER_BYTES):
-                raise _fault(path, f"header length {length} in a file of {size} bytes", "a whole safetensors file")
-            raw = file.read(length)
+            return parse_header(path, file, path.stat().st_size)
     except OSError as error:
         raise CheckpointError(f"{path.name}: cannot be read ({error.strerror}); wanted a shard at {path}.") from error
+
+
+def parse_header(path: Path, file: IO[bytes], size: int) -> Header:
+    """Parse and check the header of a shard that is open at its first byte and `size` bytes long, wherever its bytes are.
+
+    `path` is where the shard lies, or will lie once it is fetched. Raises CheckpointError as `read_header` does, and what
+    `file` raises.
+    """
+    length = int.from_bytes(file.read(8), "little")
+    if size < 8 or length > min(size - 8, MAX_HEADER_BYTES):
+        raise _fault(path, f"header length {length} in a file of {size} bytes", "a whole safetensors file")
+    raw = file.read(length)
     try:
         table = json.loads(raw)
     except (ValueError, RecursionError) as error:

@@ -1,65 +1,142 @@
-"""Calibration hidden states between layers: generation k is the input of decoder layer k, [sequences N, length L, width D].
+"""Hidden states between layers: generation k is the input of decoder layer k, [sequences N, length L, width D].
 
-On disk a generation is one flat file, complete or absent. It is stored as it was computed, because computing it again on resume
-need not give the same bits.
+A generation is kept in the first tier that the budget allows: the device's memory, RAM, disk. With a folder it is on the disk
+in any case, one flat file, complete or absent, so that a killed run can go on; the faster tier then saves reading it. It is
+stored as it was computed, because computing it again on resume need not give the same bits.
 """
 
 from __future__ import annotations
 
 import os
 import shutil
+from collections import deque
 from collections.abc import Iterable, Iterator
+from concurrent.futures import Future
 from pathlib import Path
-from typing import Protocol
 
 import torch
 
 from streamlap.errors import ResumeMismatch, StreamlapError
 from streamlap.store.header import byte_view
-from streamlap.store.sink import disk_error, durable
+from streamlap.store.sink import DurableFile, disk_error
+from streamlap.store.transfer import Download
+from streamlap.store.worker import Worker
+
+IN_FLIGHT = 2
+"""Batches that may wait for the disk while the next is computed."""
+
+INLINE = Worker(overlap=False)
 
 
-class HiddenStates(Protocol):
-    """A bank of generations, read and written in batches of sequences."""
+class HiddenBank:
+    """Generations of one run, read and written in order, `batch` sequences at a time.
 
-    def read(self, generation: int) -> Iterator[torch.Tensor]: ...
-    def write(self, generation: int, batches: Iterable[torch.Tensor]) -> None: ...
-    def drop(self, generation: int) -> None: ...
+    Args: folder, where generations lie on the disk, None where nothing has to outlive the process; cache, the device in whose
+    memory the newest generation stays, None to read it from the disk; pinned, whether batches go on to a CUDA device.
+    """
 
-
-class RamBank:
-    """Generations as lists of batches in memory: nothing survives the process."""
-
-    def __init__(self) -> None:
-        self._generations: dict[int, list[torch.Tensor]] = {}
-
-    def read(self, generation: int) -> Iterator[torch.Tensor]:
-        yield from self._generations[generation]
-
-    def write(self, generation: int, batches: Iterable[torch.Tensor]) -> None:
-        self._generations[generation] = [x_BLD.cpu() for x_BLD in batches]
-
-    def drop(self, generation: int) -> None:
-        self._generations.pop(generation, None)
-
-
-class DiskBank:
-    """Generations as files in `folder`; one batch of `batch` sequences is in memory at a time."""
-
-    def __init__(self, folder: Path, shape_NLD: tuple[int, int, int], dtype: torch.dtype, batch: int) -> None:
-        self.folder, self.shape_NLD, self.dtype, self.batch = folder, shape_NLD, dtype, batch
+    def __init__(
+        self, shape_NLD: tuple[int, int, int], dtype: torch.dtype, batch: int, *,
+        folder: Path | None = None, cache: torch.device | None = None, pinned: bool = False,
+    ) -> None:  # fmt: skip
+        assert folder is not None or cache is not None, "a bank without any tier"
+        self.shape_NLD, self.dtype, self.batch = shape_NLD, dtype, batch
+        self.folder, self._cache, self._pinned = folder, cache, pinned
+        self._kept: list[torch.Tensor | Download] = []
+        self._kept_generation = -1
+        self._file: DurableFile | None = None
+        self._sealed: Future[None] | None = None
 
     @property
     def nbytes(self) -> int:
-        """Bytes of one generation; two exist while a layer is being done."""
+        """Bytes of one generation. The disk holds two while a layer is done; in a cache the new one replaces the old."""
         sequences, length, width = self.shape_NLD
         return sequences * length * width * self.dtype.itemsize
 
-    def _path(self, generation: int) -> Path:
-        return self.folder / f"hidden-{generation:05d}.bin"
-
     def read(self, generation: int) -> Iterator[torch.Tensor]:
         """Batches [B, L, D] in order. Raises ResumeMismatch when the generation is not whole."""
+        if generation == self._kept_generation:
+            for place in range(len(self._kept)):
+                kept = self._kept[place]
+                yield kept.wait() if isinstance(kept, Download) else kept
+            return
+        self._kept, self._kept_generation = [], -1
+        for x_BLD in self._read_file(generation):
+            if self._cache is not None:  # at its place at once, since `write` may be replacing what was read before
+                self._kept.append(x_BLD.to(self._cache))
+            yield x_BLD
+        if self._cache is not None:
+            self._kept_generation = generation
+
+    def write(self, generation: int, batches: Iterable[torch.Tensor], writer: Worker = INLINE) -> None:
+        """Take in a generation. Its file is whole once `writer` has come to the end of what it was given here.
+
+        A batch may be computed from the same batch of the generation before, which it replaces in the cache.
+        """
+        same_place = self._kept_generation == generation - 1
+        if not same_place:
+            self._kept = []
+        file = self._file = writer.submit(self._create, generation).result() if self.folder is not None else None
+        pending: deque[Future[None]] = deque()
+        try:
+            for place, x_BLD in enumerate(batches):
+                copy = Download(x_BLD)
+                if self._cache is not None:
+                    self._kept[place : place + 1] = [copy if self._cache.type == "cpu" else x_BLD]
+                if file is not None:
+                    pending.append(writer.submit(_write_batch, file, copy))
+                    if len(pending) > IN_FLIGHT:
+                        pending.popleft().result()
+            for done in pending:
+                done.result()
+        except BaseException:
+            if file is not None:
+                writer.submit(file.discard).result()  # now: leaving by an error cancels what is only queued
+            raise
+        self._kept_generation = generation if self._cache is not None else -1
+        self._sealed = writer.submit(self._seal, file) if file is not None else None
+
+    def settle(self) -> None:
+        """Wait until the generation written last has its name on the disk."""
+        if self._sealed is not None:
+            self._sealed.result()
+
+    def close(self) -> None:
+        """Take away the file that was cut short, if any. To be called when no writer is at work any more."""
+        if self._file is not None:
+            self._file.discard()
+
+    def drop(self, generation: int) -> None:
+        if generation == self._kept_generation:
+            self._kept, self._kept_generation = [], -1
+        if self.folder is not None:
+            self._path(generation).unlink(missing_ok=True)
+
+    def remove(self) -> None:
+        """No generation is needed any more."""
+        if self.folder is not None:
+            shutil.rmtree(self.folder, ignore_errors=True)
+
+    def _path(self, generation: int) -> Path:
+        assert self.folder is not None
+        return self.folder / f"hidden-{generation:05d}.bin"
+
+    def _create(self, generation: int) -> DurableFile:
+        assert self.folder is not None
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise disk_error(error, self.folder) from error
+        return DurableFile(self._path(generation), self.nbytes)
+
+    def _seal(self, file: DurableFile) -> None:
+        try:
+            file.seal()
+        finally:
+            file.discard()
+
+    def _read_file(self, generation: int) -> Iterator[torch.Tensor]:
+        self.settle()
         path = self._path(generation)
         found = path.stat().st_size if path.exists() else 0
         if found != self.nbytes:
@@ -72,7 +149,7 @@ class DiskBank:
         try:
             for first in range(0, sequences, self.batch):
                 rows = min(self.batch, sequences - first)
-                x_BLD = torch.empty(rows, length, width, dtype=self.dtype)
+                x_BLD = torch.empty(rows, length, width, dtype=self.dtype, pin_memory=self._pinned)
                 view = byte_view(x_BLD)
                 done, start = 0, first * self.nbytes // sequences
                 while done < len(view):
@@ -81,21 +158,9 @@ class DiskBank:
         finally:
             os.close(handle)
 
-    def write(self, generation: int, batches: Iterable[torch.Tensor]) -> None:
-        try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise disk_error(error, self.folder) from error
-        with durable(self._path(generation), self.nbytes) as file:
-            for x_BLD in batches:
-                file.write(byte_view(x_BLD.cpu().contiguous()))
 
-    def drop(self, generation: int) -> None:
-        self._path(generation).unlink(missing_ok=True)
-
-    def remove(self) -> None:
-        """No generation is needed any more."""
-        shutil.rmtree(self.folder, ignore_errors=True)
+def _write_batch(file: DurableFile, batch: Download) -> None:
+    file.write(byte_view(batch.wait()))
 
 
 def _read_some(handle: int, view: memoryview, start: int, path: Path) -> int:

@@ -7,6 +7,7 @@ next hidden states are on the disk. A torn last line, as a crash leaves it, neve
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import shutil
@@ -15,12 +16,34 @@ from pathlib import Path
 from typing import Any
 
 import filelock
+import numpy as np
+import torch
 
-from streamlap.errors import ResumeMismatch
+from streamlap.errors import ResumeMismatch, first_line
 from streamlap.store.sink import disk_error, fsync_folder, write_durably
 
 STATE_FOLDER = ".streamlap"
 JOURNAL_NAME = "journal.jsonl"
+TOKENS_NAME = "tokens.npy"
+
+
+def save_tokens(out: Path, tokens_NL: torch.Tensor) -> None:
+    """Keep the calibration windows of a run beside its journal."""
+    file = io.BytesIO()
+    np.save(file, tokens_NL.numpy())
+    write_durably(out / STATE_FOLDER / TOKENS_NAME, file.getvalue())
+
+
+def saved_tokens(out: Path) -> torch.Tensor:
+    """The windows that the run into `out` began with, [N, L]. Raises ResumeMismatch when they cannot be read."""
+    path = out / STATE_FOLDER / TOKENS_NAME
+    try:
+        with path.open("rb") as file:
+            return torch.from_numpy(np.lib.format.read_array(file, allow_pickle=False))
+    except Exception as error:  # numpy raises a different one for every way to damage a header
+        raise ResumeMismatch(
+            f"{path} cannot be read ({first_line(error)}); wanted this run's tokens. Give the compress command again."
+        ) from error
 
 
 class OutputLock:

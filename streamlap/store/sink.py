@@ -14,13 +14,12 @@ import json
 import os
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import BinaryIO
 
 import torch
 
 from streamlap.errors import BudgetError, StreamlapError
 from streamlap.store.header import DTYPE_NAMES, TensorInfo, byte_view, read_header
-from streamlap.store.source import CHUNK_BYTES, INDEX_NAME, read_chunks
+from streamlap.store.source import CHUNK_BYTES, INDEX_NAME, forget, read_chunks, require_finite
 
 TensorEntry = torch.Tensor | TensorInfo
 """What can be written: a tensor, or the place of one in another file, which is copied as bytes."""
@@ -31,24 +30,55 @@ def shard_names(depth: int) -> list[str]:
     return [f"model-{number:05d}-of-{depth + 1:05d}.safetensors" for number in range(1, depth + 2)]
 
 
-@contextlib.contextmanager
-def durable(path: Path, wanted_bytes: int = 0) -> Iterator[BinaryIO]:
-    """Open a temporary file beside `path`; on success it is on the disk under its final name, on failure it is gone.
+class DurableFile:
+    """A file that is written under a temporary name beside `path` and gets its own when it is whole and on the disk.
 
-    Raises BudgetError when the disk is full and StreamlapError for any other fault of the disk.
+    Each step raises BudgetError when the disk is full and StreamlapError for any other fault of the disk.
     """
-    temporary = path.with_name(path.name + ".tmp")
+
+    def __init__(self, path: Path, wanted_bytes: int = 0) -> None:
+        self.path, self._wanted = path, wanted_bytes
+        self._temporary = path.with_name(path.name + ".tmp")
+        with self._faults():
+            self._file = self._temporary.open("wb")
+
+    def write(self, data: bytes | memoryview) -> None:
+        with self._faults():
+            self._file.write(data)
+
+    def seal(self) -> None:
+        """Sync the file, give it its name, sync the folder."""
+        with self._faults():
+            self._file.flush()
+            os.fsync(self._file.fileno())
+            forget(self._file.fileno())
+            self._file.close()
+            self._temporary.replace(self.path)
+            fsync_folder(self.path.parent)
+
+    def discard(self) -> None:
+        """Take away what has no name yet; nothing after `seal`."""
+        with contextlib.suppress(OSError):  # what is in the way was raised where it was first met
+            self._file.close()
+        self._temporary.unlink(missing_ok=True)
+
+    @contextlib.contextmanager
+    def _faults(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise disk_error(error, self.path, self._wanted) from error
+
+
+@contextlib.contextmanager
+def durable(path: Path, wanted_bytes: int = 0) -> Iterator[DurableFile]:
+    """A DurableFile that is sealed at the end of the block, and gone when the block fails."""
+    file = DurableFile(path, wanted_bytes)
     try:
-        with temporary.open("wb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-        fsync_folder(path.parent)
-    except OSError as error:
-        raise disk_error(error, path, wanted_bytes) from error
+        yield file
+        file.seal()
     finally:
-        temporary.unlink(missing_ok=True)
+        file.discard()
 
 
 def disk_error(error: OSError, path: Path, wanted_bytes: int = 0) -> StreamlapError:
@@ -94,7 +124,7 @@ class ShardFolder:
         digest = hashlib.sha256()
         total = len(header) + sum(_nbytes(tensors[name]) for name in order)
         with durable(self.folder / shard, total) as file:
-            for piece in itertools.chain((header,), *(_pieces(tensors[name]) for name in order)):
+            for piece in itertools.chain((memoryview(header),), *(_pieces(tensors[name]) for name in order)):
                 file.write(piece)
                 digest.update(piece)
         return digest.hexdigest()
@@ -107,6 +137,11 @@ class ShardFolder:
         metadata = {"total_parameters": sum(i.numel for i in infos), "total_size": sum(i.nbytes for i in infos)}
         index = {"metadata": metadata, "weight_map": dict(sorted(weight_map.items()))}
         write_durably(self.folder / INDEX_NAME, (json.dumps(index, indent=2) + "\n").encode())
+
+
+def shard_bytes(tensors: Mapping[str, TensorEntry]) -> int:
+    """Size of the file that `ShardFolder.write` makes of these tensors; only their shapes and dtypes count."""
+    return len(_build_header(tensors)[0]) + sum(map(_nbytes, tensors.values()))
 
 
 def _nbytes(entry: TensorEntry) -> int:
@@ -128,9 +163,11 @@ def _build_header(tensors: Mapping[str, TensorEntry]) -> tuple[bytes, list[str]]
     return len(raw).to_bytes(8, "little") + raw, order
 
 
-def _pieces(entry: TensorEntry) -> Iterator[bytes | memoryview]:
-    """The entry's bytes; a generator, so that nothing is read or copied before its turn."""
+def _pieces(entry: TensorEntry) -> Iterator[memoryview]:
+    """The entry's bytes; a generator, so that nothing is read or copied before its turn. Copies are checked on the way."""
     if isinstance(entry, TensorInfo):
-        yield from read_chunks(entry)
+        for piece in read_chunks(entry):
+            require_finite(piece.view(entry.dtype), entry.name, entry.path.name)
+            yield byte_view(piece)
     else:
         yield byte_view(entry.detach().cpu().contiguous())

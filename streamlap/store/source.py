@@ -6,8 +6,10 @@ A mapped shard counts into the process's memory for as long as the map is open; 
 from __future__ import annotations
 
 import json
+import math
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Protocol
 
@@ -20,6 +22,7 @@ INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
 PICKLE_SUFFIXES = {".bin", ".pt", ".pth", ".ckpt"}
 CHUNK_BYTES = 1 << 26
+"""Bytes in one read; a multiple of every item size."""
 
 
 class TensorSource(Protocol):
@@ -32,16 +35,15 @@ class TensorSource(Protocol):
     def read(self, name: str) -> torch.Tensor: ...
 
 
-class SafetensorsFolder:
-    """A local checkpoint folder: one `model.safetensors`, or shards behind an index.
+class SafetensorsHeaders:
+    """The tensors of a checkpoint as its headers tell of them; the weights themselves are elsewhere.
 
-    Raises CheckpointError at once when a shard is missing, truncated, lies in its header, or lies outside the folder.
+    `place` is what messages call the checkpoint, `shards` comes from `find_shards`, `headers` has each of them by name.
+    Raises CheckpointError when a tensor stands twice, or not where the index has it.
     """
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        shards = _shard_names(folder)
-        self.headers = {shard: read_header(folder / shard) for shard in sorted(set(shards.values()))}
+    def __init__(self, place: str, shards: Mapping[str, str], headers: dict[str, Header]) -> None:
+        self.place, self.headers = place, headers
         self._tensors: dict[str, TensorInfo] = {}
         for header in self.headers.values():
             for name, info in header.tensors.items():
@@ -61,65 +63,141 @@ class SafetensorsFolder:
     def info(self, name: str) -> TensorInfo:
         if name not in self._tensors:
             raise CheckpointError(
-                f"tensor {name!r} is missing from {self.folder}; wanted it in one of its shards, or a config.json without it."
+                f"tensor {name!r} is missing from {self.place}; wanted it in one of its shards, or a config.json without it."
             )
         return self._tensors[name]
+
+    def read(self, name: str) -> torch.Tensor:
+        """Raises CheckpointError: there is nothing to read from."""
+        raise CheckpointError(
+            f"tensor {self.info(name).name!r} cannot be read: the weights of {self.place} were not fetched, only their "
+            "headers; wanted the shards in a folder. Fetch them with `hf download` or name a local folder."
+        )
+
+
+class SafetensorsFolder(SafetensorsHeaders):
+    """A local checkpoint folder: one `model.safetensors`, or shards behind an index.
+
+    Raises CheckpointError at once when a shard is missing, truncated, lies in its header, or lies outside the folder.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        shards = find_shards(folder, files_in(folder), str(folder))
+        headers = {shard: read_header(folder / shard) for shard in sorted(set(shards.values()))}
+        super().__init__(str(folder), shards, headers)
 
     def read(self, name: str) -> torch.Tensor:
         """The tensor in its stored dtype, in memory of its own. Non-finite numbers raise CheckpointError."""
         info = self.info(name)
         tensor = torch.empty(info.shape, dtype=info.dtype)
-        view, offset = byte_view(tensor), 0
-        for chunk in read_chunks(info):
-            view[offset : offset + len(chunk)] = chunk
-            offset += len(chunk)
-        if tensor.is_floating_point() and not torch.isfinite(tensor).all():
-            bad = int((~torch.isfinite(tensor)).sum())
-            raise CheckpointError(
-                f"tensor {name!r} in {info.path.name} has {bad} NaN or infinite entries of {info.numel}; "
-                "wanted finite weights. Fetch the checkpoint again or repair it."
-            )
+        read_into(info, byte_view(tensor))
+        require_finite(tensor, name, info.path.name)
         return tensor
 
 
-def read_chunks(info: TensorInfo) -> Iterator[bytes]:
-    """The tensor's bytes in pieces of at most `CHUNK_BYTES`; the pages read are dropped from the page cache."""
+def require_finite(tensor: torch.Tensor, name: str, file: str) -> None:
+    """Raise CheckpointError where a float tensor holds NaN or infinities; one pass, no copy."""
+    if not tensor.is_floating_point() or not tensor.numel():
+        return
+    wide = tensor if tensor.dtype.itemsize > 1 else tensor.float()  # torch compares no numbers of 8 bits
+    if not all(map(math.isfinite, torch.stack(torch.aminmax(wide)).tolist())):
+        bad = int((~torch.isfinite(wide)).sum())
+        raise CheckpointError(
+            f"tensor {name!r} in {file} has {bad} NaN or infinite entries of {tensor.numel()}; "
+            "wanted finite weights. Fetch the checkpoint again or repair it."
+        )
+
+
+def read_into(info: TensorInfo, view: memoryview) -> None:
+    """Fill `view` with the tensor's bytes, by positioned reads; the pages read are dropped from the page cache."""
+    handle = _open(info)
     try:
-        handle = os.open(info.path, os.O_RDONLY)
-    except OSError as error:
-        raise CheckpointError(f"{info.path.name}: {error.strerror} while reading tensor {info.name!r}.") from error
-    try:
-        offset = info.begin
-        while offset < info.end:
-            chunk = os.pread(handle, min(CHUNK_BYTES, info.end - offset), offset)
-            if not chunk:
+        done = 0
+        while done < info.nbytes:
+            chunk = view[done : done + CHUNK_BYTES]
+            count = os.preadv(handle, [chunk], info.begin + done)
+            if not count:
                 raise CheckpointError(f"{info.path.name} ended inside tensor {info.name!r}: it was cut while in use.")
-            yield chunk
-            offset += len(chunk)
-        if hasattr(os, "posix_fadvise"):
-            os.posix_fadvise(handle, info.begin, info.nbytes, os.POSIX_FADV_DONTNEED)
+            forget(handle, info.begin + done, count)
+            done += count
     except OSError as error:
         raise CheckpointError(f"{info.path.name}: {error.strerror} while reading tensor {info.name!r}.") from error
     finally:
         os.close(handle)
 
 
-def _shard_names(folder: Path) -> dict[str, str]:
-    """Tensor name -> shard file name; a single file gives {"": "model.safetensors"}."""
-    if (folder / INDEX_NAME).is_file():
-        return _read_index(folder)
-    if (folder / SINGLE_NAME).is_file():
+def read_rows(info: TensorInfo, rows: list[int]) -> torch.Tensor:
+    """Rows of a matrix, [len(rows), ...], in the order given; neighbours that follow each other are read at once.
+
+    The pages stay in the page cache, since rows are asked for again; they give way where memory is short.
+    """
+    tensor = torch.empty(len(rows), *info.shape[1:], dtype=info.dtype)
+    view, width, handle = byte_view(tensor), info.nbytes // info.shape[0], _open(info)
+    try:
+        first = 0
+        for place in range(1, len(rows) + 1):
+            if place == len(rows) or rows[place] != rows[place - 1] + 1:
+                chunk = view[first * width : place * width]
+                if os.preadv(handle, [chunk], info.begin + rows[first] * width) != len(chunk):
+                    raise CheckpointError(
+                        f"{info.path.name} ended inside tensor {info.name!r}: it was cut while in use."
+                    )
+                first = place
+    except OSError as error:
+        raise CheckpointError(f"{info.path.name}: {error.strerror} while reading tensor {info.name!r}.") from error
+    finally:
+        os.close(handle)
+    require_finite(tensor, info.name, info.path.name)
+    return tensor
+
+
+def read_chunks(info: TensorInfo) -> Iterator[torch.Tensor]:
+    """The tensor's bytes in pieces of at most `CHUNK_BYTES`, uint8, in one buffer that the next piece overwrites."""
+    buffer = torch.empty(min(CHUNK_BYTES, info.nbytes), dtype=torch.uint8)
+    for begin in range(info.begin, info.end, CHUNK_BYTES):
+        piece = replace(info, begin=begin, end=min(begin + CHUNK_BYTES, info.end))
+        read_into(piece, byte_view(buffer)[: piece.nbytes])
+        yield buffer[: piece.nbytes]
+
+
+def _open(info: TensorInfo) -> int:
+    try:
+        return os.open(info.path, os.O_RDONLY)
+    except OSError as error:
+        raise CheckpointError(f"{info.path.name}: {error.strerror} while reading tensor {info.name!r}.") from error
+
+
+def forget(handle: int, offset: int = 0, count: int = 0) -> None:
+    """Drop these bytes of an open file (count 0: up to its end) from the page cache, where the system can."""
+    if hasattr(os, "posix_fadvise"):
+        os.posix_fadvise(handle, offset, count, os.POSIX_FADV_DONTNEED)
+
+
+def files_in(folder: Path) -> set[str]:
+    """Names of the files right in `folder`; none where there is no such folder."""
+    return {path.name for path in folder.glob("*") if os.path.isfile(path)}
+
+
+def find_shards(folder: Path, files: Collection[str], place: str) -> dict[str, str]:
+    """Tensor name -> shard file name; a single file gives {"": "model.safetensors"}.
+
+    `files` are the names in the checkpoint `place`. Of these only the index need lie in `folder`.
+    Raises CheckpointError when there are no safetensors, or not all that the index names.
+    """
+    if INDEX_NAME in files:
+        return _read_index(folder, files, place)
+    if SINGLE_NAME in files:
         return {"": SINGLE_NAME}
-    pickles = sorted(path.name for path in folder.glob("*") if path.suffix in PICKLE_SUFFIXES)
+    pickles = sorted(name for name in files if Path(name).suffix in PICKLE_SUFFIXES)
     if pickles:
         raise CheckpointError(
-            f"{folder} holds only pickled weights ({', '.join(pickles[:3])}), which can run code when opened; wanted "
+            f"{place} holds only pickled weights ({', '.join(pickles[:3])}), which can run code when opened; wanted "
             "safetensors. Convert once where you trust it: AutoModelForCausalLM.from_pretrained(...).save_pretrained(...)."
         )
-    raise CheckpointError(f"{folder} holds neither {INDEX_NAME} nor {SINGLE_NAME}; wanted a safetensors checkpoint.")
+    raise CheckpointError(f"{place} holds neither {INDEX_NAME} nor {SINGLE_NAME}; wanted a safetensors checkpoint.")
 
 
-def _read_index(folder: Path) -> dict[str, str]:
+def _read_index(folder: Path, files: Collection[str], place: str) -> dict[str, str]:
     try:
         table = json.loads((folder / INDEX_NAME).read_text(encoding="utf-8"))["weight_map"]
         pairs = {str(name): str(shard) for name, shard in table.items()}
@@ -130,10 +208,10 @@ def _read_index(folder: Path) -> dict[str, str]:
     for name, shard in pairs.items():
         if Path(shard).name != shard or not shard.endswith(".safetensors"):
             raise CheckpointError(
-                f"{INDEX_NAME} puts tensor {name!r} into {shard!r}; wanted a .safetensors file inside {folder}. "
+                f"{INDEX_NAME} puts tensor {name!r} into {shard!r}; wanted a .safetensors file inside {place}. "
                 "Do not trust it."
             )
-        if not os.path.isfile(folder / shard):  # unlike Path.is_file, no for a name that no file can have
+        if shard not in files:
             raise CheckpointError(
                 f"shard {shard} is missing; {INDEX_NAME} wants it for tensor {name!r}. Fetch it again."
             )

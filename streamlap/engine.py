@@ -1,0 +1,149 @@
+"""What `compress` and `eval` share while layers stream by: threads beside the loop, staging, the hidden states, the budgets.
+
+With overlap the next layer is read, the last one written and hidden states fetched while this layer is computed; without it
+each happens in turn. The order of every sum is the same either way.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+
+from streamlap.errors import BudgetError
+from streamlap.families.layer import StreamLayer
+from streamlap.families.stream import ModelStream, batch_of
+from streamlap.memory import Ladder, show_size
+from streamlap.meters import ram_bytes
+from streamlap.progress import Progress
+from streamlap.sizing import INNER, Fit, Schedule, buffers
+from streamlap.store.hidden import HiddenBank
+from streamlap.store.staging import Staging
+from streamlap.store.transfer import upload_ahead
+from streamlap.store.worker import Worker, ahead
+
+log = logging.getLogger(__name__)
+T = TypeVar("T")
+
+CREEP_BYTES = 128 << 20
+"""Memory beyond what is claimed that libraries may come to hold between two layers."""
+
+
+@dataclass(kw_only=True)
+class Engine:
+    """One run's moving parts. Made by `start_engine`."""
+
+    stream: ModelStream
+    fit: Fit
+    hidden: HiddenBank
+    staging: Staging
+    fetcher: Worker
+    writer: Worker
+    ladder: Ladder
+    progress: Progress
+
+    def layer(self, index: int, kwargs: Mapping[str, Any]) -> StreamLayer:
+        """The layer, read ahead where that overlaps. It must be dropped before the next is asked for."""
+        return self.stream.layer(index, kwargs, self.staging)
+
+    def batches(self, generation: int, phase: str) -> Iterator[torch.Tensor]:
+        """Hidden states on the device, the next batch under way while one is in use."""
+        batches = self.hidden.read(generation)
+        if self.fit.schedule.tier == "disk":
+            batches = ahead(batches, self.fetcher)
+        total = -(-self.hidden.shape_NLD[0] // self.hidden.batch)
+        for place, x_BLD in enumerate(upload_ahead(batches, self.stream.device)):
+            self.progress.phase(phase, place, total)
+            yield x_BLD
+
+    def forward(self, layer: StreamLayer, x_BLD: torch.Tensor) -> torch.Tensor:
+        """The layer's output, computed on as many sequences at a time as fit."""
+        parts = [layer(part) for part in torch.split(x_BLD, self.ladder.micro)]
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+    def advance(self, layer: StreamLayer, index: int) -> None:
+        """Generation `index` through the layer into generation `index + 1`, a batch at a time."""
+
+        def step(x_BLD: torch.Tensor) -> torch.Tensor:
+            return self.ladder.climb("propagate", index, lambda: self.forward(layer, x_BLD))
+
+        with self.claim("propagate"):
+            self.hidden.write(index + 1, (step(x) for x in self.batches(index, "propagate")), self.writer)
+
+    def run(self, phase: str, index: int, attempt: Callable[[], T]) -> T:
+        """`attempt` inside its claim, again where memory ran out and something could give way."""
+        with self.claim(phase):
+            return self.ladder.climb(phase, index, attempt)
+
+    @contextlib.contextmanager
+    def claim(self, phase: str) -> Iterator[None]:
+        schedule = self.fit.schedule
+        with self.fit.ram.claim(schedule.ram.get(phase, {})), self.fit.vram.claim(schedule.vram.get(phase, {})):
+            yield
+
+    def require_baseline(self, index: int) -> None:
+        """Raise BudgetError where memory crept up between layers so far that the next one would break a cap."""
+        budgets = ((self.fit.ram, self.fit.schedule.ram, ram_bytes()),
+                   (self.fit.vram, self.fit.schedule.vram, self._allocated()))  # fmt: skip
+        for budget, phases, held in budgets:
+            assert set(budget.held) <= set(phases.get("layers", {})), (
+                f"claims that outlive layer {index}: {budget.held}"
+            )
+            coming = max((sum(phases.get(phase, {}).values()) for phase in INNER), default=0)
+            crept = (
+                held - budget.used - phases.get("capture", {}).get("edits", 0)
+            )  # which may be on its way to the disk
+            if crept > CREEP_BYTES:
+                log.warning("%s: %s more than its claims after layer %d", budget.name, show_size(crept), index)
+            if crept > 0 and held + coming > budget.cap:
+                raise BudgetError(
+                    f"after layer {index} this process holds {show_size(held)} of {budget.name}, {show_size(crept)} more than "
+                    f"it claims, and the next layer would break the cap of {show_size(budget.cap)}. Run again to resume."
+                )
+
+    def _allocated(self) -> int:
+        return torch.cuda.memory_allocated(self.stream.device) if self.stream.device.type == "cuda" else 0
+
+
+@contextlib.contextmanager
+def start_engine(
+    stream: ModelStream, choice: Fit, hidden: HiddenBank, name: str, first: int = 0, seconds: tuple[float, ...] = ()
+) -> Iterator[Engine]:
+    """The engine for a run from layer `first`; `seconds` are those of the layers done before. At the end all is written."""
+    schedule, device = choice.schedule, stream.device
+    limit_vram(choice, device)
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(choice.ram.claim(schedule.ram["layers"]))
+        stack.enter_context(choice.vram.claim(schedule.vram.get("layers", {})))
+        stack.callback(hidden.close)
+        progress = stack.enter_context(Progress(name, stream.depth, first, seconds))
+        reader, fetcher, writer = (
+            stack.enter_context(Worker(schedule.overlap, thread)) for thread in ("reader", "fetcher", "writer")
+        )
+        yield Engine(
+            stream=stream, fit=choice, hidden=hidden, fetcher=fetcher, writer=writer, progress=progress,
+            staging=Staging(choice.work.staged, buffers(choice.work, schedule.overlap), device, reader),
+            ladder=Ladder(schedule.micro, device),
+        )  # fmt: skip
+
+
+def limit_vram(choice: Fit, device: torch.device) -> None:
+    """Have torch itself keep the cap: an allocation beyond it fails as if the device were full."""
+    if device.type == "cuda":
+        total = torch.cuda.get_device_properties(device).total_memory
+        torch.cuda.set_per_process_memory_fraction(min(1.0, choice.vram.cap / total), device)
+
+
+def open_bank(stream: ModelStream, tokens_NL: torch.Tensor, schedule: Schedule, folder: Path | None) -> HiddenBank:
+    """Hidden states in `folder`, if there is one, and in the memory that the schedule gives them."""
+    sequences, length = tokens_NL.shape
+    cache = {"vram": stream.device, "ram": torch.device("cpu"), "disk": None}[schedule.tier]
+    return HiddenBank(
+        (sequences, length, stream.width), stream.dtype, batch_of(length),
+        folder=folder, cache=cache, pinned=stream.device.type == "cuda",
+    )  # fmt: skip

@@ -1,0 +1,157 @@
+"""What every layer will become and what that takes, from headers and settings alone. `plan` shows it, `compress` goes by it.
+
+Shape suffixes: N sequences, L length.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+
+from streamlap.errors import UnsupportedModel
+from streamlap.families.stream import ModelStream
+from streamlap.methods.base import Cost, Layout
+from streamlap.modules import LowRankLinear, disk_name, swap_modules
+from streamlap.recipe import Recipe
+from streamlap.sizing import Workload, layer_workload
+from streamlap.store.header import TensorInfo
+from streamlap.store.sink import shard_bytes
+from streamlap.store.source import CHUNK_BYTES
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayerForecast:
+    """One layer to come. Bytes and floating-point operations."""
+
+    layout: Layout
+    output_bytes: int
+    """Its shard, header included."""
+    copied_bytes: int
+    """Of these, what is copied from the source as it stands."""
+    edits_bytes: int
+    source_bytes: int
+    largest_bytes: int
+    """The largest tensor of the source layer."""
+    solve_bytes: int
+    """Most that the solves hold: what the methods before have made, what this one makes, and its work."""
+    widest: int
+    """Widest input or output of a linear when all is done."""
+    flops: int
+    """Of the two forwards, in the compute dtype."""
+    flops64: int
+    """Of the solves' matrix products."""
+    decompositions: tuple[int, ...]
+    """Sizes of the solves' eigen-problems."""
+
+
+def plan_layers(stream: ModelStream, recipe: Recipe) -> list[Layout]:
+    """What each layer will become, from shapes alone; every RecipeError that could come later comes here."""
+    if stream.rows:
+        raise UnsupportedModel(f"{stream.folder} is already compressed by streamlap; wanted the original checkpoint.")
+    recipe.check_paths(stream.family)
+    layouts = []
+    for index in range(stream.depth):
+        shapes = {path: stream.dense_shape(index, path) for path in stream.family.linears}
+        merged: Layout = {}
+        for method in recipe.methods:
+            merged |= method.layout(stream.family, shapes, recipe.ratio)
+        layouts.append(merged)
+    return layouts
+
+
+def planned_tensors(
+    stream: ModelStream, index: int, layout: Layout
+) -> tuple[dict[str, TensorInfo], dict[str, torch.Tensor]]:
+    """What the layer's shard will hold, by name: places in the source that are copied, and tensors on meta that are made."""
+    stored, prefix = stream.layer_tensors(index), stream.layer_name(index)
+    module = copy.deepcopy(stream.layers[index])
+    swap_modules(module, layout)
+    low_rank = [path for path, part in module.named_modules() if isinstance(part, LowRankLinear)]
+    copied, made = {}, {}
+    for name, tensor in module.state_dict().items():
+        edited = next((path for path in layout if name.startswith(path + ".")), None)
+        if edited is None:
+            copied[f"{prefix}.{name}"] = stored[name]
+        else:
+            dtype = stored[f"{edited}.weight"].dtype
+            made[f"{prefix}.{disk_name(name, low_rank)}"] = tensor.to(dtype)
+    return copied, made
+
+
+def forecast_layer(
+    stream: ModelStream, recipe: Recipe, index: int, layout: Layout, shape_NL: tuple[int, int]
+) -> LayerForecast:
+    """Bytes and operations of one layer for `shape_NL` calibration tokens."""
+    copied, made = planned_tensors(stream, index, layout)
+    shapes = {path: stream.dense_shape(index, path) for path in stream.family.linears}
+    costs = [method.cost(stream.family, shapes, recipe.ratio) for method in recipe.methods]
+    stored = stream.layer_tensors(index).values()
+    dense_flops = forward_flops(stream, index, sum(info.numel for info in stored), shape_NL)
+    kept = sum(info.numel for info in copied.values()) + sum(tensor.numel() for tensor in made.values())
+    after_flops = forward_flops(stream, index, kept, shape_NL) if index + 1 < stream.depth else 0
+    return LayerForecast(
+        layout=layout, output_bytes=shard_bytes({**copied, **made}),
+        copied_bytes=sum(info.nbytes for info in copied.values()),
+        edits_bytes=sum(tensor.nbytes for tensor in made.values()),
+        source_bytes=sum(info.nbytes for info in stored),
+        largest_bytes=max(info.nbytes for info in stored),
+        solve_bytes=solve_bytes(stream, recipe, made, costs, index),
+        widest=max(width for path, shape in shapes.items() for width in edited_shape(shape, layout.get(path, {}))),
+        flops=dense_flops + after_flops, flops64=sum(cost.flops for cost in costs),
+        decompositions=tuple(size for cost in costs for size in cost.decompositions),
+    )  # fmt: skip
+
+
+def edited_shape(shape: tuple[int, int], row: Mapping[str, int]) -> tuple[int, int]:
+    """(out, in) after the edit that `row` describes; of two factors that of their product."""
+    return row.get("out", shape[0]), row.get("in", shape[1])
+
+
+def solve_bytes(
+    stream: ModelStream, recipe: Recipe, made: Mapping[str, torch.Tensor], costs: list[Cost], index: int
+) -> int:
+    """The most held in the solves of a layer; methods come one after another, and what they made stays."""
+    held, most, prefix = 0, 0, stream.layer_name(index)
+    for method, cost in zip(recipe.methods, costs, strict=True):
+        paths = tuple(f"{prefix}.{path}." for path in method.paths(stream.family))
+        held += sum(tensor.nbytes for name, tensor in made.items() if name.startswith(paths))
+        most = max(most, held + cost.workspace_bytes)
+    return most
+
+
+def forward_flops(stream: ModelStream, index: int, parameters: int, shape_NL: tuple[int, int]) -> int:
+    """Two operations a weight and token, and causal attention: scores and mix, each over half of the window on average."""
+    sequences, length = shape_NL
+    heads = stream.dense_shape(index, stream.family.sites["attn_in"][0])[0]
+    return sequences * length * (2 * parameters + 2 * length * heads)
+
+
+def compression_workload(stream: ModelStream, layers: list[LayerForecast], shape_NL: tuple[int, int]) -> Workload:
+    """Sizes of `compress`."""
+    return Workload(
+        **layer_workload(stream, *shape_NL), durable=True,
+        edits=max(layer.edits_bytes for layer in layers), solve=max(layer.solve_bytes for layer in layers),
+        inner_after=max(layer.widest for layer in layers),
+        copied=min(CHUNK_BYTES, max(layer.largest_bytes for layer in layers)),
+    )  # fmt: skip
+
+
+def forecast(stream: ModelStream, recipe: Recipe, shape_NL: tuple[int, int]) -> list[LayerForecast]:
+    """Every layer to come. Raises what `plan_layers` raises. Layers of equal shapes are computed once."""
+    known: dict[str, LayerForecast] = {}
+    result = []
+    for index, layout in enumerate(plan_layers(stream, recipe)):
+        key = shape_key(stream, index, layout) + ("" if index + 1 < stream.depth else " last")
+        if key not in known:
+            known[key] = forecast_layer(stream, recipe, index, layout, shape_NL)
+        result.append(known[key])
+    return result
+
+
+def shape_key(stream: ModelStream, index: int, layout: Mapping[str, Mapping[str, int]]) -> str:
+    """Equal for layers whose shards differ in numbers only; the digits of the layer's own name count, being in the header."""
+    stored = {name: (info.dtype, info.shape) for name, info in stream.layer_tensors(index).items()}
+    return f"{len(str(index))} {stored} {layout}"

@@ -1,0 +1,80 @@
+"""Meters and the heap: seconds by phase, bytes moved, peak memory, and memory that goes back when it is freed."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import psutil
+import torch
+
+_CLEAR_REFS = Path("/proc/self/clear_refs")
+_STATUS = Path("/proc/self/status")
+
+_M_MMAP_THRESHOLD = -3
+_MMAP_THRESHOLD_BYTES = 1 << 20
+
+
+def steady_heap() -> None:
+    """Have every block of a MiB or more mapped on its own, so that freeing it gives its memory back at once (glibc).
+
+    By default glibc raises that limit to 32 MiB as blocks are freed; the tensors of one layer after another then come
+    from a heap with ever other holes, and the peak of a long run creeps up by whole layers.
+    """
+    with contextlib.suppress(OSError, AttributeError, TypeError):
+        ctypes.CDLL(None).mallopt(_M_MMAP_THRESHOLD, _MMAP_THRESHOLD_BYTES)
+
+
+def reset_peaks() -> None:
+    """Count this process's peaks anew: RAM where the kernel offers that (Linux), VRAM where there is any."""
+    with contextlib.suppress(OSError):
+        _CLEAR_REFS.write_text("5")
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+
+
+def ram_bytes() -> int:
+    """Resident set of this process now."""
+    return int(psutil.Process().memory_info().rss)
+
+
+def peak_ram_bytes() -> int:
+    """Highest resident set of this process since `reset_peaks`; the present one where the kernel does not tell."""
+    with contextlib.suppress(OSError):
+        for line in _STATUS.read_text().splitlines():
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1]) * 1024
+    return ram_bytes()
+
+
+def peak_vram_bytes() -> int:
+    """Most device memory that torch had given out at one time since `reset_peaks`."""
+    return torch.cuda.max_memory_allocated() if torch.cuda.is_available() else 0
+
+
+def bytes_moved() -> tuple[int, int]:
+    """Bytes that this process has read and written so far, by any file; zeros where the system does not count them."""
+    with contextlib.suppress(AttributeError, OSError, psutil.Error):
+        counters = psutil.Process().io_counters()
+        return int(counters.read_chars), int(counters.write_chars)
+    return 0, 0
+
+
+class PhaseClock:
+    """Seconds spent in each named phase; a phase entered again adds up. `notice` is told the name of each that begins."""
+
+    def __init__(self, notice: Callable[[str], None] = lambda name: None) -> None:
+        self.seconds: dict[str, float] = {}
+        self._notice = notice
+
+    @contextlib.contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        start = time.perf_counter()
+        self._notice(name)
+        try:
+            yield
+        finally:
+            self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start

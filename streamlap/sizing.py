@@ -1,0 +1,263 @@
+"""How much memory a run takes, phase by phase, and the schedule that fits it under the caps. From headers alone.
+
+`plan` prints these numbers and `compress` and `eval` claim them from their budgets while they run; no size is computed twice.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from streamlap.errors import BudgetError
+from streamlap.families.stream import HEAD_TOKENS, ModelStream, batch_of
+from streamlap.memory import Budget, free_ram, free_vram, show_size
+from streamlap.meters import ram_bytes
+from streamlap.store.hidden import IN_FLIGHT
+from streamlap.store.staging import staged_bytes
+
+RUNTIME_BYTES = 64 << 20
+"""What torch and its libraries take when they first compute: thread stacks, kernels, small blocks."""
+
+Parts = Mapping[str, int]
+"""Purpose -> bytes."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Workload:
+    """The sizes of one run. Bytes, unless said otherwise; of the largest layer."""
+
+    device: torch.device
+    staged: int
+    """A layer as it is stored."""
+    computed: int
+    """A layer in the compute dtype."""
+    converts: bool
+    """Whether some layer is stored in another dtype than it is computed in."""
+    width: int
+    """Hidden size."""
+    inner: int
+    """Widest input or output of a linear."""
+    inner_after: int
+    """The same once the layer is edited."""
+    heads: int
+    """Numbers a token in the output of the query projection."""
+    itemsize: int
+    sequences: int
+    length: int
+    edits: int = 0
+    """The edited linears of a layer, as stored."""
+    solve: int = 0
+    """Most that a solve holds: the edits so far and the work of one more."""
+    head: int = 0
+    """The output head, where it is used."""
+    copied: int = 0
+    """The piece in which a tensor that stays as it is goes from the source to the shard."""
+    durable: bool = True
+    """Whether every generation of hidden states goes to the disk."""
+
+    @property
+    def generation(self) -> int:
+        return self.sequences * self.length * self.width * self.itemsize
+
+    def batch(self, sequences: int) -> int:
+        """Hidden states of so many sequences."""
+        return min(sequences, self.sequences) * self.length * self.width * self.itemsize
+
+    def activations(self, sequences: int, inner: int) -> int:
+        """Most that one forward of a gated layer holds at a time beside its input: three FFN-wide tensors (act(gate), up, their
+        product) or the rotated queries and keys in attention, with the residual, and a normed copy with its float32 work."""
+        tokens = min(sequences, self.sequences) * self.length
+        ffn = 3 * inner * self.itemsize + 2 * self.width * self.itemsize
+        attention = 6 * self.heads * self.itemsize + 3 * self.width * self.itemsize
+        norm = 2 * self.width * 4 + 2 * self.width * self.itemsize
+        return tokens * max(ffn, attention, norm)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Schedule:
+    """How a run goes about its work. It decides time and memory; the result is the same, bit by bit."""
+
+    overlap: bool
+    """Read the next layer, write the last one and move hidden states beside the computation."""
+    tier: str
+    """Where the newest hidden states stay: vram, ram or disk."""
+    micro: int
+    """Sequences in one forward."""
+    ram: Mapping[str, Parts]
+    """Phase -> purpose -> bytes. "layers" holds beside each of `INNER`, every other phase stands alone."""
+    vram: Mapping[str, Parts]
+
+
+INNER = ("capture", "solve", "propagate")
+"""Phases inside the loop over layers."""
+
+
+def peak(phases: Mapping[str, Parts]) -> int:
+    """The most that is held at one time."""
+    sums = {phase: sum(parts.values()) for phase, parts in phases.items()}
+    inner = max((sums.get(phase, 0) for phase in INNER), default=0)
+    outer = [count for phase, count in sums.items() if phase not in (*INNER, "layers")]
+    return max([sums.get("layers", 0) + inner, *outer])
+
+
+def buffers(work: Workload, overlap: bool) -> int:
+    """Staging buffers: two where a layer lives in one while the next is read into the other."""
+    return 2 if overlap and not work.converts and work.device.type == "cpu" else 1
+
+
+def make_schedule(work: Workload, overlap: bool, tier: str, micro: int) -> Schedule:
+    """The schedule with these choices, and what it holds."""
+    on_cpu = work.device.type == "cpu"
+    full = work.batch(batch_of(work.length))
+    read = full * (2 if overlap else 1) if tier == "disk" else 0
+    write = full * (IN_FLIGHT + 1 if overlap else 1) if tier != "ram" else 0
+    ram = {"staging": work.staged * buffers(work, overlap), "hidden batches": read + write}
+    bank = {"hidden states": work.generation}
+    ram |= bank if tier == "ram" else {}
+    solve = {"solve": work.solve}
+    forward = {"activations": work.activations(micro, work.inner)}
+    after = {"edits": work.edits, "activations": work.activations(micro, work.inner_after)}
+    writer = {"writer": work.copied} if work.durable else {}
+    head = {"head": work.head} if work.head else {}
+    writing = {"edits": work.edits} if overlap else {}
+    if on_cpu:
+        layer = {"layer": work.computed} if work.converts else {}
+        phases = {"layers": ram | layer, "capture": forward | writing, "solve": solve,
+                  "propagate": after | writer, "head": head}  # fmt: skip
+        return Schedule(overlap=overlap, tier=tier, micro=micro, ram=phases, vram={})
+    layer = {"layer": work.computed, "upload": work.staged * work.converts, "hidden batches": 3 * full}
+    layer |= bank if tier == "vram" else {}
+    device = {"layers": layer, "capture": forward | writing, "solve": solve,
+              "propagate": after, "head": head}  # fmt: skip
+    return Schedule(
+        overlap=overlap, tier=tier, micro=micro, vram=device, ram={"layers": ram, "propagate": writer, "head": head}
+    )
+
+
+def schedules(work: Workload, overlap: bool) -> Iterator[Schedule]:
+    """From the fastest to the leanest; what costs least time gives way first."""
+    full = min(batch_of(work.length), work.sequences)
+    fast = ["vram", "ram"] if work.device.type == "cuda" else ["ram"]
+    for tier in (*fast, "disk"):
+        yield make_schedule(work, overlap, tier, full)
+    micro = full
+    while micro > 1:
+        micro = -(-micro // 2)
+        yield make_schedule(work, overlap, "disk", micro)
+    for micro in (full, 1) if overlap else ():
+        yield make_schedule(work, False, "disk", micro)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Caps:
+    """Limits in bytes; None is what the machine has free."""
+
+    ram: int | None = None
+    vram: int | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Fit:
+    """A schedule with the budgets that hold it."""
+
+    work: Workload
+    schedule: Schedule
+    ram: Budget
+    vram: Budget
+
+    @property
+    def peak_ram(self) -> int:
+        return self.ram.base + peak(self.schedule.ram)
+
+    @property
+    def peak_vram(self) -> int:
+        return peak(self.schedule.vram) if self.schedule.vram else 0
+
+    @property
+    def fits(self) -> bool:
+        return self.peak_ram <= self.ram.cap and self.peak_vram <= self.vram.cap
+
+
+def fit(work: Workload, caps: Caps, overlap: bool = True) -> Fit:
+    """The fastest schedule inside the caps, or the leanest where none is. See `require_fit`."""
+    held = ram_bytes()
+    ram = Budget(held + free_ram() if caps.ram is None else caps.ram, held + RUNTIME_BYTES, "RAM")
+    vram = Budget(free_vram(work.device) if caps.vram is None else caps.vram, 0, "VRAM")
+    for schedule in schedules(work, overlap):
+        choice = Fit(work=work, schedule=schedule, ram=ram, vram=vram)
+        if choice.fits:
+            break
+    return choice
+
+
+def require_fit(choice: Fit, caps: Caps) -> None:
+    """Raise BudgetError with the smallest caps that would do where even the leanest schedule does not fit."""
+    if choice.fits:
+        return
+    raise BudgetError(" ".join(advice(choice, caps)))
+
+
+def advice(choice: Fit, caps: Caps) -> Iterator[str]:
+    """What does not fit, what takes the room, and which knob to turn."""
+    rows = [
+        ("RAM", "--max-ram", choice.ram, caps.ram, choice.peak_ram, choice.schedule.ram),
+        ("VRAM", "--max-vram", choice.vram, caps.vram, choice.peak_vram, choice.schedule.vram),
+    ]
+    for name, flag, budget, cap, wanted, phases in rows:
+        if wanted > budget.cap:
+            seen = (
+                f"{flag} is {show_size(budget.cap)}"
+                if cap is not None
+                else f"{show_size(budget.cap)} of {name} are there"
+            )
+            parts = ", ".join(f"{what} {show_size(count)}" for what, count in largest(phases, budget.base))
+            way = f"give {flag} {least_cap(wanted)}" if cap is not None else "free some, or take a larger machine"
+            yield f"{seen}; the leanest way through this model takes {show_size(wanted)} ({parts}): {way}."
+    if not choice.fits:
+        yield "A shorter --length takes less too."
+
+
+def least_cap(wanted: int) -> str:
+    """The smallest size, in hundredths of a GiB, that holds `wanted` bytes: what --max-ram must be at least."""
+    return f"{math.ceil(wanted / 2**30 * 100) / 100:.2f}GiB"
+
+
+def largest(phases: Mapping[str, Parts], base: int) -> list[tuple[str, int]]:
+    """Purposes and bytes of the moment at which most is held, largest first."""
+    moments = [
+        {"process": base, **phases.get("layers", {}), **phases[phase]}
+        if phase in INNER
+        else {"process": base, **phases[phase]}
+        for phase in phases
+    ]
+    moment = max(moments, key=lambda parts: sum(parts.values()))
+    return sorted(((what, count) for what, count in moment.items() if count), key=lambda row: -row[1])
+
+
+def layer_workload(stream: ModelStream, sequences: int, length: int) -> dict[str, Any]:
+    """The sizes that compressing and evaluating share, as keywords of Workload."""
+    tables = [stream.layer_tensors(index).values() for index in range(stream.depth)]
+    shapes = [stream.stored_shape(index, path) for index in range(stream.depth) for path in stream.family.linears]
+    query = stream.family.sites["attn_in"][0]
+    return {
+        "device": stream.device, "itemsize": stream.dtype.itemsize, "sequences": sequences, "length": length,
+        "staged": max(map(staged_bytes, tables)), "width": stream.width,
+        "computed": max(sum(info.numel for info in table) for table in tables) * stream.dtype.itemsize,
+        "converts": any(info.dtype != stream.dtype for table in tables for info in table),
+        "inner": max(map(max, shapes)),
+        "heads": max(stream.dense_shape(index, query)[0] for index in range(stream.depth)),
+    }  # fmt: skip
+
+
+def evaluation_workload(stream: ModelStream, sequences: int, length: int) -> Workload:
+    """Sizes of `eval`: layers without edits, then the head on pieces of a sequence."""
+    stored = stream.source.info(stream.head_name)
+    tokens = min(length, HEAD_TOKENS)
+    work = stored.numel * stream.dtype.itemsize * (stored.dtype != stream.dtype) + stored.nbytes
+    logits = tokens * stream.vocabulary * (stream.dtype.itemsize + 8)
+    layers = layer_workload(stream, sequences, length)
+    return Workload(**layers, inner_after=layers["inner"], head=work + logits, durable=False)
