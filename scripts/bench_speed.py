@@ -41,7 +41,7 @@ from streamlap.recipe import Recipe
 
 PHASES = ("read", "capture", "solve", "write", "propagate")
 DISK = ("read", "write", "upload")
-PRODUCT_SIZE = 2048
+PRODUCT_SIZE = 4096
 """Rows, columns and tokens of the float64 product whose rate stands for the solves'."""
 
 
@@ -99,7 +99,7 @@ def measure_rates(work: Workload, out: Path) -> dict[str, float]:
     sizes = {size for layer in work.layers for size in layer.decompositions}
     rates = {
         "read": machine.read_rate(work.shard, machine.DISK_BYTES * 4),
-        "write": machine.write_rate(out),
+        "write": machine.write_rate(out, machine.DISK_BYTES),
         "products": machine.matmul_rate(work.device, torch.float64, PRODUCT_SIZE, PRODUCT_SIZE, PRODUCT_SIZE),
     }
     if any(layer.upload_bytes for layer in work.layers):

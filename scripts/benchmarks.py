@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import make_synthetic_checkpoint as synthetic
 import numpy as np
 import psutil
 import torch
@@ -142,13 +143,10 @@ def yes(value: bool | None) -> str:
     return "" if value is None else "yes" if value else "**no**"
 
 
-def checkpoint(work: Path, shape: str, layers: int, scale_down: int = 1) -> Path:
+def checkpoint(work: Path, shape: str, layers: int, scale_down: int = 1, dtype: str = "bfloat16") -> Path:
     """A checkpoint of made-up weights in `work`, made where it is absent."""
-    folder = work / (f"{shape}-{layers}" + (f"-by-{scale_down}" if scale_down > 1 else ""))
-    words = [ROOT / "scripts" / "make_synthetic_checkpoint.py", folder, "--shape", shape, "--layers", layers,
-             "--scale-down", scale_down]  # fmt: skip
-    command = [sys.executable, *map(str, words)]
-    subprocess.run(command, env=environment(), stdout=subprocess.DEVNULL, check=True)
+    folder = work / "-".join([shape, str(layers), *([f"by-{scale_down}"] if scale_down > 1 else []), dtype])
+    synthetic.make(folder, shape, layers=layers, dtype=dtype, scale_down=scale_down)
     return folder
 
 

@@ -85,7 +85,6 @@ def compress(
     stream = ModelStream(folder, device, recipe.dtype)
     plan_layers(stream, recipe)
     tokens_NL = calibration_tokens(recipe.calibration, folder, stream.vocabulary, stream.context)
-    check_output(folder, out, overwrite)
     arguments = {
         "model": str(folder.resolve()) if Path(model).is_dir() else str(model),
         "recipe": recipe.to_dict(),
@@ -95,7 +94,9 @@ def compress(
         "max_vram": parse_size(max_vram, "max_vram"),
         "overlap": overlap,
     }
-    return run(stream, recipe, tokens_NL, out, arguments)
+    choice = choose_schedule(stream, recipe, tokens_NL, arguments)
+    check_output(folder, out, overwrite)  # which may remove an earlier result, so it comes last
+    return run(stream, recipe, tokens_NL, out, arguments, choice)
 
 
 def resume(out: str | Path, *, max_ram: int | str | None = None, max_vram: int | str | None = None) -> Report:
@@ -105,12 +106,15 @@ def resume(out: str | Path, *, max_ram: int | str | None = None, max_vram: int |
     caps = {"max_ram": parse_size(max_ram, "max_ram"), "max_vram": parse_size(max_vram, "max_vram")}
     recipe = Recipe.from_dict(arguments["recipe"])
     stream = ModelStream(local_folder(arguments["model"]), pick_device(arguments["device"]), recipe.dtype)
-    return run(stream, recipe, saved_tokens(out), out, arguments | {key: cap for key, cap in caps.items() if cap})
+    tokens_NL = saved_tokens(out)
+    choice = choose_schedule(stream, recipe, tokens_NL, arguments | {key: cap for key, cap in caps.items() if cap})
+    return run(stream, recipe, tokens_NL, out, arguments, choice)
 
 
-def run(stream: ModelStream, recipe: Recipe, tokens_NL: torch.Tensor, out: Path, arguments: dict[str, Any]) -> Report:
+def run(
+    stream: ModelStream, recipe: Recipe, tokens_NL: torch.Tensor, out: Path, arguments: dict[str, Any], choice: Fit
+) -> Report:
     """The checked job, from its next layer to a finished folder."""
-    choice = choose_schedule(stream, recipe, tokens_NL, arguments)
     if not Journal.exists(out):
         model_bytes = sum(header.file_bytes for header in stream.source.headers.values())
         forecast_disk(model_bytes, choice.work.generation, out, hidden_folder(out, arguments["work"]))

@@ -171,7 +171,10 @@ def compare(shown: Any, actual: Any, where: str, partial: bool = False) -> None:
 def options() -> dict[str, set[str]]:
     """Command -> its flags, as the command line itself knows them."""
     commands = typer.main.get_command(cli.app).commands  # type: ignore[attr-defined]
-    return {name: {"--help"} | {flag for p in command.params for flag in (*p.opts, *p.secondary_opts)} for name, command in commands.items()}
+    return {
+        name: {"--help"} | {flag for p in command.params for flag in (*p.opts, *p.secondary_opts)}
+        for name, command in commands.items()
+    }
 
 
 @pytest.mark.parametrize("page", TEXTS)

@@ -56,8 +56,12 @@ def test_a_bank_gives_back_what_it_was_given(tmp_path: Path, writer: Worker, tie
         assert torch.equal(torch.cat(batches), x_NLD)
     bank.settle()
     assert files(tmp_path) == (["hidden-00002.bin"] if "disk" in tier else [])
+    del batches
+    first = weakref.ref(next(bank.read(2)))
     bank.drop(2)
     assert files(tmp_path) == []
+    gc.collect()
+    assert first() is None, "what is dropped is not in memory either"
 
 
 def test_a_file_holds_the_numbers_and_nothing_else(tmp_path: Path) -> None:

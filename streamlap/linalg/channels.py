@@ -54,7 +54,7 @@ def kept_channels(score_F: torch.Tensor, removal: Removal) -> torch.Tensor:
 
 def removed_energy(down_OF: torch.Tensor, scale_mid_F: torch.Tensor, kept: torch.Tensor) -> float:
     """Share of the FFN output's energy that the removed channels carried, counting them as uncorrelated."""
-    square_F = torch.cat([down.float().square_().sum(dim=0) for down in torch.split(down_OF, BLOCK, dim=1)]).double()
+    square_F = torch.cat([down.float().square().sum(dim=0) for down in torch.split(down_OF, BLOCK, dim=1)]).double()
     energy_F = square_F * scale_mid_F.to(square_F.device).double().square()
     total = energy_F.sum()
     return float(1.0 - energy_F[kept].sum() / total) if total > 0 else 0.0

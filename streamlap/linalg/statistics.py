@@ -25,7 +25,7 @@ class Energy:
         # The square of a half-precision number is exact in float32; so is, to 1e-7, the sum of a block of them.
         wide = torch.float32 if x_TI.dtype.itemsize == 2 else torch.float64
         for x in torch.split(x_TI, ROW_BLOCK):
-            square_I = x.to(wide).square_().sum(dim=0).double()
+            square_I = x.to(wide, copy=True).square_().sum(dim=0).double()
             self.sum_I = square_I if self.sum_I is None else self.sum_I.add_(square_I)
         self.tokens += x_TI.shape[0]
 

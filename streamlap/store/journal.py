@@ -11,7 +11,7 @@ import io
 import json
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -75,12 +75,18 @@ class OutputLock:
 class Journal:
     """The open journal of one output folder."""
 
-    def __init__(self, out: Path, start: Mapping[str, Any], layers: list[dict[str, Any]]) -> None:
-        self.state, self.start, self.layers = out / STATE_FOLDER, dict(start), layers
+    def __init__(self, out: Path, start: Mapping[str, Any], lines: list[bytes]) -> None:
+        self.state, self.start = out / STATE_FOLDER, dict(start)
+        self._lines = lines  # as text: the kept channels of a wide layer take ten times as much as Python numbers
 
     @property
     def next_layer(self) -> int:
-        return len(self.layers)
+        return len(self._lines)
+
+    @property
+    def layers(self) -> Iterator[dict[str, Any]]:
+        """The finished layers in order, parsed one by one."""
+        return map(json.loads, self._lines)
 
     @staticmethod
     def exists(out: Path) -> bool:
@@ -116,15 +122,16 @@ class Journal:
         raw = path.read_bytes()
         whole = raw[: raw.rfind(b"\n") + 1]
         try:
-            start, *layers = [json.loads(line) for line in whole.splitlines()]
-            ordered = [layer["index"] for layer in layers] == list(range(len(layers)))
+            first, *lines = whole.splitlines()
+            start = json.loads(first)
+            ordered = all(json.loads(line)["index"] == place for place, line in enumerate(lines))
             if not ordered or not {"fingerprint", "arguments"} <= start.keys():
                 raise ValueError("lines out of order")
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise ResumeMismatch(
                 f"{path} is damaged ({error}). Delete {out} and run streamlap compress again."
             ) from error
-        return cls(out, start, layers)
+        return cls(out, start, lines)
 
     def check(self, fingerprint: Mapping[str, Any]) -> None:
         """Raise ResumeMismatch naming every entry in which this run differs from the one that began the folder."""
@@ -162,7 +169,7 @@ class Journal:
                 os.fsync(file.fileno())
         except OSError as error:
             raise disk_error(error, path, len(line)) from error
-        self.layers.append(dict(layer))
+        self._lines.append(line)
 
     def remove(self) -> None:
         """The run is complete: nothing of its state stays. The journal goes first; from then on the folder is finished."""
