@@ -5,12 +5,12 @@ from __future__ import annotations
 import argparse
 import contextlib
 import datetime
-import hashlib
 import json
 import os
 import platform
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -27,10 +27,10 @@ import torch
 import transformers
 
 import streamlap
+from streamlap.store.sink import file_hash
 
 ROOT = Path(__file__).parent.parent
 POLL_SECONDS = 0.02
-PIECE_BYTES = 1 << 24
 
 Result = dict[str, Any]
 
@@ -77,6 +77,7 @@ def conclude(args: argparse.Namespace, measure: Callable[[Path], Result], table:
     if args.load:
         result = json.loads(args.load.read_text())
     else:
+        signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that what was begun is cleared away then as well
         with work_folder(args.work) as work:
             result = {"command": shown_command(), "machine": machine(), **measure(work)}
         save(args.out, result)
@@ -168,14 +169,7 @@ def drop_cache(folder: Path) -> None:
 
 def hashes(folder: Path) -> dict[str, str]:
     """Shard -> SHA-256, of the files as they lie there."""
-    found = {}
-    for path in sorted(folder.glob("*.safetensors")):
-        digest = hashlib.sha256()
-        with path.open("rb") as file:
-            while piece := file.read(PIECE_BYTES):
-                digest.update(piece)
-        found[path.name] = digest.hexdigest()
-    return found
+    return {path.name: file_hash(path) for path in sorted(folder.glob("*.safetensors"))}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -204,15 +198,15 @@ class Done:
 
 def environment() -> dict[str, str]:
     """Of a child that uses this checkout, installed or not, and no network."""
-    paths = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
-    return {**os.environ, "PYTHONPATH": os.pathsep.join(paths), "HF_HUB_OFFLINE": "1", "TQDM_DISABLE": "1"}
+    paths = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]).rstrip(os.pathsep)
+    return {**os.environ, "PYTHONPATH": paths, "HF_HUB_OFFLINE": "1", "TQDM_DISABLE": "1"}
 
 
 def run_streamlap(
     *words: object, prefix: Sequence[str] = (), watch: Path | None = None, timeout: float | None = None,
     variables: Mapping[str, str] | None = None,
 ) -> Done:  # fmt: skip
-    """One command with --json, in a process of its own.
+    """One command with --json, in a process of its own; it does not outlive this call.
 
     Args: prefix, words before the command that end by becoming it; watch, the output folder whose first file starts
     `working_seconds`; timeout, seconds after which it is killed; variables, of its environment.
@@ -221,13 +215,15 @@ def run_streamlap(
     with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as errors:
         start, begun, peak, late = time.perf_counter(), 0.0, 0, False
         process = subprocess.Popen(command, env={**environment(), **(variables or {})}, stdout=out, stderr=errors)
-        while process.poll() is None:
-            time.sleep(POLL_SECONDS)
-            now, peak = time.perf_counter(), max(peak, high_water(process.pid))
-            begun = begun or (now if watch is not None and watch.exists() else 0.0)
-            if timeout is not None and now - start > timeout:
-                late = True
-                process.kill()
+        try:
+            while process.poll() is None and not late:
+                time.sleep(POLL_SECONDS)
+                now, peak = time.perf_counter(), max(peak, high_water(process.pid))
+                begun = begun or (now if watch is not None and watch.exists() else 0.0)
+                late = timeout is not None and now - start > timeout
+        finally:
+            process.kill()  # nothing where it has ended
+            process.wait()
         end = time.perf_counter()
         out.seek(0)
         errors.seek(0)

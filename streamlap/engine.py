@@ -15,11 +15,11 @@ from typing import Any, TypeVar
 
 import torch
 
-from streamlap.errors import BudgetError
+from streamlap.errors import BudgetError, first_line
 from streamlap.families.layer import StreamLayer
 from streamlap.families.stream import ModelStream, batch_of
-from streamlap.memory import Ladder, show_size
-from streamlap.meters import ram_bytes
+from streamlap.memory import Ladder, is_out_of_memory, show_size
+from streamlap.meters import peak_ram_bytes, ram_bytes
 from streamlap.progress import Progress
 from streamlap.sizing import INNER, Fit, Schedule, buffers
 from streamlap.store.hidden import HiddenBank
@@ -63,8 +63,18 @@ class Engine:
 
     def forward(self, layer: StreamLayer, x_BLD: torch.Tensor) -> torch.Tensor:
         """The layer's output, computed on as many sequences at a time as fit."""
-        parts = [layer(part) for part in torch.split(x_BLD, self.ladder.micro)]
-        return parts[0] if len(parts) == 1 else torch.cat(parts)
+        if len(x_BLD) <= self.ladder.micro:
+            return layer(x_BLD)
+        y_BLD = torch.empty_like(x_BLD, device=self.stream.device)
+        for part, room in zip(*(torch.split(tensor, self.ladder.micro) for tensor in (x_BLD, y_BLD)), strict=True):
+            room.copy_(layer(part))
+        return y_BLD
+
+    def observe(self, layer: StreamLayer, index: int) -> None:
+        """Generation `index` through the layer, for those who look at its inputs; the outputs are dropped."""
+        for x_BLD in self.batches(index, "capture"):
+            for part in torch.split(x_BLD, self.ladder.micro):
+                layer(part)
 
     def advance(self, layer: StreamLayer, index: int) -> None:
         """Generation `index` through the layer into generation `index + 1`, a batch at a time."""
@@ -88,6 +98,8 @@ class Engine:
 
     def require_baseline(self, index: int) -> None:
         """Raise BudgetError where memory crept up between layers so far that the next one would break a cap."""
+        if (most := peak_ram_bytes()) > self.fit.ram.cap:
+            log.warning("layer %d took %s of RAM, more than the cap", index, show_size(most))
         budgets = ((self.fit.ram, self.fit.schedule.ram, ram_bytes()),
                    (self.fit.vram, self.fit.schedule.vram, self._allocated()))  # fmt: skip
         for budget, phases, held in budgets:
@@ -125,11 +137,26 @@ def start_engine(
         reader, fetcher, writer = (
             stack.enter_context(Worker(schedule.overlap, thread)) for thread in ("reader", "fetcher", "writer")
         )
-        yield Engine(
+        with clear_out_of_memory():
+            yield Engine(
             stream=stream, fit=choice, hidden=hidden, fetcher=fetcher, writer=writer, progress=progress,
             staging=Staging(choice.work.staged, buffers(choice.work, schedule.overlap), device, reader),
             ladder=Ladder(schedule.micro, device),
         )  # fmt: skip
+
+
+@contextlib.contextmanager
+def clear_out_of_memory() -> Iterator[None]:
+    """Memory that ran out where nothing can give way is a BudgetError like any other."""
+    try:
+        yield
+    except Exception as error:
+        if not is_out_of_memory(error):
+            raise
+        raise BudgetError(
+            f"out of memory ({first_line(error)}). What is committed is kept: run again with less beside it on the machine, "
+            "or with a lower --max-ram or --max-vram, so that less is held at a time."
+        ) from error
 
 
 def limit_vram(choice: Fit, device: torch.device) -> None:

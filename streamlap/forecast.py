@@ -132,7 +132,7 @@ def forward_flops(stream: ModelStream, index: int, parameters: int, shape_NL: tu
 def compression_workload(stream: ModelStream, layers: list[LayerForecast], shape_NL: tuple[int, int]) -> Workload:
     """Sizes of `compress`."""
     return Workload(
-        **layer_workload(stream, *shape_NL), durable=True,
+        **layer_workload(stream, *shape_NL),
         edits=max(layer.edits_bytes for layer in layers), solve=max(layer.solve_bytes for layer in layers),
         inner_after=max(layer.widest for layer in layers),
         copied=min(CHUNK_BYTES, max(layer.largest_bytes for layer in layers)),

@@ -24,6 +24,10 @@ UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12,
          "KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}  # fmt: skip
 
 
+OUT_OF_MEMORY = ("DefaultCPUAllocator", "out of memory", "CUBLAS_STATUS_ALLOC_FAILED", "CUSOLVER_STATUS_ALLOC_FAILED")
+"""What libraries say in errors of other kinds."""
+
+
 def parse_size(text: str | int | None, what: str) -> int | None:
     """`8GiB`, `500MB` or a number of bytes -> bytes; None stays None. Raises RecipeError that names `what`."""
     if text is None:
@@ -43,8 +47,20 @@ def free_ram() -> int:
     return max(0, min([psutil.virtual_memory().available, *memory_room()]))
 
 
-def free_vram(device: torch.device) -> int:
-    return int(torch.cuda.mem_get_info(device)[0]) if device.type == "cuda" else 0
+def vram_state(device: torch.device) -> tuple[int, int]:
+    """(bytes that torch has given out, bytes that it still can) on a CUDA device; zeros on a CPU."""
+    if device.type != "cuda":
+        return 0, 0
+    allocated, reserved = torch.cuda.memory_allocated(device), torch.cuda.memory_reserved(device)
+    return allocated, int(torch.cuda.mem_get_info(device)[0]) + reserved - allocated
+
+
+def warm_up(device: torch.device) -> None:
+    """Have a CUDA device's libraries loaded, which takes RAM by the hundred MiB, before what is held is measured."""
+    if device.type == "cuda":
+        x = torch.eye(64, device=device, dtype=torch.float64)
+        torch.linalg.eigh(x @ x)
+        torch.cuda.synchronize(device)
 
 
 class Budget:
@@ -140,7 +156,8 @@ def free_caches() -> None:
 
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether torch or Python could not get memory, on whatever device."""
-    return isinstance(error, torch.OutOfMemoryError | MemoryError) or "DefaultCPUAllocator" in str(error)
+    known = isinstance(error, torch.OutOfMemoryError | MemoryError)
+    return known or (isinstance(error, RuntimeError) and any(word in str(error) for word in OUT_OF_MEMORY))
 
 
 def existing_ancestor(path: Path) -> Path:

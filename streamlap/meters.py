@@ -28,11 +28,16 @@ def steady_heap() -> None:
         ctypes.CDLL(None).mallopt(_M_MMAP_THRESHOLD, _MMAP_THRESHOLD_BYTES)
 
 
+def cuda_in_use() -> bool:
+    """Whether this process has begun to use a GPU."""
+    return bool(torch.cuda.is_initialized())  # type: ignore[no-untyped-call]
+
+
 def reset_peaks() -> None:
     """Count this process's peaks anew: RAM where the kernel offers that (Linux), VRAM where there is any."""
     with contextlib.suppress(OSError):
         _CLEAR_REFS.write_text("5")
-    if torch.cuda.is_available():
+    if cuda_in_use():  # a run on the CPU shall not wake the GPU
         torch.cuda.reset_peak_memory_stats()
 
 
@@ -52,7 +57,7 @@ def peak_ram_bytes() -> int:
 
 def peak_vram_bytes() -> int:
     """Most device memory that torch had given out at one time since `reset_peaks`."""
-    return torch.cuda.max_memory_allocated() if torch.cuda.is_available() else 0
+    return torch.cuda.max_memory_allocated() if cuda_in_use() else 0
 
 
 def bytes_moved() -> tuple[int, int]:

@@ -82,6 +82,7 @@ def compress(
     recipe = (recipe or Recipe()).override(**overrides)
     folder, out = local_folder(str(model)), Path(out)
     device = pick_device(device)
+    reset_peaks()
     stream = ModelStream(folder, device, recipe.dtype)
     plan_layers(stream, recipe)
     tokens_NL = calibration_tokens(recipe.calibration, folder, stream.vocabulary, stream.context)
@@ -232,8 +233,7 @@ def edit_layer(
         pairs = [pair for wanted in stats for pair in wanted.items()]
         if pairs:
             with layer.observed(pairs):
-                for x_BLD in engine.batches(index, "capture"):
-                    engine.forward(layer, x_BLD)
+                engine.observe(layer, index)
         return stats
 
     def solve() -> list[Edit]:

@@ -26,15 +26,18 @@ COMPANION_BYTES = 64 << 20
 
 
 def pick_device(name: str) -> str:
-    """auto, cpu, cuda or cuda:N -> a device that is there."""
+    """auto, cpu, cuda or cuda:N -> a device that is there, a GPU by its number; it becomes torch's current one."""
     if name == "auto":
-        return "cuda" if torch.cuda.is_available() else "cpu"
+        name = "cuda" if torch.cuda.is_available() else "cpu"
     if not re.fullmatch(r"cpu|cuda(:[0-9]+)?", name):
         raise RecipeError(f"device is {name!r}; wanted auto, cpu, cuda or cuda:N.")
     if name.startswith("cuda") and int(name[5:] or 0) >= torch.cuda.device_count():
         raise RecipeError(
             f"device is {name!r}, and torch sees {torch.cuda.device_count()} CUDA devices; use --device cpu."
         )
+    if name.startswith("cuda"):
+        name = f"cuda:{int(name[5:] or 0)}"
+        torch.cuda.set_device(name)
     return name
 
 

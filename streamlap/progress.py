@@ -16,7 +16,7 @@ from types import TracebackType
 import torch
 from tqdm import tqdm
 
-from streamlap.meters import bytes_moved, ram_bytes
+from streamlap.meters import bytes_moved, cuda_in_use, ram_bytes
 
 TICK_SECONDS = 1.0
 FORMAT = "{desc} {n_fmt}/{total_fmt} |{bar:20}| {elapsed}, {postfix}"
@@ -74,7 +74,7 @@ class Progress:
         return f"{(sum(bytes_moved()) - self._moved) / elapsed / 1e6:.0f} MB/s"
 
     def _memory(self) -> str:
-        vram = f", VRAM {torch.cuda.memory_allocated() / 2**30:.2f} GiB" if torch.cuda.is_available() else ""
+        vram = f", VRAM {torch.cuda.memory_allocated() / 2**30:.2f} GiB" if cuda_in_use() else ""
         return f"RSS {ram_bytes() / 2**30:.2f} GiB{vram}"
 
     def _eta(self) -> str:

@@ -14,9 +14,10 @@ import torch
 
 from streamlap.errors import BudgetError
 from streamlap.families.stream import HEAD_TOKENS, ModelStream, batch_of
-from streamlap.memory import Budget, free_ram, free_vram, show_size
+from streamlap.memory import Budget, free_ram, show_size, vram_state, warm_up
 from streamlap.meters import ram_bytes
 from streamlap.store.hidden import IN_FLIGHT
+from streamlap.store.source import CHUNK_BYTES
 from streamlap.store.staging import staged_bytes
 
 RUNTIME_BYTES = 64 << 20
@@ -53,11 +54,11 @@ class Workload:
     solve: int = 0
     """Most that a solve holds: the edits so far and the work of one more."""
     head: int = 0
-    """The output head, where it is used."""
+    """The output head and its logits, where it is used."""
+    head_stored: int = 0
+    """The head as it is stored."""
     copied: int = 0
     """The piece in which a tensor that stays as it is goes from the source to the shard."""
-    durable: bool = True
-    """Whether every generation of hidden states goes to the disk."""
 
     @property
     def generation(self) -> int:
@@ -111,44 +112,74 @@ def buffers(work: Workload, overlap: bool) -> int:
 
 def make_schedule(work: Workload, overlap: bool, tier: str, micro: int) -> Schedule:
     """The schedule with these choices, and what it holds."""
-    on_cpu = work.device.type == "cpu"
-    full = work.batch(batch_of(work.length))
-    read = full * (2 if overlap else 1) if tier == "disk" else 0
-    write = full * (IN_FLIGHT + 1 if overlap else 1) if tier != "ram" else 0
-    ram = {"staging": work.staged * buffers(work, overlap), "hidden batches": read + write}
-    bank = {"hidden states": work.generation}
-    ram |= bank if tier == "ram" else {}
-    solve = {"solve": work.solve}
-    forward = {"activations": work.activations(micro, work.inner)}
+    return (_cpu_schedule if work.device.type == "cpu" else _gpu_schedule)(work, overlap, tier, micro)
+
+
+def _cpu_schedule(work: Workload, overlap: bool, tier: str, micro: int) -> Schedule:
+    bank, batches = _hidden(work, overlap, tier, work.batch(batch_of(work.length)))
     after = {"edits": work.edits, "activations": work.activations(micro, work.inner_after)}
-    writer = {"writer": work.copied} if work.durable else {}
-    head = {"head": work.head} if work.head else {}
-    writing = {"edits": work.edits} if overlap else {}
-    if on_cpu:
-        layer = {"layer": work.computed} if work.converts else {}
-        phases = {"layers": ram | layer, "capture": forward | writing, "solve": solve,
-                  "propagate": after | writer, "head": head}  # fmt: skip
-        return Schedule(overlap=overlap, tier=tier, micro=micro, ram=phases, vram={})
-    layer = {"layer": work.computed, "upload": work.staged * work.converts, "hidden batches": 3 * full}
-    layer |= bank if tier == "vram" else {}
-    device = {"layers": layer, "capture": forward | writing, "solve": solve,
-              "propagate": after, "head": head}  # fmt: skip
-    return Schedule(
-        overlap=overlap, tier=tier, micro=micro, vram=device, ram={"layers": ram, "propagate": writer, "head": head}
-    )
+    ram = {
+        "layers": {
+            "staging": work.staged * buffers(work, overlap), "layer": work.computed * work.converts, **bank, **batches,
+        },
+        "capture": {"activations": work.activations(micro, work.inner), "edits": work.edits * overlap},
+        "solve": {"solve": work.solve},
+        "propagate": {**after, "writer": work.copied},
+        "head": {"head": work.head, **bank, **batches} if work.head else {},
+    }  # fmt: skip
+    return Schedule(overlap=overlap, tier=tier, micro=micro, ram=ram, vram={})
+
+
+def _gpu_schedule(work: Workload, overlap: bool, tier: str, micro: int) -> Schedule:
+    full = work.batch(batch_of(work.length))
+    bank, batches = _hidden(work, overlap, tier, pinned(full))
+    staging = {"staging": pinned(work.staged)}  # pinned memory stays with torch, also once it is free
+    ram = {
+        "layers": {**staging, **(bank if tier == "ram" else {}), **batches},
+        "propagate": {"writer": CHUNK_BYTES},
+        "head": {"head": work.head_stored, **staging, **(bank if tier == "ram" else {}), **batches},
+    }
+    resident = bank if tier == "vram" else {}
+    vram = {
+        "layers": {
+            "layer": work.computed,
+            "upload": work.staged * work.converts,
+            "hidden batches": 4 * full,
+            **resident,
+        },
+        "capture": {"activations": work.activations(micro, work.inner), "edits": work.edits * overlap},
+        "solve": {"solve": work.solve},
+        "propagate": {"edits": work.edits, "activations": work.activations(micro, work.inner_after)},
+        "head": {"head": work.head, **resident},
+    }
+    return Schedule(overlap=overlap, tier=tier, micro=micro, ram=ram, vram=vram)
+
+
+def _hidden(work: Workload, overlap: bool, tier: str, batch: int) -> tuple[dict[str, int], dict[str, int]]:
+    """One generation, where a memory keeps it, and the batches on their way: read (in use, and the next), computed, written."""
+    bank = {"hidden states": -(-work.generation // work.batch(batch_of(work.length))) * batch}
+    if tier == "disk":
+        return {}, {"hidden batches": batch * (3 + IN_FLIGHT * overlap)}
+    on_their_way = 0 if tier == "ram" and work.device.type == "cpu" else 1 + IN_FLIGHT * overlap
+    return bank, {"hidden batches": batch * on_their_way}
+
+
+def pinned(count: int) -> int:
+    """What torch takes for `count` bytes of pinned memory: the next power of two."""
+    return 1 << (count - 1).bit_length() if count else 0
 
 
 def schedules(work: Workload, overlap: bool) -> Iterator[Schedule]:
-    """From the fastest to the leanest; what costs least time gives way first."""
+    """From the fastest to the leanest. Shorter forwards come last: they alone may move last bits, on some devices."""
     full = min(batch_of(work.length), work.sequences)
     fast = ["vram", "ram"] if work.device.type == "cuda" else ["ram"]
     for tier in (*fast, "disk"):
         yield make_schedule(work, overlap, tier, full)
+    if overlap:
+        yield make_schedule(work, False, "disk", full)
     micro = full
     while micro > 1:
         micro = -(-micro // 2)
-        yield make_schedule(work, overlap, "disk", micro)
-    for micro in (full, 1) if overlap else ():
         yield make_schedule(work, False, "disk", micro)
 
 
@@ -175,7 +206,7 @@ class Fit:
 
     @property
     def peak_vram(self) -> int:
-        return peak(self.schedule.vram) if self.schedule.vram else 0
+        return self.vram.base + peak(self.schedule.vram) if self.schedule.vram else 0
 
     @property
     def fits(self) -> bool:
@@ -184,9 +215,14 @@ class Fit:
 
 def fit(work: Workload, caps: Caps, overlap: bool = True) -> Fit:
     """The fastest schedule inside the caps, or the leanest where none is. See `require_fit`."""
+    warm_up(work.device)
     held = ram_bytes()
-    ram = Budget(held + free_ram() if caps.ram is None else caps.ram, held + RUNTIME_BYTES, "RAM")
-    vram = Budget(free_vram(work.device) if caps.vram is None else caps.vram, 0, "VRAM")
+    there = held + free_ram()
+    ram = Budget(there if caps.ram is None else min(caps.ram, there), held + RUNTIME_BYTES, "RAM")
+    allocated, free = vram_state(work.device)
+    there = allocated + free
+    libraries = RUNTIME_BYTES if work.device.type == "cuda" else 0
+    vram = Budget(there if caps.vram is None else min(caps.vram, there), allocated + libraries, "VRAM")
     for schedule in schedules(work, overlap):
         choice = Fit(work=work, schedule=schedule, ram=ram, vram=vram)
         if choice.fits:
@@ -209,13 +245,10 @@ def advice(choice: Fit, caps: Caps) -> Iterator[str]:
     ]
     for name, flag, budget, cap, wanted, phases in rows:
         if wanted > budget.cap:
-            seen = (
-                f"{flag} is {show_size(budget.cap)}"
-                if cap is not None
-                else f"{show_size(budget.cap)} of {name} are there"
-            )
+            asked = cap is not None and cap <= budget.cap
+            seen = f"{flag} is {show_size(cap)}" if asked and cap else f"{show_size(budget.cap)} of {name} are there"
             parts = ", ".join(f"{what} {show_size(count)}" for what, count in largest(phases, budget.base))
-            way = f"give {flag} {least_cap(wanted)}" if cap is not None else "free some, or take a larger machine"
+            way = f"give {flag} {least_cap(wanted)}" if asked else "free some, or take a larger machine"
             yield f"{seen}; the leanest way through this model takes {show_size(wanted)} ({parts}): {way}."
     if not choice.fits:
         yield "A shorter --length takes less too."
@@ -260,4 +293,4 @@ def evaluation_workload(stream: ModelStream, sequences: int, length: int) -> Wor
     work = stored.numel * stream.dtype.itemsize * (stored.dtype != stream.dtype) + stored.nbytes
     logits = tokens * stream.vocabulary * (stream.dtype.itemsize + 8)
     layers = layer_workload(stream, sequences, length)
-    return Workload(**layers, inner_after=layers["inner"], head=work + logits, durable=False)
+    return Workload(**layers, inner_after=layers["inner"], head=work + logits, head_stored=stored.nbytes)

@@ -6,11 +6,14 @@ import argparse
 import contextlib
 import json
 import shutil
+import signal
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
+import psutil
 import pytest
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "scripts"))
@@ -31,14 +34,17 @@ MACHINE = {"date", "cpu", "cores", "threads", "ram_bytes", "gpu", "load", "syste
 
 
 @pytest.fixture(autouse=True)
-def quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Short measurements in this process; what is measured is another test's."""
+def quick(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Short measurements in this process; what is measured is another test's. Handlers of signals are put back."""
     monkeypatch.setattr(machine, "DISK_BYTES", 1 << 20)
     monkeypatch.setattr(machine, "PATIENCE", 0.01)
     monkeypatch.setattr(machine, "CPU_MATMUL", {"tokens": 64, "columns": 64, "rows": 64})
     monkeypatch.setattr(bench_speed, "PRODUCT_SIZE", 64)
     monkeypatch.setattr(compare_devices, "SAMPLES", 8)
     monkeypatch.setattr(compare_devices, "LENGTH", 32)
+    before = signal.getsignal(signal.SIGTERM)
+    yield
+    signal.signal(signal.SIGTERM, before)
 
 
 def run(script: ModuleType, words: list[str], folder: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
@@ -347,6 +353,30 @@ def test_a_capped_run_is_within_if_nothing_broke_it(
     assert found["within"] is within
     assert found["peak_rss_bytes"] == row.get("peak_rss_bytes", 10)
     assert ("exit_code" in found) is (code != 0)
+
+
+def test_a_run_that_takes_too_long_is_killed_and_so_is_one_that_nobody_waits_for(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    ended = shared.run_streamlap(prefix=("sh", "-c", "echo late >&2; exec sleep 60"), timeout=0.2)
+    assert ended.timed_out
+    assert ended.code == -signal.SIGKILL
+    assert ended.error == "late"
+    assert ended.output == {}
+    assert 0.2 <= ended.seconds < 20
+    with pytest.raises(SystemExit, match="exit code -9: late"):
+        ended.required()
+
+    def interrupt(pid: int) -> int:
+        assert psutil.Process(pid).is_running()
+        pids.append(pid)
+        raise KeyboardInterrupt
+
+    pids: list[int] = []
+    monkeypatch.setattr(shared, "high_water", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        shared.run_streamlap(prefix=("sh", "-c", "exec sleep 60"))
+    assert not psutil.pid_exists(pids[0])
 
 
 def test_small_numbers() -> None:

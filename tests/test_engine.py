@@ -6,6 +6,7 @@ import contextlib
 import json
 import logging
 import re
+import shutil
 import subprocess
 import sys
 import threading
@@ -19,6 +20,7 @@ import pytest
 import torch
 from conftest import VOCABULARY, MakeModel
 from outputs import REPORT, contents, is_begun
+from safetensors.torch import load_file, save_file
 
 import streamlap
 from streamlap import engine, pipeline, sizing
@@ -161,7 +163,7 @@ def test_every_cap_gives_the_same_bytes(
     assert names(taken) == [(True, "ram", BATCH)]
     taken.clear()
     rows = compression_schedules(source, overlap, dtype)
-    assert {(overlap, "ram", 2), (overlap, "disk", 2), (overlap, "disk", 1)} <= set(names(rows))
+    assert {(overlap, "ram", 2), (overlap, "disk", 2), (False, "disk", 1)} <= set(names(rows))
     assert rows[-1].overlap is False
     for row in rows:
         out = tmp_path / f"{row.overlap} {row.tier} {row.micro}"
@@ -177,7 +179,7 @@ def test_every_cap_gives_the_same_perplexity(
 ) -> None:
     nll = streamlap.evaluate(source, windows, dtype=dtype).nll
     rows = reachable(schedules(evaluation_workload(ModelStream(source, dtype=dtype), *SHAPE_NL), overlap))
-    assert {(overlap, "ram", 2), (overlap, "disk", 2), (overlap, "disk", 1)} <= set(names(rows))
+    assert {(overlap, "ram", 2), (overlap, "disk", 2), (False, "disk", 1)} <= set(names(rows))
     for row in rows:
         again = streamlap.evaluate(
             source, windows, dtype=dtype, overlap=overlap, max_ram=cap_of(row), work=tmp_path / "work"
@@ -670,3 +672,20 @@ def test_a_real_process_stays_under_the_least_cap_that_is_named(pico: MakeModel,
     done = subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True)
     for name, (cap, seen) in json.loads(done.stdout).items():
         assert seen <= (parse_size(cap, "max_ram") or 0), (name, cap, seen)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_tensors_stored_in_the_compute_dtype_beside_others_outlive_the_reading_ahead(
+    pico: MakeModel, tokens: Path, tmp_path: Path, dtype: str
+) -> None:
+    """Norms in float32 beside bfloat16 weights: what needs no conversion must leave the one staging buffer all the same."""
+    source = tmp_path / "mixed"
+    shutil.copytree(pico("llama", dtype=torch.bfloat16), source)
+    tensors = load_file(source / "model.safetensors")
+    mixed = {name: tensor.float() if "norm" in name else tensor for name, tensor in tensors.items()}
+    save_file(mixed, source / "model.safetensors", {"format": "pt"})
+    for overlap in (True, False):
+        streamlap.compress(source, tmp_path / str(overlap), files=(str(tokens),), dtype=dtype, overlap=overlap)
+    with_it, without = (contents(tmp_path / str(overlap)) for overlap in (True, False))
+    assert with_it == without
+    assert streamlap.evaluate(source, tokens).nll == streamlap.evaluate(source, tokens, overlap=False).nll

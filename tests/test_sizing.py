@@ -32,6 +32,7 @@ from streamlap.sizing import (
     require_fit,
     schedules,
 )
+from streamlap.store.source import CHUNK_BYTES
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 HELD = 200 << 20
@@ -52,6 +53,8 @@ FORWARD, AFTER = 4096 * 176, 4096 * 152
 def process(monkeypatch: pytest.MonkeyPatch) -> None:
     """This process holds that much."""
     monkeypatch.setattr(sizing, "ram_bytes", lambda: HELD)
+    monkeypatch.setattr(sizing, "warm_up", lambda device: None)
+    monkeypatch.setattr(sizing, "vram_state", lambda device: (0, 1 << 40))
 
 
 # --- what is held --------------------------------------------------------------------------------------------------------
@@ -74,7 +77,7 @@ BY_HAND = {
     "on the disk": ((True, "disk", 4), 2 * 1000 + (2 + 3) * FULL + FORWARD + 300),
     "one sequence": ((True, "disk", 1), 2 * 1000 + (2 + 3) * FULL + FORWARD // 4 + 300),
     "in turn, in RAM": ((False, "ram", 4), 1000 + GENERATION + FORWARD),
-    "in turn, on the disk": ((False, "disk", 4), 1000 + 2 * FULL + FORWARD),
+    "in turn, on the disk": ((False, "disk", 4), 1000 + 3 * FULL + FORWARD),
 }
 
 
@@ -87,13 +90,17 @@ def test_a_schedule_on_a_cpu_by_hand(case: str) -> None:
 
 def test_whatever_a_phase_takes_counts_where_it_is_the_most() -> None:
     one = (False, "disk", 1)
-    layers = 1000 + 2 * FULL
+    layers = 1000 + 3 * FULL
     assert peak(make_schedule(replace(WORK, solve=500_000), *one).ram) == layers + 500_000
     edited = replace(WORK, edits=40_000)
     assert peak(make_schedule(edited, *one).ram) == layers + 40_000 + AFTER // 4 + 50
     assert peak(make_schedule(replace(edited, copied=9_000), *one).ram) == layers + 40_000 + AFTER // 4 + 9_000
-    assert peak(make_schedule(replace(edited, copied=9_000, durable=False), *one).ram) == layers + 40_000 + AFTER // 4
-    assert peak(make_schedule(replace(WORK, head=10**6), *one).ram) == 10**6
+    assert peak(make_schedule(replace(edited, copied=0), *one).ram) == layers + 40_000 + AFTER // 4
+    assert peak(make_schedule(replace(WORK, head=10**6), *one).ram) == 10**6 + 3 * FULL
+    kept = make_schedule(replace(WORK, head=10**6), True, "ram", 4)
+    assert peak(kept.ram) == 2 * 1000 + GENERATION + max(FORWARD + 300, 10**6 - 2 * 1000), (
+        "what is kept stays to the end"
+    )
 
 
 def test_a_layer_that_is_converted_is_held_twice_and_needs_one_buffer() -> None:
@@ -104,14 +111,14 @@ def test_a_layer_that_is_converted_is_held_twice_and_needs_one_buffer() -> None:
 def test_a_schedule_on_a_gpu_by_hand() -> None:
     work = replace(WORK, device=CUDA)
     in_vram = make_schedule(work, True, "vram", 4)
-    assert peak(in_vram.vram) == 2000 + 3 * FULL + GENERATION + FORWARD + 300
-    assert peak(in_vram.ram) == 1000 + 3 * FULL + 50
+    assert peak(in_vram.vram) == 2000 + 4 * FULL + GENERATION + FORWARD + 300
+    assert peak(in_vram.ram) == 1024 + 3 * FULL + CHUNK_BYTES, "pinned memory comes in powers of two"
     in_ram = make_schedule(work, True, "ram", 4)
-    assert peak(in_ram.vram) == 2000 + 3 * FULL + FORWARD + 300
-    assert peak(in_ram.ram) == 1000 + GENERATION + 50
+    assert peak(in_ram.vram) == 2000 + 4 * FULL + FORWARD + 300
+    assert peak(in_ram.ram) == 1024 + GENERATION + 3 * FULL + CHUNK_BYTES
     converted = make_schedule(replace(work, converts=True), False, "disk", 4)
-    assert peak(converted.vram) == 2000 + 1000 + 3 * FULL + FORWARD
-    assert peak(converted.ram) == 1000 + 2 * FULL + 50
+    assert peak(converted.vram) == 2000 + 1000 + 4 * FULL + FORWARD
+    assert peak(converted.ram) == 1024 + 3 * FULL + CHUNK_BYTES
 
 
 @pytest.mark.parametrize(("heads", "width", "each"), [(8, 8, 176), (40, 8, 6 * 40 * 2 + 3 * 8 * 2), (8, 64, 64 * 12)])
@@ -148,22 +155,22 @@ def test_no_schedule_is_leaner_than_the_last(overlap: bool) -> None:
 
 
 @pytest.mark.parametrize("overlap", [True, False])
-def test_each_schedule_takes_less_than_the_one_before_while_overlap_lasts(overlap: bool) -> None:
+def test_each_schedule_takes_no_more_than_the_one_before(overlap: bool) -> None:
     """Where there is more than a handful of batches, without which there is nothing to keep on a disk."""
     work = replace(WORK, sequences=1000, length=64)
     for device in (CPU, CUDA):
-        rows = [choice for choice in schedules(replace(work, device=device), overlap) if choice.overlap == overlap]
-        assert [row.tier for row in rows] == ["vram"] * (device == CUDA) + ["ram"] + ["disk"] * 7
+        rows = list(schedules(replace(work, device=device), overlap))
+        assert [row.tier for row in rows] == ["vram"] * (device == CUDA) + ["ram"] + ["disk"] * (7 + overlap)
         assert [row.micro for row in rows[-7:]] == [64, 32, 16, 8, 4, 2, 1]
         peaks = [peak(row.vram if device == CUDA else row.ram) for row in rows]
         assert all(one >= other for one, other in itertools.pairwise(peaks))
-        assert len(set(peaks)) == 8
+        assert len(set(peaks)) >= 8
 
 
-def test_with_overlap_the_last_resort_is_to_do_without_it() -> None:
+def test_shorter_forwards_are_the_last_resort() -> None:
     rows = list(schedules(WORK, True))
     assert [(row.overlap, row.tier, row.micro) for row in rows] == [
-        (True, "ram", 4), (True, "disk", 4), (True, "disk", 2), (True, "disk", 1), (False, "disk", 4), (False, "disk", 1),
+        (True, "ram", 4), (True, "disk", 4), (False, "disk", 4), (False, "disk", 2), (False, "disk", 1),
     ]  # fmt: skip
     assert not any(row.overlap for row in schedules(WORK, False))
 
@@ -196,7 +203,7 @@ def test_without_a_cap_all_that_is_free_may_be_taken(monkeypatch: pytest.MonkeyP
 def test_both_caps_must_hold() -> None:
     work = replace(WORK, device=CUDA)
     rich = make_schedule(work, True, "vram", 4)
-    caps = Caps(ram=BASE + peak(rich.ram), vram=peak(rich.vram))
+    caps = Caps(ram=BASE + peak(rich.ram), vram=RUNTIME_BYTES + peak(rich.vram))
     assert fit(work, caps).schedule == rich
     assert fit(work, replace(caps, vram=caps.vram and caps.vram - 1)).schedule.tier == "disk", "RAM has no room for it"
     assert fit(work, Caps(ram=1 << 40, vram=caps.vram and caps.vram - 1)).schedule.tier == "ram"
@@ -214,8 +221,8 @@ def refusal(work: Workload, caps: Caps) -> str:
 def test_too_small_a_cap_is_refused_by_its_flag_with_the_least_that_does() -> None:
     work = replace(WORK, staged=700 << 20)
     assert refusal(work, Caps(ram=512 << 20)) == (
-        "--max-ram is 512.0 MiB; the leanest way through this model takes 964.3 MiB (staging 700.0 MiB, process 264.0 MiB, "
-        "activations 0.2 MiB, hidden batches 0.1 MiB): give --max-ram 0.95GiB. A shorter --length takes less too."
+        "--max-ram is 512.0 MiB; the leanest way through this model takes 964.4 MiB (staging 700.0 MiB, process 264.0 MiB, "
+        "hidden batches 0.2 MiB, activations 0.2 MiB): give --max-ram 0.95GiB. A shorter --length takes less too."
     )
     least = Caps(ram=parse_size("0.95GiB", "max_ram"))
     require_fit(fit(work, least), least)
@@ -235,9 +242,9 @@ def test_too_small_a_gpu_is_refused_by_its_flag() -> None:
     work = replace(WORK, device=CUDA, computed=3 << 30)
     words = refusal(work, Caps(ram=1 << 40, vram=1 << 30))
     assert words.startswith(
-        "--max-vram is 1.00 GiB; the leanest way through this model takes 3.00 GiB (layer 3.00 GiB, "
+        "--max-vram is 1.00 GiB; the leanest way through this model takes 3.06 GiB (layer 3.00 GiB, "
     )
-    assert "give --max-vram 3.01GiB." in words
+    assert "give --max-vram 3.07GiB." in words
     assert "RAM is" not in words.replace("VRAM", "")
     both = refusal(work, Caps(ram=1 << 20, vram=1 << 30))
     assert "--max-ram is 1.0 MiB" in both
@@ -278,7 +285,8 @@ def test_the_head_of_an_evaluation_is_counted(pico: MakeModel, tied: bool) -> No
     wide = evaluation_workload(ModelStream(source, dtype="float32"), 5, 16)
     assert narrow.head == 2 * matrix + 16 * vocabulary * (2 + 8)
     assert wide.head == (2 + 4) * matrix + 16 * vocabulary * (4 + 8)
-    assert (narrow.durable, narrow.edits, narrow.solve, narrow.inner_after) == (False, 0, 0, narrow.inner)
+    assert (narrow.copied, narrow.edits, narrow.solve, narrow.inner_after) == (0, 0, 0, narrow.inner)
+    assert narrow.head_stored == wide.head_stored == 2 * matrix
     long = evaluation_workload(ModelStream(source, dtype="bfloat16"), 5, 10 * HEAD_TOKENS)
     assert long.head == 2 * matrix + HEAD_TOKENS * vocabulary * (2 + 8)
 

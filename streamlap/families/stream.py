@@ -168,6 +168,8 @@ class ModelStream:
             tensors = {name: self.source.read(info.name) for name, info in stored.items()}
         else:
             tensors = staging.take(stored)
+            if not staging.lasting:  # some tensors are converted, and those that are not must leave the buffer too
+                tensors = {name: tensor.to(self.dtype, copy=True) for name, tensor in tensors.items()}
         module = self._materialise(self.layers[index], tensors)
         if staging is not None and index + 1 < self.depth:
             staging.prefetch(self.layer_tensors(index + 1))

@@ -170,4 +170,6 @@ def _pieces(entry: TensorEntry) -> Iterator[memoryview]:
             require_finite(piece.view(entry.dtype), entry.name, entry.path.name)
             yield byte_view(piece)
     else:
-        yield byte_view(entry.detach().cpu().contiguous())
+        rows = max(1, CHUNK_BYTES // max(1, entry.nbytes // max(1, len(entry)))) if entry.dim() else 1
+        for part in torch.split(entry.detach(), rows) if entry.dim() and entry.numel() else (entry.detach(),):
+            yield byte_view(part.cpu().contiguous())  # in pieces: from a GPU, or out of order, each is a copy

@@ -112,18 +112,23 @@ def read_into(info: TensorInfo, view: memoryview) -> None:
     """Fill `view` with the tensor's bytes, by positioned reads; the pages read are dropped from the page cache."""
     handle = _open(info)
     try:
-        done = 0
-        while done < info.nbytes:
-            chunk = view[done : done + CHUNK_BYTES]
-            count = os.preadv(handle, [chunk], info.begin + done)
-            if not count:
-                raise CheckpointError(f"{info.path.name} ended inside tensor {info.name!r}: it was cut while in use.")
-            forget(handle, info.begin + done, count)
-            done += count
+        _read_all(handle, info, view, drop=True)
     except OSError as error:
         raise CheckpointError(f"{info.path.name}: {error.strerror} while reading tensor {info.name!r}.") from error
     finally:
         os.close(handle)
+
+
+def _read_all(handle: int, info: TensorInfo, view: memoryview, drop: bool = False) -> None:
+    """Fill `view` with the bytes of `info`, however few come at a time; `drop` them from the page cache as they come."""
+    done = 0
+    while done < info.nbytes:
+        count = os.preadv(handle, [view[done : done + CHUNK_BYTES]], info.begin + done)
+        if not count:
+            raise CheckpointError(f"{info.path.name} ended inside tensor {info.name!r}: it was cut while in use.")
+        if drop:
+            forget(handle, info.begin + done, count)
+        done += count
 
 
 def read_rows(info: TensorInfo, rows: list[int]) -> torch.Tensor:
@@ -137,11 +142,9 @@ def read_rows(info: TensorInfo, rows: list[int]) -> torch.Tensor:
         first = 0
         for place in range(1, len(rows) + 1):
             if place == len(rows) or rows[place] != rows[place - 1] + 1:
-                chunk = view[first * width : place * width]
-                if os.preadv(handle, [chunk], info.begin + rows[first] * width) != len(chunk):
-                    raise CheckpointError(
-                        f"{info.path.name} ended inside tensor {info.name!r}: it was cut while in use."
-                    )
+                begin = info.begin + rows[first] * width
+                piece = replace(info, begin=begin, end=begin + (place - first) * width)
+                _read_all(handle, piece, view[first * width : place * width])
                 first = place
     except OSError as error:
         raise CheckpointError(f"{info.path.name}: {error.strerror} while reading tensor {info.name!r}.") from error

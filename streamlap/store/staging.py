@@ -1,7 +1,7 @@
 """Buffers that a layer's tensors are read into, used again for every layer, and filled one layer ahead.
 
 On a CPU that computes in the stored dtype the layer lives in its buffer and nothing is copied; so reading ahead takes two.
-Elsewhere one is enough: its content has been converted or uploaded before the next layer is read into it.
+Elsewhere one is enough: what is taken from it is converted, copied or uploaded before the next layer is read into it.
 """
 
 from __future__ import annotations
@@ -36,6 +36,11 @@ class Staging:
         self._buffers = [torch.empty(nbytes, dtype=torch.uint8, pin_memory=pinned) for _ in range(buffers)]
         self._device, self._reader, self._turn = device, reader, 0
         self._coming: tuple[list[str], Future[torch.Tensor]] | None = None
+
+    @property
+    def lasting(self) -> bool:
+        """Whether what was taken stays as it is while the next layer is read."""
+        return self._device.type != "cpu" or len(self._buffers) > 1 or not self._reader.overlap
 
     def prefetch(self, tensors: Mapping[str, TensorInfo]) -> None:
         """Begin to read `tensors` into the next buffer, where reading overlaps; what was taken from it before is out of use."""

@@ -5,6 +5,7 @@ On a CPU nothing moves.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterable, Iterator
 
 import torch
@@ -15,7 +16,7 @@ def upload_ahead(batches: Iterable[torch.Tensor], device: torch.device) -> Itera
     if device.type != "cuda":
         yield from batches
         return
-    stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+    stream = _stream(device, "upload")
     coming: tuple[torch.Tensor, torch.cuda.Event] | None = None
     for x in batches:
         with torch.cuda.stream(stream):
@@ -25,6 +26,12 @@ def upload_ahead(batches: Iterable[torch.Tensor], device: torch.device) -> Itera
         coming = copy
     if coming is not None:
         yield _arrived(*coming)
+
+
+@functools.cache
+def _stream(device: torch.device, direction: str) -> torch.cuda.Stream:
+    """One for each device and direction, for the life of the process: torch caches freed blocks by stream."""
+    return torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
 
 
 def _arrived(x: torch.Tensor, event: torch.cuda.Event) -> torch.Tensor:
@@ -38,14 +45,12 @@ def _arrived(x: torch.Tensor, event: torch.cuda.Event) -> torch.Tensor:
 class Download:
     """A contiguous copy of `x` in RAM, begun at once on a stream of its own; `x` itself where it is there already."""
 
-    _streams: dict[torch.device, torch.cuda.Stream] = {}  # noqa: RUF012 - one a device, for the life of the process
-
     def __init__(self, x: torch.Tensor) -> None:
         self._event: torch.cuda.Event | None = None
         if x.device.type != "cuda":
             self._copy = x.cpu().contiguous()
             return
-        stream = self._streams.setdefault(x.device, torch.cuda.Stream(x.device))  # type: ignore[no-untyped-call]
+        stream = _stream(x.device, "download")
         stream.wait_stream(torch.cuda.current_stream(x.device))
         self._copy = torch.empty(x.shape, dtype=x.dtype, pin_memory=True)
         with torch.cuda.stream(stream):
