@@ -43,7 +43,7 @@ def compare(reference: Path, ratio: float, work: Path) -> dict:
     golden = json.loads((reference / "golden" / f"lorap_{ratio}.json").read_text())
     out = work / f"ratio-{ratio}"
     files = (str(reference / "golden" / "calibration_tokens.npy"),)
-    report = streamlap.compress(reference / "model", out, ratio=ratio, preset="lorap", files=files)
+    report = streamlap.compress(reference / "model", out, ratio=ratio, preset="lorap", dtype="float32", files=files)
     kept = json.loads((out / report.kept_channels).read_text())
     stream = ModelStream(reference / "model")
     ranks_equal, shared, fed = True, [], []

@@ -141,7 +141,7 @@ def run_line(line: str, where: str, monkeypatch: pytest.MonkeyPatch, capsys: pyt
 
 def append_and_interrupt(journal: Journal, layer: dict[str, Any], append: Any = Journal.append) -> None:
     append(journal, layer)
-    if len(journal.layers) == 1:
+    if journal.next_layer == 1:
         signal.raise_signal(signal.SIGINT)
 
 
