@@ -22,6 +22,7 @@ from streamlap.families.layer import Edit, StreamLayer
 from streamlap.families.stream import ModelStream
 from streamlap.forecast import compression_workload, forecast, plan_layers
 from streamlap.inventory import count_parameters
+from streamlap.linalg.statistics import all_finite
 from streamlap.memory import parse_size
 from streamlap.meters import (
     PhaseClock,
@@ -256,7 +257,7 @@ def edit_layer(
 def refuse_overflow(layer: StreamLayer, edit: Edit) -> None:
     """Raise NumericalError where an edit has no finite form in the storage dtype; nothing of it is written then."""
     for name, tensor in edit.module.state_dict().items():
-        if not torch.isfinite(tensor).all():
+        if not all_finite(tensor):
             raise NumericalError(
                 f"{layer.prefix}.{edit.path}: {name} is not finite in {tensor.dtype}; wanted numbers that {tensor.dtype} "
                 "can hold. Convert the checkpoint to bfloat16 or float32 and compress that."

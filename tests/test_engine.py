@@ -38,7 +38,7 @@ from streamlap.store.sink import DurableFile, ShardFolder
 ROOT = Path(__file__).parent.parent
 EVALUATE = sys.modules["streamlap.evaluate"]  # the attribute of that name is the function
 
-SHAPE_NL = (11, 256)
+SHAPE_NL = (11, 224)
 BATCH = 2
 """Sequences in a batch here, so that there are 6 batches, the last of one sequence."""
 
@@ -73,7 +73,7 @@ def source(pico: MakeModel) -> Path:
     """Wide enough that products are shared between threads and that a forward of one sequence takes more than a solve; with
     biases, which live in the staging buffers."""
     return pico(
-        "qwen2", dtype=torch.bfloat16, hidden_size=128, intermediate_size=1408, num_attention_heads=4,
+        "qwen2", dtype=torch.bfloat16, hidden_size=128, intermediate_size=1920, num_attention_heads=4,
         num_key_value_heads=2, head_dim=32, max_position_embeddings=SHAPE_NL[1],
     )  # fmt: skip
 

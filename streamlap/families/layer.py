@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -17,6 +16,7 @@ from torch import nn
 
 from streamlap.errors import NumericalError
 from streamlap.families import Family
+from streamlap.linalg.statistics import all_finite
 from streamlap.modules import LowRankLinear, disk_name
 from streamlap.store.header import TensorInfo
 from streamlap.store.sink import TensorEntry
@@ -90,7 +90,7 @@ class StreamLayer:
         parameter = next(self.module.parameters())
         y = self.module(x_BLD.to(parameter.device, parameter.dtype), **self._kwargs)
         y_BLD: torch.Tensor = y[0] if isinstance(y, tuple) else y
-        if not all(map(math.isfinite, torch.stack(torch.aminmax(y_BLD)).tolist())):  # one pass, no copy
+        if not all_finite(y_BLD):
             raise NumericalError(
                 f"{self.prefix} gave NaN or infinite hidden states; wanted finite ones. Try dtype float32 in the recipe."
             )

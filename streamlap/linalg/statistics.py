@@ -5,6 +5,8 @@ Shape suffixes: T tokens, I in.
 
 from __future__ import annotations
 
+import math
+
 import torch
 
 ZERO_SCALE = 1e-4
@@ -12,6 +14,14 @@ ZERO_SCALE = 1e-4
 
 ROW_BLOCK = 256
 """Tokens that are widened at a time: the memory of an update does not depend on the batch."""
+
+
+def all_finite(x: torch.Tensor) -> bool:
+    """Whether no entry is NaN or infinite: its extremes tell, in one pass that copies nothing."""
+    if not x.is_floating_point() or not x.numel():
+        return True
+    wide = x if x.dtype.itemsize > 1 else x.float()  # torch compares no numbers of 8 bits
+    return all(map(math.isfinite, torch.stack(torch.aminmax(wide)).tolist()))
 
 
 class Energy:

@@ -6,7 +6,6 @@ A mapped shard counts into the process's memory for as long as the map is open; 
 from __future__ import annotations
 
 import json
-import math
 import os
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import replace
@@ -16,6 +15,7 @@ from typing import Protocol
 import torch
 
 from streamlap.errors import CheckpointError
+from streamlap.linalg.statistics import all_finite
 from streamlap.store.header import Header, TensorInfo, byte_view, read_header
 
 INDEX_NAME = "model.safetensors.index.json"
@@ -96,12 +96,9 @@ class SafetensorsFolder(SafetensorsHeaders):
 
 
 def require_finite(tensor: torch.Tensor, name: str, file: str) -> None:
-    """Raise CheckpointError where a float tensor holds NaN or infinities; one pass, no copy."""
-    if not tensor.is_floating_point() or not tensor.numel():
-        return
-    wide = tensor if tensor.dtype.itemsize > 1 else tensor.float()  # torch compares no numbers of 8 bits
-    if not all(map(math.isfinite, torch.stack(torch.aminmax(wide)).tolist())):
-        bad = int((~torch.isfinite(wide)).sum())
+    """Raise CheckpointError where a float tensor holds NaN or infinities."""
+    if not all_finite(tensor):
+        bad = int((~torch.isfinite(tensor.float())).sum())
         raise CheckpointError(
             f"tensor {name!r} in {file} has {bad} NaN or infinite entries of {tensor.numel()}; "
             "wanted finite weights. Fetch the checkpoint again or repair it."
