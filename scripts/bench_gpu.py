@@ -30,6 +30,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 import bench_speed as speed
 import benchmarks as shared
 import make_synthetic_checkpoint as synthetic
+import psutil
 import torch
 from benchmarks import Result
 from compare_devices import compare_devices
@@ -48,8 +49,8 @@ LEAST_SAMPLES = 8
 class Clock:
     """The seconds that are left, and lines that say how many are gone."""
 
-    def __init__(self, minutes: float) -> None:
-        self._begin, self._seconds = time.monotonic(), 60 * minutes
+    def __init__(self, minutes: float, gone: float = 0.0) -> None:
+        self._begin, self._seconds = time.monotonic() - gone, 60 * minutes
 
     @property
     def left(self) -> float:
@@ -225,7 +226,8 @@ def run_cells(name: str, run: Result, columns: list[str]) -> list[str]:
     ]  # fmt: skip
 
 
-def main() -> None:
+def main(gone: float = 0.0) -> None:
+    """`gone` are the seconds that Python and its imports have taken."""
     parser = shared.argument_parser(__doc__)
     parser.add_argument("--device", default="cuda", help="cuda, cuda:N, or cpu to try the script (cuda)")
     parser.add_argument("--minutes", type=float, default=9.0, help="what the whole may take (9)")
@@ -236,13 +238,11 @@ def main() -> None:
     parser.add_argument("--samples", type=int, default=128, help="calibration windows (128)")
     parser.add_argument("--length", type=int, default=2048, help="tokens a window (2048)")
     args = parser.parse_args()
-    clock = Clock(args.minutes)
-
-    def measure(work: Path) -> Result:
-        return Bench(args=args, work=work, device=pick_device(args.device), clock=clock).run()
-
-    shared.conclude(args, measure, table)
+    clock = Clock(args.minutes, gone)
+    shared.conclude(
+        args, lambda work: Bench(args=args, work=work, device=pick_device(args.device), clock=clock).run(), table
+    )
 
 
 if __name__ == "__main__":
-    main()
+    main(time.time() - psutil.Process().create_time())

@@ -107,12 +107,11 @@ class Engine:
                 f"claims that outlive layer {index}: {budget.held}"
             )
             coming = max((sum(phases.get(phase, {}).values()) for phase in INNER), default=0)
-            crept = (
-                held - budget.used - phases.get("capture", {}).get("edits", 0)
-            )  # which may be on its way to the disk
+            # Edits of this layer may be on their way to the disk; they are gone before the next solve.
+            crept = held - budget.used - phases.get("capture", {}).get("edits", 0)
             if crept > CREEP_BYTES:
                 log.warning("%s: %s more than its claims after layer %d", budget.name, show_size(crept), index)
-            if crept > 0 and held + coming > budget.cap:
+            if crept > 0 and budget.used + crept + coming > budget.cap:
                 raise BudgetError(
                     f"after layer {index} this process holds {show_size(held)} of {budget.name}, {show_size(crept)} more than "
                     f"it claims, and the next layer would break the cap of {show_size(budget.cap)}. Run again to resume."
