@@ -36,14 +36,14 @@ from benchmarks import Result
 from compare_devices import compare_devices
 
 import streamlap
+from streamlap.errors import Interrupted
 from streamlap.memory import parse_size
 from streamlap.preflight import pick_device
 
 SMALL_SECONDS, RATES_SECONDS, START_SECONDS, MAKING_RATE = 30.0, 25.0, 30.0, 250e6
 """What the small model, one measurement of the rates, and the start of a run may take; bytes/s of making a checkpoint."""
-SLACK = 1.5
-"""Expected seconds of a run over its floor."""
-LEAST_SAMPLES = 8
+SLACK, LEAST_SAMPLES = 1.5, 8
+"""Expected seconds of a run over its floor; windows that are never halved."""
 
 
 class Clock:
@@ -80,6 +80,8 @@ class Bench:
         self.clock.say(f"{name}: may take {seconds:.0f} s, {left:.0f} s are left")
         try:
             place[name] = call() if seconds < left else {"skipped": "time"}
+        except Interrupted:
+            raise
         except (Exception, SystemExit) as error:  # the parts that follow may do all the same
             place[name] = {"failed": f"{type(error).__name__}: {error}".replace(str(self.work), "WORK")}
         shared.save(self.args.out, {"command": shared.shown_command(), "machine": shared.machine(), **self.result})
