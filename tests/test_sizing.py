@@ -121,6 +121,16 @@ def test_a_schedule_on_a_gpu_by_hand() -> None:
     assert peak(converted.ram) == 1024 + 3 * FULL + CHUNK_BYTES
 
 
+def test_while_the_head_of_an_evaluation_is_in_use_host_memory_for_the_gpu_stays() -> None:
+    """Buffers and batches that torch has pinned it keeps; and the states that the head reads are where they were."""
+    work = replace(WORK, device=CUDA, head=10**8, head_stored=10**9)
+    on_disk, in_ram, in_vram = (make_schedule(work, False, tier, 4) for tier in ("disk", "ram", "vram"))
+    assert peak(on_disk.ram) == 10**9 + 1024 + 3 * FULL
+    assert peak(in_ram.ram) == 10**9 + 1024 + FULL + GENERATION
+    assert peak(in_vram.ram) == 10**9 + 1024 + FULL
+    assert (peak(on_disk.vram), peak(in_vram.vram)) == (10**8, 10**8 + GENERATION)
+
+
 @pytest.mark.parametrize(("heads", "width", "each"), [(8, 8, 176), (40, 8, 6 * 40 * 2 + 3 * 8 * 2), (8, 64, 64 * 12)])
 def test_the_widest_of_ffn_attention_and_norm_decides(heads: int, width: int, each: int) -> None:
     work = replace(WORK, heads=heads, width=width)
