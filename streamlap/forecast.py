@@ -14,7 +14,7 @@ import torch
 from streamlap.errors import UnsupportedModel
 from streamlap.families.stream import ModelStream
 from streamlap.methods.base import Cost, Layout
-from streamlap.modules import LowRankLinear, disk_name, swap_modules
+from streamlap.modules import carriers, disk_name, swap_modules
 from streamlap.recipe import Recipe
 from streamlap.sizing import Workload, layer_workload
 from streamlap.store.header import TensorInfo
@@ -69,7 +69,7 @@ def planned_tensors(
     stored, prefix = stream.layer_tensors(index), stream.layer_name(index)
     module = copy.deepcopy(stream.layers[index])
     swap_modules(module, layout)
-    low_rank = [path for path, part in module.named_modules() if isinstance(part, LowRankLinear)]
+    parts = carriers(module)
     copied, made = {}, {}
     for name, tensor in module.state_dict().items():
         edited = next((path for path in layout if name.startswith(path + ".")), None)
@@ -77,7 +77,9 @@ def planned_tensors(
             copied[f"{prefix}.{name}"] = stored[name]
         else:
             dtype = stored[f"{edited}.weight"].dtype
-            made[f"{prefix}.{disk_name(name, low_rank)}"] = tensor.to(dtype)
+            made[f"{prefix}.{disk_name(name, parts)}"] = tensor.to(
+                dtype if tensor.is_floating_point() else tensor.dtype
+            )
     return copied, made
 
 

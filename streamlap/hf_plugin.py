@@ -2,16 +2,17 @@
 
 A folder keeps its native `model_type`; `quantization_config` in config.json lists the modules that differ from it:
 
-    {"quant_method": "streamlap", "format_version": 1,
+    {"quant_method": "streamlap", "format_version": 2,
      "modules": {"model.layers.0.self_attn.q_proj": {"rank": 7}, "model.layers.0.mlp.down_proj": {"in": 96}}}
 
 transformers builds the native model on the meta device; the quantizer below puts the listed modules in, and the weights
-are read into them. This file is copied as it is into every output folder, next to modules.py, so that
+are read into them. This file is copied as it is into every output folder, next to modules.py and linears.py, so that
 `trust_remote_code=True` works where streamlap is not installed; it therefore imports nothing else of the package.
 """
 
 from __future__ import annotations
 
+import logging
 import re
 from collections.abc import Mapping
 from typing import Any
@@ -24,10 +25,15 @@ from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING, register_quanti
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from .modules import LowRankLinear, merge_modules, swap_modules
+from .linears import LowRankLinear, PivotedLinear, StoredLinear
+from .modules import carriers, merge_modules, swap_modules
 
 QUANT_METHOD = "streamlap"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
+READ_VERSIONS = (1, 2)
+"""A table of version 1 has the rows {"rank": r}, {"out": o} and {"in": i} only."""
+
+logger = logging.getLogger(__name__)
 
 
 class StreamlapConfig(QuantizationConfigMixin):
@@ -45,9 +51,9 @@ class StreamlapConfig(QuantizationConfigMixin):
         **unknown: Any,
     ) -> None:
         # The version comes first: a later format may well have other keys, and its message is the useful one.
-        if type(format_version) is not int or format_version != FORMAT_VERSION:
+        if type(format_version) is not int or format_version not in READ_VERSIONS:
             raise ValueError(
-                f"quantization_config.format_version: seen {format_version!r}; wanted {FORMAT_VERSION}. "
+                f"quantization_config.format_version: seen {format_version!r}; wanted one of {READ_VERSIONS}. "
                 "Update streamlap to load this folder."
             )
         if quant_method != QUANT_METHOD or unknown:
@@ -77,15 +83,16 @@ class StreamlapQuantizer(HfQuantizer):
     def __init__(self, quantization_config: StreamlapConfig, **kwargs: Any) -> None:
         super().__init__(quantization_config, **kwargs)
         self.dense_shapes: dict[str, tuple[int, int]] = {}
-        self.low_rank_paths: set[str] = set()
+        self.carriers: dict[str, str] = {}
 
     def _process_model_before_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
         rows = self.quantization_config.modules
         replaced = swap_modules(model, {_path_in(model, path): row for path, row in rows.items()})
         self.dense_shapes = {path: (old.out_features, old.in_features) for path, old in replaced.items()}
         # transformers loads a bare decoder's checkpoint into the whole model and the other way round: know both names.
-        low_rank = [path for path, row in rows.items() if "rank" in row]
-        self.low_rank_paths = {*low_rank, *(path.removeprefix(f"{model.base_model_prefix}.") for path in low_rank)}
+        found, prefix = carriers(model), f"{model.base_model_prefix}."
+        given = {path: found[_path_in(model, path)] for path in rows if _path_in(model, path) in found}
+        self.carriers = given | {path.removeprefix(prefix): part for path, part in given.items()}
 
     def get_weight_conversions(self) -> list[WeightTransform]:
         """The rule of `disk_name` as transformers' own renamings, which it also reverses to save.
@@ -93,16 +100,34 @@ class StreamlapQuantizer(HfQuantizer):
         One expression spells out every path and is anchored at the start, so neither another layer nor an unlisted
         module can match. No `$` at the end: transformers closes names itself, and keeps a `$` as a letter in reverse.
         """
-        paths = "|".join(re.escape(path) for path in sorted(self.low_rank_paths))
-        leaves = ("weight", "bias") if paths else ()
-        return [WeightRenaming(rf"^({paths})\.{leaf}", rf"^\1\.up\.{leaf}") for leaf in leaves]
+        renamings: list[WeightTransform] = []
+        for part in sorted(set(self.carriers.values())):
+            paths = "|".join(re.escape(path) for path in sorted(self.carriers) if self.carriers[path] == part)
+            leaves = ("weight",) if part == PivotedLinear.carrier else ("weight", "bias")  # that bias has no part
+            renamings += [WeightRenaming(rf"^({paths})\.{leaf}", rf"^\1\.{part}\.{leaf}") for leaf in leaves]
+        return renamings
 
     def update_parallel_plan(self, model: PreTrainedModel, plan: dict[str, str]) -> None:
-        """Tensor parallel: the factor that faces the heads is split, the one that faces the rank is whole on every rank."""
+        """Tensor parallel: the part that faces the heads is split, the others are whole on every rank.
+
+        Raises ValueError where the model is to be split and the output of a pivoted module with it, whose rows come from two
+        parts. transformers asks for the plan of every model, so a plan alone is no reason.
+        """
+        split = getattr(getattr(model.config, "distributed_config", None), "tp_size", None) or 1
         for path, module in model.named_modules():
             key = re.sub(r"\.\d+(?=\.|$)", ".*", path)
-            if isinstance(module, LowRankLinear) and key in plan:
-                plan[key + (".up" if plan[key].startswith("colwise") else ".down")] = plan[key]
+            if not isinstance(module, StoredLinear) or key not in plan:
+                continue
+            columns = plan[key].startswith("colwise")
+            if isinstance(module, PivotedLinear) and columns:
+                if split == 1:
+                    continue
+                raise ValueError(
+                    f"streamlap module {path!r}: seen {module.row} under the tensor-parallel plan {plan[key]!r}; wanted a "
+                    "plan that leaves its output whole. Load this folder without tensor parallelism, or dequantize it."
+                )
+            part = "down" if isinstance(module, LowRankLinear) and not columns else module.carrier
+            plan[f"{key}.{part}"] = plan[key]
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
         # save_pretrained writes no code files, so the reference to them must not be written either.
@@ -110,23 +135,24 @@ class StreamlapQuantizer(HfQuantizer):
             del model.config.auto_map
         for path in self.dense_shapes:
             module = model.get_submodule(path)
-            if isinstance(module, LowRankLinear):
+            if isinstance(module, StoredLinear):
                 # transformers before 5.21 leaves a tensor that it renamed in the dtype that it has on disk.
-                module.up.to(module.down.weight.dtype)
+                module.get_submodule(module.carrier).to(model.dtype)
                 if getattr(model, "_tp_size", None):
-                    # A plan has one row for all layers, so this module got the hook that its dense siblings in other
-                    # layers need. Its factors have their own; drop the hook, an instance attribute, from the module.
-                    module.__dict__.pop("forward", None)
+                    _unhook(module)
             _check_loaded(path, module)
 
     def _dequantize(self, model: PreTrainedModel, dtype: torch.dtype | str | None = None) -> PreTrainedModel:
-        """Factors multiplied back, widths padded with zeros: the plain native model of config.json, all in `dtype`."""
+        """Every linear dense, widths padded with zeros: the plain native model of config.json, all in `dtype`."""
         wanted = getattr(torch, dtype) if isinstance(dtype, str) else dtype  # save_pretrained leaves a string there
         merge_modules(model, self.dense_shapes, wanted)
         if wanted is not None:
             # Parameters only: Module.to would also round the rotary frequencies, which stay float32 on purpose.
             for parameter in model.parameters():
                 parameter.data = parameter.data.to(wanted)
+        added = [path for path, row in self.quantization_config.modules.items() if "bias" in row]
+        if added:
+            logger.warning("%s and %d more have a bias that a saved native model leaves out", added[0], len(added) - 1)
         return model
 
     def is_serializable(self) -> bool:
@@ -150,6 +176,18 @@ def _path_in(model: PreTrainedModel, path: str) -> str:
     return path.removeprefix(f"{model.base_model_prefix}.") if model.base_model is model else path
 
 
+def _unhook(module: StoredLinear) -> None:
+    """Tensor parallel: the parts have hooks of their own, the module itself is whole.
+
+    A plan has one row for all layers, so the module got the hook, an instance attribute, and the distributed bias that its
+    dense siblings in other layers need.
+    """
+    module.__dict__.pop("forward", None)
+    for name, parameter in module.named_parameters(recurse=False):
+        if hasattr(parameter, "to_local"):
+            module.register_parameter(name, nn.Parameter(parameter.to_local(), parameter.requires_grad))
+
+
 def _check_loaded(path: str, module: nn.Module) -> None:
     """transformers before 5.23 does not compare the shapes of tensors that it loads through a quantizer."""
     for linear in module.modules():
@@ -158,6 +196,11 @@ def _check_loaded(path: str, module: nn.Module) -> None:
                 f"streamlap module {path!r}: seen a tensor of shape {tuple(linear.weight.shape)} in the folder; "
                 f"wanted {(linear.out_features, linear.in_features)}, as quantization_config.modules says"
             )
+    if isinstance(module, PivotedLinear) and not module.has_permutation():
+        raise ValueError(
+            f"streamlap module {path!r}: seen an order in the folder that is no permutation; "
+            f"wanted each of 0..{module.out_features - 1} once"
+        )
 
 
 if (

@@ -9,11 +9,16 @@ from typing import Any
 
 from streamlap.export.folder import REPORT_NAME
 from streamlap.families.stream import ModelStream
-from streamlap.linalg.budget import low_rank_parameters
+from streamlap.linalg.budget import index_parameters, low_rank_parameters, pivoted_parameters
 from streamlap.report import Parameters
 from streamlap.store.hub import local_folder
 
-Rows = Mapping[str, Mapping[str, int]]
+Row = Mapping[str, int]
+Rows = Mapping[str, Row]
+
+KINDS = {"rank": "low_rank", "pivots": "pivoted", "out_heads": "head_cut", "in_heads": "head_cut",
+         "out": "pruned", "in": "pruned"}  # fmt: skip
+"""Key of a row -> what it makes of a site; the first that is there counts. A site without any is dense."""
 
 
 def inspect(path: str | Path) -> dict[str, Any]:
@@ -39,33 +44,70 @@ def inspect(path: str | Path) -> dict[str, Any]:
 
 
 def count_parameters(stream: ModelStream, rows: Rows) -> Parameters:
-    """Parameters before any edit and after those in `rows`; `stream` may be the original or the compressed checkpoint."""
+    """Parameters before any edit and after those in `rows`; `stream` may be the original or the compressed checkpoint.
+
+    A stored index counts as the weights that would take its bytes.
+    """
     places = [(index, path) for index in range(stream.depth) for path in stream.family.linears]
     before = sum(_site(stream, index, path, {})["parameters"] for index, path in places)
     after = sum(_site(stream, index, path, rows)["parameters"] for index, path in places)
-    stored = sum(info.numel for info in stream.outer_tensors().values()) + sum(
-        info.numel for index in range(stream.depth) for info in stream.layer_tensors(index).values()
-    )
     in_linears = sum(_site(stream, index, path, stream.rows)["parameters"] for index, path in places)
-    rest = stored - in_linears
+    rest = sum(info.numel for info in stream.outer_tensors().values()) - in_linears
+    rest += sum(_stored(stream, index) for index in range(stream.depth))
     return Parameters(decoder_before=before, decoder_after=after, total_before=before + rest, total_after=after + rest)
+
+
+def _stored(stream: ModelStream, index: int) -> int:
+    """Parameters of a layer as its tensors tell."""
+    tensors = stream.layer_tensors(index)
+    indices = {name: info for name, info in tensors.items() if not info.dtype.is_floating_point}
+    weights = sum(info.numel for name, info in tensors.items() if name not in indices)
+    return weights + sum(
+        index_parameters(info.numel, _itemsize(stream, index, name.rpartition(".")[0]))
+        for name, info in indices.items()
+    )
+
+
+def _itemsize(stream: ModelStream, index: int, path: str) -> int:
+    """Bytes of one weight of a linear, which is on disk under the dense layer's own name whatever became of it."""
+    return stream.source.info(f"{stream.layer_name(index)}.{path}.weight").dtype.itemsize
 
 
 def _site(stream: ModelStream, index: int, path: str, rows: Rows) -> dict[str, Any]:
     row = rows.get(f"{stream.layer_name(index)}.{path}", {})
-    (out, width_in), biased = stream.dense_shape(index, path), stream.has_bias(index, path)
-    width_out, width_in = row.get("out", out), row.get("in", width_in)
-    rank = row.get("rank")
-    kind = "low_rank" if rank is not None else "pruned" if row else "dense"
-    weights = width_out * width_in if rank is None else low_rank_parameters(width_out, width_in, rank)
-    width = (width_out if "out" in row else width_in) if kind == "pruned" else None
+    out, width_in = stream.dense_shape(index, path)
+    shape = (row.get("out", out), row.get("in", width_in))
+    kind = next((kind for key, kind in KINDS.items() if key in row), "dense")
+    biased = "bias" in row or stream.has_bias(index, path)
     return {
         "kind": kind,
-        "shape": [width_out, width_in],
-        "rank": rank,
-        "width": width,
-        "parameters": weights + width_out * biased,
+        "shape": list(shape),
+        "rank": row.get("rank", row.get("pivots")),
+        "width": _width(kind, row),
+        "parameters": site_parameters(shape, row, biased, _itemsize(stream, index, path)),
     }
+
+
+def _width(kind: str, row: Row) -> int | None:
+    """Channels that stay where some went."""
+    if kind == "head_cut":
+        return row["head_dim"] * row.get("out_heads", row.get("in_heads", 0))
+    return row.get("out", row.get("in")) if kind == "pruned" else None
+
+
+def site_parameters(shape: tuple[int, int], row: Row, biased: bool, itemsize: int) -> int:
+    """Parameters of a linear of (out, in) `shape` that is stored as `row` says, in weights of `itemsize` bytes."""
+    out, width_in = shape
+    if "rank" in row:
+        return low_rank_parameters(out, width_in, row["rank"]) + out * biased
+    if "pivots" in row:
+        index = 0 if "groups" in row else index_parameters(out, itemsize)
+        return pivoted_parameters(out, width_in, row["pivots"]) + index + out * biased
+    if "out_heads" in row:
+        out = row["out_heads"] * row["head_dim"]
+    if "in_heads" in row:
+        width_in = row["in_heads"] * row["head_dim"]
+    return out * (width_in + biased)
 
 
 def _errors(folder: Path) -> dict[str, dict[str, float]]:

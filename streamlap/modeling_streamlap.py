@@ -10,9 +10,10 @@ from typing import Any
 
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
-# For what their import does. Both are named here: older transformers copy only the files that this very one imports.
+# For what their import does. All are named here: older transformers copy only the files that this very one imports.
 from .hf_plugin import StreamlapQuantizer  # noqa: F401
-from .modules import LowRankLinear  # noqa: F401
+from .linears import StoredLinear  # noqa: F401
+from .modules import swap_modules  # noqa: F401
 
 
 class StreamlapAutoConfig:

@@ -1,76 +1,47 @@
-"""The modules that stand in a compressed layer, and the one rule for their names on disk. Imports torch only.
+"""The table of modules that differ from a native model: rows to modules and back, and the one rule for names on disk.
 
-This file is copied as it is into every output folder, so it imports nothing else of the package.
+A row says what stands in place of an `nn.Linear` of [out, in]; its keys are those of `KINDS`, and besides
 
-Shape suffixes: O out, I in, R rank; leading dimensions of activations are written `...`.
+    "out", "in"   another width of the output, of the input
+    "bias": 1     a bias where the dense linear has none
+
+This file is copied as it is into every output folder, so of the package it imports `linears` alone.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from typing import Any
+from collections.abc import Mapping
 
 import torch
 from torch import nn
 
+from .linears import LowRankLinear as LowRankLinear
+from .linears import PaddedLinear as PaddedLinear
+from .linears import PivotedLinear as PivotedLinear
+from .linears import SlicedLinear as SlicedLinear
+from .linears import StoredLinear as StoredLinear
+from .linears import is_permutation as is_permutation
 
-class LowRankLinear(nn.Module):
-    """y = up(down(x)) + bias, with `down` [R, I] and `up` [O, R]; both are `nn.Linear`, so adapters and quantisers see them."""
+KINDS: dict[str, tuple[set[str], set[str]]] = {
+    "rank": (set(), set()),  # LowRankLinear: two factors
+    "pivots": (set(), {"groups"}),  # PivotedLinear: rows, and the others as sums of them
+    "out_heads": ({"head_dim"}, set()),  # PaddedLinear: heads whose tails are zeros
+    "in_heads": ({"head_dim"}, set()),  # SlicedLinear: heads whose tails are not read
+}
+"""Key that names a kind -> keys that must stand beside it, and keys that may."""
 
-    def __init__(
-        self,
-        in_features: int,
-        out_features: int,
-        rank: int,
-        bias: bool = False,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
-    ) -> None:
-        super().__init__()
-        self.in_features, self.out_features, self.rank = in_features, out_features, rank
-        self.down = nn.Linear(in_features, rank, bias=False, device=device, dtype=dtype)
-        self.up = nn.Linear(rank, out_features, bias=bias, device=device, dtype=dtype)
-
-    @classmethod
-    def from_factors(cls, up_OR: torch.Tensor, down_RI: torch.Tensor, bias_O: torch.Tensor | None) -> LowRankLinear:
-        """Wrap two factors (kept, not copied) and the bias of the dense layer, which survives."""
-        rank, in_features = down_RI.shape
-        module = cls(in_features, up_OR.shape[0], rank, bias_O is not None, device="meta")
-        module.down.weight = nn.Parameter(down_RI, requires_grad=False)
-        module.up.weight = nn.Parameter(up_OR, requires_grad=False)
-        if bias_O is not None:
-            module.up.bias = nn.Parameter(bias_O, requires_grad=False)
-        return module
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """x [..., I] -> [..., O]."""
-        y: torch.Tensor = self.up(self.down(x))
-        return y
-
-    def merged(self, dtype: torch.dtype | None = None) -> torch.Tensor:
-        """The dense matrix [O, I] that the factors stand for, multiplied in float32 or wider, in `dtype` (the factors' own)."""
-        up_OR, down_RI = self.up.weight, self.down.weight
-        wide = torch.promote_types(up_OR.dtype, torch.float32)
-        return (up_OR.to(wide) @ down_RI.to(wide)).to(dtype or up_OR.dtype)
-
-    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        # Names on disk are welcome too: a Trainer resumes by handing the saved file to load_state_dict as it is, and
-        # would otherwise go on with the old `up` after no more than a warning.
-        for leaf in ("weight", "bias"):
-            if prefix + leaf in state_dict:
-                state_dict[f"{prefix}up.{leaf}"] = state_dict.pop(prefix + leaf)
-        super()._load_from_state_dict(state_dict, prefix, *args)
-
-    def extra_repr(self) -> str:
-        return f"in_features={self.in_features}, out_features={self.out_features}, rank={self.rank}"
+ANYWHERE = {"out", "in", "bias"}
+WANTED = (
+    "at most one of 'rank', 'pivots' (it may have 'groups'), 'out_heads' and 'in_heads' (they have 'head_dim'), "
+    "and 'out', 'in' or 'bias'"
+)
 
 
 def swap_modules(root: nn.Module, modules: Mapping[str, Mapping[str, int]]) -> dict[str, nn.Linear]:
     """Put the module that each row of `modules` describes in place of the `nn.Linear` at its path, on its device and dtype.
 
-    Rows: {"rank": r} two factors; {"out": o} and/or {"in": i} a linear of another width. Shapes are read, never computed.
-    Gives back the modules that were replaced, by path. Raises ValueError for a path that is not an `nn.Linear` or a row
-    that does not fit it, before anything is replaced.
+    Shapes are read, never computed. Gives back the modules that were replaced, by path. Raises ValueError for a path that is
+    not an `nn.Linear` or a row that does not fit it, before anything is replaced.
     """
     replaced = {path: _linear_at(root, path) for path in modules}
     for path, row in modules.items():
@@ -80,37 +51,54 @@ def swap_modules(root: nn.Module, modules: Mapping[str, Mapping[str, int]]) -> d
     return replaced
 
 
+def module_row(module: nn.Module, of: tuple[int, int]) -> dict[str, int]:
+    """The row for `module` in place of a linear of (out, in) `of`, but for an added bias, which only the caller can know."""
+    assert isinstance(module, (StoredLinear, nn.Linear))
+    widths = {"out": (module.out_features, of[0]), "in": (module.in_features, of[1])}
+    kind = module.row if isinstance(module, StoredLinear) else {}
+    return kind | {key: new for key, (new, old) in widths.items() if new != old}
+
+
 def merge_modules(
     root: nn.Module, dense_shapes: Mapping[str, tuple[int, int]], dtype: torch.dtype | None = None
 ) -> None:
     """Undo `swap_modules`: put a dense `nn.Linear` of shape (O, I) in `dtype` (that of the module) at each path.
 
-    Factors are multiplied back. Missing channels become zeros: a gate and an up row of zeros give an activation of zero,
-    and the zero column of down reads nothing, so the layer computes the same function.
+    Missing channels become zeros: a gate and an up row of zeros give an activation of zero, and the zero column of down reads
+    nothing, so the layer computes the same function. A bias stays, also where the native model knows none.
     """
-    for path, (out_features, in_features) in dense_shapes.items():
-        old = root.get_submodule(path)
-        last = old.up if isinstance(old, LowRankLinear) else old
-        weight_oi = old.merged(dtype) if isinstance(old, LowRankLinear) else old.get_parameter("weight")
-        bias_o = last._parameters["bias"]
-        new = nn.Linear(in_features, out_features, bias_o is not None, weight_oi.device, dtype or weight_oi.dtype)
-        with torch.no_grad():
-            new.weight.zero_()[: weight_oi.shape[0], : weight_oi.shape[1]] = weight_oi
-            if bias_o is not None:
-                new.bias.zero_()[: bias_o.shape[0]] = bias_o
-        root.set_submodule(path, new)
+    for path, shape in dense_shapes.items():
+        root.set_submodule(path, dense_linear(root.get_submodule(path), shape, dtype))
 
 
-def disk_name(name: str, low_rank_paths: Iterable[str]) -> str:
-    """Name on disk of the state-dict entry `name`.
+def dense_linear(module: nn.Module, shape: tuple[int, int], dtype: torch.dtype | None = None) -> nn.Linear:
+    """The `nn.Linear` of shape (O, I) that computes what `module` does, with zeros where it has no channels."""
+    if isinstance(module, StoredLinear):
+        weight_oi, bias_o = module.merged(dtype), module.merged_bias()
+    else:
+        weight_oi, bias_o = module.get_parameter("weight"), module._parameters["bias"]
+    new = nn.Linear(shape[1], shape[0], bias_o is not None, weight_oi.device, dtype or weight_oi.dtype)
+    with torch.no_grad():
+        new.weight.zero_()[: weight_oi.shape[0], : weight_oi.shape[1]] = weight_oi
+        if bias_o is not None:
+            new.bias.zero_()[: bias_o.shape[0]] = bias_o
+    return new
 
-    The `up` factor of a low-rank module carries the dense layer's own name: a loader that does not know the format meets
-    a [O, R] tensor where it wants [O, I] and raises, instead of starting from random weights.
+
+def carriers(root: nn.Module) -> dict[str, str]:
+    """Path of every stored module in `root` -> the name of its part that carries the dense layer's own names on disk."""
+    return {path: module.carrier for path, module in root.named_modules() if isinstance(module, StoredLinear)}
+
+
+def disk_name(name: str, carriers: Mapping[str, str]) -> str:
+    """Name on disk of the state-dict entry `name`; see the function `carriers`.
+
+    One part of every stored module carries the dense layer's own name: a loader that does not know the format meets a tensor
+    of another shape than it wants and raises, instead of starting from random weights.
     """
-    for path in low_rank_paths:
-        if name.startswith(path + ".up."):
-            return path + name[len(path) + len(".up") :]
-    return name
+    part, _, leaf = name.rpartition(".")
+    path, _, part = part.rpartition(".")
+    return f"{path}.{leaf}" if part and carriers.get(path) == part else name
 
 
 def _linear_at(root: nn.Module, path: str) -> nn.Linear:
@@ -126,13 +114,33 @@ def _linear_at(root: nn.Module, path: str) -> nn.Linear:
 
 
 def _check_row(path: str, row: Mapping[str, int], old: nn.Linear) -> None:
-    if not row or set(row) - {"rank", "out", "in"}:
-        raise ValueError(f"streamlap module {path!r}: seen {dict(row)!r}; wanted 'rank', 'out' or 'in'")
+    _check_keys(path, row)
     for key, width in (("out", old.out_features), ("in", old.in_features)):
         _check_size(path, key, row.get(key, width), width)
+    out, width_in = row.get("out", old.out_features), row.get("in", old.in_features)
+    if "bias" in row:
+        _check_size(path, "bias", row["bias"], 1)
+        if old.bias is not None:
+            raise ValueError(f"streamlap module {path!r}: seen a bias; wanted none, as the dense linear has its own")
+    # Of every kind the carrier must have another shape than [O, I]: with the dense layer's name and its shape it would
+    # load where it must not.
     if "rank" in row:
-        # Below the width: an up factor [O, I] would have the dense layer's name and its shape, and load where it must not.
-        _check_size(path, "rank", row["rank"], row.get("in", old.in_features) - 1)
+        _check_size(path, "rank", row["rank"], width_in - 1)
+    if "pivots" in row:
+        _check_size(path, "pivots", row["pivots"], min(out - 1, width_in))
+        _check_parts(path, "groups", row.get("groups", 1), (row["pivots"], out - row["pivots"]))
+    for heads, width in (("out_heads", out), ("in_heads", width_in)):
+        if heads in row:
+            _check_parts(path, heads, row[heads], (width,))
+            _check_size(path, "head_dim", row["head_dim"], width // row[heads] - 1)
+
+
+def _check_keys(path: str, row: Mapping[str, int]) -> None:
+    """One kind at most, with the keys that belong to it."""
+    kind = next((kind for kind in KINDS if kind in row), None)
+    must, may = KINDS[kind] if kind else (set(), set())
+    if not row or not must <= row.keys() or row.keys() - must - may - {kind} - ANYWHERE:
+        raise ValueError(f"streamlap module {path!r}: seen {dict(row)!r}; wanted {WANTED}")
 
 
 def _check_size(path: str, key: str, size: int, most: int) -> None:
@@ -140,9 +148,24 @@ def _check_size(path: str, key: str, size: int, most: int) -> None:
         raise ValueError(f"streamlap module {path!r}: seen {key} = {size!r}; wanted an integer 1..{most}")
 
 
+def _check_parts(path: str, key: str, parts: int, sizes: tuple[int, ...]) -> None:
+    _check_size(path, key, parts, min(sizes))
+    if any(size % parts for size in sizes):
+        wanted = " and ".join(map(str, sizes))
+        raise ValueError(f"streamlap module {path!r}: seen {key} = {parts}; wanted a divisor of {wanted}")
+
+
 def _build(row: Mapping[str, int], old: nn.Linear) -> nn.Module:
-    bias, weight = old.bias is not None, old.weight
-    width_out, width_in = row.get("out", old.out_features), row.get("in", old.in_features)
+    bias, device, dtype = old.bias is not None or "bias" in row, old.weight.device, old.weight.dtype
+    out, width_in = row.get("out", old.out_features), row.get("in", old.in_features)
     if "rank" in row:
-        return LowRankLinear(width_in, width_out, row["rank"], bias, weight.device, weight.dtype)
-    return nn.Linear(width_in, width_out, bias, weight.device, weight.dtype)
+        return LowRankLinear(width_in, out, row["rank"], bias, device, dtype)
+    if "pivots" in row:
+        return PivotedLinear(width_in, out, row["pivots"], bias, row.get("groups"), device, dtype)
+    if "out_heads" in row:
+        heads = row["out_heads"]
+        return PaddedLinear(nn.Linear(width_in, heads * row["head_dim"], bias, device, dtype), heads, out // heads)
+    if "in_heads" in row:
+        heads = row["in_heads"]
+        return SlicedLinear(nn.Linear(heads * row["head_dim"], out, bias, device, dtype), heads, width_in // heads)
+    return nn.Linear(width_in, out, bias, device, dtype)

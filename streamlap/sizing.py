@@ -16,6 +16,7 @@ from streamlap.errors import BudgetError
 from streamlap.families.stream import HEAD_TOKENS, ModelStream, batch_of
 from streamlap.memory import Budget, free_ram, show_size, vram_state, warm_up
 from streamlap.meters import ram_bytes
+from streamlap.store.header import TensorInfo
 from streamlap.store.hidden import IN_FLIGHT
 from streamlap.store.source import CHUNK_BYTES
 from streamlap.store.staging import staged_bytes
@@ -279,11 +280,16 @@ def layer_workload(stream: ModelStream, sequences: int, length: int) -> dict[str
     return {
         "device": stream.device, "itemsize": stream.dtype.itemsize, "sequences": sequences, "length": length,
         "staged": max(map(staged_bytes, tables)), "width": stream.width,
-        "computed": max(sum(info.numel for info in table) for table in tables) * stream.dtype.itemsize,
-        "converts": any(info.dtype != stream.dtype for table in tables for info in table),
+        "computed": max(sum(computed_bytes(info, stream.dtype) for info in table) for table in tables),
+        "converts": any(info.dtype.is_floating_point and info.dtype != stream.dtype for table in tables for info in table),
         "inner": max(map(max, shapes)),
         "heads": max(stream.dense_shape(index, query)[0] for index in range(stream.depth)),
     }  # fmt: skip
+
+
+def computed_bytes(info: TensorInfo, dtype: torch.dtype) -> int:
+    """Size of a stored tensor in the compute dtype; whole numbers stay what they are."""
+    return info.numel * dtype.itemsize if info.dtype.is_floating_point else info.nbytes
 
 
 def evaluation_workload(stream: ModelStream, sequences: int, length: int) -> Workload:

@@ -12,6 +12,7 @@ from typing import Any
 from streamlap.errors import CheckpointError, StreamlapError, UnsupportedModel
 from streamlap.export.folder import REPORT_NAME
 from streamlap.families.stream import ModelStream
+from streamlap.modules import is_permutation
 from streamlap.store.journal import STATE_FOLDER, Journal
 from streamlap.store.sink import file_hash
 from streamlap.store.source import INDEX_NAME, SafetensorsFolder
@@ -76,8 +77,12 @@ def wrong_tensors(folder: Path) -> list[Fault]:
     except (CheckpointError, UnsupportedModel) as error:
         faults.append(fault("config.json", str(error)))
     for name in source.names():
+        file = source.info(name).path.name
         try:
-            source.read(name)
+            tensor = source.read(name)
         except CheckpointError as error:
-            faults.append(fault(source.info(name).path.name, str(error), name))
+            faults.append(fault(file, str(error), name))
+            continue
+        if name.endswith(".order") and not is_permutation(tensor, tensor.numel()):
+            faults.append(fault(file, f"tensor {name!r} is no permutation of 0..{tensor.numel() - 1}", name))
     return faults

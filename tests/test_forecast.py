@@ -8,14 +8,19 @@ import pytest
 import torch
 from conftest import MakeModel
 from safetensors.torch import load_file
+from torch import nn
 
 import streamlap
 from streamlap import forecast as foretelling
 from streamlap.errors import UnsupportedModel
 from streamlap.families import FAMILIES
+from streamlap.families.layer import Edit
 from streamlap.families.stream import ModelStream
-from streamlap.forecast import compression_workload, forecast
+from streamlap.forecast import compression_workload, forecast, planned_tensors
+from streamlap.inventory import count_parameters, site_parameters
+from streamlap.linalg.budget import index_parameters, low_rank_parameters, pivot_rank, pivoted_parameters
 from streamlap.methods import METHODS
+from streamlap.modules import PaddedLinear, PivotedLinear, SlicedLinear
 from streamlap.recipe import Recipe
 
 SHAPE_NL = (12, 16)
@@ -103,3 +108,67 @@ def test_a_compressed_model_is_refused(pico: MakeModel, tokens: Path, tmp_path: 
     streamlap.compress(pico("llama"), tmp_path / "out", files=(str(tokens),))
     with pytest.raises(UnsupportedModel, match="already compressed"):
         foretold(tmp_path / "out")
+
+
+def edits_of_every_kind(dtype: torch.dtype) -> list[Edit]:
+    """Of a pico llama's layer."""
+
+    def weight(rows: int, columns: int) -> torch.Tensor:
+        return torch.randn(rows, columns, dtype=dtype)
+
+    ordered = PivotedLinear.from_parts(weight(6, 32), weight(26, 6), None, torch.randperm(32))
+    folded = PivotedLinear.from_parts(weight(8, 32), weight(40, 8), None, groups=2)
+    padded = PaddedLinear(nn.Linear(32, 6, bias=False, dtype=dtype), heads=2, full=8)
+    sliced = SlicedLinear(nn.Linear(12, 32, dtype=dtype), heads=4, full=8)
+    return [
+        Edit(path="self_attn.q_proj", module=ordered, of=(32, 32), error=0.0),
+        Edit(path="self_attn.v_proj", module=padded, of=(16, 32), error=0.0),
+        Edit(path="self_attn.o_proj", module=sliced, of=(32, 32), error=0.0, added_bias=True),
+        Edit(path="mlp.gate_proj", module=folded, of=(48, 32), error=0.0),
+        Edit(path="mlp.down_proj", module=nn.Linear(48, 32, dtype=dtype), of=(32, 48), error=0.0, added_bias=True),
+    ]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_layer_of_every_kind_is_written_as_it_was_foretold(pico: MakeModel, dtype: torch.dtype) -> None:
+    stream, edits = ModelStream(pico("llama", dtype=dtype), dtype="float32"), edits_of_every_kind(dtype)
+    layout = {edit.path: edit.row for edit in edits}
+    assert layout["self_attn.q_proj"] == {"pivots": 6}
+    assert layout["self_attn.o_proj"] == {"in_heads": 4, "head_dim": 3, "bias": 1}
+    assert layout["mlp.gate_proj"] == {"pivots": 8, "groups": 2}
+    assert layout["mlp.down_proj"] == {"bias": 1}
+    layer = stream.layer(1, stream.layer_kwargs(8)[1])
+    layer.apply(edits)
+    layer(torch.randn(1, 8, 32))
+    copied, made = planned_tensors(stream, 1, layout)
+    written = layer.tensors()
+    assert {name: (t.dtype, tuple(t.shape)) for name, t in written.items()} == {
+        name: (t.dtype, tuple(t.shape)) for name, t in {**copied, **made}.items()
+    }
+    rows = {f"model.layers.1.{path}": row for path, row in layout.items()}
+    before, stored = count_parameters(stream, {}), sum(t.nbytes for t in written.values()) // dtype.itemsize
+    dense = sum(info.numel for info in stream.layer_tensors(1).values())
+    assert before.total_after - count_parameters(stream, rows).total_after == dense - stored
+
+
+def test_a_bias_that_no_one_announced_is_a_fault(pico: MakeModel) -> None:
+    stream = ModelStream(pico("llama"))
+    edit = Edit(path="mlp.up_proj", module=nn.Linear(32, 48), of=(48, 32), error=0.0)
+    with pytest.raises(AssertionError, match=r"mlp\.up_proj: added_bias is wrong"):
+        stream.layer(0, stream.layer_kwargs(8)[0]).apply([edit])
+
+
+@pytest.mark.parametrize("shape", [(32, 32), (16, 40), (40, 16)])
+@pytest.mark.parametrize("keep", [0.2, 0.5, 0.8, 1.0])
+def test_the_pivot_rank_is_the_largest_that_fits(shape: tuple[int, int], keep: float) -> None:
+    rank, budget = pivot_rank(*shape, keep), keep * shape[0] * shape[1]
+    assert pivoted_parameters(*shape, rank) <= budget
+    assert rank == min(shape) or pivoted_parameters(*shape, rank + 1) > budget
+    assert pivoted_parameters(*shape, rank) == low_rank_parameters(*shape, rank) - rank * rank
+    assert rank == min(shape) or low_rank_parameters(*shape, rank) > pivoted_parameters(*shape, rank)
+
+
+def test_an_index_counts_as_its_bytes() -> None:
+    assert (index_parameters(100, 4), index_parameters(100, 2)) == (100, 200)
+    assert site_parameters((40, 32), {"pivots": 8}, False, 2) == 8 * (40 + 32 - 8) + 80
+    assert site_parameters((40, 32), {"pivots": 8, "groups": 4}, True, 2) == 8 * (40 + 32 - 8) + 40

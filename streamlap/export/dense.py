@@ -1,20 +1,23 @@
-"""A compressed folder as a plain dense one: factors multiplied back, removed channels as zeros. For comparison only.
+"""A compressed folder as a plain dense one: every matrix multiplied back, removed channels as zeros. For comparison only.
 
 It has the size and the speed of the original and the quality of the compressed model, and loads anywhere.
 """
 
 from __future__ import annotations
 
+import copy
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from streamlap.errors import RecipeError, UnsupportedModel
 from streamlap.export.folder import copy_companions, write_json
-from streamlap.families.stream import ModelStream, read_config
+from streamlap.families.stream import ModelStream, check_orders, read_config
 from streamlap.inventory import count_parameters
 from streamlap.memory import require_disk
-from streamlap.modules import LowRankLinear
+from streamlap.modules import dense_linear
 from streamlap.preflight import check_apart
 from streamlap.store.sink import ShardFolder, TensorEntry, shard_names
 
@@ -23,7 +26,7 @@ def export_dense(out: str | Path, destination: str | Path) -> dict[str, int]:
     """Write the dense twin of the output folder `out` into the new folder `destination`, one layer at a time.
 
     Returns {"shards", "bytes"}. Raises RecipeError for a destination that is not empty, UnsupportedModel for a source that is
-    not compressed.
+    not compressed or has a bias that the architecture does not know.
     """
     folder, destination = Path(out), Path(destination)
     stream = ModelStream(folder)
@@ -34,6 +37,7 @@ def export_dense(out: str | Path, destination: str | Path) -> dict[str, int]:
     check_apart(folder, destination)
     if destination.exists() and any(destination.iterdir()):
         raise RecipeError(f"destination {destination} is not empty; wanted a new folder.")
+    config = dense_config(stream)
     stored = stream.source.info(f"{stream.family.embedding}.weight").dtype
     dense_bytes = stored.itemsize * count_parameters(stream, stream.rows).total_before
     require_disk(destination, dense_bytes, "the dense checkpoint")
@@ -41,39 +45,54 @@ def export_dense(out: str | Path, destination: str | Path) -> dict[str, int]:
     sink, shards = ShardFolder(destination), shard_names(stream.depth)
     sink.write(shards[0], stream.outer_tensors())
     for index in range(stream.depth):
-        sink.write(shards[index + 1], dense_layer(stream, index))
+        sink.write(shards[index + 1], dense_layer(stream, index, config))
     sink.seal(shards)
     copy_companions(folder, destination)
-    raw = read_config(folder)
-    write_json(
-        destination / "config.json", {k: v for k, v in raw.items() if k not in ("quantization_config", "auto_map")}
-    )
+    write_json(destination / "config.json", config)
     return {"shards": len(shards), "bytes": sum((destination / shard).stat().st_size for shard in shards)}
 
 
-def dense_layer(stream: ModelStream, index: int) -> dict[str, TensorEntry]:
-    """Tensors of one layer in the shapes that the architecture wants. Untouched ones are copied as bytes."""
-    prefix = stream.layer_name(index)
-    entries: dict[str, TensorEntry] = {f"{prefix}.{n}": info for n, info in stream.layer_tensors(index).items()}
+def dense_config(stream: ModelStream) -> dict[str, Any]:
+    """config.json without a word of streamlap, and with the flags of the biases that were added.
+
+    Raises UnsupportedModel where the architecture has no such flag.
+    """
+    raw = {k: v for k, v in read_config(stream.folder).items() if k not in ("quantization_config", "auto_map")}
+    for index in range(stream.depth):
+        for path in stream.family.linears:
+            if "bias" in stream.rows.get(f"{stream.layer_name(index)}.{path}", {}):
+                raw[bias_flag(stream, index, path)] = True
+    return raw
+
+
+def bias_flag(stream: ModelStream, index: int, path: str) -> str:
+    for prefix, flag in stream.family.bias_flags.items():
+        if path.startswith(prefix):
+            return flag
+    raise UnsupportedModel(
+        f"{stream.layer_name(index)}.{path} has a bias, and {stream.family.model_type} has no place for one there; "
+        "wanted a folder without added biases. Load it with streamlap instead: nothing else can hold it."
+    )
+
+
+def dense_layer(stream: ModelStream, index: int, config: Mapping[str, Any]) -> dict[str, TensorEntry]:
+    """Tensors of one layer in the shapes that `config` wants. Untouched ones are copied as bytes."""
+    prefix, tensors = stream.layer_name(index), stream.layer_tensors(index)
+    entries: dict[str, TensorEntry] = {f"{prefix}.{n}": info for n, info in tensors.items()}
     for path in stream.family.linears:
-        row, base = stream.rows.get(f"{prefix}.{path}"), f"{prefix}.{path}"
-        if row is None:
-            continue
-        for name in [name for name in entries if name.startswith(base + ".")]:
-            del entries[name]
-        weight = stream.source.read(f"{base}.weight")
-        if "rank" in row:
-            down = stream.source.read(f"{base}.down.weight")
-            weight = LowRankLinear.from_factors(weight, down, None).merged()
-        entries[f"{base}.weight"] = padded(weight, stream.dense_shape(index, path))
-        if stream.has_bias(index, path):
-            bias = stream.source.read(f"{base}.bias")
-            entries[f"{base}.bias"] = padded(bias, stream.dense_shape(index, path)[:1])
+        base, shape = f"{prefix}.{path}", stream.dense_shape(index, path)
+        if base in stream.rows:
+            stored = {name.removeprefix(path + "."): name for name in tensors if name.startswith(path + ".")}
+            for name in stored.values():
+                del entries[f"{prefix}.{name}"]
+            module = copy.deepcopy(stream.layers[index].get_submodule(path))
+            module.load_state_dict(
+                {n: stream.source.read(tensors[name].name) for n, name in stored.items()}, assign=True
+            )
+            check_orders(module, base)
+            entries |= {f"{base}.{n}": t for n, t in dense_linear(module, shape).state_dict().items()}
+        flags = [flag for start, flag in stream.family.bias_flags.items() if path.startswith(start)]
+        if f"{base}.bias" not in entries and any(config.get(flag) for flag in flags):
+            dtype = stream.source.info(f"{base}.weight").dtype
+            entries[f"{base}.bias"] = torch.zeros(shape[0], dtype=dtype)
     return entries
-
-
-def padded(tensor: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor:
-    """`tensor` in the corner of zeros of `shape`: a channel of zeros gives zero and takes nothing."""
-    whole = torch.zeros(shape, dtype=tensor.dtype)
-    whole[tuple(slice(0, size) for size in tensor.shape)] = tensor
-    return whole

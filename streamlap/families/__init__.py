@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from streamlap.errors import UnsupportedModel
-from streamlap.hf_plugin import FORMAT_VERSION
+from streamlap.hf_plugin import READ_VERSIONS
 
 GATED_SITES = {
     "attn_in": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
@@ -35,6 +35,8 @@ class Family:
     ignored: tuple[str, ...] = ("rotary_emb.inv_freq",)
     """Endings of tensors that old checkpoints carry and no current model reads; they are left behind."""
     sites: Mapping[str, tuple[str, ...]] = field(default_factory=lambda: GATED_SITES)
+    bias_flags: Mapping[str, str] = field(default_factory=dict)
+    """Beginning of a path -> the flag in config.json that gives every linear under it a bias."""
 
     @property
     def linears(self) -> tuple[str, ...]:
@@ -43,10 +45,10 @@ class Family:
 
 
 FAMILIES = {
-    "llama": Family(model_type="llama"),
+    "llama": Family(model_type="llama", bias_flags={"self_attn.": "attention_bias", "mlp.": "mlp_bias"}),
     "mistral": Family(model_type="mistral"),
     "qwen2": Family(model_type="qwen2"),
-    "qwen3": Family(model_type="qwen3"),
+    "qwen3": Family(model_type="qwen3", bias_flags={"self_attn.": "attention_bias"}),
 }
 
 
@@ -66,9 +68,9 @@ def find_family(config: Mapping[str, Any]) -> Family:
             f"the checkpoint is quantised ({method!r}); wanted plain float weights. "
             "Compress the original first and quantise the result."
         )
-    if quantization and quantization.get("format_version") != FORMAT_VERSION:
+    if quantization and quantization.get("format_version") not in READ_VERSIONS:
         raise UnsupportedModel(
             f"quantization_config has format_version {quantization.get('format_version')!r}; this streamlap reads "
-            f"{FORMAT_VERSION}. Update streamlap."
+            f"{' and '.join(map(str, READ_VERSIONS))}. Update streamlap."
         )
     return FAMILIES[found]

@@ -17,7 +17,7 @@ from torch import nn
 from streamlap.errors import NumericalError
 from streamlap.families import Family
 from streamlap.linalg.statistics import all_finite
-from streamlap.modules import LowRankLinear, disk_name
+from streamlap.modules import carriers, disk_name, module_row
 from streamlap.store.header import TensorInfo
 from streamlap.store.sink import TensorEntry
 
@@ -41,19 +41,13 @@ class Edit:
     """Relative error that the method knows of; its meaning is in the method's docstring."""
     kept: tuple[int, ...] | None = None
     """Indices of the channels that stay, ascending; None where the width did not change."""
+    added_bias: bool = False
+    """Whether the module has a bias and the dense linear none."""
 
     @property
     def row(self) -> dict[str, int]:
         """The row of config.json's `modules` table: the shapes that a loader needs."""
-        return module_row(self.module, self.of)
-
-
-def module_row(module: nn.Module, of: tuple[int, int]) -> dict[str, int]:
-    if isinstance(module, LowRankLinear):
-        return {"rank": module.rank}
-    assert isinstance(module, nn.Linear)
-    widths = {"out": (module.out_features, of[0]), "in": (module.in_features, of[1])}
-    return {key: new for key, (new, old) in widths.items() if new != old}
+        return module_row(self.module, self.of) | ({"bias": 1} if self.added_bias else {})
 
 
 class StreamLayer:
@@ -124,8 +118,10 @@ class StreamLayer:
 
     def apply(self, edits: Iterable[Edit]) -> None:
         for edit in edits:
-            dense = self.module.get_submodule(edit.path)
-            weight, stored = next(dense.parameters()), next(edit.module.parameters())
+            dense = self.linear(edit.path)
+            has_bias = any(name.endswith("bias") for name in edit.module.state_dict())
+            assert has_bias == (edit.added_bias or dense.bias is not None), f"{edit.path}: added_bias is wrong"
+            weight, stored = dense.weight, next(edit.module.parameters())
             self._edited[edit.path] = running = edit.module
             if (stored.device, stored.dtype) != (weight.device, weight.dtype):
                 running = copy.deepcopy(edit.module).to(weight.device, weight.dtype)
@@ -137,10 +133,10 @@ class StreamLayer:
         entries: dict[str, TensorEntry] = {
             f"{self.prefix}.{name}": info for name, info in self._stored.items() if not name.startswith(dropped)
         }
-        low_rank = [path for path, module in self._edited.items() if isinstance(module, LowRankLinear)]
+        parts = carriers(self.module)
         for path, module in self._edited.items():
             for name, tensor in module.state_dict(prefix=path + ".").items():
-                entries[f"{self.prefix}.{disk_name(name, low_rank)}"] = tensor
+                entries[f"{self.prefix}.{disk_name(name, parts)}"] = tensor
         return entries
 
 

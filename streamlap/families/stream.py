@@ -22,7 +22,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from streamlap.errors import CheckpointError, RecipeError, UnsupportedModel, whole
 from streamlap.families import find_family
 from streamlap.families.layer import StreamLayer
-from streamlap.modules import LowRankLinear, disk_name, swap_modules
+from streamlap.modules import PivotedLinear, carriers, disk_name, swap_modules
 from streamlap.store.header import TensorInfo
 from streamlap.store.source import SafetensorsFolder, TensorSource, read_rows
 from streamlap.store.staging import Staging
@@ -122,8 +122,8 @@ class ModelStream:
         """Module state name -> place in the source, for one decoder layer."""
         prefix = self.layer_name(index)
         module = self.layers[index]
-        low_rank = [path for path, part in module.named_modules() if isinstance(part, LowRankLinear)]
-        return {name: self.source.info(f"{prefix}.{disk_name(name, low_rank)}") for name in module.state_dict()}
+        parts = carriers(module)
+        return {name: self.source.info(f"{prefix}.{disk_name(name, parts)}") for name in module.state_dict()}
 
     @torch.no_grad()
     def layer_kwargs(self, length: int) -> list[dict[str, Any]]:
@@ -169,8 +169,9 @@ class ModelStream:
         else:
             tensors = staging.take(stored)
             if not staging.lasting:  # some tensors are converted, and those that are not must leave the buffer too
-                tensors = {name: tensor.to(self.dtype, copy=True) for name, tensor in tensors.items()}
+                tensors = {name: tensor.to(self._computed(tensor), copy=True) for name, tensor in tensors.items()}
         module = self._materialise(self.layers[index], tensors)
+        check_orders(module, self.layer_name(index))
         if staging is not None and index + 1 < self.depth:
             staging.prefetch(self.layer_tensors(index + 1))
         return StreamLayer(module, self.layer_name(index), self.family, kwargs, stored)
@@ -198,8 +199,12 @@ class ModelStream:
     def _materialise(self, meta: nn.Module, tensors: Mapping[str, torch.Tensor]) -> nn.Module:
         """A copy of a module on meta with `tensors` in it, in the compute dtype on the device; copied only to change."""
         module = copy.deepcopy(meta)
-        module.load_state_dict({n: t.to(self.device, self.dtype) for n, t in tensors.items()}, assign=True)
+        module.load_state_dict({n: t.to(self.device, self._computed(t)) for n, t in tensors.items()}, assign=True)
         return module.eval().requires_grad_(False)
+
+    def _computed(self, tensor: torch.Tensor) -> torch.dtype:
+        """What `tensor` is computed in: whole numbers stay what they are."""
+        return self.dtype if tensor.is_floating_point() else tensor.dtype
 
     def _tied(self) -> bool:
         return bool(self.config.tie_word_embeddings)
@@ -214,21 +219,13 @@ class ModelStream:
         return COMPUTE_DTYPES[name]
 
     def _check_tensors(self) -> None:
-        wanted: dict[str, torch.Size] = {}
-        low_rank = [path for path, part in self.model.named_modules() if isinstance(part, LowRankLinear)]
+        wanted: dict[str, torch.Tensor] = {}
+        parts = carriers(self.model)
         for name, tensor in self.model.state_dict().items():
             if name != f"{self.family.head}.weight" or not self._tied():
-                wanted[disk_name(name, low_rank)] = tensor.shape
-        for name, shape in wanted.items():
-            info = self.source.info(name)
-            if info.shape != tuple(shape):
-                raise CheckpointError(
-                    f"tensor {name!r} in {info.path.name} has shape {list(info.shape)}; config.json wants {list(shape)}."
-                )
-            if info.dtype not in COMPUTE_DTYPES.values():
-                raise UnsupportedModel(
-                    f"tensor {name!r} has dtype {info.dtype}; wanted float32, float16 or bfloat16 weights."
-                )
+                wanted[disk_name(name, parts)] = tensor
+        for name, tensor in wanted.items():
+            _check_tensor(self.source.info(name), tensor)
         for name in self.source.names():
             in_layers = name.startswith(self.family.layers + ".") and not name.endswith(self.family.ignored)
             if in_layers and name not in wanted:
@@ -246,6 +243,28 @@ class _Recorder(nn.Module):
     def forward(self, hidden_states: torch.Tensor, **kwargs: Any) -> torch.Tensor:
         self.kwargs = kwargs
         return hidden_states
+
+
+def _check_tensor(info: TensorInfo, wanted: torch.Tensor) -> None:
+    """Whether a stored tensor is what the model on meta has in its place."""
+    if info.shape != tuple(wanted.shape):
+        raise CheckpointError(
+            f"tensor {info.name!r} in {info.path.name} has shape {list(info.shape)}; config.json wants {list(wanted.shape)}."
+        )
+    if not wanted.is_floating_point():  # the order of a pivoted linear, and nothing else
+        if info.dtype != wanted.dtype:
+            raise UnsupportedModel(f"tensor {info.name!r} has dtype {info.dtype}; wanted {wanted.dtype}.")
+    elif info.dtype not in COMPUTE_DTYPES.values():
+        raise UnsupportedModel(
+            f"tensor {info.name!r} has dtype {info.dtype}; wanted float32, float16 or bfloat16 weights."
+        )
+
+
+def check_orders(root: nn.Module, name: str) -> None:
+    """Raise CheckpointError where a pivoted linear in `root`, which the checkpoint calls `name`, has no usable order."""
+    for path, module in root.named_modules(prefix=name):
+        if isinstance(module, PivotedLinear) and not module.has_permutation():
+            raise CheckpointError(f"tensor '{path}.order' is no permutation of its numbers. Fetch it again.")
 
 
 def read_config(folder: Path) -> dict[str, Any]:

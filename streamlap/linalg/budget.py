@@ -6,7 +6,11 @@ f FFN width.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
+
+INDEX_ITEMSIZE = 4
+"""Bytes of one number of a stored index: it is int32."""
 
 
 def break_even(rows: int, columns: int) -> float:
@@ -16,6 +20,23 @@ def break_even(rows: int, columns: int) -> float:
 
 def low_rank_parameters(rows: int, columns: int, rank: int) -> int:
     return rank * (rows + columns)
+
+
+def pivoted_parameters(rows: int, columns: int, rank: int) -> int:
+    """r pivot rows of n numbers and r coefficients of each other row; a stored order comes on top (`index_parameters`)."""
+    return rank * (rows + columns - rank)
+
+
+def pivot_rank(rows: int, columns: int, keep: float) -> int:
+    """The largest r whose pivoted form has at most `keep` of the mn numbers of the dense matrix: the smaller root of
+    r (m + n - r) = keep mn, rounded down. At keep = 1 it is min(m, n)."""
+    both = rows + columns
+    return math.floor((both - math.sqrt(both * both - 4 * keep * rows * columns)) / 2)
+
+
+def index_parameters(rows: int, itemsize: int) -> int:
+    """What an int32 index of `rows` numbers counts as among weights of `itemsize` bytes: the bytes that it takes."""
+    return -(-INDEX_ITEMSIZE * rows // itemsize)
 
 
 def lorap_pair_ranks(rows: int, columns: int, ratio: float, alpha: float) -> tuple[int | None, int | None]:

@@ -1,0 +1,245 @@
+"""The modules that stand in a compressed layer in place of an `nn.Linear`. Imports torch only.
+
+Each is made of plain `nn.Linear` parts, so that adapters and quantisers see them, and says which part carries the dense
+layer's own names on disk. This file is copied as it is into every output folder.
+
+Shape suffixes: O out, I in, R rank, N = O - R; leading dimensions of activations are written `...`.
+"""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+import torch
+from torch import nn
+
+Device = torch.device | str | None
+Dtype = torch.dtype | None
+
+
+class StoredLinear(nn.Module):
+    """What the kinds below have in common. Seen from outside each is a linear map from `in_features` to `out_features`."""
+
+    carrier: ClassVar[str]
+    """The part whose weight and bias have the dense layer's own names on disk."""
+    in_features: int
+    out_features: int
+
+    @property
+    def row(self) -> dict[str, int]:
+        """What the modules table of config.json says of this kind; widths and an added bias are not in it."""
+        raise NotImplementedError
+
+    def merged(self, dtype: Dtype = None) -> torch.Tensor:
+        """The dense matrix [O, I] that this stands for, computed in float32 or wider, in `dtype` (that of the parts)."""
+        raise NotImplementedError
+
+    def merged_bias(self) -> torch.Tensor | None:
+        """The bias [O] of the dense layer."""
+        bias_O: torch.Tensor | None = self.get_submodule(self.carrier)._parameters["bias"]
+        return bias_O
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        # Names on disk are welcome too: a Trainer resumes by handing the saved file to load_state_dict as it is, and
+        # would otherwise go on with the old weights after no more than a warning.
+        for leaf in {"weight", "bias"} - self._parameters.keys():
+            if prefix + leaf in state_dict:
+                state_dict[f"{prefix}{self.carrier}.{leaf}"] = state_dict.pop(prefix + leaf)
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+    def extra_repr(self) -> str:
+        row = {"in_features": self.in_features, "out_features": self.out_features, **self.row}
+        return ", ".join(f"{key}={value}" for key, value in row.items())
+
+
+class LowRankLinear(StoredLinear):
+    """y = up(down(x)) + bias, with `down` [R, I] and `up` [O, R]."""
+
+    carrier = "up"
+
+    def __init__(
+        self, in_features: int, out_features: int, rank: int, bias: bool = False, device: Device = None,
+        dtype: Dtype = None,
+    ) -> None:  # fmt: skip
+        super().__init__()
+        self.in_features, self.out_features, self.rank = in_features, out_features, rank
+        self.down = nn.Linear(in_features, rank, bias=False, device=device, dtype=dtype)
+        self.up = nn.Linear(rank, out_features, bias=bias, device=device, dtype=dtype)
+
+    @classmethod
+    def from_factors(cls, up_OR: torch.Tensor, down_RI: torch.Tensor, bias_O: torch.Tensor | None) -> LowRankLinear:
+        """Wrap two factors (kept, not copied) and a bias."""
+        rank, in_features = down_RI.shape
+        module = cls(in_features, up_OR.shape[0], rank, bias_O is not None, device="meta")
+        module.down.weight, module.up.weight = _frozen(down_RI), _frozen(up_OR)
+        if bias_O is not None:
+            module.up.bias = _frozen(bias_O)
+        return module
+
+    @property
+    def row(self) -> dict[str, int]:
+        return {"rank": self.rank}
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """x [..., I] -> [..., O]."""
+        y: torch.Tensor = self.up(self.down(x))
+        return y
+
+    def merged(self, dtype: Dtype = None) -> torch.Tensor:
+        up_OR, down_RI = self.up.weight, self.down.weight
+        return (_wide(up_OR) @ _wide(down_RI)).to(dtype or up_OR.dtype)
+
+
+class PivotedLinear(StoredLinear):
+    """A matrix of rank R in R (O + I - R) numbers: R of its rows as they are, and the others as sums of these.
+
+    z_P = base(x), with the pivot rows `base` [R, I]; z_N = rest(z_P), with `rest` [N, R]. Each is cut into `groups` equal
+    parts, and y is z_P part 0, z_N part 0, z_P part 1, ... Where an `order` [O] is stored, y[o] is number order[o] of that.
+    """
+
+    carrier = "base"
+    bias: nn.Parameter | None
+    order: torch.Tensor | None
+
+    def __init__(
+        self, in_features: int, out_features: int, rank: int, bias: bool = False, groups: int | None = None,
+        device: Device = None, dtype: Dtype = None,
+    ) -> None:  # fmt: skip
+        """`groups` None: an order is stored; until one is loaded it changes nothing."""
+        super().__init__()
+        self.in_features, self.out_features, self.rank, self.groups = in_features, out_features, rank, groups or 1
+        self.base = nn.Linear(in_features, rank, bias=False, device=device, dtype=dtype)
+        self.rest = nn.Linear(rank, out_features - rank, bias=False, device=device, dtype=dtype)
+        own = nn.Parameter(torch.zeros(out_features, device=device, dtype=dtype)) if bias else None
+        self.register_parameter("bias", own)
+        stored = torch.arange(out_features, dtype=torch.int32, device=device) if groups is None else None
+        self.register_buffer("order", stored)
+
+    @classmethod
+    def from_parts(
+        cls, base_RI: torch.Tensor, rest_NR: torch.Tensor, bias_O: torch.Tensor | None,
+        order_O: torch.Tensor | None = None, groups: int = 1,
+    ) -> PivotedLinear:  # fmt: skip
+        """Wrap pivot rows, coefficients of the others and a bias in its natural order (kept, not copied).
+
+        Raises ValueError where `order_O` is no permutation or comes with groups, or `groups` does not divide R and N.
+        """
+        (rank, in_features), (others, inner) = base_RI.shape, rest_NR.shape
+        seen = f"base {tuple(base_RI.shape)}, rest {tuple(rest_NR.shape)}, groups {groups}"
+        if inner != rank or rank % groups or others % groups:
+            raise ValueError(f"seen {seen}; wanted base [R, I], rest [N, R] and groups that divide R and N")
+        if order_O is not None and (groups != 1 or not is_permutation(order_O, rank + others)):
+            raise ValueError(f"seen {seen} and an order of {len(order_O)}; wanted a permutation of R + N, and groups 1")
+        stored = None if order_O is not None else groups
+        module = cls(in_features, rank + others, rank, bias_O is not None, stored, device="meta")
+        module.base.weight, module.rest.weight = _frozen(base_RI), _frozen(rest_NR)
+        module.bias = None if bias_O is None else _frozen(bias_O)
+        module.order = None if order_O is None else order_O.to(torch.int32)
+        return module
+
+    @property
+    def row(self) -> dict[str, int]:
+        return {"pivots": self.rank} | ({"groups": self.groups} if self.order is None else {})
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """x [..., I] -> [..., O]."""
+        y = self._with_rest(self.base(x))
+        if self.order is not None:
+            y = y.index_select(-1, self.order)
+        # In place: y is new in any case, and keeps its dtype where autocast makes it narrower than the bias.
+        return y if self.bias is None else y.add_(self.bias)
+
+    def _with_rest(self, z_P: torch.Tensor) -> torch.Tensor:
+        """z_P [..., R] -> [..., O], not yet in order; the two parts are free again when this ends."""
+        z_N: torch.Tensor = self.rest(z_P)
+        if self.groups == 1:
+            return torch.cat((z_P, z_N), -1)
+        return torch.cat([torch.unflatten(z, -1, (self.groups, -1)) for z in (z_P, z_N)], -1).flatten(-2)
+
+    def merged(self, dtype: Dtype = None) -> torch.Tensor:
+        base_RI, rest_NR = _wide(self.base.weight), _wide(self.rest.weight)
+        parts = [torch.unflatten(w, 0, (self.groups, -1)) for w in (base_RI, rest_NR @ base_RI)]
+        w_OI = torch.cat(parts, 1).flatten(0, 1)
+        w_OI = w_OI if self.order is None else w_OI.index_select(0, self.order)
+        return w_OI.to(dtype or self.base.weight.dtype)
+
+    def merged_bias(self) -> torch.Tensor | None:
+        return self.bias
+
+    def has_permutation(self) -> bool:
+        """Whether the order, where one is stored and in memory, is a permutation."""
+        return self.order is None or self.order.is_meta or is_permutation(self.order, self.out_features)
+
+
+class PaddedLinear(StoredLinear):
+    """For v_proj: `inner` gives the first K numbers of each of H heads; the others, up to `full`, are zeros."""
+
+    carrier = "inner"
+
+    def __init__(self, inner: nn.Linear, heads: int, full: int) -> None:
+        """`inner` is kept, not copied; `full` is the size of a head as the model around this knows it."""
+        super().__init__()
+        self.in_features, self.out_features = inner.in_features, heads * full
+        self.heads, self.head_dim, self.full = heads, inner.out_features // heads, full
+        self.inner = inner
+
+    @property
+    def row(self) -> dict[str, int]:
+        return {"out_heads": self.heads, "head_dim": self.head_dim}
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """x [..., I] -> [..., H * full]."""
+        return _spread(self.inner(x), self.head_dim, self.full)
+
+    def merged(self, dtype: Dtype = None) -> torch.Tensor:
+        w_OI = self.inner.weight
+        return _spread(w_OI.T, self.head_dim, self.full).T.contiguous().to(dtype or w_OI.dtype)
+
+    def merged_bias(self) -> torch.Tensor | None:
+        bias = super().merged_bias()
+        return None if bias is None else _spread(bias, self.head_dim, self.full)
+
+
+class SlicedLinear(StoredLinear):
+    """For o_proj: `inner` reads the first K numbers of each of H heads of size `full`."""
+
+    carrier = "inner"
+
+    def __init__(self, inner: nn.Linear, heads: int, full: int) -> None:
+        """`inner` is kept, not copied; `full` is the size of a head as the model around this knows it."""
+        super().__init__()
+        self.in_features, self.out_features = heads * full, inner.out_features
+        self.heads, self.head_dim, self.full = heads, inner.in_features // heads, full
+        self.inner = inner
+
+    @property
+    def row(self) -> dict[str, int]:
+        return {"in_heads": self.heads, "head_dim": self.head_dim}
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """x [..., H * full] -> [..., O]."""
+        heads = torch.unflatten(x, -1, (-1, self.full))[..., : self.head_dim]
+        y: torch.Tensor = self.inner(heads.flatten(-2))
+        return y
+
+    def merged(self, dtype: Dtype = None) -> torch.Tensor:
+        w_OI = self.inner.weight
+        return _spread(w_OI, self.head_dim, self.full).to(dtype or w_OI.dtype)
+
+
+def is_permutation(order: torch.Tensor, size: int) -> bool:
+    """Whether `order` holds each of 0 .. size - 1 once."""
+    return torch.equal(order.long().sort().values.cpu(), torch.arange(size))
+
+
+def _spread(x: torch.Tensor, head_dim: int, full: int) -> torch.Tensor:
+    """Zeros behind every `head_dim` numbers of the last dimension, so that a head has `full`."""
+    return nn.functional.pad(torch.unflatten(x, -1, (-1, head_dim)), (0, full - head_dim)).flatten(-2)
+
+
+def _wide(w: torch.Tensor) -> torch.Tensor:
+    return w.to(torch.promote_types(w.dtype, torch.float32))
+
+
+def _frozen(tensor: torch.Tensor) -> nn.Parameter:
+    return nn.Parameter(tensor, requires_grad=False)
