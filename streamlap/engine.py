@@ -53,16 +53,19 @@ class Engine:
 
     def batches(self, generation: int, phase: str) -> Iterator[torch.Tensor]:
         """Hidden states on the device, the next batch under way while one is in use."""
-        batches = self.hidden.read(generation)
-        if self.fit.schedule.tier == "disk":
-            batches = ahead(batches, self.fetcher)
-        total = -(-self.hidden.shape_NLD[0] // self.hidden.batch)
-        for place, x_BLD in enumerate(upload_ahead(batches, self.stream.device)):
-            self.progress.phase(phase, place, total)
-            yield x_BLD
+        return (x_BLD for (x_BLD,) in self.together(self.hidden.read(generation), phase=phase))
 
-    def forward(self, layer: StreamLayer, x_BLD: torch.Tensor) -> torch.Tensor:
-        """The layer's output, computed on as many sequences at a time as fit."""
+    def together(self, *streams: Iterator[torch.Tensor], phase: str) -> Iterator[tuple[torch.Tensor, ...]]:
+        """Batches of several streams of hidden states, side by side."""
+        on_disk, total = self.fit.schedule.tier == "disk", -(-self.hidden.shape_NLD[0] // self.hidden.batch)
+        fetched = (ahead(batches, self.fetcher) if on_disk else batches for batches in streams)
+        rows = zip(*(upload_ahead(batches, self.stream.device) for batches in fetched), strict=True)
+        for place, row in enumerate(rows):
+            self.progress.phase(phase, place, total)
+            yield row
+
+    def forward(self, layer: Callable[[torch.Tensor], torch.Tensor], x_BLD: torch.Tensor) -> torch.Tensor:
+        """The output of a layer, or of a half, computed on as many sequences at a time as fit."""
         if len(x_BLD) <= self.ladder.micro:
             return layer(x_BLD)
         y_BLD = torch.empty_like(x_BLD, device=self.stream.device)
@@ -78,12 +81,20 @@ class Engine:
 
     def advance(self, layer: StreamLayer, index: int) -> None:
         """Generation `index` through the layer into generation `index + 1`, a batch at a time."""
+        with self.claim("propagate"):
+            self.carry(layer, index, self.hidden.read(index), self.hidden, index + 1)
+
+    def carry(
+        self, part: Callable[[torch.Tensor], torch.Tensor], index: int, source: Iterator[torch.Tensor],
+        target: HiddenBank, generation: int,
+    ) -> None:  # fmt: skip
+        """Every batch of `source` through a part of layer `index` into a generation of `target`."""
 
         def step(x_BLD: torch.Tensor) -> torch.Tensor:
-            return self.ladder.climb("propagate", index, lambda: self.forward(layer, x_BLD))
+            return self.ladder.climb("propagate", index, lambda: self.forward(part, x_BLD))
 
-        with self.claim("propagate"):
-            self.hidden.write(index + 1, (step(x) for x in self.batches(index, "propagate")), self.writer)
+        batches = self.together(source, phase="propagate")
+        target.write(generation, (step(x_BLD) for (x_BLD,) in batches), self.writer)
 
     def run(self, phase: str, index: int, attempt: Callable[[], T]) -> T:
         """`attempt` inside its claim, again where memory ran out and something could give way."""
@@ -165,11 +176,13 @@ def limit_vram(choice: Fit, device: torch.device) -> None:
         torch.cuda.set_per_process_memory_fraction(min(1.0, choice.vram.cap / total), device)
 
 
-def open_bank(stream: ModelStream, tokens_NL: torch.Tensor, schedule: Schedule, folder: Path | None) -> HiddenBank:
+def open_bank(
+    stream: ModelStream, tokens_NL: torch.Tensor, schedule: Schedule, folder: Path | None, name: str = "hidden"
+) -> HiddenBank:
     """Hidden states in `folder`, if there is one, and in the memory that the schedule gives them."""
     sequences, length = tokens_NL.shape
     cache = {"vram": stream.device, "ram": torch.device("cpu"), "disk": None}[schedule.tier]
     return HiddenBank(
         (sequences, length, stream.width), stream.dtype, batch_of(length),
-        folder=folder, cache=cache, pinned=stream.device.type == "cuda",
+        folder=folder, cache=cache, pinned=stream.device.type == "cuda", name=name,
     )  # fmt: skip

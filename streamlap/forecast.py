@@ -7,13 +7,16 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
+from streamlap.allocate import half_budgets
 from streamlap.errors import UnsupportedModel
 from streamlap.families.stream import ModelStream
-from streamlap.methods.base import Cost, Layout
+from streamlap.inventory import site_parameters
+from streamlap.methods import AnchoredMethod
+from streamlap.methods.base import Budget, Cost, Layout
 from streamlap.modules import carriers, disk_name, swap_modules
 from streamlap.recipe import Recipe
 from streamlap.sizing import Workload, layer_workload
@@ -45,6 +48,14 @@ class LayerForecast:
     """Of the solves' matrix products."""
     decompositions: tuple[int, ...]
     """Sizes of the solves' eigen-problems."""
+    capture_bytes: int = 0
+    """Most that sums over tokens hold inside a solve, with the edits so far."""
+    generations_read: int = 2
+    """How often hidden states are read, where they are on the disk; one time less in the last layer."""
+    generations_written: int = 1
+    """How often they are written to the disk in any case."""
+    generations_spilled: int = 0
+    """How often they are written to it where memory does not keep them."""
 
 
 def plan_layers(stream: ModelStream, recipe: Recipe) -> list[Layout]:
@@ -54,12 +65,42 @@ def plan_layers(stream: ModelStream, recipe: Recipe) -> list[Layout]:
     recipe.check_paths(stream.family)
     layouts = []
     for index in range(stream.depth):
-        shapes = {path: stream.dense_shape(index, path) for path in stream.family.linears}
         merged: Layout = {}
-        for method in recipe.methods:
-            merged |= method.layout(stream.family, shapes, recipe.ratio)
+        if recipe.anchored:
+            for candidates in plan_halves(stream, recipe, index).values():
+                merged |= next(iter(candidates.values()))[1]
+        for method in recipe.one_pass:
+            merged |= method.layout(stream.family, dense_shapes(stream, index), recipe.ratio)
         layouts.append(merged)
     return layouts
+
+
+def dense_shapes(stream: ModelStream, index: int) -> dict[str, tuple[int, int]]:
+    return {path: stream.dense_shape(index, path) for path in stream.family.linears}
+
+
+def plan_halves(
+    stream: ModelStream, recipe: Recipe, index: int
+) -> dict[str, dict[str, tuple[AnchoredMethod, Layout]]]:
+    """Half -> method -> what it will make of the half's linears. What the first half leaves over, the second may use."""
+    shapes, family, planned, spare = dense_shapes(stream, index), stream.family, {}, 0
+    biased = {path: stream.has_bias(index, path) for path in family.linears}
+    for half, budget in half_budgets(stream, recipe.ratio, index).items():
+        budget = replace(budget, parameters=budget.parameters + spare)
+        planned[half] = {
+            name: (method, method.layout(family, shapes, biased, budget))
+            for name, method in recipe.of_half(half).items()
+        }
+        stored = [
+            sum(
+                site_parameters(edited_shape(shapes[path], row), row, biased[path], budget.itemsize)
+                for path in family.half_linears(half)
+                for row in [layout.get(path, {})]
+            )
+            for _, layout in planned[half].values()
+        ]
+        spare = budget.parameters - max(stored)
+    return planned
 
 
 def planned_tensors(
@@ -88,8 +129,8 @@ def forecast_layer(
 ) -> LayerForecast:
     """Bytes and operations of one layer for `shape_NL` calibration tokens."""
     copied, made = planned_tensors(stream, index, layout)
-    shapes = {path: stream.dense_shape(index, path) for path in stream.family.linears}
-    costs = [method.cost(stream.family, shapes, recipe.ratio) for method in recipe.methods]
+    shapes = dense_shapes(stream, index)
+    costs = method_costs(stream, recipe, index)
     stored = stream.layer_tensors(index).values()
     dense_flops = forward_flops(stream, index, sum(info.numel for info in stored), shape_NL)
     kept = sum(info.numel for info in copied.values()) + sum(tensor.numel() for tensor in made.values())
@@ -101,10 +142,30 @@ def forecast_layer(
         source_bytes=sum(info.nbytes for info in stored),
         largest_bytes=max(info.nbytes for info in stored),
         solve_bytes=solve_bytes(stream, recipe, made, costs, index),
+        capture_bytes=max((cost.capture_bytes for cost in costs), default=0) * recipe.anchored,
+        generations_read=12 if recipe.anchored else 2, generations_written=2 if recipe.anchored else 1,
+        generations_spilled=2 * recipe.anchored,
         widest=max(width for path, shape in shapes.items() for width in edited_shape(shape, layout.get(path, {}))),
-        flops=dense_flops + after_flops, flops64=sum(cost.flops for cost in costs),
+        flops=dense_flops + after_flops + extra_flops(recipe, dense_flops, costs, shape_NL), flops64=sum(cost.flops for cost in costs),
         decompositions=tuple(size for cost in costs for size in cost.decompositions),
     )  # fmt: skip
+
+
+def method_costs(stream: ModelStream, recipe: Recipe, index: int) -> list[Cost]:
+    """Of every one-pass method, or of every anchored one in each half that it tries for."""
+    shapes, family = dense_shapes(stream, index), stream.family
+    if recipe.anchored:
+        tries = [pair for candidates in plan_halves(stream, recipe, index).values() for pair in candidates.values()]
+        return [method.cost(family, shapes, layout) for method, layout in tries]
+    return [method.cost(family, shapes, recipe.ratio) for method in recipe.one_pass]
+
+
+def extra_flops(recipe: Recipe, dense_flops: int, costs: list[Cost], shape_NL: tuple[int, int]) -> int:
+    """Where halves are rebuilt: sums over tokens, and half a forward for each method that tries, above the two forwards."""
+    if not recipe.anchored:
+        return 0
+    sequences, length = shape_NL
+    return sequences * length * sum(cost.flops_per_token for cost in costs) + len(costs) * dense_flops // 2
 
 
 def edited_shape(shape: tuple[int, int], row: Mapping[str, int]) -> tuple[int, int]:
@@ -117,7 +178,9 @@ def solve_bytes(
 ) -> int:
     """The most held in the solves of a layer; methods come one after another, and what they made stays."""
     held, most, prefix = 0, 0, stream.layer_name(index)
-    for method, cost in zip(recipe.methods, costs, strict=True):
+    if recipe.anchored:
+        return sum(tensor.nbytes for tensor in made.values()) + max(cost.workspace_bytes for cost in costs)
+    for method, cost in zip(recipe.one_pass, costs, strict=True):
         paths = tuple(f"{prefix}.{path}." for path in method.paths(stream.family))
         held += sum(tensor.nbytes for name, tensor in made.items() if name.startswith(paths))
         most = max(most, held + cost.workspace_bytes)
@@ -137,6 +200,7 @@ def compression_workload(stream: ModelStream, layers: list[LayerForecast], shape
         **layer_workload(stream, *shape_NL),
         edits=max(layer.edits_bytes for layer in layers), solve=max(layer.solve_bytes for layer in layers),
         inner_after=max(layer.widest for layer in layers),
+        streams=4 if layers[0].capture_bytes else 1, capture=max(layer.capture_bytes for layer in layers),
         copied=min(CHUNK_BYTES, max(layer.largest_bytes for layer in layers)),
     )  # fmt: skip
 

@@ -69,17 +69,21 @@ def bytes_moved() -> tuple[int, int]:
 
 
 class PhaseClock:
-    """Seconds spent in each named phase; a phase entered again adds up. `notice` is told the name of each that begins."""
+    """Seconds spent in each named phase; a phase entered again adds up, and one inside another is not in the other's time.
+    `notice` is told the name of each that begins."""
 
     def __init__(self, notice: Callable[[str], None] = lambda name: None) -> None:
         self.seconds: dict[str, float] = {}
         self._notice = notice
+        self._inside = 0.0
 
     @contextlib.contextmanager
     def phase(self, name: str) -> Iterator[None]:
-        start = time.perf_counter()
+        start, before, self._inside = time.perf_counter(), self._inside, 0.0
         self._notice(name)
         try:
             yield
         finally:
-            self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
+            spent = time.perf_counter() - start
+            self.seconds[name] = self.seconds.get(name, 0.0) + spent - self._inside
+            self._inside = before + spent

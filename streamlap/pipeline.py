@@ -20,7 +20,8 @@ from streamlap.errors import Interrupted, NumericalError
 from streamlap.export.folder import KEPT_NAME, finish_folder, module_rows
 from streamlap.families.layer import Edit, StreamLayer
 from streamlap.families.stream import ModelStream
-from streamlap.forecast import compression_workload, forecast, plan_layers
+from streamlap.forecast import compression_workload, forecast, plan_halves, plan_layers
+from streamlap.halves import Banks, HalfErrors, half_of, open_banks, rebuild_layer
 from streamlap.inventory import count_parameters
 from streamlap.linalg.statistics import all_finite
 from streamlap.memory import parse_size
@@ -55,9 +56,16 @@ class Job:
     tokens_NL: torch.Tensor
     journal: Journal
     hidden: HiddenBank
+    banks: Banks | None
+    """The dense model's stream and what lies between halves, where halves are rebuilt."""
     fit: Fit
     moved: tuple[int, int] = field(default_factory=bytes_moved)
     """Bytes read and written up to the last commit."""
+
+    @property
+    def streams(self) -> tuple[HiddenBank, ...]:
+        """What a layer begins with and leaves to the next."""
+        return (self.hidden,) if self.banks is None else (self.hidden, self.banks.dense)
 
 
 def compress(
@@ -119,7 +127,8 @@ def run(
     """The checked job, from its next layer to a finished folder."""
     if not Journal.exists(out):
         model_bytes = sum(header.file_bytes for header in stream.source.headers.values())
-        forecast_disk(model_bytes, choice.work.generation, out, hidden_folder(out, arguments["work"]))
+        work_bytes = choice.work.disk_generations * choice.work.generation
+        forecast_disk(model_bytes, work_bytes, out, hidden_folder(out, arguments["work"]))
     with OutputLock(out), stop_requests() as stopped:
         check_output(stream.folder, out, overwrite=False)  # again, now that nobody else can write there
         if not Journal.exists(out):
@@ -128,9 +137,11 @@ def run(
         arguments = journal.start["arguments"]  # those that began the folder, to whose words this run is bound
         recipe = Recipe.from_dict(arguments["recipe"])
         hidden = open_bank(stream, tokens_NL, choice.schedule, hidden_folder(out, arguments["work"]))
+        banks = open_banks(stream, tokens_NL, choice.schedule, hidden.folder) if recipe.anchored else None
         job = Job(
-            stream=stream, recipe=recipe, out=out, tokens_NL=tokens_NL, journal=journal, hidden=hidden, fit=choice
-        )
+            stream=stream, recipe=recipe, out=out, tokens_NL=tokens_NL, journal=journal, hidden=hidden, banks=banks,
+            fit=choice,
+        )  # fmt: skip
         compress_layers(job, stopped)
         report = build_report(job)
         ShardFolder(out).seal(report.shards)
@@ -163,9 +174,11 @@ def compress_layers(job: Job, stopped: Callable[[], bool]) -> None:
     with start_engine(stream, job.fit, hidden, "compress", first, done) as engine:
         if first == 0:
             ShardFolder(job.out).write(shards[0], stream.outer_tensors())
-            hidden.write(0, stream.embed(job.tokens_NL), engine.writer)
+            for bank in job.streams:
+                bank.write(0, stream.embed(job.tokens_NL), engine.writer)
         else:
-            hidden.drop(first - 1)  # where the run died between the commit and this
+            for bank in job.streams:
+                bank.drop(first - 1)  # where the run died between the commit and this
         committed: Future[None] | None = None
         try:
             for index in range(first, stream.depth):
@@ -196,38 +209,70 @@ def compress_layer(
     clock = PhaseClock(engine.progress.phase)
     with clock.phase("read"):
         layer = engine.layer(index, kwargs)
-    edits = edit_layer(job, engine, layer, index, clock, before)  # what runs next is what is saved
+    edits, errors = edit_layer(job, engine, layer, index, clock, before)  # what runs next is what is saved
     with clock.phase("write"):
         digest = engine.writer.submit(ShardFolder(job.out).write, shard, layer.tensors())
     with clock.phase("propagate"):
-        if index + 1 < job.stream.depth:
-            engine.advance(layer, index)
+        advance(job, engine, layer, index)
     report = LayerReport(
-        index=index, edits=LayerReport.describe(edits), seconds=clock.seconds, ladder=engine.ladder.taken(index),
+        index=index, edits=LayerReport.describe(edits), errors=errors, seconds=clock.seconds, ladder=engine.ladder.taken(index),
         peak_ram_bytes=peak_ram_bytes(), peak_vram_bytes=peak_vram_bytes(), baseline_ram_bytes=ram_bytes(),
     )  # fmt: skip
     return engine.writer.submit(commit, job, report, digest)
 
 
+def advance(job: Job, engine: Engine, layer: StreamLayer, index: int) -> None:
+    """The compressed stream through the edited layer, or through its second half where the first is done; not at the end."""
+    last = index + 1 == job.stream.depth
+    if job.banks is None:
+        if not last:
+            engine.advance(layer, index)
+        return
+    if not last:
+        with engine.claim("propagate"):
+            engine.carry(half_of(layer, "ffn"), index, job.banks.middle.read(index), job.hidden, index + 1)
+    job.banks.drop_middles(index)
+
+
 def commit(job: Job, report: LayerReport, digest: Future[str]) -> None:
     """The commit point of a layer: its shard and the next hidden states are on the disk, and now the journal says so."""
     sha256 = digest.result()
-    job.hidden.settle()
+    for bank in job.streams:
+        bank.settle()
     now = bytes_moved()
     read, written = (after - before for after, before in zip(now, job.moved, strict=True))
     job.moved = now
     job.journal.append(replace(report, sha256=sha256, bytes_read=read, bytes_written=written).to_json())
-    job.hidden.drop(report.index)
+    for bank in job.streams:
+        bank.drop(report.index)
 
 
 def edit_layer(
     job: Job, engine: Engine, layer: StreamLayer, index: int, clock: PhaseClock, before: Future[None] | None
-) -> list[Edit]:
-    """Statistics from one dense pass on inputs from the compressed prefix, then every method's edits, applied.
+) -> tuple[list[Edit], HalfErrors]:
+    """The layer's edits, applied, and what the methods that tried for its halves erred by.
 
     The layer before is on the disk, and out of memory, before the solve begins.
     """
-    methods, ratio = job.recipe.methods, job.recipe.ratio
+    if job.banks is None:
+        return edit_in_one_pass(job, engine, layer, index, clock, before), {}
+
+    def ready() -> None:
+        with clock.phase("write"):
+            settle(before)
+
+    candidates = plan_halves(job.stream, job.recipe, index)
+    edits, errors = rebuild_layer(engine, job.banks, layer, index, candidates, clock, ready)
+    for edit in edits:
+        refuse_overflow(layer, edit)
+    return edits, errors
+
+
+def edit_in_one_pass(
+    job: Job, engine: Engine, layer: StreamLayer, index: int, clock: PhaseClock, before: Future[None] | None
+) -> list[Edit]:
+    """Statistics from one dense pass on inputs from the compressed prefix, then every method's edits, applied."""
+    methods, ratio = job.recipe.one_pass, job.recipe.ratio
 
     def capture() -> list[dict[str, Statistic]]:
         stats = [method.wants(layer) for method in methods]  # anew on every attempt

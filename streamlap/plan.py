@@ -96,13 +96,13 @@ def plan(
     rows = [plan_layer(choice, machine, layer, index, stream.depth) for index, layer in enumerate(layers)]
     outer = stream.outer_tensors()
     outer_bytes = shard_bytes(outer)
-    first_write = outer_bytes + choice.work.generation
+    first_write = outer_bytes + choice.work.generation * layers[0].generations_written
     first_read = sum(info.nbytes for info in outer.values()) + embedding_bytes(stream, choice)
     seconds = sum(row.seconds_low for row in rows) + first_read / machine.read + first_write / machine.write
     output = outer_bytes + sum(layer.output_bytes for layer in layers)
     return Plan(
         fits=choice.fits, output_bytes=output, peak_ram_bytes=choice.peak_ram, peak_vram_bytes=choice.peak_vram,
-        disk_bytes=output + 2 * choice.work.generation + COMPANION_BYTES,
+        disk_bytes=output + choice.work.disk_generations * choice.work.generation + COMPANION_BYTES,
         read_bytes=first_read + sum(row.read_bytes for row in rows),
         write_bytes=first_write + sum(row.write_bytes for row in rows),
         flops=sum(row.flops for row in rows), seconds_low=seconds, seconds_high=SLACK * seconds,
@@ -115,9 +115,10 @@ def plan(
 def plan_layer(choice: Fit, machine: Machine, layer: LayerForecast, index: int, depth: int) -> LayerPlan:
     """Bytes, operations and the least seconds of one layer. What overlaps takes as long as the longer of the two."""
     generation, last = choice.work.generation, index + 1 == depth
-    passes = (1 if last else 2) if choice.schedule.tier == "disk" else 0
-    read = layer.source_bytes + layer.copied_bytes + passes * generation
-    write = layer.output_bytes + (0 if last else generation)
+    on_disk = choice.schedule.tier == "disk"
+    read = layer.source_bytes + layer.copied_bytes + (layer.generations_read - last) * generation * on_disk
+    written = layer.generations_written - last + layer.generations_spilled * on_disk
+    write = layer.output_bytes + written * generation
     compute = layer.flops / machine.matmul + layer.flops64 / machine.matmul64
     compute += sum(size**3 for size in layer.decompositions) / machine.eigh
     disk = read / machine.read + write / machine.write

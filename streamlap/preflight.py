@@ -105,9 +105,8 @@ def hidden_folder(out: Path, work: str | Path | None) -> Path:
     return out / STATE_FOLDER / "hidden" if work is None else Path(work) / f"streamlap-hidden-{mark}"
 
 
-def forecast_disk(model_bytes: int, generation: int, out: Path, folder: Path) -> None:
-    """Raise BudgetError before the first layer where the disk cannot hold the result and two generations of hidden states."""
-    work_bytes = 2 * generation
+def forecast_disk(model_bytes: int, work_bytes: int, out: Path, folder: Path) -> None:
+    """Raise BudgetError before the first layer where the disk cannot hold the result and the hidden states."""
     same_disk = existing_ancestor(folder).stat().st_dev == existing_ancestor(out).stat().st_dev
     require_disk(out, model_bytes + COMPANION_BYTES + work_bytes * same_disk, "the output folder")
     if not same_disk:

@@ -1,11 +1,11 @@
 """All that decides the result: frozen settings, presets, their YAML form.
 
-preset: lorap
+preset: best
 ratio: 0.2
 dtype: auto
 methods:
-  - {method: attention_awsvd, alpha: 3.0}
-  - {method: ffn_lorap, protect: 0.01}
+  - {method: attention_anchored, storage: pivoted, step: null, half: attention}
+  - {method: ffn_anchored, share: 0.25, storage: pivoted, step: null, half: ffn}
 calibration: {files: [], samples: 128, length: 2048, seed: 0}
 """
 
@@ -21,7 +21,7 @@ import yaml
 from streamlap.errors import RecipeError
 from streamlap.families import Family
 from streamlap.families.stream import COMPUTE_DTYPES
-from streamlap.methods import METHODS, PRESETS, Method
+from streamlap.methods import ANCHORED, METHODS, PRESETS, AnchoredMethod, Method, OnePassMethod
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,9 +54,10 @@ class Recipe:
 
     ratio: float = 0.2
     """Fraction of the decoder-linear parameters to remove, inside (0, 1)."""
-    preset: str = "lorap"
+    preset: str = "best"
     """Where `methods` came from; "custom" when they were written out by hand."""
-    methods: tuple[Method, ...] = PRESETS["lorap"]
+    methods: tuple[Method, ...] = PRESETS["best"]
+    """Of one kind: one-pass methods that edit different linears, or anchored ones, of which several may try for one half."""
     calibration: Calibration = field(default_factory=Calibration)
     dtype: str = "auto"
     """Compute dtype; auto is float32 on a CPU and the checkpoint's dtype on a GPU. Storage keeps the checkpoint's dtype."""
@@ -69,10 +70,31 @@ class Recipe:
         if self.dtype not in ("auto", *COMPUTE_DTYPES):
             raise RecipeError(f"dtype is {self.dtype!r}; wanted one of auto, {', '.join(COMPUTE_DTYPES)}.")
 
+    @property
+    def anchored(self) -> bool:
+        """Whether layers are rebuilt half by half beside the dense model."""
+        return any(isinstance(method, ANCHORED) for method in self.methods)
+
+    def of_half(self, half: str) -> dict[str, AnchoredMethod]:
+        """The anchored methods that try for a half, by a name that tells them apart."""
+        found = [method for method in self.methods if isinstance(method, ANCHORED) and method.half == half]
+        return {f"{method_name(method)} {place}": method for place, method in enumerate(found)}
+
+    @property
+    def one_pass(self) -> tuple[OnePassMethod, ...]:
+        return tuple(method for method in self.methods if not isinstance(method, ANCHORED))
+
     def check_paths(self, family: Family) -> None:
-        """Raise RecipeError where two methods would edit one linear."""
+        """Raise RecipeError where two one-pass methods would edit one linear, or kinds are mixed."""
+        if self.anchored:
+            missing = [half for half in family.halves if not self.of_half(half)]
+            if self.one_pass or missing:
+                raise RecipeError(
+                    f"methods are {', '.join(map(method_name, self.methods))}; wanted one-pass methods alone, or anchored ones "
+                    f"for every half: {', '.join(family.halves)}."
+                )
         owner: dict[str, str] = {}
-        for method in self.methods:
+        for method in self.one_pass:
             for path in method.paths(family):
                 if path in owner:
                     raise RecipeError(
@@ -95,7 +117,7 @@ class Recipe:
         return replace(self, **(own | {"calibration": calibration}))
 
     def to_dict(self) -> dict[str, Any]:
-        methods = [{"method": method_name(method), **asdict(method)} for method in self.methods]  # type: ignore[call-overload]
+        methods = [{"method": method_name(method), **asdict(method)} for method in self.methods]
         calibration = asdict(self.calibration) | {"files": list(self.calibration.files)}
         plain = {"preset": self.preset, "ratio": self.ratio, "dtype": self.dtype}
         return plain | {"methods": methods, "calibration": calibration}
@@ -109,7 +131,7 @@ class Recipe:
         """The recipe that a parsed YAML or JSON object stands for. Raises RecipeError for unknown keys and bad values."""
         _refuse_unknown("recipe", table, cls)
         values = dict(table)
-        preset = values.setdefault("preset", "custom" if "methods" in values else "lorap")
+        preset = values.setdefault("preset", "custom" if "methods" in values else "best")
         if "methods" in values:
             if not isinstance(values["methods"], list):
                 raise RecipeError(f"methods is {values['methods']!r}; wanted a list of some of {', '.join(METHODS)}.")
@@ -153,8 +175,8 @@ def _parse_method(row: Any) -> Method:
     knobs = {key: value for key, value in row.items() if key != "method"}
     _refuse_unknown(row["method"], knobs, kind)
     for key, value in knobs.items():
-        if isinstance(value, bool) or not isinstance(value, int | float):
-            raise RecipeError(f"{row['method']}: {key} is {value!r}; wanted a number.")
+        if isinstance(value, bool) or not isinstance(value, int | float | str | None):
+            raise RecipeError(f"{row['method']}: {key} is {value!r}; wanted a number, a word or nothing.")
     return kind(**knobs)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from streamlap.families.layer import Edit
@@ -30,6 +30,8 @@ class LayerReport:
     peak_vram_bytes: int
     baseline_ram_bytes: int
     """Resident set at the end of the layer."""
+    errors: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
+    """Half -> method -> relative squared error on held-out tokens, where several methods tried for a half."""
     ladder: tuple[str, ...] = ()
     """What gave way because memory ran out."""
     bytes_read: int = 0

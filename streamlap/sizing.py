@@ -58,12 +58,22 @@ class Workload:
     """The output head and its logits, where it is used."""
     head_stored: int = 0
     """The head as it is stored."""
+    streams: int = 1
+    """Hidden states kept beside each other: one where layers are edited in one pass; four where they are rebuilt beside the dense
+    model, its stream and the compressed one, before and after the first half."""
+    capture: int = 0
+    """What the sums over tokens hold, with the edits so far, where a solve looks at the streams itself."""
     copied: int = 0
     """The piece in which a tensor that stays as it is goes from the source to the shard."""
 
     @property
     def generation(self) -> int:
         return self.sequences * self.length * self.width * self.itemsize
+
+    @property
+    def disk_generations(self) -> int:
+        """Generations on the disk while a layer is done, where the disk keeps them: what was there and what is coming."""
+        return self.streams + min(self.streams, 2)
 
     def batch(self, sequences: int) -> int:
         """Hidden states of so many sequences."""
@@ -124,7 +134,7 @@ def _cpu_schedule(work: Workload, overlap: bool, tier: str, micro: int) -> Sched
             "staging": work.staged * buffers(work, overlap), "layer": work.computed * work.converts, **bank, **batches,
         },
         "capture": {"activations": work.activations(micro, work.inner), "edits": work.edits * overlap},
-        "solve": {"solve": work.solve},
+        "solve": {"solve": _solve(work, micro)},
         "propagate": {**after, "writer": work.copied},
         "head": {"head": work.head, **bank, **batches} if work.head else {},
     }  # fmt: skip
@@ -149,18 +159,23 @@ def _gpu_schedule(work: Workload, overlap: bool, tier: str, micro: int) -> Sched
             **resident,
         },
         "capture": {"activations": work.activations(micro, work.inner), "edits": work.edits * overlap},
-        "solve": {"solve": work.solve},
+        "solve": {"solve": _solve(work, micro)},
         "propagate": {"edits": work.edits, "activations": work.activations(micro, work.inner_after)},
         "head": {"head": work.head, **resident},
     }
     return Schedule(overlap=overlap, tier=tier, micro=micro, ram=ram, vram=vram)
 
 
+def _solve(work: Workload, micro: int) -> int:
+    """What a solve holds; one that rebuilds halves goes back to the streams between its steps."""
+    return max(work.solve, work.capture + work.activations(micro, work.inner) if work.capture else 0)
+
+
 def _hidden(work: Workload, overlap: bool, tier: str, batch: int) -> tuple[dict[str, int], dict[str, int]]:
     """One generation, where a memory keeps it, and the batches on their way: read (in use, and the next), computed, written."""
-    bank = {"hidden states": -(-work.generation // work.batch(batch_of(work.length))) * batch}
+    bank = {"hidden states": -(-work.generation // work.batch(batch_of(work.length))) * batch * work.streams}
     if tier == "disk":
-        return {}, {"hidden batches": batch * (3 + IN_FLIGHT * overlap)}
+        return {}, {"hidden batches": batch * (3 + 2 * (work.streams > 1) + IN_FLIGHT * overlap)}
     on_their_way = 0 if tier == "ram" and work.device.type == "cpu" else 1 + IN_FLIGHT * overlap
     return bank, {"hidden batches": batch * on_their_way}
 

@@ -71,8 +71,9 @@ def quantization_config(report: Report, layers_path: str) -> dict[str, Any]:
 
 
 def module_rows(layers: Iterable[LayerReport], layers_path: str) -> dict[str, dict[str, int]]:
-    """Module path in the model -> its row, for every edited linear."""
-    return {f"{layers_path}.{layer.index}.{edit.path}": dict(edit.row) for layer in layers for edit in layer.edits}
+    """Module path in the model -> its row, for every linear that is not a dense one of the same shape."""
+    rows = ((f"{layers_path}.{layer.index}.{edit.path}", edit.row) for layer in layers for edit in layer.edits)
+    return {path: dict(row) for path, row in rows if row}
 
 
 def licence_of(card: str) -> dict[str, str]:

@@ -22,6 +22,24 @@ GATED_SITES = {
 
 
 @dataclass(frozen=True, kw_only=True)
+class Half:
+    """One half of a decoder layer, x + module(norm(x)): the paths of its parts, and the sites that read and write the stream."""
+
+    norm: str
+    module: str
+    reads: str
+    """Site whose inputs are norm(x)."""
+    writes: str
+    """Site whose outputs are added to x; one linear."""
+
+
+PRE_NORM_HALVES = {
+    "attention": Half(norm="input_layernorm", module="self_attn", reads="attn_in", writes="attn_out"),
+    "ffn": Half(norm="post_attention_layernorm", module="mlp", reads="ffn_in", writes="ffn_mid"),
+}
+
+
+@dataclass(frozen=True, kw_only=True)
 class Family:
     """One row: where a family keeps its parts, as paths in the transformers model."""
 
@@ -35,6 +53,8 @@ class Family:
     ignored: tuple[str, ...] = ("rotary_emb.inv_freq",)
     """Endings of tensors that old checkpoints carry and no current model reads; they are left behind."""
     sites: Mapping[str, tuple[str, ...]] = field(default_factory=lambda: GATED_SITES)
+    halves: Mapping[str, Half] = field(default_factory=lambda: PRE_NORM_HALVES)
+    """The two halves in their order; together they are the whole layer."""
     bias_flags: Mapping[str, str] = field(default_factory=dict)
     """Beginning of a path -> the flag in config.json that gives every linear under it a bias."""
 
@@ -42,6 +62,10 @@ class Family:
     def linears(self) -> tuple[str, ...]:
         """Every linear of a decoder layer that counts as a decoder parameter, in order."""
         return tuple(path for paths in self.sites.values() for path in paths)
+
+    def half_linears(self, half: str) -> tuple[str, ...]:
+        """The linears of one half."""
+        return (*self.sites[self.halves[half].reads], *self.sites[self.halves[half].writes])
 
 
 FAMILIES = {

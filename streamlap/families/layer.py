@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -90,6 +90,60 @@ class StreamLayer:
             )
         return y_BLD
 
+    @torch.no_grad()
+    def normed(self, half: str, x_BLD: torch.Tensor) -> torch.Tensor:
+        """What the linears of a half read when the half is given x."""
+        return self._norm(half)(self._here(x_BLD))
+
+    @torch.no_grad()
+    def run_half(self, half: str, x_BLD: torch.Tensor) -> torch.Tensor:
+        """x and what the half adds to it. Both halves in their order give, bit by bit, what the layer gives."""
+        x_BLD = self._here(x_BLD)
+        y_BLD = x_BLD + self._half(half, x_BLD)
+        if not all_finite(y_BLD):
+            raise NumericalError(
+                f"{self.prefix} {half} gave NaN or infinite hidden states; wanted finite ones. Try dtype float32 in the recipe."
+            )
+        return y_BLD
+
+    @torch.no_grad()
+    def middle(self, half: str, x_BLD: torch.Tensor) -> torch.Tensor:
+        """What the linear at the end of a half (o, down) reads when the half is given x."""
+        (path,) = self.family.sites[self.family.halves[half].writes]
+        last = self.module.get_submodule(path)
+        self.module.set_submodule(path, nn.Identity())
+        try:
+            return self._half(half, self._here(x_BLD))
+        finally:
+            self.module.set_submodule(path, last)
+
+    def _here(self, x_BLD: torch.Tensor) -> torch.Tensor:
+        parameter = next(self.module.parameters())
+        return x_BLD.to(parameter.device, parameter.dtype)
+
+    def _norm(self, half: str) -> nn.Module:
+        return self.module.get_submodule(self.family.halves[half].norm)
+
+    def _half(self, half: str, x_BLD: torch.Tensor) -> torch.Tensor:
+        """What a half adds to x."""
+        module = self.module.get_submodule(self.family.halves[half].module)
+        kwargs = self._kwargs if half == "attention" else {}
+        y = module(self._norm(half)(x_BLD), **kwargs)
+        y_BLD: torch.Tensor = y[0] if isinstance(y, tuple) else y
+        return y_BLD
+
+    @contextlib.contextmanager
+    def tried(self, edits: Sequence[Edit]) -> Iterator[None]:
+        """While the block lasts the layer runs with these edits."""
+        before = {edit.path: self.module.get_submodule(edit.path) for edit in edits}
+        try:
+            for edit in edits:
+                self.module.set_submodule(edit.path, self._running(edit))
+            yield
+        finally:
+            for path, module in before.items():
+                self.module.set_submodule(path, module)
+
     @contextlib.contextmanager
     def observed(self, collectors: Iterable[tuple[str, Collector]]) -> Iterator[None]:
         """While the block lasts, each collector sees the input of its site, sequence by sequence as x_LI."""
@@ -121,11 +175,15 @@ class StreamLayer:
             dense = self.linear(edit.path)
             has_bias = any(name.endswith("bias") for name in edit.module.state_dict())
             assert has_bias == (edit.added_bias or dense.bias is not None), f"{edit.path}: added_bias is wrong"
-            weight, stored = dense.weight, next(edit.module.parameters())
-            self._edited[edit.path] = running = edit.module
-            if (stored.device, stored.dtype) != (weight.device, weight.dtype):
-                running = copy.deepcopy(edit.module).to(weight.device, weight.dtype)
-            self.module.set_submodule(edit.path, running)
+            self._edited[edit.path] = edit.module
+            self.module.set_submodule(edit.path, self._running(edit))
+
+    def _running(self, edit: Edit) -> nn.Module:
+        """The edit's module in the dtype and on the device of the layer."""
+        weight, stored = next(self.module.parameters()), next(edit.module.parameters())
+        if (stored.device, stored.dtype) == (weight.device, weight.dtype):
+            return edit.module
+        return copy.deepcopy(edit.module).to(weight.device, weight.dtype)
 
     def tensors(self) -> dict[str, TensorEntry]:
         """Everything of this layer that is to be written, by name on disk."""

@@ -91,6 +91,16 @@ class ModelStream:
         """The longest sequence the model was made for."""
         return int(self.config.max_position_embeddings)
 
+    @property
+    def head_dim(self) -> int:
+        """Numbers in one attention head."""
+        return int(getattr(self.config, "head_dim", None) or self.width // self.config.num_attention_heads)
+
+    def storage_itemsize(self, index: int) -> int:
+        """Bytes of a weight of a layer's linears; of the widest where they differ."""
+        names = [f"{self.layer_name(index)}.{path}.weight" for path in self.family.linears]
+        return max(self.source.info(name).dtype.itemsize for name in names)
+
     def layer_name(self, index: int) -> str:
         return f"{self.family.layers}.{index}"
 

@@ -2,15 +2,26 @@
 
 from __future__ import annotations
 
+from streamlap.methods.attention_anchored import AttentionAnchored
 from streamlap.methods.attention_awsvd import AttentionAwsvd
-from streamlap.methods.base import Method as Method
+from streamlap.methods.base import Anchored as Anchored
+from streamlap.methods.base import OnePass as OnePass
+from streamlap.methods.ffn_anchored import FfnAnchored
 from streamlap.methods.ffn_lorap import FfnLorap
 
-METHODS: dict[str, type[AttentionAwsvd] | type[FfnLorap]] = {
+OnePassMethod = AttentionAwsvd | FfnLorap
+AnchoredMethod = AttentionAnchored | FfnAnchored
+ANCHORED = (AttentionAnchored, FfnAnchored)
+Method = OnePassMethod | AnchoredMethod
+
+METHODS: dict[str, type[Method]] = {
     "attention_awsvd": AttentionAwsvd,
     "ffn_lorap": FfnLorap,
+    "attention_anchored": AttentionAnchored,
+    "ffn_anchored": FfnAnchored,
 }
 
 PRESETS: dict[str, tuple[Method, ...]] = {
+    "best": (AttentionAnchored(), *(FfnAnchored(share=share) for share in (0.0, 0.25, 0.5, 1.0))),
     "lorap": (AttentionAwsvd(), FfnLorap()),
 }

@@ -1,23 +1,30 @@
 """What a method is: a frozen dataclass of its knobs that says what it must see and which edits follow.
 
+There are two kinds. A one-pass method (LoRAP's) takes its statistics from the dense layer and edits it. An anchored method
+rebuilds one half of a layer, attention or FFN, so that it gives on the compressed stream what the dense model has there; where
+several may rebuild a half, the one that comes nearest on held-out tokens does.
+
 A method knows numbers and one layer; it never sees a file, a token or another layer.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+import torch
+
 from streamlap.families import Family
 from streamlap.families.layer import Edit, StreamLayer
+from streamlap.linalg.moments import Moments, Sample
 from streamlap.linalg.statistics import Energy
 
 Statistic = Energy
 Shapes = Mapping[str, tuple[int, int]]
 """Path in the layer -> (out, in) of the dense linear there."""
 Layout = dict[str, dict[str, int]]
-"""Path in the layer -> row of config.json's modules table: {"rank": r}, {"out": o}, {"in": i}."""
+"""Path in the layer -> row of config.json's modules table: {"rank": r}, {"pivots": r}, {"out": o}, {"in": i}, ..."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,11 +35,15 @@ class Cost:
     """Most memory held at one time beside the weights and the finished edits."""
     flops: int = 0
     """Floating-point operations of products in float64."""
+    flops_per_token: int = 0
+    """Of products in float32, for the sums over calibration tokens."""
+    capture_bytes: int = 0
+    """Most that these sums hold, with what is summed into them at a time."""
     decompositions: tuple[int, ...] = ()
     """Sizes of the symmetric eigen-problems, in float64."""
 
 
-class Method(Protocol):
+class OnePass(Protocol):
     def layout(self, family: Family, shapes: Shapes, target: float) -> Layout:
         """What each edited linear will become when `target` of the layer's linear parameters go; from shapes alone.
 
@@ -53,3 +64,77 @@ class Method(Protocol):
         ...
 
     def edit(self, layer: StreamLayer, stats: Mapping[str, Statistic], target: float) -> list[Edit]: ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class Seen:
+    """One pass over a half: sums over most tokens, and rows of others to choose by."""
+
+    moments: Moments
+    held: Sample
+
+
+class HalfView(Protocol):
+    """A half of a layer with both its streams, as a method sees it."""
+
+    layer: StreamLayer
+    half: str
+
+    def inputs(self) -> Seen:
+        """What the half's first linears read on the compressed stream, against what they read on the dense one."""
+        ...
+
+    def once(self, name: str, make: Callable[[], torch.Tensor]) -> torch.Tensor:
+        """What `make` gives, made the first time only: what several methods of a half need."""
+        ...
+
+    def middles(self, edits: Sequence[Edit]) -> Seen:
+        """What its last linear reads with these edits, against what the half has to add to the compressed stream to
+        arrive where the dense model is."""
+        ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class Budget:
+    """What a half may store."""
+
+    parameters: int
+    """In its linears, biases and indices included."""
+    itemsize: int
+    """Bytes of a weight: an index counts as the bytes that it takes."""
+    head_dim: int
+    """Numbers in one attention head."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Built:
+    """A half rebuilt."""
+
+    edits: list[Edit]
+    error: float
+    """Squared distance from the target over the target's own power, on held-out tokens."""
+
+
+class Anchored(Protocol):
+    @property
+    def half(self) -> str:
+        """attention or ffn."""
+        ...
+
+    def layout(self, family: Family, shapes: Shapes, biased: Mapping[str, bool], budget: Budget) -> Layout:
+        """As above. The parameters that it stores are at most the budget's and nearly as many."""
+        ...
+
+    def cost(self, family: Family, shapes: Shapes, layout: Layout) -> Cost: ...
+
+    def build(self, view: HalfView, layout: Layout) -> Built: ...
+
+
+def held_error(w_OI: torch.Tensor, bias_O: torch.Tensor | None, held: Sample) -> float:
+    """Relative squared error of y = W x + bias against the anchors of held-out tokens."""
+    target_TO = held.anchor_TA.double()
+    y_TO = held.x_TI.double() @ w_OI.double().T
+    if bias_O is not None:
+        y_TO += bias_O.double()
+    power = float(target_TO.square().sum())
+    return float((target_TO - y_TO).square().sum()) / power if power > 0 else 0.0

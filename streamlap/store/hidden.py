@@ -32,16 +32,17 @@ class HiddenBank:
     """Generations of one run, read and written in order, `batch` sequences at a time.
 
     Args: folder, where generations lie on the disk, None where nothing has to outlive the process; cache, the device in whose
-    memory the newest generation stays, None to read it from the disk; pinned, whether batches go on to a CUDA device.
+    memory the newest generation stays, None to read it from the disk; pinned, whether batches go on to a CUDA device; name, what
+    its files are called.
     """
 
     def __init__(
         self, shape_NLD: tuple[int, int, int], dtype: torch.dtype, batch: int, *,
-        folder: Path | None = None, cache: torch.device | None = None, pinned: bool = False,
+        folder: Path | None = None, cache: torch.device | None = None, pinned: bool = False, name: str = "hidden",
     ) -> None:  # fmt: skip
         assert folder is not None or cache is not None, "a bank without any tier"
         self.shape_NLD, self.dtype, self.batch = shape_NLD, dtype, batch
-        self.folder, self._cache, self._pinned = folder, cache, pinned
+        self.folder, self._cache, self._pinned, self._name = folder, cache, pinned, name
         self._kept: list[torch.Tensor | Download] = []
         self._kept_generation = -1
         self._file: DurableFile | None = None
@@ -119,7 +120,7 @@ class HiddenBank:
 
     def _path(self, generation: int) -> Path:
         assert self.folder is not None
-        return self.folder / f"hidden-{generation:05d}.bin"
+        return self.folder / f"{self._name}-{generation:05d}.bin"
 
     def _create(self, generation: int) -> DurableFile:
         assert self.folder is not None

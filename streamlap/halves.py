@@ -1,0 +1,191 @@
+"""A layer rebuilt half by half, beside the dense model: what `pipeline` does for the anchored methods of a recipe.
+
+Two streams go through a layer: x, where the dense model is, and x^, where the compressed one is. A half is rebuilt to add to x^
+what brings it to where x will be. Between the halves both streams are kept in banks of their own, which need not outlive the
+process: a run that dies begins its layer anew.
+
+Shape suffixes: B batch, L length, D hidden.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+
+from streamlap.engine import Engine, open_bank
+from streamlap.families.layer import Edit, StreamLayer
+from streamlap.families.stream import ModelStream
+from streamlap.linalg.moments import Moments, Sample
+from streamlap.meters import PhaseClock
+from streamlap.methods.base import Anchored, Built, Layout, Seen
+from streamlap.methods.costs import HELD_TOKENS
+from streamlap.sizing import Schedule
+from streamlap.store.hidden import HiddenBank
+
+HELD_SEQUENCES = 8
+"""One sequence of so many is held out, until `HELD_TOKENS` are."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Place:
+    """Where the hidden states of one stream are."""
+
+    bank: HiddenBank
+    generation: int
+
+    def read(self) -> Iterator[torch.Tensor]:
+        return self.bank.read(self.generation)
+
+
+@dataclass(kw_only=True)
+class View:
+    """One half of a layer as its methods see it; see `HalfView`."""
+
+    engine: Engine
+    clock: PhaseClock
+    layer: StreamLayer
+    index: int
+    half: str
+    dense: Place
+    """The dense stream before the half."""
+    goal: Place
+    """The dense stream after it."""
+    stream: Place
+    """The compressed stream before it."""
+    _made: dict[str, torch.Tensor] = field(default_factory=dict)
+    _inputs: Seen | None = None
+
+    def inputs(self) -> Seen:
+        if self._inputs is None:
+            normed = self.layer.normed
+
+            def look(dense_BLD: torch.Tensor, x_BLD: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+                return normed(self.half, x_BLD), normed(self.half, dense_BLD)
+
+            self._inputs = self._collect(look, self.dense, self.stream)
+        return self._inputs
+
+    def middles(self, edits: Sequence[Edit]) -> Seen:
+        def look(goal_BLD: torch.Tensor, x_BLD: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+            return self.layer.middle(self.half, x_BLD), goal_BLD.float() - x_BLD.float()
+
+        with self.layer.tried(edits):
+            return self._collect(look, self.goal, self.stream)
+
+    def once(self, name: str, make: Callable[[], torch.Tensor]) -> torch.Tensor:
+        if name not in self._made:
+            self._made[name] = make()
+        return self._made[name]
+
+    def _collect(self, look: Callable[..., tuple[torch.Tensor, torch.Tensor]], *places: Place) -> Seen:
+        """Sums over (x, anchor) of every sequence, or where its turn comes its rows."""
+
+        def attempt() -> Seen:
+            seen, number = Seen(moments=Moments(), held=Sample(HELD_TOKENS)), 0
+            total = self.stream.bank.shape_NLD[0]
+            for batches in self.engine.together(*(place.read() for place in places), phase="capture"):
+                for parts in zip(*(torch.split(x_BLD, self.engine.ladder.micro) for x_BLD in batches), strict=True):
+                    for x_LI, anchor_LA in zip(*look(*parts), strict=True):
+                        number += 1
+                        held = is_held(number, total) and not seen.held.full
+                        (seen.held if held else seen.moments).update(x_LI, anchor_LA)
+            if not seen.moments.tokens:  # a single sequence: nothing is left to hold out
+                seen.moments.update(seen.held.x_TI, seen.held.anchor_TA)
+            return seen
+
+        with self.clock.phase("capture"):
+            return self.engine.ladder.climb("capture", self.index, attempt)
+
+
+def is_held(number: int, total: int) -> bool:
+    """Whether the `number`th sequence (from 1) of `total` is held out: every eighth, or the last of fewer."""
+    return number % HELD_SEQUENCES == 0 or (total < HELD_SEQUENCES and number == total)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Banks:
+    """The streams beside the compressed one, which `Engine.hidden` holds."""
+
+    dense: HiddenBank
+    """The dense stream between layers; as durable as the compressed one."""
+    dense_middle: HiddenBank
+    middle: HiddenBank
+    """Both streams between the halves of the layer in hand."""
+
+    def drop_middles(self, index: int) -> None:
+        """What lies between the halves of a layer that is done."""
+        self.dense_middle.drop(index)
+        self.middle.drop(index)
+
+
+def open_banks(stream: ModelStream, tokens_NL: torch.Tensor, schedule: Schedule, folder: Path | None) -> Banks:
+    """The banks in the memory that the schedule gives them. What lies between halves is in `folder` only where no memory is."""
+    between = folder if schedule.tier == "disk" else None
+    return Banks(
+        dense=open_bank(stream, tokens_NL, schedule, folder, "dense"),
+        dense_middle=open_bank(stream, tokens_NL, schedule, between, "dense-middle"),
+        middle=open_bank(stream, tokens_NL, schedule, between, "middle"),
+    )
+
+
+HalfErrors = dict[str, dict[str, float]]
+"""Half -> method -> relative squared error of its output on held-out tokens."""
+
+
+Candidates = Mapping[str, tuple[Anchored, Layout]]
+"""Methods for one half by name, with what each will make of it."""
+
+
+def rebuild_layer(
+    engine: Engine, banks: Banks, layer: StreamLayer, index: int, candidates: Mapping[str, Candidates],
+    clock: PhaseClock, ready: Callable[[], None],
+) -> tuple[list[Edit], HalfErrors]:  # fmt: skip
+    """Both halves of a layer, rebuilt and applied; the compressed stream is then at `banks.middle`, before the second half.
+
+    `ready` is called before the first solve. Gives the edits, and the errors of all methods by half.
+    """
+    before, between, after = (
+        Place(bank=banks.dense, generation=index), Place(bank=banks.dense_middle, generation=index),
+        Place(bank=banks.dense, generation=index + 1),
+    )  # fmt: skip
+    with clock.phase("dense"), engine.claim("propagate"):
+        engine.carry(half_of(layer, "attention"), index, before.read(), banks.dense_middle, index)
+    ready()
+    edits: list[Edit] = []
+    errors: HalfErrors = {}
+    for half, dense, goal, bank in (("attention", before, between, engine.hidden), ("ffn", between, after, banks.middle)):
+        if half == "ffn":
+            with clock.phase("dense"), engine.claim("propagate"):
+                engine.carry(half_of(layer, "ffn"), index, between.read(), banks.dense, index + 1)
+        view = View(
+            engine=engine, clock=clock, layer=layer, index=index, half=half, dense=dense, goal=goal,
+            stream=Place(bank=bank, generation=index),
+        )  # fmt: skip
+        with clock.phase("solve"), engine.claim("solve"):
+            built, errors[half] = rebuild(view, candidates[half])
+        layer.apply(built.edits)
+        edits += built.edits
+        if half == "attention":
+            with clock.phase("propagate"), engine.claim("propagate"):
+                engine.carry(half_of(layer, half), index, engine.hidden.read(index), banks.middle, index)
+    return edits, errors
+
+
+def half_of(layer: StreamLayer, half: str) -> Callable[[torch.Tensor], torch.Tensor]:
+    return lambda x_BLD: layer.run_half(half, x_BLD)
+
+
+def rebuild(view: View, candidates: Candidates) -> tuple[Built, dict[str, float]]:
+    """The best of the methods for a half, by its error on held-out tokens; and the errors of all, by name."""
+    best: Built | None = None
+    errors: dict[str, float] = {}
+    for name, (method, layout) in candidates.items():
+        built = method.build(view, layout)
+        errors[name] = built.error
+        if best is None or built.error < best.error:
+            best = built
+    assert best is not None, "no method for a half"
+    return best, errors

@@ -1,0 +1,85 @@
+"""What a linear should become before anything is cut from it: the map that is best on the inputs which it will really get.
+
+Shape suffixes: T tokens, O out, I in.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from streamlap.errors import NumericalError
+
+DAMPING = 1e-3
+"""Share of the mean diagonal that is added to a Gram before it is inverted."""
+
+RIDGES = (1e-10, 1e-8, 1e-6, 1e-4, 1e-2)
+"""The same where only a root is wanted: the first with which it exists. A Gram of fewer tokens than inputs, summed from float32
+products, has eigenvalues as far below zero as those round."""
+
+MARGIN = 100.0
+"""A root exists where it does with so much less damping: just above the point where it fails it would amplify rounding."""
+
+
+def damped(gram_II: torch.Tensor, damping: float = DAMPING) -> torch.Tensor:
+    """A copy of a Gram with damping * mean(diag) added to its diagonal: the one damping rule of the package.
+
+    A dead input (0) gets no more than the others: in a Gram of small numbers a 1 would outweigh all that is alive.
+    """
+    copy_II = gram_II.clone()
+    copy_II.diagonal().add_(damping * level(gram_II))
+    return copy_II
+
+
+def level(gram_II: torch.Tensor) -> float:
+    """Mean of the diagonal, what a share of damping is a share of; 1 where every input is dead."""
+    return float(gram_II.diagonal().mean()) or 1.0
+
+
+def cholesky(gram_II: torch.Tensor, damping: float = DAMPING) -> torch.Tensor:
+    """Lower factor of the damped Gram. Raises NumericalError where even damping leaves it indefinite."""
+    factor_II = _factor(gram_II, damping)
+    if factor_II is None:
+        raise NumericalError(
+            f"a Gram of size {len(gram_II)} is not positive definite after damping of {damping}; wanted finite statistics "
+            "of the inputs. Take more calibration text, or dtype float32."
+        )
+    return factor_II
+
+
+def root(gram_II: torch.Tensor) -> torch.Tensor:
+    """L of L L' = S, lower, with no more damping than it needs. Raises NumericalError as `cholesky` does."""
+    ridge = next((ridge for ridge in RIDGES if _factor(gram_II, ridge / MARGIN) is not None), RIDGES[-1])
+    return cholesky(gram_II, ridge)
+
+
+def _factor(gram_II: torch.Tensor, damping: float) -> torch.Tensor | None:
+    factor_II, info = torch.linalg.cholesky_ex(damped(gram_II, damping))
+    return factor_II if int(info) == 0 and bool(torch.isfinite(factor_II.diagonal()).all()) else None
+
+
+def solve_right(factor_II: torch.Tensor, b_OI: torch.Tensor) -> torch.Tensor:
+    """b S^-1 for S = L L'."""
+    return torch.cholesky_solve(b_OI.mT, factor_II).mT
+
+
+def correction(
+    w_OI: torch.Tensor, gram_II: torch.Tensor, cross_OI: torch.Tensor, damping: float = DAMPING
+) -> torch.Tensor:
+    """How far W must move to give t instead of W x: (C - W S)(S + lambda)^-1, C = sum t x'. The ridge pulls towards W itself.
+
+    The full-rank minimiser of sum |t - W' x|^2 is W plus this; with few tokens the damping keeps W where they say nothing.
+    """
+    w_OI = w_OI.double()
+    return solve_right(cholesky(gram_II, damping), cross_OI - w_OI @ gram_II)
+
+
+def best_step(w_OI: torch.Tensor, delta_OI: torch.Tensor, x_TI: torch.Tensor, target_TO: torch.Tensor) -> float:
+    """The b in [0, 1] for which W + b Delta is nearest to the target on held-out tokens.
+
+    0 leaves W as it is, 1 anchors it fully to the dense model; the error is a parabola in b, so no grid is needed.
+    """
+    x_TI = x_TI.double()
+    moved_TO = x_TI @ delta_OI.T
+    missing_TO = target_TO.double() - x_TI @ w_OI.double().T
+    power = float(moved_TO.square().sum())
+    return min(1.0, max(0.0, float((missing_TO * moved_TO).sum()) / power)) if power > 0 else 0.0

@@ -1,0 +1,131 @@
+"""Second moments of what a linear reads, and of what it should give: all that a closed form needs to know of the tokens.
+
+Each equals its one-shot formula, whatever the batches. Sums are float64; products are float32 where the tokens are narrower
+than float64, of a fixed number of tokens at a time, so that the sum of a billion tokens is as exact as that of a thousand.
+
+Shape suffixes: T tokens, I in, A anchor (out, or in of the dense stream).
+"""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+
+CHUNK_TOKENS = 2048
+"""Tokens in one product. Fixed, and counted across updates: the bits do not depend on the batches."""
+
+ROW_BLOCK = 2048
+"""Rows of a sum that are computed at a time: beside the sum itself, memory holds one such block."""
+
+
+class Moments:
+    """S = sum x x' [I, I], and C = sum t x' [A, I] where every token x comes with its anchor t."""
+
+    def __init__(self, anchored: bool = True) -> None:
+        self.tokens = 0
+        self._anchored = anchored
+        self._gram_II: torch.Tensor | None = None
+        self._cross_AI: torch.Tensor | None = None
+        self._chunk: list[torch.Tensor] = []
+        """Tokens that wait for others, and their anchors; copies, for the caller may use its memory again."""
+        self._waiting = 0
+
+    def update(self, x_TI: torch.Tensor, anchor_TA: torch.Tensor | None = None) -> None:
+        """Take in tokens, and where the statistic is anchored what each stands against."""
+        assert (anchor_TA is not None) == self._anchored
+        given = [x_TI] if anchor_TA is None else [x_TI, anchor_TA]
+        assert all(len(rows) == len(x_TI) for rows in given), "every token has one anchor"
+        self.tokens += len(x_TI)
+        while len(given[0]):
+            if not self._chunk:
+                self._chunk = [rows.new_empty(CHUNK_TOKENS, rows.shape[1]) for rows in given]
+            count = min(CHUNK_TOKENS - self._waiting, len(given[0]))
+            for held, rows in zip(self._chunk, given, strict=True):
+                assert held.dtype == rows.dtype, "one dtype from the first token to the last"
+                held[self._waiting : self._waiting + count] = rows[:count]
+            given = [rows[count:] for rows in given]
+            self._waiting += count
+            if self._waiting == CHUNK_TOKENS:
+                self._add()
+
+    def merge(self, other: Moments) -> None:
+        """Take in what another instance has seen."""
+        if not other.tokens:
+            return
+        for mine, theirs in (("_gram_II", other.gram_II), ("_cross_AI", other.cross_AI if self._anchored else None)):
+            if theirs is not None:
+                held = getattr(self, mine)
+                setattr(self, mine, theirs.clone() if held is None else held.add_(theirs.to(held.device)))
+        self.tokens += other.tokens
+
+    @property
+    def gram_II(self) -> torch.Tensor:  # noqa: N802
+        """Sum of x x', float64. At least one token must have come."""
+        self._flush()
+        assert self._gram_II is not None, "no tokens were seen"
+        return self._gram_II
+
+    @property
+    def cross_AI(self) -> torch.Tensor:  # noqa: N802
+        """Sum of t x', float64."""
+        self._flush()
+        assert self._cross_AI is not None, "no anchors were seen"
+        return self._cross_AI
+
+    def _flush(self) -> None:
+        """Sum what waits, and let go of the memory that it waited in."""
+        if self._waiting:
+            self._add()
+        self._chunk = []
+
+    def _add(self) -> None:
+        wide = functools.reduce(torch.promote_types, [held.dtype for held in self._chunk], torch.float32)
+        x_TI, *anchors = (held[: self._waiting].to(wide) for held in self._chunk)
+        self._waiting = 0
+        if self._gram_II is None:
+            self._gram_II = x_TI.new_zeros(x_TI.shape[1], x_TI.shape[1], dtype=torch.float64)
+        add_symmetric(self._gram_II, x_TI)
+        for anchor_TA in anchors:
+            if self._cross_AI is None:
+                self._cross_AI = x_TI.new_zeros(anchor_TA.shape[1], x_TI.shape[1], dtype=torch.float64)
+            for first in range(0, anchor_TA.shape[1], ROW_BLOCK):
+                rows = slice(first, first + ROW_BLOCK)
+                self._cross_AI[rows].add_(anchor_TA[:, rows].T @ x_TI)
+
+
+def add_symmetric(sum_II: torch.Tensor, x_TI: torch.Tensor) -> None:
+    """sum += x' x, each pair of blocks multiplied once."""
+    size = len(sum_II)
+    for first in range(0, size, ROW_BLOCK):
+        rows = slice(first, min(first + ROW_BLOCK, size))
+        product = x_TI[:, rows].T @ x_TI[:, first:]
+        sum_II[rows, first:].add_(product)
+        if rows.stop < size:
+            sum_II[rows.stop :, rows].add_(product[:, rows.stop - first :].T)
+
+
+class Sample:
+    """Rows (x, t) of tokens that no sum has seen, to choose by: the first `limit` of them."""
+
+    def __init__(self, limit: int) -> None:
+        self.limit, self._rows, self._count = limit, list[tuple[torch.Tensor, torch.Tensor]](), 0
+
+    def update(self, x_TI: torch.Tensor, anchor_TA: torch.Tensor) -> None:
+        room = self.limit - self._count
+        if room > 0:
+            self._rows.append((x_TI[:room].clone(), anchor_TA[:room].clone()))
+            self._count += min(room, len(x_TI))
+
+    @property
+    def full(self) -> bool:
+        """Whether no more rows are kept."""
+        return self._count >= self.limit
+
+    @property
+    def x_TI(self) -> torch.Tensor:  # noqa: N802
+        return torch.cat([x for x, _ in self._rows])
+
+    @property
+    def anchor_TA(self) -> torch.Tensor:  # noqa: N802
+        return torch.cat([anchor for _, anchor in self._rows])

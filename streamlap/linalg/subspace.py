@@ -1,0 +1,94 @@
+"""The rank-R map nearest to a linear on the inputs that it really gets, and its storage with an identity block.
+
+`min |(T - W') S^1/2|_F`, S the Gram of the inputs. With G = T S T' = U e U' the answer is W' = U_R (U_R' T): no inverse is
+needed, and the eigenvalues that are left out are its error. Where T has more rows than columns the same subspace is found on
+the side of the columns, in an eigen-problem of their number.
+
+Shape suffixes: O out, I in, R rank, N rows that are fitted again.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from streamlap.errors import NumericalError
+from streamlap.linalg.anchor import level, root, solve_right
+from streamlap.linalg.lowrank import eigh
+
+PULL = 1e-6
+"""Weight of the directions of which the Gram says nothing, as a share of the mean: there a refit follows T itself."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Subspace:
+    """W' = basis_OR @ map_RI, of every rank at once: the first R columns and rows are the answer for rank R."""
+
+    basis_OR: torch.Tensor
+    """Orthonormal columns."""
+    map_RI: torch.Tensor
+    energies: torch.Tensor
+    """All min(O, I) energies, descending; sum beyond R is the squared error of rank R, in units of the Gram."""
+
+    def error(self, rank: int) -> float:
+        """Relative error of a rank: the share of the energy that it leaves out."""
+        return tail(self.energies, rank)
+
+
+def tail(energies: torch.Tensor, rank: int) -> float:
+    total = float(energies.sum())
+    return float(energies[rank:].sum()) / total if total > 0 else 0.0
+
+
+def subspace(t_OI: torch.Tensor, gram_II: torch.Tensor, rank: int) -> Subspace:
+    """The best rank-R subspace of the map T on inputs with Gram S. One eigen-decomposition of size min(O, I), in float64.
+
+    Args: t_OI, gram_II float64 positive semi-definite, 1 <= rank <= min(O, I). METHODS: full-covariance low rank, as in
+    SVD-LLM (Wang et al. 2024, arXiv 2403.07378) without its whitening inverse.
+    """
+    t_OI = t_OI.double()
+    if t_OI.shape[0] <= t_OI.shape[1]:
+        energies, vectors = _spectrum(t_OI @ gram_II @ t_OI.T)
+        basis_OR = vectors[:, -rank:].flip(1)
+    else:
+        half_OI = t_OI @ root(gram_II)
+        energies, vectors = _spectrum(half_OI.T @ half_OI)
+        basis_OR = torch.linalg.qr(half_OI @ vectors[:, -rank:].flip(1)).Q
+    return Subspace(basis_OR=basis_OR, map_RI=basis_OR.T @ t_OI, energies=energies.flip(0).clamp_min(0.0))
+
+
+def _spectrum(gram: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    if not bool(torch.isfinite(gram.sum())):
+        raise NumericalError(
+            f"a Gram of size {len(gram)} has entries that are NaN or infinite; wanted finite statistics of the inputs. "
+            "Try dtype float32 in the recipe."
+        )
+    return eigh(symmetric(gram))
+
+
+def symmetric(gram: torch.Tensor) -> torch.Tensor:
+    """The symmetric part: rounding may leave a product slightly askew."""
+    return (gram + gram.mT).div_(2)
+
+
+def two_factors(
+    found: Subspace, gram_II: torch.Tensor, t_OI: torch.Tensor, dtype: torch.dtype
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """up_OR and down_RI in `dtype`, their scale shared; after `down` is rounded, `up` is fitted again to what it became."""
+    norm_R = found.map_RI.norm(dim=1)
+    scale_R = norm_R.clamp_min(float(norm_R.max()) * 1e-12).clamp_min(1e-300).rsqrt()
+    down_RI = (found.map_RI * scale_R[:, None]).to(dtype)
+    return refit(t_OI, down_RI, gram_II).to(dtype), down_RI
+
+
+def refit(t_NI: torch.Tensor, base_RI: torch.Tensor, gram_II: torch.Tensor) -> torch.Tensor:
+    """The C [N, R] for which C base is nearest to T in the metric of S: T S base' (base S base')^-1, float64."""
+    base_RI = base_RI.double()
+    half_IR = gram_II @ base_RI.T + PULL * level(gram_II) * base_RI.T
+    gram_RR = symmetric(base_RI @ half_IR)
+    scale_R = (
+        gram_RR.diagonal().clamp_min(1e-300).rsqrt()
+    )  # a ridge should weigh as much for a small row as for a large one
+    factor_RR = root(gram_RR * scale_R * scale_R[:, None])
+    return solve_right(factor_RR, t_NI.double() @ half_IR * scale_R) * scale_R

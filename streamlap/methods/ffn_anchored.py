@@ -1,0 +1,157 @@
+"""The FFN rebuilt: some channels go, what is left of gate, up and down becomes low-rank, anchored to the dense model.
+
+`share` says how the cut is divided: a half that keeps `a` of its parameters keeps a ** share of its channels, the rest of the cut
+falls to the ranks. 0 removes no channel, 1 cuts no rank. Channels go in the order of the optimal brain surgeon; down is fitted
+on what the new gate and up hand it, so that the half brings the stream back to where the dense model is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+
+from streamlap.errors import RecipeError
+from streamlap.families import Family
+from streamlap.families.layer import Edit
+from streamlap.linalg.budget import index_parameters
+from streamlap.linalg.obs import kept_after, removal_order
+from streamlap.linalg.pivot import pivot_rows
+from streamlap.linalg.ranks import RankSite, share_ranks
+from streamlap.linalg.subspace import Subspace, subspace
+from streamlap.methods.attention_anchored import check_knobs
+from streamlap.methods.base import Budget, Built, Cost, HalfView, Layout, Shapes, held_error
+from streamlap.methods.costs import half_cost
+from streamlap.methods.fitting import (
+    Aim,
+    dense_edit,
+    factored,
+    input_aims,
+    low_rank_edit,
+    merged,
+    output_aim,
+    pivoted,
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class FfnAnchored:
+    """Knobs of the method. `Edit.error` is the share of a linear's energy, in the metric of its inputs, that was cut."""
+
+    share: float = 0.0
+    """Part of the cut that falls to whole channels, from 0, none, to 1, all of it."""
+    storage: str = "pivoted"
+    """pivoted: rows of the matrix and a map from them to the others; factors: two factors."""
+    step: float | None = None
+    """How far linears are moved towards the dense stream, 0 to 1; None is what serves held-out tokens best."""
+    half: str = "ffn"
+
+    def __post_init__(self) -> None:
+        check_knobs("ffn_anchored", self.storage, self.step)
+        if not 0 <= self.share <= 1:
+            raise RecipeError(f"ffn_anchored: share is {self.share}; wanted a number from 0 to 1.")
+        if self.half != "ffn":
+            raise RecipeError(f"ffn_anchored: half is {self.half!r}; wanted ffn.")
+
+    def layout(self, family: Family, shapes: Shapes, biased: Mapping[str, bool], budget: Budget) -> Layout:
+        (gate, up), (down,) = family.sites["ffn_in"], family.sites["ffn_mid"]
+        (hidden, width), biases = shapes[down], sum(biased[path] for path in (gate, up))
+        left = budget.parameters - hidden * biased[down]
+        kept = self._kept(left, width, hidden, biases)
+        rows = {gate: {"out": kept}, up: {"out": kept}, down: {"in": kept}} if kept < width else {}
+        if self.share < 1:
+            sites = self._sites(kept, hidden, index_parameters(hidden, budget.itemsize))
+            ranks = share_ranks(sites, left - kept * biases)
+            for path, site in ((gate, sites[0]), (up, sites[0]), (down, sites[1])):
+                rank = ranks[site.name]
+                if rank is not None:
+                    rows[path] = rows.get(path, {}) | self._row(rank, path != down)
+        return rows
+
+    def _kept(self, parameters: int, width: int, hidden: int, biases: int) -> int:
+        """Channels that stay."""
+        most = parameters // (3 * hidden + biases)
+        kept = most if self.share == 1 else min(width, round(width * (parameters / (3 * hidden * width)) ** self.share))
+        if not 1 <= most:
+            raise RecipeError(f"ffn_anchored: {parameters} parameters hold no channel of {3 * hidden}; lower the ratio.")
+        return min(kept, width)
+
+    def _sites(self, kept: int, hidden: int, index: int) -> list[RankSite]:
+        index = index if self.storage == "pivoted" else 0
+        return [
+            RankSite(name="gate and up", rows=kept, columns=hidden, storage=self.storage, copies=2),
+            RankSite(name="down", rows=hidden, columns=kept, storage=self.storage, index=index),
+        ]
+
+    def _row(self, rank: int, folds: bool) -> dict[str, int]:
+        if self.storage == "factors":
+            return {"rank": rank}
+        return {"pivots": rank} | ({"groups": 1} if folds else {})
+
+    def cost(self, family: Family, shapes: Shapes, layout: Layout) -> Cost:
+        return half_cost(family, "ffn", shapes, layout)
+
+    def build(self, view: HalfView, layout: Layout) -> Built:
+        layer = view.layer
+        (gate, up), (down,) = layer.family.sites["ffn_in"], layer.family.sites["ffn_mid"]
+        shapes = layer.shapes((gate, up, down))
+        aims = input_aims(layer, (gate, up), view.inputs(), self.step)
+        kept = self._kept_channels(view, aims, layout, shapes[down][1])
+        if kept is not None:
+            aims = [narrowed(aim, kept) for aim in aims]
+        edits, channels = self._inner_edits(view, aims, layout, kept)
+        seen = view.middles(edits)
+        aim = output_aim(layer, down, channels, seen, self.step)
+        last, _ = low_rank_edit(layer, aim, layout.get(down, {}), shapes[down], channels if kept is not None else None)
+        return Built(edits=[*edits, last], error=held_error(*merged(last), seen.held))
+
+    def _kept_channels(self, view: HalfView, aims: list[Aim], layout: Layout, width: int) -> torch.Tensor | None:
+        """The channels that stay, ascending; None where all do. The order of going is found once for all methods of a half."""
+        (down,) = view.layer.family.sites["ffn_mid"]
+        count = layout.get(down, {}).get("in", width)
+        if count == width:
+            return None
+        least = round(width * (count / width) ** (1 / self.share))  # where share 1 ends, whatever this one's is
+        return kept_after(view.once("removal order", lambda: dense_removal_order(view, aims, least)), count)
+
+    def _inner_edits(
+        self, view: HalfView, aims: list[Aim], layout: Layout, kept: torch.Tensor | None
+    ) -> tuple[list[Edit], torch.Tensor | None]:
+        """gate and up; and which channel stands where in their common output, None where each is in its old place."""
+        layer = view.layer
+        of = layer.shapes([aim.path for aim in aims])
+        row = layout.get(aims[0].path, {})
+        rank = row.get("rank", row.get("pivots"))
+        if rank is None:
+            return [dense_edit(layer, aim, of[aim.path], kept) for aim in aims], kept
+        found = [subspace(aim.t_OI, aim.gram_II, rank) for aim in aims]
+        pairs = list(zip(aims, found, strict=True))
+        if "rank" in row:
+            return [factored(layer, aim, sub, of[aim.path], kept) for aim, sub in pairs], kept
+        pivots_R = common_pivots(found)
+        made = [pivoted(layer, aim, sub, pivots_R, 1, of[aim.path], kept) for aim, sub in pairs]
+        order = made[0][1]
+        assert order is not None
+        return [edit for edit, _ in made], order if kept is None else kept[order]
+
+
+def narrowed(aim: Aim, kept: torch.Tensor) -> Aim:
+    """An aim of which only the rows `kept` are left."""
+    bias_O = None if aim.bias_O is None else aim.bias_O[kept]
+    return Aim(path=aim.path, t_OI=aim.t_OI[kept], bias_O=bias_O, gram_II=aim.gram_II)
+
+
+def dense_removal_order(view: HalfView, aims: list[Aim], least: int) -> torch.Tensor:
+    """In which order the channels should go until `least` are left, from what down reads while gate and up are whole."""
+    layer = view.layer
+    (down,) = layer.family.sites["ffn_mid"]
+    whole = [dense_edit(layer, aim, (aim.t_OI.shape[0], aim.t_OI.shape[1])) for aim in aims]
+    order_F, _ = removal_order(layer.linear(down).weight, view.middles(whole).moments.gram_II, least)
+    return order_F
+
+
+def common_pivots(found: list[Subspace]) -> torch.Tensor:
+    """Rows that serve as pivots of gate and of up: the two then give their channels in one order, which down is folded into."""
+    first, second = (sub.basis_OR / sub.basis_OR.norm(dim=0).clamp_min(1e-300) for sub in found)
+    return pivot_rows(first + second)

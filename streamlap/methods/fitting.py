@@ -1,0 +1,141 @@
+"""What the anchored methods share: from a linear and what was seen of it to the edit that is written.
+
+Shape suffixes: O out, I in, R rank.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from streamlap.families.layer import Edit, StreamLayer
+from streamlap.linalg.anchor import best_step, correction
+from streamlap.linalg.pivot import folded_order, others, output_order, pivot_rows
+from streamlap.linalg.subspace import Subspace, refit, subspace, two_factors
+from streamlap.linears import LowRankLinear, PivotedLinear
+from streamlap.methods.base import Seen
+
+
+@dataclass(frozen=True, kw_only=True)
+class Aim:
+    """What a linear should be before anything is cut from it, and where it belongs."""
+
+    path: str
+    t_OI: torch.Tensor
+    """float64."""
+    bias_O: torch.Tensor | None
+    gram_II: torch.Tensor
+
+
+def input_aims(layer: StreamLayer, paths: Sequence[str], seen: Seen, step: float | None) -> list[Aim]:
+    """The linears at `paths`, which read one input, moved to give on the compressed stream what they give on the dense one.
+
+    T = W + b W (C - S)(S + lambda)^-1, with b = `step`, or where that is None the one that serves held-out tokens best.
+    """
+    gram_II, aims = seen.moments.gram_II, []
+    shift_II = None
+    if step != 0:
+        shift_II = correction(torch.eye(len(gram_II), device=gram_II.device), gram_II, seen.moments.cross_AI)
+    for path in paths:
+        dense = layer.linear(path)
+        w_OI = dense.weight.double()
+        t_OI = w_OI
+        if shift_II is not None:
+            delta_OI = w_OI @ shift_II
+            target_TO = seen.held.anchor_TA.double() @ w_OI.T
+            t_OI = w_OI + _step(step, w_OI, delta_OI, seen, target_TO) * delta_OI
+        aims.append(Aim(path=path, t_OI=t_OI, bias_O=dense.bias, gram_II=gram_II))
+    return aims
+
+
+def output_aim(layer: StreamLayer, path: str, columns: torch.Tensor | None, seen: Seen, step: float | None) -> Aim:
+    """The linear at the end of a half, moved to add to the compressed stream what brings it to the dense one.
+
+    `columns`: which of its inputs are left, in the order in which they now come; None where nothing changed.
+    """
+    dense, gram_II = layer.linear(path), seen.moments.gram_II
+    w_OI = dense.weight.double()
+    t_OI = w_OI = w_OI if columns is None else w_OI[:, columns]
+    if step != 0:
+        bias = 0.0 if dense.bias is None else dense.bias.double()
+        target_TO = seen.held.anchor_TA.double() - bias
+        delta_OI = correction(w_OI, gram_II, seen.moments.cross_AI)
+        t_OI = w_OI + _step(step, w_OI, delta_OI, seen, target_TO) * delta_OI
+    return Aim(path=path, t_OI=t_OI, bias_O=dense.bias, gram_II=gram_II)
+
+
+def _step(
+    step: float | None, w_OI: torch.Tensor, delta_OI: torch.Tensor, seen: Seen, target_TO: torch.Tensor
+) -> float:
+    return best_step(w_OI, delta_OI, seen.held.x_TI, target_TO) if step is None else step
+
+
+def dense_edit(layer: StreamLayer, aim: Aim, of: tuple[int, int], kept: torch.Tensor | None = None) -> Edit:
+    """A plain linear, of fewer channels where `kept` says so."""
+    dtype = layer.storage_dtype(aim.path)
+    module = nn.Linear(aim.t_OI.shape[1], aim.t_OI.shape[0], bias=aim.bias_O is not None, device="meta")
+    module.weight = nn.Parameter(aim.t_OI.to(dtype), requires_grad=False)
+    if aim.bias_O is not None:
+        module.bias = nn.Parameter(aim.bias_O.to(dtype), requires_grad=False)
+    return Edit(path=aim.path, module=module, of=of, error=0.0, kept=as_kept(kept))
+
+
+def as_kept(kept: torch.Tensor | None) -> tuple[int, ...] | None:
+    return None if kept is None else tuple(kept.tolist())
+
+
+def low_rank_edit(
+    layer: StreamLayer, aim: Aim, row: Mapping[str, int], of: tuple[int, int], kept: torch.Tensor | None = None
+) -> tuple[Edit, torch.Tensor | None]:
+    """The edit that `row` describes; and, where it folds its order away, the natural row at each place of its output."""
+    if "rank" not in row and "pivots" not in row:
+        return dense_edit(layer, aim, of, kept), None
+    found = subspace(aim.t_OI, aim.gram_II, row.get("rank", row.get("pivots", 0)))
+    if "rank" in row:
+        return factored(layer, aim, found, of, kept), None
+    pivots_R = pivot_rows(found.basis_OR, row.get("groups", 1))
+    return pivoted(layer, aim, found, pivots_R, row.get("groups"), of, kept)
+
+
+def factored(
+    layer: StreamLayer, aim: Aim, found: Subspace, of: tuple[int, int], kept: torch.Tensor | None = None
+) -> Edit:
+    """Two factors."""
+    dtype = layer.storage_dtype(aim.path)
+    up_OR, down_RI = two_factors(found, aim.gram_II, aim.t_OI, dtype)
+    bias = None if aim.bias_O is None else aim.bias_O.to(dtype)
+    module = LowRankLinear.from_factors(up_OR.contiguous(), down_RI.contiguous(), bias)
+    return Edit(path=aim.path, module=module, of=of, error=found.error(down_RI.shape[0]), kept=as_kept(kept))
+
+
+def pivoted(
+    layer: StreamLayer, aim: Aim, found: Subspace, pivots_R: torch.Tensor, groups: int | None, of: tuple[int, int],
+    kept: torch.Tensor | None = None,
+) -> tuple[Edit, torch.Tensor | None]:  # fmt: skip
+    """Pivot rows as they are, rounded, and the other rows fitted again to what the rounding made of them."""
+    dtype, rows = layer.storage_dtype(aim.path), aim.t_OI.shape[0]
+    base_RI = (found.basis_OR[pivots_R] @ found.map_RI).to(dtype)
+    order_O = None if groups is None else folded_order(pivots_R, rows, groups)
+    rest_N = others(pivots_R, rows)
+    rest_NR = refit(aim.t_OI[rest_N], base_RI, aim.gram_II).to(dtype)
+    bias_O = aim.bias_O if aim.bias_O is None or order_O is None else aim.bias_O[order_O]
+    module = PivotedLinear.from_parts(
+        base_RI.contiguous(), rest_NR.contiguous(), None if bias_O is None else bias_O.to(dtype),
+        output_order(pivots_R, rows) if groups is None else None, groups or 1,
+    )  # fmt: skip
+    if kept is not None and order_O is not None:
+        kept = kept[order_O]
+    error = found.error(len(pivots_R))
+    return Edit(path=aim.path, module=module, of=of, error=error, kept=as_kept(kept)), order_O
+
+
+def merged(edit: Edit) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Weight and bias that an edit's module stands for."""
+    module = edit.module
+    if isinstance(module, nn.Linear):
+        return module.weight, module.bias
+    assert isinstance(module, LowRankLinear | PivotedLinear)
+    return module.merged(torch.float32), module.merged_bias()
