@@ -16,7 +16,7 @@ from streamlap.errors import UnsupportedModel
 from streamlap.families.stream import ModelStream
 from streamlap.inventory import site_parameters
 from streamlap.methods import AnchoredMethod
-from streamlap.methods.base import Budget, Cost, Layout
+from streamlap.methods.base import Cost, Layout
 from streamlap.modules import carriers, disk_name, swap_modules
 from streamlap.recipe import Recipe
 from streamlap.sizing import Workload, layer_workload
@@ -79,9 +79,7 @@ def dense_shapes(stream: ModelStream, index: int) -> dict[str, tuple[int, int]]:
     return {path: stream.dense_shape(index, path) for path in stream.family.linears}
 
 
-def plan_halves(
-    stream: ModelStream, recipe: Recipe, index: int
-) -> dict[str, dict[str, tuple[AnchoredMethod, Layout]]]:
+def plan_halves(stream: ModelStream, recipe: Recipe, index: int) -> dict[str, dict[str, tuple[AnchoredMethod, Layout]]]:
     """Half -> method -> what it will make of the half's linears. What the first half leaves over, the second may use."""
     shapes, family, planned, spare = dense_shapes(stream, index), stream.family, {}, 0
     biased = {path: stream.has_bias(index, path) for path in family.linears}
@@ -146,7 +144,8 @@ def forecast_layer(
         generations_read=12 if recipe.anchored else 2, generations_written=2 if recipe.anchored else 1,
         generations_spilled=2 * recipe.anchored,
         widest=max(width for path, shape in shapes.items() for width in edited_shape(shape, layout.get(path, {}))),
-        flops=dense_flops + after_flops + extra_flops(recipe, dense_flops, costs, shape_NL), flops64=sum(cost.flops for cost in costs),
+        flops=dense_flops + after_flops + extra_flops(recipe, dense_flops, costs, shape_NL),
+        flops64=sum(cost.flops for cost in costs),
         decompositions=tuple(size for cost in costs for size in cost.decompositions),
     )  # fmt: skip
 

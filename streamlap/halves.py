@@ -69,8 +69,17 @@ class View:
         return self._inputs
 
     def middles(self, edits: Sequence[Edit]) -> Seen:
+        bias_O = self.layer.linear(self.layer.family.last(self.half)).bias
+
         def look(goal_BLD: torch.Tensor, x_BLD: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-            return self.layer.middle(self.half, x_BLD), goal_BLD.float() - x_BLD.float()
+            goal_BLD = goal_BLD.float()
+            missing_BLD = goal_BLD - x_BLD.float()
+            if bias_O is not None:
+                missing_BLD = missing_BLD - bias_O.float()
+            # What follows is a norm: an error counts by its share of the stream, or a few huge tokens would be all that counts.
+            scale_BL1 = goal_BLD.square().mean(dim=-1, keepdim=True).clamp_min(1e-12).rsqrt()
+            middle_BLI = self.layer.middle(self.half, x_BLD)
+            return middle_BLI.float() * scale_BL1, missing_BLD * scale_BL1
 
         with self.layer.tried(edits):
             return self._collect(look, self.goal, self.stream)
@@ -156,7 +165,10 @@ def rebuild_layer(
     ready()
     edits: list[Edit] = []
     errors: HalfErrors = {}
-    for half, dense, goal, bank in (("attention", before, between, engine.hidden), ("ffn", between, after, banks.middle)):
+    for half, dense, goal, bank in (
+        ("attention", before, between, engine.hidden),
+        ("ffn", between, after, banks.middle),
+    ):
         if half == "ffn":
             with clock.phase("dense"), engine.claim("propagate"):
                 engine.carry(half_of(layer, "ffn"), index, between.read(), banks.dense, index + 1)

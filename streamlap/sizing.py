@@ -59,8 +59,8 @@ class Workload:
     head_stored: int = 0
     """The head as it is stored."""
     streams: int = 1
-    """Hidden states kept beside each other: one where layers are edited in one pass; four where they are rebuilt beside the dense
-    model, its stream and the compressed one, before and after the first half."""
+    """Hidden states kept beside each other: one where layers are edited in one pass; four where they are rebuilt beside
+    the dense model: its stream and the compressed one, before and after the first half."""
     capture: int = 0
     """What the sums over tokens hold, with the edits so far, where a solve looks at the streams itself."""
     copied: int = 0

@@ -23,7 +23,7 @@ GATED_SITES = {
 
 @dataclass(frozen=True, kw_only=True)
 class Half:
-    """One half of a decoder layer, x + module(norm(x)): the paths of its parts, and the sites that read and write the stream."""
+    """One half of a decoder layer, x + module(norm(x)): the paths of its parts, and its sites at either end."""
 
     norm: str
     module: str
@@ -62,6 +62,11 @@ class Family:
     def linears(self) -> tuple[str, ...]:
         """Every linear of a decoder layer that counts as a decoder parameter, in order."""
         return tuple(path for paths in self.sites.values() for path in paths)
+
+    def last(self, half: str) -> str:
+        """The linear at the end of a half."""
+        (path,) = self.sites[self.halves[half].writes]
+        return path
 
     def half_linears(self, half: str) -> tuple[str, ...]:
         """The linears of one half."""

@@ -93,7 +93,8 @@ class StreamLayer:
     @torch.no_grad()
     def normed(self, half: str, x_BLD: torch.Tensor) -> torch.Tensor:
         """What the linears of a half read when the half is given x."""
-        return self._norm(half)(self._here(x_BLD))
+        y_BLD: torch.Tensor = self._norm(half)(self._here(x_BLD))
+        return y_BLD
 
     @torch.no_grad()
     def run_half(self, half: str, x_BLD: torch.Tensor) -> torch.Tensor:

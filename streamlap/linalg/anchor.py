@@ -12,7 +12,7 @@ from streamlap.errors import NumericalError
 DAMPING = 1e-3
 """Share of the mean diagonal that is added to a Gram before it is inverted."""
 
-RIDGES = (1e-10, 1e-8, 1e-6, 1e-4, 1e-2)
+RIDGES = (1e-12, 1e-10, 1e-8, 1e-6, 1e-4, 1e-2)
 """The same where only a root is wanted: the first with which it exists. A Gram of fewer tokens than inputs, summed from float32
 products, has eigenvalues as far below zero as those round."""
 

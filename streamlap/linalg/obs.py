@@ -70,7 +70,6 @@ def remove(w_OF: torch.Tensor, inverse_FF: torch.Tensor, out_Q: torch.Tensor) ->
         block = slice(first, first + ROW_BLOCK)
         inverse_FF[block] -= half_QF[:, block].T @ half_QF
     w_OF[:, out_Q] = 0.0
-    inverse_FF.diagonal()[out_Q] = 1.0
     return float((weight_OQ * w_OQ).sum())
 
 

@@ -8,7 +8,15 @@ Shape suffixes: O out, I in, R rank (pivots), N the rest.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
+
+BLOCK = 64
+"""Pivots that several bases choose together before their span is projected out."""
+
+POOL = 4
+"""Rows that are looked at for each of these."""
 
 
 def pivot_rows(basis_OR: torch.Tensor, groups: int = 1) -> torch.Tensor:
@@ -34,34 +42,59 @@ def _swapped(pivots: list[int], rows: int) -> list[int]:
     return order
 
 
+def shared_pivot_rows(bases: Sequence[torch.Tensor]) -> torch.Tensor:
+    """R rows, [R] ascending, that serve several bases [O, R] of orthonormal columns at once, as gate and up of one FFN.
+
+    Greedy by the product of what every basis has left at a row, in blocks: the best of a pool, then that is projected out.
+    (Pivots of the sum of two bases serve neither: coefficients of hundreds.)
+    """
+    rows, rank = bases[0].shape
+    left, chosen = list(bases), list[int]()
+    while len(chosen) < rank:
+        count = min(BLOCK, rank - len(chosen))
+        score_O = torch.stack([basis.square().sum(1) for basis in left]).prod(0)
+        score_O[chosen] = -1.0
+        pool = score_O.topk(min(POOL * count, rows - len(chosen))).indices
+        picked = pool[_spread_rows([basis[pool] for basis in left], count)]
+        left = [_without(basis, picked) for basis in left]
+        chosen += picked.tolist()
+    return torch.tensor(sorted(chosen), device=bases[0].device)
+
+
 def _grouped(basis_OR: torch.Tensor, groups: int) -> torch.Tensor:
-    """Elimination group after group: what the rows already taken span is projected out, and LU pivots on what is left."""
+    """Elimination group after group: what the rows already taken span is projected out before the next."""
     rows, rank = basis_OR.shape
     quota, run = rank // groups, rows // groups
-    left, chosen = basis_OR.clone(), []
-    for group in range(groups):
-        part = left[group * run : (group + 1) * run]
-        picked = _spread_rows(part, quota)
-        chosen.append(picked + group * run)
-        q_RQ = torch.linalg.qr(part[picked].T).Q
-        left = left - (left @ q_RQ) @ q_RQ.T
+    left, chosen = basis_OR, []
+    for first in range(0, rows, run):
+        picked = _spread_rows([left[first : first + run]], quota) + first
+        chosen.append(picked)
+        left = _without(left, picked)
     return torch.cat(chosen)
 
 
-def _spread_rows(part_OR: torch.Tensor, count: int) -> torch.Tensor:
-    """`count` rows far from each other's span: pivots of a Cholesky factorisation of their Gram, ascending."""
-    gram = part_OR @ part_OR.T
-    diagonal = gram.diagonal().clone()
-    factor = gram.new_zeros(len(gram), count)
+def _without(basis_OR: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+    """What is left of every row beside the span of some."""
+    q_RQ: torch.Tensor = torch.linalg.qr(basis_OR[rows].T).Q
+    return basis_OR - (basis_OR @ q_RQ) @ q_RQ.T
+
+
+def _spread_rows(parts: Sequence[torch.Tensor], count: int) -> torch.Tensor:
+    """`count` rows far from each other's span in every part: pivots of Cholesky factorisations of their Grams, ascending."""
+    grams = [part @ part.T for part in parts]
+    factors = [gram.new_zeros(len(gram), count) for gram in grams]
+    left = torch.stack([gram.diagonal() for gram in grams])
     chosen: list[int] = []
     for step in range(count):
-        best = int(diagonal.argmax())
+        score_O = left.prod(0)
+        score_O[chosen] = -1.0
+        best = int(score_O.argmax())
         chosen.append(best)
-        column = gram[:, best] - factor[:, :step] @ factor[best, :step]
-        factor[:, step] = column / diagonal[best].clamp_min(1e-300).sqrt()
-        diagonal = (diagonal - factor[:, step].square()).clamp_min(0.0)
-        diagonal[chosen] = -1.0
-    return torch.tensor(sorted(chosen), device=part_OR.device)
+        for gram, factor, diagonal in zip(grams, factors, left, strict=True):
+            column = gram[:, best] - factor[:, :step] @ factor[best, :step]
+            factor[:, step] = column / diagonal[best].clamp_min(1e-300).sqrt()
+            diagonal.sub_(factor[:, step].square()).clamp_(min=0.0)
+    return torch.tensor(sorted(chosen), device=parts[0].device)
 
 
 def others(pivots_R: torch.Tensor, rows: int) -> torch.Tensor:

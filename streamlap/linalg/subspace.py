@@ -91,4 +91,7 @@ def refit(t_NI: torch.Tensor, base_RI: torch.Tensor, gram_II: torch.Tensor) -> t
         gram_RR.diagonal().clamp_min(1e-300).rsqrt()
     )  # a ridge should weigh as much for a small row as for a large one
     factor_RR = root(gram_RR * scale_R * scale_R[:, None])
-    return solve_right(factor_RR, t_NI.double() @ half_IR * scale_R) * scale_R
+    wanted_NR = t_NI.double() @ half_IR
+    fitted_NR = solve_right(factor_RR, wanted_NR * scale_R) * scale_R
+    # The ridge pulled this towards 0; solving again for what it left out takes that back.
+    return fitted_NR + solve_right(factor_RR, (wanted_NR - fitted_NR @ gram_RR) * scale_R) * scale_R

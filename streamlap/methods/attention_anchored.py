@@ -16,9 +16,9 @@ from streamlap.errors import RecipeError
 from streamlap.families import Family
 from streamlap.linalg.budget import index_parameters
 from streamlap.linalg.ranks import STORAGES, RankSite, share_ranks
-from streamlap.methods.base import Budget, Built, Cost, HalfView, Layout, Shapes, held_error
+from streamlap.methods.base import Budget, Built, Cost, HalfView, Layout, Shapes
 from streamlap.methods.costs import half_cost
-from streamlap.methods.fitting import input_aims, low_rank_edit, merged, output_aim
+from streamlap.methods.fitting import held_error, input_aims, low_rank_edit, output_aim
 
 LEAST_SHARE = 0.25
 """Share of their parameters that q and o must keep where grouped k and v stay dense."""
@@ -78,11 +78,11 @@ class AttentionAnchored:
         seen = view.middles(edits)
         aim = output_aim(layer, o, columns, seen, self.step)
         edits.append(low_rank_edit(layer, aim, layout.get(o, {}), shapes[o])[0])
-        return Built(edits=edits, error=held_error(*merged(edits[-1]), seen.held))
+        return Built(edits=edits, error=held_error(edits[-1], seen))
 
 
 def mixed_columns(order_V: torch.Tensor, groups: int, width: int) -> torch.Tensor:
-    """Columns of o in the order in which its input comes once v gives its rows in `order_V`: every query head's as its group's."""
+    """Columns of o in the order in which its input comes once v gives its rows in `order_V`."""
     head = len(order_V) // groups
     inside = order_V.view(groups, head) - torch.arange(groups, device=order_V.device)[:, None] * head
     queries = width // head
@@ -95,4 +95,6 @@ def check_knobs(name: str, storage: str, step: float | None) -> None:
     if storage not in STORAGES:
         raise RecipeError(f"{name}: storage is {storage!r}; wanted one of {', '.join(STORAGES)}.")
     if step is not None and (isinstance(step, str) or not 0 <= step <= 1):
-        raise RecipeError(f"{name}: step is {step!r}; wanted a number from 0 to 1, or nothing to choose it by held-out tokens.")
+        raise RecipeError(
+            f"{name}: step is {step!r}; wanted a number from 0 to 1, or nothing to choose it by held-out tokens."
+        )

@@ -90,7 +90,7 @@ class HalfView(Protocol):
 
     def middles(self, edits: Sequence[Edit]) -> Seen:
         """What its last linear reads with these edits, against what the half has to add to the compressed stream to
-        arrive where the dense model is."""
+        arrive where the dense model is, the bias of that linear apart. Each token is divided by the size of that stream."""
         ...
 
 
@@ -112,7 +112,7 @@ class Built:
 
     edits: list[Edit]
     error: float
-    """Squared distance from the target over the target's own power, on held-out tokens."""
+    """How far it is from the target on held-out tokens, relative to the target; what several methods are compared by."""
 
 
 class Anchored(Protocol):
@@ -128,13 +128,3 @@ class Anchored(Protocol):
     def cost(self, family: Family, shapes: Shapes, layout: Layout) -> Cost: ...
 
     def build(self, view: HalfView, layout: Layout) -> Built: ...
-
-
-def held_error(w_OI: torch.Tensor, bias_O: torch.Tensor | None, held: Sample) -> float:
-    """Relative squared error of y = W x + bias against the anchors of held-out tokens."""
-    target_TO = held.anchor_TA.double()
-    y_TO = held.x_TI.double() @ w_OI.double().T
-    if bias_O is not None:
-        y_TO += bias_O.double()
-    power = float(target_TO.square().sum())
-    return float((target_TO - y_TO).square().sum()) / power if power > 0 else 0.0

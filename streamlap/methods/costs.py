@@ -26,7 +26,9 @@ def half_cost(family: Family, half: str, shapes: Shapes, layout: Layout) -> Cost
     sums = 8 * (2 * n * n + widest * widest + hidden * widest)
     rows = 4 * widest * (2 * CHUNK_TOKENS + min(ROW_BLOCK, widest)) + 4 * (widest + hidden) * HELD_TOKENS
     ranked = {path: layout[path] for path in (*reads, last) if {"rank", "pivots"} & layout.get(path, {}).keys()}
-    after = {path: (layout[path].get("out", shapes[path][0]), layout[path].get("in", shapes[path][1])) for path in ranked}
+    after = {
+        path: (layout[path].get("out", shapes[path][0]), layout[path].get("in", shapes[path][1])) for path in ranked
+    }
     largest = max((rows_ * columns for rows_, columns in after.values()), default=0)
     solve = max(3 * widest * widest + 3 * hidden * widest, 6 * n * n + 5 * largest)
     return Cost(
@@ -39,7 +41,7 @@ def half_cost(family: Family, half: str, shapes: Shapes, layout: Layout) -> Cost
 
 
 def _linear_flops(shape: tuple[int, int]) -> int:
-    """The metric of the inputs, the Gram, the subspace, the fit of the rest: about six products of the matrix by its small side."""
+    """Metric, Gram, subspace, fit of the rest: about six products of the matrix by its small side."""
     rows, columns = shape
     return 6 * 2 * rows * columns * min(rows, columns)
 

@@ -1,8 +1,8 @@
 """The FFN rebuilt: some channels go, what is left of gate, up and down becomes low-rank, anchored to the dense model.
 
-`share` says how the cut is divided: a half that keeps `a` of its parameters keeps a ** share of its channels, the rest of the cut
-falls to the ranks. 0 removes no channel, 1 cuts no rank. Channels go in the order of the optimal brain surgeon; down is fitted
-on what the new gate and up hand it, so that the half brings the stream back to where the dense model is.
+`share` says how the cut is divided: a half that keeps `a` of its parameters keeps a ** share of its channels, the rest of
+the cut falls to the ranks. 0 removes no channel, 1 cuts no rank. Channels go in the order of the optimal brain surgeon; down
+is fitted on what the new gate and up hand it, so that the half brings the stream back to where the dense model is.
 """
 
 from __future__ import annotations
@@ -17,19 +17,19 @@ from streamlap.families import Family
 from streamlap.families.layer import Edit
 from streamlap.linalg.budget import index_parameters
 from streamlap.linalg.obs import kept_after, removal_order
-from streamlap.linalg.pivot import pivot_rows
+from streamlap.linalg.pivot import shared_pivot_rows
 from streamlap.linalg.ranks import RankSite, share_ranks
-from streamlap.linalg.subspace import Subspace, subspace
+from streamlap.linalg.subspace import subspace
 from streamlap.methods.attention_anchored import check_knobs
-from streamlap.methods.base import Budget, Built, Cost, HalfView, Layout, Shapes, held_error
+from streamlap.methods.base import Budget, Built, Cost, HalfView, Layout, Shapes
 from streamlap.methods.costs import half_cost
 from streamlap.methods.fitting import (
     Aim,
     dense_edit,
     factored,
+    held_error,
     input_aims,
     low_rank_edit,
-    merged,
     output_aim,
     pivoted,
 )
@@ -73,8 +73,10 @@ class FfnAnchored:
         """Channels that stay."""
         most = parameters // (3 * hidden + biases)
         kept = most if self.share == 1 else min(width, round(width * (parameters / (3 * hidden * width)) ** self.share))
-        if not 1 <= most:
-            raise RecipeError(f"ffn_anchored: {parameters} parameters hold no channel of {3 * hidden}; lower the ratio.")
+        if not most >= 1:
+            raise RecipeError(
+                f"ffn_anchored: {parameters} parameters hold no channel of {3 * hidden}; lower the ratio."
+            )
         return min(kept, width)
 
     def _sites(self, kept: int, hidden: int, index: int) -> list[RankSite]:
@@ -104,7 +106,7 @@ class FfnAnchored:
         seen = view.middles(edits)
         aim = output_aim(layer, down, channels, seen, self.step)
         last, _ = low_rank_edit(layer, aim, layout.get(down, {}), shapes[down], channels if kept is not None else None)
-        return Built(edits=[*edits, last], error=held_error(*merged(last), seen.held))
+        return Built(edits=[*edits, last], error=held_error(last, seen))
 
     def _kept_channels(self, view: HalfView, aims: list[Aim], layout: Layout, width: int) -> torch.Tensor | None:
         """The channels that stay, ascending; None where all do. The order of going is found once for all methods of a half."""
@@ -129,7 +131,7 @@ class FfnAnchored:
         pairs = list(zip(aims, found, strict=True))
         if "rank" in row:
             return [factored(layer, aim, sub, of[aim.path], kept) for aim, sub in pairs], kept
-        pivots_R = common_pivots(found)
+        pivots_R = shared_pivot_rows([sub.basis_OR for sub in found])  # so that both give their channels in one order
         made = [pivoted(layer, aim, sub, pivots_R, 1, of[aim.path], kept) for aim, sub in pairs]
         order = made[0][1]
         assert order is not None
@@ -149,9 +151,3 @@ def dense_removal_order(view: HalfView, aims: list[Aim], least: int) -> torch.Te
     whole = [dense_edit(layer, aim, (aim.t_OI.shape[0], aim.t_OI.shape[1])) for aim in aims]
     order_F, _ = removal_order(layer.linear(down).weight, view.middles(whole).moments.gram_II, least)
     return order_F
-
-
-def common_pivots(found: list[Subspace]) -> torch.Tensor:
-    """Rows that serve as pivots of gate and of up: the two then give their channels in one order, which down is folded into."""
-    first, second = (sub.basis_OR / sub.basis_OR.norm(dim=0).clamp_min(1e-300) for sub in found)
-    return pivot_rows(first + second)

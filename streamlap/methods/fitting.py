@@ -60,16 +60,12 @@ def output_aim(layer: StreamLayer, path: str, columns: torch.Tensor | None, seen
     w_OI = dense.weight.double()
     t_OI = w_OI = w_OI if columns is None else w_OI[:, columns]
     if step != 0:
-        bias = 0.0 if dense.bias is None else dense.bias.double()
-        target_TO = seen.held.anchor_TA.double() - bias
         delta_OI = correction(w_OI, gram_II, seen.moments.cross_AI)
-        t_OI = w_OI + _step(step, w_OI, delta_OI, seen, target_TO) * delta_OI
+        t_OI = w_OI + _step(step, w_OI, delta_OI, seen, seen.held.anchor_TA.double()) * delta_OI
     return Aim(path=path, t_OI=t_OI, bias_O=dense.bias, gram_II=gram_II)
 
 
-def _step(
-    step: float | None, w_OI: torch.Tensor, delta_OI: torch.Tensor, seen: Seen, target_TO: torch.Tensor
-) -> float:
+def _step(step: float | None, w_OI: torch.Tensor, delta_OI: torch.Tensor, seen: Seen, target_TO: torch.Tensor) -> float:
     return best_step(w_OI, delta_OI, seen.held.x_TI, target_TO) if step is None else step
 
 
@@ -132,10 +128,14 @@ def pivoted(
     return Edit(path=aim.path, module=module, of=of, error=error, kept=as_kept(kept)), order_O
 
 
-def merged(edit: Edit) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Weight and bias that an edit's module stands for."""
+def held_error(edit: Edit, seen: Seen) -> float:
+    """How far a half that ends in this edit is from its target on held-out tokens: root mean square over tokens of each
+    token's squared error, over the mean of the target's. Tokens that are hit hard count for more than their share: a mean
+    alone prefers to lose what few tokens need."""
     module = edit.module
-    if isinstance(module, nn.Linear):
-        return module.weight, module.bias
-    assert isinstance(module, LowRankLinear | PivotedLinear)
-    return module.merged(torch.float32), module.merged_bias()
+    assert isinstance(module, nn.Linear | LowRankLinear | PivotedLinear)
+    w_OI = module.weight if isinstance(module, nn.Linear) else module.merged(torch.float32)
+    target_TO = seen.held.anchor_TA.double()
+    y_TO = seen.held.x_TI.double() @ w_OI.double().T
+    power = float(target_TO.square().sum(dim=1).mean())
+    return float((target_TO - y_TO).square().sum(dim=1).square().mean().sqrt()) / power if power > 0 else 0.0
