@@ -32,8 +32,8 @@ class HiddenBank:
     """Generations of one run, read and written in order, `batch` sequences at a time.
 
     Args: folder, where generations lie on the disk, None where nothing has to outlive the process; cache, the device in whose
-    memory the newest generation stays, None to read it from the disk; pinned, whether batches go on to a CUDA device; name, that
-    of its files.
+    memory the newest generation stays, None to read it from the disk; pinned, whether batches go on to a CUDA device; name,
+    that of its files.
     """
 
     def __init__(
