@@ -53,14 +53,14 @@ model, out, tokens = sys.argv[1:4]
 torch.nn.Linear(8, 8)(torch.zeros(1, 8))
 base = psutil.Process().memory_info().rss
 reset_peaks()
-report = streamlap.compress(model, out, ratio=0.2, files=(tokens,))
+report = streamlap.compress(model, out, ratio=0.2, preset=sys.argv[5], files=(tokens,))
 compress_peak = max(report.peak_ram_bytes, peak_ram_bytes())
 evaluation = streamlap.evaluate(out, tokens)
 print(json.dumps({"compress": compress_peak - base, "evaluate": evaluation.peak_ram_bytes - base, "import": base}))
 """
 
 
-def measure(depth: int, hidden: int, windows: int, threads: int) -> Result:
+def measure(depth: int, hidden: int, windows: int, threads: int, preset: str = "best") -> Result:
     """One small random Llama: peaks above those of the process after its imports."""
     with tempfile.TemporaryDirectory() as work:
         folder = Path(work)
@@ -69,7 +69,7 @@ def measure(depth: int, hidden: int, windows: int, threads: int) -> Result:
         np.save(folder / "tokens.npy", np.random.default_rng(0).integers(0, 1000, (windows, 256)).astype(np.uint16))
         command = [sys.executable, "-c", MEASURE, *(str(folder / name) for name in ("model", "out", "tokens.npy"))]
         done = subprocess.run(
-            [*command, str(threads)], check=True, stdout=subprocess.PIPE, text=True, env=shared.environment()
+            [*command, str(threads), preset], check=True, stdout=subprocess.PIPE, text=True, env=shared.environment()
         )
         return {"layers": depth} | json.loads(done.stdout.splitlines()[-1])
 

@@ -5,6 +5,7 @@ output; nothing else happens at import.
 """
 
 from streamlap import hf_plugin as hf_plugin
+from streamlap.allocate import Survey
 from streamlap.errors import StreamlapError
 from streamlap.evaluate import Evaluation, evaluate
 from streamlap.export.dense import export_dense
@@ -14,6 +15,7 @@ from streamlap.pipeline import compress, resume
 from streamlap.plan import Plan, plan
 from streamlap.recipe import Calibration, Recipe
 from streamlap.report import Report
+from streamlap.survey import survey
 from streamlap.verification import verify
 from streamlap.version import __version__
 
@@ -24,6 +26,7 @@ __all__ = [
     "Recipe",
     "Report",
     "StreamlapError",
+    "Survey",
     "__version__",
     "compress",
     "evaluate",
@@ -32,5 +35,6 @@ __all__ = [
     "load",
     "plan",
     "resume",
+    "survey",
     "verify",
 ]

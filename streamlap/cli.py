@@ -42,10 +42,21 @@ Work = Annotated[Path | None, typer.Option(help="Folder for hidden states betwee
 
 
 Ratio = Annotated[float | None, typer.Option(help="Fraction of the decoder-linear parameters to remove.")]
-Preset = Annotated[str | None, typer.Option(help="lorap.")]
+TargetSize = Annotated[str | None, typer.Option(help="In place of --ratio: most that all shards may take, like 24GB.")]
+TargetParams = Annotated[
+    str | None, typer.Option(help="In place of --ratio: most parameters of the whole model, like 50B or 7.5M.")
+]
+Preset = Annotated[str | None, typer.Option(help="best or lorap.  [default: best]")]
 RecipeFile = Annotated[Path | None, typer.Option(help="YAML file of settings; other options replace single ones.")]
 CalibrationFiles = Annotated[
     list[str] | None, typer.Option(help="Text (.txt, .jsonl, .parquet) or token ids (.npy); may be repeated.")
+]
+Refine = Annotated[
+    int | None,
+    typer.Option(metavar="EPOCHS", help="Recovery: train each rebuilt layer for so many epochs of the calibration windows."),
+]
+SurveyFile = Annotated[
+    str | None, typer.Option(help="File of streamlap survey: layers that matter more keep more; default all alike.")
 ]
 Samples = Annotated[int | None, typer.Option(help="Calibration windows; default 128.")]
 Length = Annotated[int | None, typer.Option(help="Tokens a window; default 2048 or the model's context.")]
@@ -59,17 +70,27 @@ def recipe_of(path: Path | None, files: list[str] | None, **options: Any) -> Rec
     return base.override(**{key: value for key, value in options.items() if value is not None})
 
 
+def how_small(ratio: float | None, target_size: str | None, target_params: str | None) -> dict[str, Any]:
+    """The one of them that was given; of several the call complains."""
+    wishes = {"ratio": ratio, "target_size": target_size, "target_params": target_params}
+    return {name: value for name, value in wishes.items() if value is not None}
+
+
 @app.command()
 def compress(
     model: Model,
     out: Annotated[Path, typer.Argument(metavar="OUT", help="New folder for the result.")],
     ratio: Ratio = None,
+    target_size: TargetSize = None,
+    target_params: TargetParams = None,
     preset: Preset = None,
     recipe: RecipeFile = None,
     calibration: CalibrationFiles = None,
     samples: Samples = None,
     length: Length = None,
     seed: Seed = None,
+    refine: Refine = None,
+    survey: SurveyFile = None,
     dtype: Dtype = None,
     device: Device = "auto",
     max_ram: MaxRam = None,
@@ -81,11 +102,12 @@ def compress(
 ) -> None:
     """Compress MODEL into the new folder OUT. A run that was killed goes on when the command is given again."""
     settings = recipe_of(
-        recipe, calibration, ratio=ratio, preset=preset, samples=samples, length=length, seed=seed, dtype=dtype
+        recipe, calibration, preset=preset, samples=samples, length=length, seed=seed, dtype=dtype, refine=refine,
+        survey=survey,
     )
     report = streamlap.compress(
         model, out, settings, device=device, work=work, overwrite=overwrite, max_ram=max_ram, max_vram=max_vram,
-        overlap=overlap,
+        overlap=overlap, **how_small(ratio, target_size, target_params),
     )  # fmt: skip
     emit(as_json, report.to_json(), describe_report(report))
 
@@ -94,12 +116,16 @@ def compress(
 def plan(
     model: Model,
     ratio: Ratio = None,
+    target_size: TargetSize = None,
+    target_params: TargetParams = None,
     preset: Preset = None,
     recipe: RecipeFile = None,
     calibration: CalibrationFiles = None,
     samples: Samples = None,
     length: Length = None,
     seed: Seed = None,
+    refine: Refine = None,
+    survey: SurveyFile = None,
     dtype: Dtype = None,
     device: Device = "auto",
     max_ram: MaxRam = None,
@@ -110,14 +136,41 @@ def plan(
 ) -> None:
     """What compress with the same options would take: size, memory, disk, time. From headers; exit 4 if it does not fit."""
     settings = recipe_of(
-        recipe, calibration, ratio=ratio, preset=preset, samples=samples, length=length, seed=seed, dtype=dtype
+        recipe, calibration, preset=preset, samples=samples, length=length, seed=seed, dtype=dtype, refine=refine,
+        survey=survey,
     )
     result = streamlap.plan(
-        model, settings, device=device, work=work, max_ram=max_ram, max_vram=max_vram, overlap=overlap
-    )
+        model, settings, device=device, work=work, max_ram=max_ram, max_vram=max_vram, overlap=overlap,
+        **how_small(ratio, target_size, target_params),
+    )  # fmt: skip
     emit(as_json, result.to_json(), describe_plan(result))
     if not result.fits:
         raise typer.Exit(BudgetError.exit_code)
+
+
+@app.command()
+def survey(
+    model: Model,
+    file: Annotated[Path, typer.Argument(metavar="FILE", help="New JSON file for compress --survey.")],
+    calibration: CalibrationFiles = None,
+    samples: Annotated[int | None, typer.Option(help="Windows to measure on; default 16.")] = None,
+    length: Annotated[int | None, typer.Option(help="Tokens a window; default 256 or the model's context.")] = None,
+    seed: Seed = None,
+    dtype: Dtype = None,
+    device: Device = "auto",
+    max_ram: MaxRam = None,
+    max_vram: MaxVram = None,
+    work: Work = None,
+    overlap: Overlap = True,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an earlier survey.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Measure once what each half of each layer loses by being cut; serves compress --survey at every ratio."""
+    found = streamlap.survey(
+        model, file, files=tuple(calibration or ()), samples=samples, length=length, seed=seed or 0, dtype=dtype or "auto",
+        device=device, work=work, overwrite=overwrite, max_ram=max_ram, max_vram=max_vram, overlap=overlap,
+    )  # fmt: skip
+    emit(as_json, found.to_json(), describe_survey(found))
 
 
 @app.command()
@@ -249,13 +302,23 @@ def describe_report(report: streamlap.Report) -> list[str]:
     ]
 
 
+def describe_survey(found: streamlap.Survey) -> list[str]:
+    """A line for each half of each layer."""
+    lines = ["divergence from the dense model, nats a token, where one half alone is cut"]
+    for index, layer in enumerate(found.layers):
+        for half, points in layer.items():
+            cells = [f"{point.kl:.5f} at {point.keep:.0%}" for point in points]
+            lines.append(f"layer {index:<4}{half:<11}{'   '.join(cells)}")
+    return lines
+
+
 def describe_plan(plan: streamlap.Plan) -> list[str]:
     sequences, length = plan.calibration_tokens
     hours = " to ".join(tqdm.format_interval(seconds) for seconds in (plan.seconds_low, plan.seconds_high))
     way = "read-ahead on" if plan.overlap else "read-ahead off"
     heaviest = max(plan.layers, key=lambda layer: layer.seconds_low)
     rows = [
-        ("output", f"{show_size(plan.output_bytes)} of shards"),
+        ("output", f"{show_size(plan.output_bytes)} of shards at ratio {plan.ratio:g}"),
         ("peak RAM", show_size(plan.peak_ram_bytes)),
         ("peak VRAM", show_size(plan.peak_vram_bytes)),
         ("disk", f"{show_size(plan.disk_bytes)} beside the source"),

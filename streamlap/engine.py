@@ -134,15 +134,18 @@ class Engine:
 
 @contextlib.contextmanager
 def start_engine(
-    stream: ModelStream, choice: Fit, hidden: HiddenBank, name: str, first: int = 0, seconds: tuple[float, ...] = ()
-) -> Iterator[Engine]:
-    """The engine for a run from layer `first`; `seconds` are those of the layers done before. At the end all is written."""
+    stream: ModelStream, choice: Fit, hidden: HiddenBank, name: str, first: int = 0, seconds: tuple[float, ...] = (),
+    beside: tuple[HiddenBank, ...] = (),
+) -> Iterator[Engine]:  # fmt: skip
+    """The engine for a run from layer `first`; `seconds` are those of the layers done before, `beside` the banks that go
+    with `hidden`. At the end all is written."""
     schedule, device = choice.schedule, stream.device
     limit_vram(choice, device)
     with contextlib.ExitStack() as stack:
         stack.enter_context(choice.ram.claim(schedule.ram["layers"]))
         stack.enter_context(choice.vram.claim(schedule.vram.get("layers", {})))
-        stack.callback(hidden.close)
+        for bank in (hidden, *beside):
+            stack.callback(bank.close)
         progress = stack.enter_context(Progress(name, stream.depth, first, seconds))
         reader, fetcher, writer = (
             stack.enter_context(Worker(schedule.overlap, thread)) for thread in ("reader", "fetcher", "writer")

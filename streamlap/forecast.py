@@ -6,7 +6,7 @@ Shape suffixes: N sequences, L length.
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -17,6 +17,7 @@ from streamlap.families.stream import ModelStream
 from streamlap.inventory import site_parameters
 from streamlap.methods import AnchoredMethod
 from streamlap.methods.base import Cost, Layout
+from streamlap.methods.refine_block import STATE_BYTES
 from streamlap.modules import carriers, disk_name, swap_modules
 from streamlap.recipe import Recipe
 from streamlap.sizing import Workload, layer_workload
@@ -31,7 +32,7 @@ class LayerForecast:
 
     layout: Layout
     output_bytes: int
-    """Its shard, header included."""
+    """Its shard, header included; at most that where several methods try for a half."""
     copied_bytes: int
     """Of these, what is copied from the source as it stands."""
     edits_bytes: int
@@ -41,7 +42,7 @@ class LayerForecast:
     solve_bytes: int
     """Most that the solves hold: what the methods before have made, what this one makes, and its work."""
     widest: int
-    """Widest input or output of a linear when all is done."""
+    """Widest input or output of a linear when all is done; before, where methods that try leave different widths."""
     flops: int
     """Of the two forwards, in the compute dtype."""
     flops64: int
@@ -54,6 +55,10 @@ class LayerForecast:
     """How often hidden states are read, where they are on the disk; one time less in the last layer."""
     generations_written: int = 1
     """How often they are written to the disk in any case."""
+    refined: int = 0
+    """Parameters that are refined."""
+    state_bytes: int = 0
+    """What refinement writes after its epochs, all together."""
     generations_spilled: int = 0
     """How often they are written to it where memory does not keep them."""
 
@@ -68,11 +73,21 @@ def plan_layers(stream: ModelStream, recipe: Recipe) -> list[Layout]:
         merged: Layout = {}
         if recipe.anchored:
             for candidates in plan_halves(stream, recipe, index).values():
-                merged |= next(iter(candidates.values()))[1]
+                merged |= largest_layout(stream, index, [layout for _, layout in candidates.values()])
         for method in recipe.one_pass:
             merged |= method.layout(stream.family, dense_shapes(stream, index), recipe.ratio)
         layouts.append(merged)
     return layouts
+
+
+def largest_layout(stream: ModelStream, index: int, layouts: Sequence[Layout]) -> Layout:
+    """Of what several methods would make of a half, what stores most: which of them does it is known only later."""
+
+    def stored(layout: Layout) -> int:
+        copied, made = planned_tensors(stream, index, layout)
+        return shard_bytes({**copied, **made})
+
+    return layouts[0] if len(layouts) == 1 else max(layouts, key=stored)
 
 
 def dense_shapes(stream: ModelStream, index: int) -> dict[str, tuple[int, int]]:
@@ -83,7 +98,7 @@ def plan_halves(stream: ModelStream, recipe: Recipe, index: int) -> dict[str, di
     """Half -> method -> what it will make of the half's linears. What the first half leaves over, the second may use."""
     shapes, family, planned, spare = dense_shapes(stream, index), stream.family, {}, 0
     biased = {path: stream.has_bias(index, path) for path in family.linears}
-    for half, budget in half_budgets(stream, recipe.ratio, index).items():
+    for half, budget in half_budgets(stream, recipe.ratio, index, recipe.survey).items():
         budget = replace(budget, parameters=budget.parameters + spare)
         planned[half] = {
             name: (method, method.layout(family, shapes, biased, budget))
@@ -127,23 +142,28 @@ def forecast_layer(
 ) -> LayerForecast:
     """Bytes and operations of one layer for `shape_NL` calibration tokens."""
     copied, made = planned_tensors(stream, index, layout)
-    shapes = dense_shapes(stream, index)
+    shapes, refine = dense_shapes(stream, index), recipe.refine
     costs = method_costs(stream, recipe, index)
     stored = stream.layer_tensors(index).values()
     dense_flops = forward_flops(stream, index, sum(info.numel for info in stored), shape_NL)
     kept = sum(info.numel for info in copied.values()) + sum(tensor.numel() for tensor in made.values())
-    after_flops = forward_flops(stream, index, kept, shape_NL) if index + 1 < stream.depth else 0
+    after_flops = forward_flops(stream, index, kept, shape_NL)
+    after_flops *= (index + 1 < stream.depth) + 3 * refine  # a step takes a forward and, for gradients, twice as much
+    copied_bytes, made_bytes = (sum(entry.nbytes for entry in part) for part in (copied.values(), made.values()))
+    if refine:
+        copied_bytes, made_bytes = 0, copied_bytes + made_bytes
     return LayerForecast(
         layout=layout, output_bytes=shard_bytes({**copied, **made}),
-        copied_bytes=sum(info.nbytes for info in copied.values()),
-        edits_bytes=sum(tensor.nbytes for tensor in made.values()),
+        copied_bytes=copied_bytes, edits_bytes=made_bytes,
+        refined=kept if refine else 0, state_bytes=refine * (STATE_BYTES * kept + made_bytes),
         source_bytes=sum(info.nbytes for info in stored),
         largest_bytes=max(info.nbytes for info in stored),
         solve_bytes=solve_bytes(stream, recipe, made, costs, index),
         capture_bytes=max((cost.capture_bytes for cost in costs), default=0) * recipe.anchored,
-        generations_read=12 if recipe.anchored else 2, generations_written=2 if recipe.anchored else 1,
+        generations_read=(12 if recipe.anchored else 2) + 2 * refine + (refine > 0),
+        generations_written=2 if recipe.anchored else 1,
         generations_spilled=2 * recipe.anchored,
-        widest=max(width for path, shape in shapes.items() for width in edited_shape(shape, layout.get(path, {}))),
+        widest=widest(shapes, {} if recipe.anchored else layout),
         flops=dense_flops + after_flops + extra_flops(recipe, dense_flops, costs, shape_NL),
         flops64=sum(cost.flops for cost in costs),
         decompositions=tuple(size for cost in costs for size in cost.decompositions),
@@ -165,6 +185,10 @@ def extra_flops(recipe: Recipe, dense_flops: int, costs: list[Cost], shape_NL: t
         return 0
     sequences, length = shape_NL
     return sequences * length * sum(cost.flops_per_token for cost in costs) + len(costs) * dense_flops // 2
+
+
+def widest(shapes: Mapping[str, tuple[int, int]], layout: Layout) -> int:
+    return max(width for path, shape in shapes.items() for width in edited_shape(shape, layout.get(path, {})))
 
 
 def edited_shape(shape: tuple[int, int], row: Mapping[str, int]) -> tuple[int, int]:
@@ -200,6 +224,7 @@ def compression_workload(stream: ModelStream, layers: list[LayerForecast], shape
         edits=max(layer.edits_bytes for layer in layers), solve=max(layer.solve_bytes for layer in layers),
         inner_after=max(layer.widest for layer in layers),
         streams=4 if layers[0].capture_bytes else 1, capture=max(layer.capture_bytes for layer in layers),
+        refined=max(layer.refined for layer in layers),
         copied=min(CHUNK_BYTES, max(layer.largest_bytes for layer in layers)),
     )  # fmt: skip
 

@@ -16,6 +16,7 @@ from pathlib import Path
 import torch
 
 from streamlap.engine import Engine, open_bank
+from streamlap.errors import NumericalError
 from streamlap.families.layer import Edit, StreamLayer
 from streamlap.families.stream import ModelStream
 from streamlap.linalg.moments import Moments, Sample
@@ -114,6 +115,12 @@ def is_held(number: int, total: int) -> bool:
     return number % HELD_SEQUENCES == 0 or (total < HELD_SEQUENCES and number == total)
 
 
+def held_sequences(total: int, length: int) -> list[int]:
+    """Numbers (from 0) of the sequences that no half was fitted to; a single one serves for both."""
+    held = [number for number in range(total) if is_held(number + 1, total)]
+    return held[: -(-HELD_TOKENS // length)]
+
+
 @dataclass(frozen=True, kw_only=True)
 class Banks:
     """The streams beside the compressed one, which `Engine.hidden` holds."""
@@ -123,6 +130,10 @@ class Banks:
     dense_middle: HiddenBank
     middle: HiddenBank
     """Both streams between the halves of the layer in hand."""
+
+    @property
+    def all(self) -> tuple[HiddenBank, ...]:
+        return self.dense, self.dense_middle, self.middle
 
     def drop_middles(self, index: int) -> None:
         """What lies between the halves of a layer that is done."""
@@ -195,7 +206,10 @@ def rebuild(view: View, candidates: Candidates) -> tuple[Built, dict[str, float]
     best: Built | None = None
     errors: dict[str, float] = {}
     for name, (method, layout) in candidates.items():
-        built = method.build(view, layout)
+        try:
+            built = method.build(view, layout)
+        except NumericalError as error:
+            raise NumericalError(f"{view.layer.prefix} {view.half}: {error}") from error
         errors[name] = built.error
         if best is None or built.error < best.error:
             best = built

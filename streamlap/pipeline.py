@@ -37,6 +37,7 @@ from streamlap.meters import (
 from streamlap.methods.base import Statistic
 from streamlap.preflight import check_output, fingerprint, forecast_disk, hidden_folder, pick_device
 from streamlap.recipe import Recipe
+from streamlap.recovery import Refined, refine_layer, state_path
 from streamlap.report import LayerReport, Report
 from streamlap.sizing import Caps, Fit, fit, require_fit
 from streamlap.stopping import stop_requests
@@ -44,6 +45,7 @@ from streamlap.store.hidden import HiddenBank
 from streamlap.store.hub import local_folder, model_name
 from streamlap.store.journal import Journal, OutputLock, save_tokens, saved_tokens
 from streamlap.store.sink import ShardFolder, file_hash, shard_names
+from streamlap.target import meet, parse_target
 
 
 @dataclass(kw_only=True)
@@ -76,6 +78,8 @@ def compress(
     device: str = "auto",
     work: str | Path | None = None,
     overwrite: bool = False,
+    target_size: int | str | None = None,
+    target_params: int | str | None = None,
     max_ram: int | str | None = None,
     max_vram: int | str | None = None,
     overlap: bool = True,
@@ -84,20 +88,24 @@ def compress(
     """Compress the checkpoint `model` (a folder or a hub id) into the new folder `out`, or go on where a killed run stopped.
 
     `overrides` replace single fields of the recipe: ratio, preset, dtype, and the calibration's files, samples, length, seed.
+    In place of a ratio, `target_size` may say how many bytes all shards may take (a number, or text like 24GB), or
+    `target_params` how many parameters the whole model may have (like 50B); the recipe gets the lowest ratio that will do.
     `work` is where hidden states are kept between layers; default inside `out`. `max_ram` and `max_vram` are caps, as bytes or
     as text like 8GiB; default what is free. Without `overlap` nothing runs beside the loop. None of these changes the result.
     Raises a StreamlapError before the first layer for anything that can be checked from headers.
     """
+    target = parse_target(target_size, target_params, overrides.get("ratio"))
     recipe = (recipe or Recipe()).override(**overrides)
     folder, out = local_folder(str(model)), Path(out)
     device = pick_device(device)
     reset_peaks()
     stream = ModelStream(folder, device, recipe.dtype)
+    recipe = meet(stream, recipe, target)
     plan_layers(stream, recipe)
     tokens_NL = calibration_tokens(recipe.calibration, folder, stream.vocabulary, stream.context)
     arguments = {
         "model": str(folder.resolve()) if Path(model).is_dir() else str(model),
-        "recipe": recipe.to_dict(),
+        "recipe": recipe.to_dict() | {"survey": recipe.survey and str(Path(recipe.survey).resolve())},
         "device": device,
         "work": work and str(Path(work).resolve()),
         "max_ram": parse_size(max_ram, "max_ram"),
@@ -127,7 +135,7 @@ def run(
     """The checked job, from its next layer to a finished folder."""
     if not Journal.exists(out):
         model_bytes = sum(header.file_bytes for header in stream.source.headers.values())
-        work_bytes = choice.work.disk_generations * choice.work.generation
+        work_bytes = choice.work.disk_bytes
         forecast_disk(model_bytes, work_bytes, out, hidden_folder(out, arguments["work"]))
     with OutputLock(out), stop_requests() as stopped:
         check_output(stream.folder, out, overwrite=False)  # again, now that nobody else can write there
@@ -171,7 +179,8 @@ def compress_layers(job: Job, stopped: Callable[[], bool]) -> None:
     kwargs = stream.layer_kwargs(job.tokens_NL.shape[1])
     shards = shard_names(stream.depth)
     done = tuple(sum(line["seconds"].values()) for line in journal.layers)
-    with start_engine(stream, job.fit, hidden, "compress", first, done) as engine:
+    beside = job.banks.all if job.banks else ()
+    with start_engine(stream, job.fit, hidden, "compress", first, done, beside) as engine:
         if first == 0:
             ShardFolder(job.out).write(shards[0], stream.outer_tensors())
             for bank in job.streams:
@@ -179,6 +188,7 @@ def compress_layers(job: Job, stopped: Callable[[], bool]) -> None:
         else:
             for bank in job.streams:
                 bank.drop(first - 1)  # where the run died between the commit and this
+            state_path(job.out, first - 1).unlink(missing_ok=True)
         committed: Future[None] | None = None
         try:
             for index in range(first, stream.depth):
@@ -210,21 +220,33 @@ def compress_layer(
     with clock.phase("read"):
         layer = engine.layer(index, kwargs)
     edits, errors = edit_layer(job, engine, layer, index, clock, before)  # what runs next is what is saved
+    refined = refine(job, engine, layer, index, clock)
     with clock.phase("write"):
         digest = engine.writer.submit(ShardFolder(job.out).write, shard, layer.tensors())
     with clock.phase("propagate"):
         advance(job, engine, layer, index)
     report = LayerReport(
-        index=index, edits=LayerReport.describe(edits), errors=errors, seconds=clock.seconds, ladder=engine.ladder.taken(index),
+        index=index, edits=LayerReport.describe(edits), errors=errors, refinement=refined,
+        seconds=clock.seconds, ladder=engine.ladder.taken(index),
         peak_ram_bytes=peak_ram_bytes(), peak_vram_bytes=peak_vram_bytes(), baseline_ram_bytes=ram_bytes(),
     )  # fmt: skip
     return engine.writer.submit(commit, job, report, digest)
 
 
+def refine(job: Job, engine: Engine, layer: StreamLayer, index: int, clock: PhaseClock) -> Refined | None:
+    """The layer trained further, where the recipe says so; what lies between its halves is stale then."""
+    knobs = job.recipe.refinement
+    if knobs is None or job.banks is None:
+        return None
+    job.banks.drop_middles(index)
+    with clock.phase("refine"), engine.claim("refine"):
+        return refine_layer(engine, job.banks, layer, index, knobs, job.out)
+
+
 def advance(job: Job, engine: Engine, layer: StreamLayer, index: int) -> None:
     """The compressed stream through the edited layer, or through its second half where the first is done; not at the end."""
     last = index + 1 == job.stream.depth
-    if job.banks is None:
+    if job.banks is None or job.recipe.refine:
         if not last:
             engine.advance(layer, index)
         return
@@ -243,6 +265,7 @@ def commit(job: Job, report: LayerReport, digest: Future[str]) -> None:
     read, written = (after - before for after, before in zip(now, job.moved, strict=True))
     job.moved = now
     job.journal.append(replace(report, sha256=sha256, bytes_read=read, bytes_written=written).to_json())
+    state_path(job.out, report.index).unlink(missing_ok=True)
     for bank in job.streams:
         bank.drop(report.index)
 

@@ -20,6 +20,7 @@ from streamlap.recipe import Recipe
 from streamlap.sizing import Caps, Fit, advice, fit
 from streamlap.store.hub import header_source
 from streamlap.store.sink import shard_bytes
+from streamlap.target import meet, parse_target
 
 SLACK = 1.8
 """Upper end of the range of seconds over its lower end: what lies between products and decompositions, and other programs."""
@@ -42,6 +43,8 @@ class Plan:
     """A compression, foretold."""
 
     fits: bool
+    ratio: float
+    """As asked for, or the one that keeps to the target."""
     output_bytes: int
     """Of all shards."""
     peak_ram_bytes: int
@@ -74,6 +77,8 @@ def plan(
     *,
     device: str = "auto",
     work: str | Path | None = None,
+    target_size: int | str | None = None,
+    target_params: int | str | None = None,
     max_ram: int | str | None = None,
     max_vram: int | str | None = None,
     overlap: bool = True,
@@ -84,10 +89,12 @@ def plan(
     Raises the StreamlapError that `compress` would raise before its first layer, but for one: where the memory does not do,
     the plan says so in `fits` and `advice`.
     """
+    target = parse_target(target_size, target_params, overrides.get("ratio"))
     recipe, device = (recipe or Recipe()).override(**overrides), pick_device(device)
     steady_heap()
     folder, source = header_source(str(model))
     stream = ModelStream(folder, device, recipe.dtype, source)
+    recipe = meet(stream, recipe, target)
     sequences, length = calibration_tokens(recipe.calibration, folder, stream.vocabulary, stream.context).shape
     layers = forecast(stream, recipe, (sequences, length))
     caps = Caps(ram=parse_size(max_ram, "max_ram"), vram=parse_size(max_vram, "max_vram"))
@@ -101,8 +108,9 @@ def plan(
     seconds = sum(row.seconds_low for row in rows) + first_read / machine.read + first_write / machine.write
     output = outer_bytes + sum(layer.output_bytes for layer in layers)
     return Plan(
-        fits=choice.fits, output_bytes=output, peak_ram_bytes=choice.peak_ram, peak_vram_bytes=choice.peak_vram,
-        disk_bytes=output + choice.work.disk_generations * choice.work.generation + COMPANION_BYTES,
+        fits=choice.fits, ratio=recipe.ratio, output_bytes=output,
+        peak_ram_bytes=choice.peak_ram, peak_vram_bytes=choice.peak_vram,
+        disk_bytes=output + choice.work.disk_bytes + COMPANION_BYTES,
         read_bytes=first_read + sum(row.read_bytes for row in rows),
         write_bytes=first_write + sum(row.write_bytes for row in rows),
         flops=sum(row.flops for row in rows), seconds_low=seconds, seconds_high=SLACK * seconds,
@@ -118,7 +126,7 @@ def plan_layer(choice: Fit, machine: Machine, layer: LayerForecast, index: int, 
     on_disk = choice.schedule.tier == "disk"
     read = layer.source_bytes + layer.copied_bytes + (layer.generations_read - last) * generation * on_disk
     written = layer.generations_written - last + layer.generations_spilled * on_disk
-    write = layer.output_bytes + written * generation
+    write = layer.output_bytes + layer.state_bytes + written * generation
     compute = layer.flops / machine.matmul + layer.flops64 / machine.matmul64
     compute += sum(size**3 for size in layer.decompositions) / machine.eigh
     disk = read / machine.read + write / machine.write

@@ -19,6 +19,7 @@ from streamlap.families.stream import ModelStream
 from streamlap.memory import existing_ancestor, require_disk
 from streamlap.recipe import Recipe
 from streamlap.store.journal import JOURNAL_NAME, STATE_FOLDER, Journal, OutputLock
+from streamlap.store.sink import file_hash
 from streamlap.version import __version__
 
 COMPANION_BYTES = 64 << 20
@@ -88,13 +89,15 @@ def fingerprint(stream: ModelStream, recipe: Recipe, tokens_NL: torch.Tensor) ->
     shards = {
         f"source {name}": f"{h.file_bytes} bytes, header {h.digest[:16]}" for name, h in stream.source.headers.items()
     }
-    # Not the calibration's file names: the tokens that came out of them are what counts, however they are spelt.
-    recipe_rows = {f"recipe {key}": value for key, value in recipe.to_dict().items() if key != "calibration"}
+    # Not the names of files: the tokens that came out of them, or what a survey says, is what counts, however they are spelt.
+    rows = recipe.to_dict().items()
+    recipe_rows = {f"recipe {key}": value for key, value in rows if key not in ("calibration", "survey")}
+    survey = file_hash(Path(recipe.survey))[:16] if recipe.survey else None
     config = json.dumps(stream.raw_config, sort_keys=True).encode()
     return {
         **recipe_rows, **shards, "source config.json": hashlib.sha256(config).hexdigest()[:16],
         "calibration tokens": f"{list(tokens_NL.shape)} {token_hash(tokens_NL)[:16]}",
-        "compute": f"{stream.dtype} on {stream.device.type}",
+        "compute": f"{stream.dtype} on {stream.device.type}", "survey": survey,
         "versions": f"streamlap {__version__}, torch {torch.__version__}, transformers {transformers.__version__}",
     }  # fmt: skip
 

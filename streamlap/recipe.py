@@ -3,6 +3,8 @@
 preset: best
 ratio: 0.2
 dtype: auto
+survey: null
+refine: 0
 methods:
   - {method: attention_anchored, storage: pivoted, step: null, half: attention}
   - {method: ffn_anchored, share: 0.25, storage: pivoted, step: null, half: ffn}
@@ -22,6 +24,9 @@ from streamlap.errors import RecipeError
 from streamlap.families import Family
 from streamlap.families.stream import COMPUTE_DTYPES
 from streamlap.methods import ANCHORED, METHODS, PRESETS, AnchoredMethod, Method, OnePassMethod
+from streamlap.methods.refine_block import Refinement
+
+MOST_EPOCHS = 10_000
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,6 +66,10 @@ class Recipe:
     calibration: Calibration = field(default_factory=Calibration)
     dtype: str = "auto"
     """Compute dtype; auto is float32 on a CPU and the checkpoint's dtype on a GPU. Storage keeps the checkpoint's dtype."""
+    refine: int = 0
+    """Recovery: epochs for which every rebuilt layer is trained on the calibration windows; see `methods.refine_block`."""
+    survey: str | None = None
+    """File of `streamlap survey` by which layers and halves share out what stays; None gives every one the same share."""
 
     def __post_init__(self) -> None:
         if isinstance(self.ratio, bool) or not isinstance(self.ratio, int | float) or not 0 < self.ratio < 1:
@@ -69,6 +78,23 @@ class Recipe:
             raise RecipeError(f"preset is {self.preset!r}; wanted one of {', '.join(PRESETS)}, custom.")
         if self.dtype not in ("auto", *COMPUTE_DTYPES):
             raise RecipeError(f"dtype is {self.dtype!r}; wanted one of auto, {', '.join(COMPUTE_DTYPES)}.")
+        if type(self.refine) is not int or not 0 <= self.refine <= MOST_EPOCHS:
+            raise RecipeError(f"refine is {self.refine!r}; wanted a whole number of epochs, 0 to {MOST_EPOCHS}.")
+        if self.refine and not self.anchored:
+            raise RecipeError(
+                f"refine is {self.refine}, and preset {self.preset} does not keep the dense model's stream, which is what a "
+                "layer is refined towards; wanted anchored methods like those of preset best, or refine 0."
+            )
+        if self.survey is not None and not (isinstance(self.survey, str) and self.anchored):
+            raise RecipeError(
+                f"survey is {self.survey!r}; wanted the path of a survey file, and methods that rebuild halves, as those of "
+                "the preset best are."
+            )
+
+    @property
+    def refinement(self) -> Refinement | None:
+        """How rebuilt layers are refined, where they are."""
+        return Refinement(epochs=self.refine) if self.refine else None
 
     @property
     def anchored(self) -> bool:
@@ -87,6 +113,11 @@ class Recipe:
     def check_paths(self, family: Family) -> None:
         """Raise RecipeError where two one-pass methods would edit one linear, or kinds are mixed."""
         if self.anchored:
+            if not family.halves:
+                raise RecipeError(
+                    f"layers of {family.model_type} are not made of halves that can be rebuilt; wanted one-pass methods, as "
+                    "those of the preset lorap are."
+                )
             missing = [half for half in family.halves if not self.of_half(half)]
             if self.one_pass or missing:
                 raise RecipeError(
@@ -119,7 +150,8 @@ class Recipe:
     def to_dict(self) -> dict[str, Any]:
         methods = [{"method": method_name(method), **asdict(method)} for method in self.methods]
         calibration = asdict(self.calibration) | {"files": list(self.calibration.files)}
-        plain = {"preset": self.preset, "ratio": self.ratio, "dtype": self.dtype}
+        plain = {"preset": self.preset, "ratio": self.ratio, "dtype": self.dtype, "survey": self.survey}
+        plain["refine"] = self.refine
         return plain | {"methods": methods, "calibration": calibration}
 
     def to_yaml(self) -> str:
@@ -167,6 +199,13 @@ def method_name(method: Method) -> str:
     return next(name for name, kind in METHODS.items() if type(method) is kind)
 
 
+KNOB_TYPES: dict[str, tuple[type, ...]] = {
+    "float": (float, int), "int": (int,), "str": (str,), "bool": (bool,), "None": (type(None),),
+}  # fmt: skip
+KNOB_WORDS = {"float": "a number", "int": "a whole number", "str": "a word", "bool": "true or false", "None": "nothing"}
+"""By the annotation of a knob, what it may be."""
+
+
 def _parse_method(row: Any) -> Method:
     known = ", ".join(METHODS)
     if not isinstance(row, Mapping) or row.get("method") not in list(METHODS):
@@ -174,9 +213,12 @@ def _parse_method(row: Any) -> Method:
     kind = METHODS[row["method"]]
     knobs = {key: value for key, value in row.items() if key != "method"}
     _refuse_unknown(row["method"], knobs, kind)
-    for key, value in knobs.items():
-        if isinstance(value, bool) or not isinstance(value, int | float | str | None):
-            raise RecipeError(f"{row['method']}: {key} is {value!r}; wanted a number, a word or nothing.")
+    for entry in fields(kind):
+        value, wanted = knobs.get(entry.name, entry.default), str(entry.type).split(" | ")
+        if not any(type(value) in KNOB_TYPES[name] for name in wanted):
+            raise RecipeError(
+                f"{row['method']}: {entry.name} is {value!r}; wanted {' or '.join(KNOB_WORDS[name] for name in wanted)}."
+            )
     return kind(**knobs)
 
 

@@ -32,6 +32,8 @@ class LayerReport:
     """Resident set at the end of the layer."""
     errors: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
     """Half -> method -> relative squared error on held-out tokens, where several methods tried for a half."""
+    refinement: Mapping[str, float] | None = None
+    """Of a refined layer: its loss on held-out tokens at the start and at the best, and the epochs that were done."""
     ladder: tuple[str, ...] = ()
     """What gave way because memory ran out."""
     bytes_read: int = 0

@@ -16,6 +16,7 @@ from streamlap.errors import BudgetError
 from streamlap.families.stream import HEAD_TOKENS, ModelStream, batch_of
 from streamlap.memory import Budget, free_ram, show_size, vram_state, warm_up
 from streamlap.meters import ram_bytes
+from streamlap.methods.refine_block import MASTER_BYTES, STATE_BYTES
 from streamlap.store.header import TensorInfo
 from streamlap.store.hidden import IN_FLIGHT
 from streamlap.store.source import CHUNK_BYTES
@@ -23,6 +24,9 @@ from streamlap.store.staging import staged_bytes
 
 RUNTIME_BYTES = 64 << 20
 """What torch and its libraries take when they first compute: thread stacks, kernels, small blocks."""
+
+GRAPH_WIDTHS, GRAPH_HEADS, GRAPH_INNER = 8, 4, 6
+"""Numbers that a forward leaves for its gradients, a token: so many times the stream, the query heads, the widest linear."""
 
 Parts = Mapping[str, int]
 """Purpose -> bytes."""
@@ -63,6 +67,8 @@ class Workload:
     the dense model: its stream and the compressed one, before and after the first half."""
     capture: int = 0
     """What the sums over tokens hold, with the edits so far, where a solve looks at the streams itself."""
+    refined: int = 0
+    """Parameters of a layer that is refined; none where no layer is."""
     copied: int = 0
     """The piece in which a tensor that stays as it is goes from the source to the shard."""
 
@@ -75,9 +81,28 @@ class Workload:
         """Generations on the disk while a layer is done, where the disk keeps them: what was there and what is coming."""
         return self.streams + min(self.streams, 2)
 
+    @property
+    def disk_bytes(self) -> int:
+        """What a run keeps on the disk beside its shards; a refinement's state stands twice while the new replaces the old."""
+        return self.disk_generations * self.generation + 2 * self.refinement_state
+
     def batch(self, sequences: int) -> int:
         """Hidden states of so many sequences."""
         return min(sequences, self.sequences) * self.length * self.width * self.itemsize
+
+    @property
+    def refinement_state(self) -> int:
+        """What is kept on the disk after each epoch of a layer: masters and moments, and the best as it will be stored."""
+        return STATE_BYTES * self.refined + self.edits if self.refined else 0
+
+    @property
+    def refinement(self) -> dict[str, int]:
+        """What refining a layer holds: masters, gradients and moments; what is stored of the layer, now and of the best; and
+        what the forward of one sequence leaves for its gradients."""
+        if not self.refined:
+            return {}
+        graph = 4 * self.length * (GRAPH_WIDTHS * self.width + GRAPH_HEADS * self.heads + GRAPH_INNER * self.inner)
+        return {"refinement": MASTER_BYTES * self.refined, "edits": 2 * self.edits, "activations": graph}
 
     def activations(self, sequences: int, inner: int) -> int:
         """Most that one forward of a gated layer holds at a time beside its input: three FFN-wide tensors (act(gate), up, their
@@ -104,7 +129,7 @@ class Schedule:
     vram: Mapping[str, Parts]
 
 
-INNER = ("capture", "solve", "propagate")
+INNER = ("capture", "solve", "refine", "propagate")
 """Phases inside the loop over layers."""
 
 
@@ -135,6 +160,7 @@ def _cpu_schedule(work: Workload, overlap: bool, tier: str, micro: int) -> Sched
         },
         "capture": {"activations": work.activations(micro, work.inner), "edits": work.edits * overlap},
         "solve": {"solve": _solve(work, micro)},
+        "refine": work.refinement,
         "propagate": {**after, "writer": work.copied},
         "head": {"head": work.head, **bank, **batches} if work.head else {},
     }  # fmt: skip
@@ -160,6 +186,7 @@ def _gpu_schedule(work: Workload, overlap: bool, tier: str, micro: int) -> Sched
         },
         "capture": {"activations": work.activations(micro, work.inner), "edits": work.edits * overlap},
         "solve": {"solve": _solve(work, micro)},
+        "refine": work.refinement,
         "propagate": {"edits": work.edits, "activations": work.activations(micro, work.inner_after)},
         "head": {"head": work.head, **resident},
     }

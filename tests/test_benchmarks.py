@@ -18,8 +18,10 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "scripts"))
 
+import ablate
 import bench_gpu
 import bench_memory
+import bench_peers
 import bench_plan
 import bench_speed
 import benchmarks as shared
@@ -395,7 +397,7 @@ def test_a_command_that_is_shown_names_no_place(monkeypatch: pytest.MonkeyPatch)
 
 def test_the_page_names_every_benchmark_and_its_flags() -> None:
     page = (ROOT / "docs" / "benchmarks" / "README.md").read_text(encoding="utf-8")
-    for script in (bench_memory, bench_plan, bench_speed, bench_gpu):
+    for script in (bench_memory, bench_plan, bench_speed, bench_gpu, ablate, bench_peers):
         lines = [line for line in page.splitlines() if f"scripts/{script.__name__}.py" in line]
         assert lines, script.__name__
         source = Path(script.__file__).read_text(encoding="utf-8") + Path(shared.__file__).read_text(encoding="utf-8")

@@ -45,7 +45,7 @@ TEXTS = {str(page.relative_to(ROOT)): page.read_text(encoding="utf-8") for page 
 BLOCK = re.compile(
     r"^(?:<!-- (?P<part>part of )?file: (?P<file>.+?) -->\n)?```(?P<language>\w*)\n(?P<code>.*?)^```$", re.M | re.S
 )
-FREE_KEYS = {"modules", "sites", "shards", "fingerprint", "recipe"}
+FREE_KEYS = {"modules", "sites", "shards", "fingerprint", "recipe", "errors", "ffn", "attention"}
 """Objects of which a page may show a part."""
 
 

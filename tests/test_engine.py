@@ -90,7 +90,7 @@ def compress(source: Path, windows: Path) -> Compress:
     """Into `out`; in bfloat16, so that a layer lives in its staging buffer, unless another dtype is given."""
 
     def run(out: Path, **changes: Any) -> streamlap.Report:
-        settings = {"dtype": "bfloat16", "files": (str(windows),)} | changes
+        settings = {"preset": "lorap", "dtype": "bfloat16", "files": (str(windows),)} | changes
         return streamlap.compress(source, out, **settings)
 
     return run
@@ -130,7 +130,9 @@ def taken(monkeypatch: pytest.MonkeyPatch) -> list[Schedule]:
 def compression_schedules(source: Path, overlap: bool, dtype: str = "bfloat16") -> list[Schedule]:
     """Those that some cap leads to, from the richest to the leanest."""
     stream = ModelStream(source, dtype=dtype)
-    work = compression_workload(stream, forecast(stream, streamlap.Recipe(), SHAPE_NL), SHAPE_NL)
+    work = compression_workload(
+        stream, forecast(stream, streamlap.Recipe().override(preset="lorap"), SHAPE_NL), SHAPE_NL
+    )
     return reachable(schedules(work, overlap))
 
 
@@ -261,6 +263,97 @@ def test_resume_keeps_the_caps_unless_it_is_given_others(
     streamlap.resume(tmp_path / "out", max_ram="100GiB")
     assert names(taken) == [(False, "disk", 1), (False, "disk", 1), (False, "ram", BATCH)]
     assert outputs(tmp_path / "out") == whole
+
+
+# --- halves rebuilt beside the dense model ---------------------------------------------------------------------------------
+
+WAYS: dict[str, tuple[bool, str, int]] = {
+    "in memory, nothing beside the loop": (False, "ram", BATCH),
+    "on the disk": (True, "disk", BATCH),
+    "on the disk, nothing beside the loop": (False, "disk", BATCH),
+    "a sequence at a time": (False, "disk", 1),
+}
+
+
+@pytest.fixture(scope="session")
+def narrow(pico: MakeModel) -> Path:
+    return pico(
+        "qwen2", dtype=torch.bfloat16, num_hidden_layers=2, hidden_size=64, intermediate_size=160, head_dim=16,
+        max_position_embeddings=SHAPE_NL[1],
+    )  # fmt: skip
+
+
+@pytest.fixture
+def rebuild(narrow: Path, windows: Path) -> Compress:
+    """The same by the preset `best`, on a model that is not as wide."""
+
+    def run(out: Path, **changes: Any) -> streamlap.Report:
+        settings = {"preset": "best", "ratio": 0.4, "dtype": "bfloat16", "files": (str(windows),)} | changes
+        return streamlap.compress(narrow, out, **settings)
+
+    return run
+
+
+@pytest.fixture
+def rebuilt(rebuild: Compress, tmp_path: Path) -> dict[str, Any]:
+    return result(rebuild, tmp_path / "rebuilt")
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_halves_are_the_same_bytes_by_every_way(
+    rebuild: Compress, rebuilt: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, way: str
+) -> None:
+    overlap, tier, micro = WAYS[way]
+    monkeypatch.setattr(sizing, "schedules", lambda work, _: [make_schedule(work, overlap, tier, micro)])
+    assert result(rebuild, tmp_path / "out", overlap=overlap) == rebuilt
+
+
+@pytest.mark.parametrize("count", [1, 3])
+def test_halves_are_the_same_bytes_on_any_number_of_threads_and_in_other_batches(
+    rebuild: Compress, rebuilt: dict[str, Any], tmp_path: Path, threads: Callable[[int], None],
+    monkeypatch: pytest.MonkeyPatch, count: int,
+) -> None:  # fmt: skip
+    threads(count)
+    monkeypatch.setattr(families_stream, "BATCH_TOKENS", (count + 1) * SHAPE_NL[1])
+    assert result(rebuild, tmp_path / "out") == rebuilt
+
+
+@pytest.mark.parametrize("layers", [0, 1])
+@pytest.mark.parametrize("tier", ["ram", "disk"])
+def test_halves_go_on_where_they_were_cut_short_and_leave_nothing(
+    rebuild: Compress, rebuilt: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tier: str, layers: int
+) -> None:
+    """The dense stream is as durable as the compressed one; what lies between the halves is made anew."""
+    out, work = tmp_path / "out", tmp_path / "work"
+    monkeypatch.setattr(sizing, "schedules", lambda work, overlap: [make_schedule(work, overlap, tier, BATCH)])
+    crash_after(layers, monkeypatch, lambda: rebuild(out, work=work))
+    left = {path.name for path in work.rglob("*.bin")}
+    assert {f"hidden-{layers:05d}.bin", f"dense-{layers:05d}.bin"} <= left
+    streamlap.resume(out)
+    assert outputs(out) == rebuilt
+    assert not list(work.iterdir())
+    assert not [path for path in out.rglob("*") if path.suffix in (".tmp", ".bin")]
+
+
+def test_halves_claim_what_they_hold(
+    rebuild: Compress, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, taken: list[Schedule]
+) -> None:
+    """Four streams between layers, and inside a solve the sums over tokens with the work of one more method."""
+    claimed: list[dict[str, int]] = []
+    rebuild_layer = pipeline.rebuild_layer
+
+    def note(running: engine.Engine, *rest: Any) -> Any:
+        with running.claim("solve"):
+            claimed.append(dict(running.fit.ram.held))
+        return rebuild_layer(running, *rest)
+
+    monkeypatch.setattr(pipeline, "rebuild_layer", note)
+    rebuild(tmp_path / "out")
+    generation = SHAPE_NL[0] * SHAPE_NL[1] * 64 * 2
+    assert taken[0].tier == "ram"
+    for held in claimed:
+        assert held["hidden states"] >= 4 * generation
+        assert held["solve"] >= 8 * (2 * 64 * 64 + 160 * 160)
 
 
 # --- what runs beside the loop -----------------------------------------------------------------------------------------
@@ -642,7 +735,7 @@ from streamlap.errors import BudgetError, RecipeError
 from streamlap.meters import peak_ram_bytes
 
 torch.set_num_threads(2)
-model, windows, out = sys.argv[1:]
+model, windows, out, preset = sys.argv[1:]
 
 def under_the_least_cap(run):
     cap = "1MiB"
@@ -653,7 +746,9 @@ def under_the_least_cap(run):
             cap = re.search(r"give --max-ram (\\S+GiB)[.]", str(error))[1]
     raise SystemExit("no cap that was named did")
 
-report, cap = under_the_least_cap(lambda cap: streamlap.compress(model, out, files=(windows,), max_ram=cap))
+report, cap = under_the_least_cap(
+    lambda cap: streamlap.compress(model, out, files=(windows,), preset=preset, max_ram=cap)
+)
 rows = {"compress": [cap, max(report.peak_ram_bytes, peak_ram_bytes())]}
 result, cap = under_the_least_cap(lambda cap: streamlap.evaluate(model, windows, max_ram=cap))
 rows["evaluate"] = [cap, result.peak_ram_bytes]
@@ -661,14 +756,20 @@ print(json.dumps(rows))
 """
 
 
-def test_a_real_process_stays_under_the_least_cap_that_is_named(pico: MakeModel, tmp_path: Path) -> None:
-    """A layer of 34 MiB, compressed in its own dtype, evaluated in float32."""
-    medium = {"hidden_size": 1280, "intermediate_size": 3520, "num_attention_heads": 20, "num_key_value_heads": 4}
+@pytest.mark.parametrize(("preset", "hidden"), [("lorap", 1280), ("best", 640)])
+def test_a_real_process_stays_under_the_least_cap_that_is_named(
+    pico: MakeModel, tmp_path: Path, preset: str, hidden: int
+) -> None:
+    """A layer of 34 MiB, or of 8, compressed in its own dtype, evaluated in float32."""
+    medium = {
+        "hidden_size": hidden, "intermediate_size": hidden * 11 // 4, "num_attention_heads": hidden // 64,
+        "num_key_value_heads": hidden // 320,
+    }  # fmt: skip
     source = pico(
         "llama", dtype=torch.bfloat16, num_hidden_layers=2, head_dim=64, max_position_embeddings=256, **medium
     )
     np.save(tmp_path / "windows.npy", np.random.default_rng(0).integers(0, VOCABULARY, (4, 256)))
-    command = [sys.executable, "-c", CAPPED, str(source), str(tmp_path / "windows.npy"), str(tmp_path / "out")]
+    command = [sys.executable, "-c", CAPPED, str(source), str(tmp_path / "windows.npy"), str(tmp_path / "out"), preset]
     done = subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True)
     for name, (cap, seen) in json.loads(done.stdout).items():
         assert seen <= (parse_size(cap, "max_ram") or 0), (name, cap, seen)

@@ -21,11 +21,13 @@ PACKAGE = ROOT / "streamlap"
 FLOORS = {
     4: {"", "cli"},
     3: {
-        "pipeline", "halves", "allocate", "preflight", "evaluate", "engine", "forecast", "sizing", "plan",
-        "inventory", "verification", "loading", "report", "export", "export.dense", "export.folder", "demo",
+        "pipeline", "recovery", "halves",
+        "allocate", "survey", "cuts", "preflight", "evaluate", "engine", "forecast", "sizing", "plan",
+        "inventory", "verification", "loading", "report", "target", "export", "export.dense", "export.folder", "demo",
     },
     2: {
-        "methods", "methods.base", "methods.attention_anchored", "methods.ffn_anchored", "methods.fitting",
+        "methods", "methods.base", "methods.attention_anchored", "methods.attention_heads", "methods.attention_groups",
+        "methods.ffn_anchored", "methods.refine_block", "methods.fitting",
         "methods.costs", "methods.attention_awsvd", "methods.ffn_lorap", "recipe", "calibration",
     },
     1: {
@@ -33,7 +35,7 @@ FLOORS = {
         "store.staging", "store.transfer", "store.worker", "families", "families.layer", "families.stream",
     },
     0: {
-        "linalg", "linalg.anchor", "linalg.budget", "linalg.channels", "linalg.heads", "linalg.lowrank",
+        "linalg", "linalg.allocation", "linalg.anchor", "linalg.budget", "linalg.channels", "linalg.heads", "linalg.lowrank",
         "linalg.moments", "linalg.obs", "linalg.pivot", "linalg.ranks", "linalg.statistics", "linalg.subspace",
         "linears", "modules", "memory", "cgroups", "meters", "machine", "progress", "errors", "hf_plugin",
         "modeling_streamlap", "shim", "stopping", "version",

@@ -42,8 +42,8 @@ def test_every_shard_has_the_size_that_was_foretold(
     pico: MakeModel, tokens: Path, tmp_path: Path, family: str, stored: torch.dtype, ratio: float
 ) -> None:
     source = pico(family, dtype=stored)
-    layers = foretold(source, ratio=ratio)
-    streamlap.compress(source, tmp_path / "out", ratio=ratio, files=(str(tokens),))
+    layers = foretold(source, ratio=ratio, preset="lorap")
+    streamlap.compress(source, tmp_path / "out", ratio=ratio, preset="lorap", files=(str(tokens),))
     assert [layer.output_bytes for layer in layers] == [path.stat().st_size for path in shards(tmp_path / "out")]
     for layer, path in zip(layers, shards(tmp_path / "out"), strict=True):
         tensors = load_file(path)
@@ -54,11 +54,29 @@ def test_every_shard_has_the_size_that_was_foretold(
         assert layer.edits_bytes + layer.copied_bytes == sum(tensor.nbytes for tensor in tensors.values())
 
 
+@pytest.mark.parametrize("family", ["llama", "qwen2"])
+def test_no_shard_is_larger_than_was_foretold_where_methods_compete(
+    pico: MakeModel, tokens: Path, tmp_path: Path, family: str
+) -> None:
+    """Which of them rebuilds a half is known only later; where one alone tries, the size is the one foretold."""
+    source, out = pico(family, dtype=torch.bfloat16), tmp_path / "out"
+    rows = zip(foretold(source, ratio=0.5), compressed_sizes(source, out, tokens), strict=True)
+    assert all(0.9 * layer.output_bytes < size <= layer.output_bytes for layer, size in rows)
+    alone = {"methods": (METHODS["attention_anchored"](), METHODS["ffn_anchored"](share=0.5))}  # type: ignore[call-arg]
+    sizes = compressed_sizes(source, tmp_path / "alone", tokens, **alone)
+    assert [layer.output_bytes for layer in foretold(source, ratio=0.5, **alone)] == sizes
+
+
+def compressed_sizes(source: Path, out: Path, tokens: Path, **settings: object) -> list[int]:
+    streamlap.compress(source, out, ratio=0.5, files=(str(tokens),), **settings)
+    return [path.stat().st_size for path in shards(out)]
+
+
 def test_names_of_ten_layers_and_more_are_longer(pico: MakeModel, tokens: Path, tmp_path: Path) -> None:
     """The header of layer 10 takes more bytes than that of layer 9."""
     source = pico("llama", num_hidden_layers=11)
-    layers = foretold(source)
-    streamlap.compress(source, tmp_path / "out", files=(str(tokens),))
+    layers = foretold(source, preset="lorap")
+    streamlap.compress(source, tmp_path / "out", preset="lorap", files=(str(tokens),))
     assert [layer.output_bytes for layer in layers] == [path.stat().st_size for path in shards(tmp_path / "out")]
     assert layers[10].output_bytes > layers[9].output_bytes == layers[0].output_bytes
 
@@ -88,14 +106,14 @@ def test_operations_are_those_of_two_forwards_and_of_the_last_layer_one(pico: Ma
 
 def test_only_what_is_factored_is_decomposed(pico: MakeModel) -> None:
     """k and v are 16 rows high; at a ratio of a fifth v and o stay as they are."""
-    assert sorted(foretold(pico("llama"), ratio=0.5)[0].decompositions) == [16, 16, 32, 32]
-    assert sorted(foretold(pico("llama"), ratio=0.2)[0].decompositions) == [16, 32]
+    assert sorted(foretold(pico("llama"), ratio=0.5, preset="lorap")[0].decompositions) == [16, 16, 32, 32]
+    assert sorted(foretold(pico("llama"), ratio=0.2, preset="lorap")[0].decompositions) == [16, 32]
     assert foretold(pico("llama"), methods=(METHODS["ffn_lorap"](),))[0].decompositions == ()
 
 
 def test_the_workload_is_that_of_the_largest_layer(pico: MakeModel) -> None:
     source = pico("llama", dtype=torch.bfloat16)
-    stream, layers = ModelStream(source, dtype="bfloat16"), foretold(source, ratio=0.5)
+    stream, layers = ModelStream(source, dtype="bfloat16"), foretold(source, ratio=0.5, preset="lorap")
     work = compression_workload(stream, layers, SHAPE_NL)
     assert (work.sequences, work.length) == SHAPE_NL
     assert work.edits == max(layer.edits_bytes for layer in layers) > 0

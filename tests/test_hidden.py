@@ -124,6 +124,19 @@ def test_a_new_process_goes_on_from_the_files(tmp_path: Path, writer: Worker, ti
     assert (tmp_path / "hidden-00003.bin").read_bytes() == after(3).numpy().tobytes()
 
 
+@pytest.mark.parametrize("tier", TIERS)
+def test_sequences_are_picked_by_number(tmp_path: Path, writer: Worker, tier: str) -> None:
+    x_NLD, bank = states(), make_bank(tier, tmp_path)
+    bank.write(2, x_NLD.split(3), writer)
+    assert torch.equal(bank.pick(2, [7, 0, 4]), x_NLD[[7, 0, 4]])
+    bank.settle()
+    if "disk" in tier:
+        again = make_bank(tier, tmp_path)
+        assert torch.equal(again.pick(2, [6]), x_NLD[6:7])
+    with pytest.raises((ResumeMismatch, AssertionError)):
+        bank.pick(3, [0])
+
+
 def test_what_was_read_from_a_file_is_read_from_memory_from_then_on(tmp_path: Path) -> None:
     make_bank("disk", tmp_path).write(0, states().split(3))
     bank = make_bank("ram and disk", tmp_path)

@@ -22,6 +22,7 @@ from streamlap.families.stream import ModelStream
 from streamlap.linalg.budget import lorap_pair_ranks, lorap_removal
 from streamlap.linalg.channels import kept_channels, lorap_scores
 from streamlap.linalg.lowrank import awsvd
+from streamlap.methods import PRESETS
 from streamlap.store.journal import Journal
 
 
@@ -48,7 +49,7 @@ def test_every_layer_is_edited_from_the_compressed_prefix(
     pico: MakeModel, tokens: Path, tmp_path: Path, family: str
 ) -> None:
     """An independent LoRAP in memory: layer by layer, on a whole model whose earlier layers are already replaced."""
-    report = compressed(pico, tokens, tmp_path / "out", family, ratio=0.4)
+    report = compressed(pico, tokens, tmp_path / "out", family, ratio=0.4, preset="lorap")
     tokens_NL = torch.from_numpy(np.load(tokens).astype(np.int64))
     model = AutoModelForCausalLM.from_pretrained(pico(family), dtype=torch.float32)
     written = ModelStream(tmp_path / "out").source
@@ -80,9 +81,10 @@ def test_every_layer_is_edited_from_the_compressed_prefix(
         mlp.down_proj.weight.data[:, gone] = 0
 
 
-def test_equal_runs_give_equal_bytes(pico: MakeModel, tokens: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("preset", PRESETS)
+def test_equal_runs_give_equal_bytes(pico: MakeModel, tokens: Path, tmp_path: Path, preset: str) -> None:
     for name in ("a", "b"):
-        compressed(pico, tokens, tmp_path / name)
+        compressed(pico, tokens, tmp_path / name, preset=preset)
     for path in sorted((tmp_path / "a").iterdir()):
         if path.name != "streamlap_report.json":
             assert path.read_bytes() == (tmp_path / "b" / path.name).read_bytes(), path.name
@@ -118,20 +120,23 @@ def test_the_folder_holds_what_a_model_folder_holds(pico: MakeModel, tokens: Pat
     assert str(tmp_path) not in card
 
 
-def test_untouched_tensors_are_copied_as_bytes(pico: MakeModel, tokens: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("preset", "linears"), [("lorap", ("v_proj",)), ("best", ())])
+def test_untouched_tensors_are_copied_as_bytes(
+    pico: MakeModel, tokens: Path, tmp_path: Path, preset: str, linears: tuple[str, ...]
+) -> None:
     """Also where the layer ran in another dtype than it is stored in."""
     source = pico("qwen3", dtype=torch.float32)
-    streamlap.compress(source, tmp_path / "out", ratio=0.2, files=(str(tokens),), dtype="bfloat16")
+    streamlap.compress(source, tmp_path / "out", ratio=0.2, preset=preset, files=(str(tokens),), dtype="bfloat16")
     before, after = ModelStream(source).source, ModelStream(tmp_path / "out").source
-    same = [name for name in before.names() if "norm" in name or "embed" in name or "v_proj" in name]
-    assert len(same) == 3 * 5 + 2
+    same = [name for name in before.names() if any(part in name for part in ("norm", "embed", *linears))]
+    assert len(same) == 3 * (4 + len(linears)) + 2
     for name in same:
         assert torch.equal(before.read(name), after.read(name)), name
 
 
 def test_the_report_counts_what_is_stored(pico: MakeModel, tokens: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
-    report = compressed(pico, tokens, out, ratio=0.3)
+    report = compressed(pico, tokens, out, ratio=0.3, preset="lorap")
     source = ModelStream(out).source
     stored = [source.info(name) for name in source.names()]
     assert report.parameters.total_after == sum(info.numel for info in stored)
@@ -201,7 +206,16 @@ def test_dense_export_is_a_plain_model_with_the_same_logits(
     assert streamlap.verify(dense)["ok"]
 
 
-def test_factors_that_the_storage_dtype_cannot_hold_are_refused(pico: MakeModel, tokens: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("preset", "words"),
+    [
+        ("lorap", r"model.layers.2.self_attn.o_proj: down.weight is not finite in torch.float16"),
+        ("best", r"model.layers.2 attention: rows of a low-rank map are not finite in torch.float16"),
+    ],
+)
+def test_factors_that_the_storage_dtype_cannot_hold_are_refused(
+    pico: MakeModel, tokens: Path, tmp_path: Path, preset: str, words: str
+) -> None:
     """In the last layer too, whose output nobody looks at: the inputs of o are tiny, its weights large, float16 overflows."""
     from safetensors.torch import save_file
 
@@ -211,10 +225,8 @@ def test_factors_that_the_storage_dtype_cannot_hold_are_refused(pico: MakeModel,
     weights["model.layers.2.self_attn.v_proj.weight"][:] = 6e-8
     weights["model.layers.2.self_attn.o_proj.weight"] *= 20000
     save_file(weights, source / "model.safetensors", {"format": "pt"})
-    with pytest.raises(
-        NumericalError, match=r"model.layers.2.self_attn.o_proj: down.weight is not finite in torch.float16"
-    ):
-        streamlap.compress(source, out, ratio=0.4, files=(str(tokens),))
+    with pytest.raises(NumericalError, match=words):
+        streamlap.compress(source, out, ratio=0.4, preset=preset, files=(str(tokens),))
     assert not (out / "config.json").exists()
 
 

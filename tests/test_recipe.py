@@ -20,7 +20,7 @@ def test_yaml_round_trip(tmp_path: Path) -> None:
 
 
 def test_every_knob_of_a_preset_is_visible_in_the_saved_recipe() -> None:
-    saved = yaml.safe_load(Recipe().to_yaml())
+    saved = yaml.safe_load(Recipe().override(preset="lorap").to_yaml())
     assert saved["methods"] == [
         {"method": "attention_awsvd", "alpha": 3.0},
         {"method": "ffn_lorap", "protect": 0.01},

@@ -64,6 +64,7 @@ class StreamLayer:
         self.module, self.prefix, self.family = module, prefix, family
         self._kwargs, self._stored = kwargs, stored
         self._edited: dict[str, nn.Module] = {}
+        self._replaced: dict[str, torch.Tensor] = {}
 
     def linear(self, path: str) -> nn.Linear:
         linear = self.module.get_submodule(path)
@@ -74,6 +75,12 @@ class StreamLayer:
         """(out, in) of the linears at `paths`."""
         linears = {path: self.linear(path) for path in paths}
         return {path: (linear.out_features, linear.in_features) for path, linear in linears.items()}
+
+    @property
+    def head_dim(self) -> int:
+        """Numbers in one attention head."""
+        attention: Any = self.module.get_submodule(self.family.halves["attention"].module)
+        return int(attention.head_dim)
 
     def storage_dtype(self, path: str) -> torch.dtype:
         return self._stored[f"{path}.weight"].dtype
@@ -186,17 +193,64 @@ class StreamLayer:
             return edit.module
         return copy.deepcopy(edit.module).to(weight.device, weight.dtype)
 
+    def stored_parameters(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """Every parameter of the layer, edits included, by its name in the module and in the dtype in which it is stored."""
+        for name, parameter in self.module.named_parameters():
+            owner = self._owner(name)
+            if owner is None:
+                yield name, parameter.detach().to(self._stored[name].dtype)
+            else:
+                yield name, self._edited[owner].get_parameter(name.removeprefix(owner + ".")).detach()
+
+    def with_parameters(self, values: Mapping[str, torch.Tensor], x_BLD: torch.Tensor) -> torch.Tensor:
+        """The layer's output, computed with `values`, by the names of `stored_parameters`, and in their dtype and on their
+        device; gradients go through. The layer itself stays as it is."""
+        weight = next(iter(values.values()))
+        kwargs = {key: _cast(value, weight.dtype) for key, value in self._kwargs.items()}
+        y = torch.func.functional_call(self.module, dict(values), (x_BLD.to(weight.device, weight.dtype),), kwargs)
+        y_BLD: torch.Tensor = y[0] if isinstance(y, tuple) else y
+        return y_BLD
+
+    def replace(self, values: Mapping[str, torch.Tensor]) -> None:
+        """Other numbers, in the dtype in which they are stored, for parameters of the layer; they run next and are written."""
+        for name, tensor in values.items():
+            owner = self._owner(name)
+            if owner is None:
+                self._replaced[name] = tensor
+            else:
+                _set_parameter(self._edited[owner], name.removeprefix(owner + "."), tensor)
+            running = self.module.get_parameter(name)
+            _set_parameter(self.module, name, tensor.to(running.device, running.dtype))
+
+    def _owner(self, name: str) -> str | None:
+        """The path of the edit that the parameter of this name belongs to."""
+        return next((path for path in self._edited if name.startswith(path + ".")), None)
+
     def tensors(self) -> dict[str, TensorEntry]:
         """Everything of this layer that is to be written, by name on disk."""
         dropped = tuple(path + "." for path in self._edited)
         entries: dict[str, TensorEntry] = {
-            f"{self.prefix}.{name}": info for name, info in self._stored.items() if not name.startswith(dropped)
+            f"{self.prefix}.{name}": self._replaced.get(name, info)
+            for name, info in self._stored.items()
+            if not name.startswith(dropped)
         }
         parts = carriers(self.module)
         for path, module in self._edited.items():
             for name, tensor in module.state_dict(prefix=path + ".").items():
                 entries[f"{self.prefix}.{disk_name(name, parts)}"] = tensor
         return entries
+
+
+def _cast(value: Any, dtype: torch.dtype) -> Any:
+    """The floating-point tensors of an argument in `dtype`."""
+    if isinstance(value, tuple):
+        return tuple(_cast(part, dtype) for part in value)
+    return value.to(dtype) if isinstance(value, torch.Tensor) and value.is_floating_point() else value
+
+
+def _set_parameter(root: nn.Module, name: str, tensor: torch.Tensor) -> None:
+    path, _, leaf = name.rpartition(".")
+    setattr(root.get_submodule(path), leaf, nn.Parameter(tensor, requires_grad=False))
 
 
 def _feed(collector: Collector) -> Callable[[nn.Module, tuple[torch.Tensor, ...]], None]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import torch
 
 from streamlap.errors import NumericalError
+from streamlap.linalg.lowrank import solver_threads
 
 DAMPING = 1e-3
 """Share of the mean diagonal that is added to a Gram before it is inverted."""
@@ -53,13 +54,28 @@ def root(gram_II: torch.Tensor) -> torch.Tensor:
 
 
 def _factor(gram_II: torch.Tensor, damping: float) -> torch.Tensor | None:
-    factor_II, info = torch.linalg.cholesky_ex(damped(gram_II, damping))
+    with solver_threads(gram_II.device):
+        factor_II, info = torch.linalg.cholesky_ex(damped(gram_II, damping))
     return factor_II if int(info) == 0 and bool(torch.isfinite(factor_II.diagonal()).all()) else None
 
 
 def solve_right(factor_II: torch.Tensor, b_OI: torch.Tensor) -> torch.Tensor:
     """b S^-1 for S = L L'."""
-    return torch.cholesky_solve(b_OI.mT, factor_II).mT
+    with solver_threads(factor_II.device):
+        return torch.cholesky_solve(b_OI.mT, factor_II).mT
+
+
+def solve_triangular(factor_II: torch.Tensor, b_IO: torch.Tensor, upper: bool) -> torch.Tensor:
+    """L^-1 b."""
+    with solver_threads(factor_II.device):
+        x_IO: torch.Tensor = torch.linalg.solve_triangular(factor_II, b_IO, upper=upper)
+    return x_IO
+
+
+def inverse(factor_II: torch.Tensor) -> torch.Tensor:
+    """S^-1 for S = L L'."""
+    with solver_threads(factor_II.device):
+        return torch.cholesky_inverse(factor_II)
 
 
 def correction(
@@ -81,5 +97,6 @@ def best_step(w_OI: torch.Tensor, delta_OI: torch.Tensor, x_TI: torch.Tensor, ta
     x_TI = x_TI.double()
     moved_TO = x_TI @ delta_OI.T
     missing_TO = target_TO.double() - x_TI @ w_OI.double().T
-    power = float(moved_TO.square().sum())
-    return min(1.0, max(0.0, float((missing_TO * moved_TO).sum()) / power)) if power > 0 else 0.0
+    # Rows first: what one sum over all comes to depends on the number of threads.
+    power, gain = (float((rows_TO * moved_TO).sum(dim=1).sum()) for rows_TO in (moved_TO, missing_TO))
+    return min(1.0, max(0.0, gain / power)) if power > 0 else 0.0

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 import torch
 
-from streamlap.linalg.anchor import DAMPING, root
+from streamlap.linalg.anchor import DAMPING, root, solve_triangular
 from streamlap.linalg.lowrank import eigh
 from streamlap.linalg.obs import loss, remove, start
 
@@ -123,5 +123,5 @@ def _cut(
     product_NN = root_NN.T @ power_NN @ root_NN
     energies, vectors = eigh((product_NN + product_NN.T) / 2)
     u_NK = vectors[:, -keep_dim:].flip(1)
-    out_NK = torch.linalg.solve_triangular(root_NN.T, u_NK, upper=True)
+    out_NK = solve_triangular(root_NN.T, u_NK, upper=True)
     return u_NK.T @ root_NN.T, out_NK, energies.flip(0).clamp_min(0.0)

@@ -15,8 +15,8 @@ from collections.abc import Iterator
 import torch
 
 SOLVER_THREADS = 2
-"""CPU threads of every eigen-decomposition. LAPACK's last bits depend on their number, and equal input shall give equal output
-on any number; half of the work is bound by memory, which two threads nearly use up."""
+"""CPU threads of every decomposition and triangular solve. LAPACK's last bits depend on their number, and equal input shall
+give equal output on any number; half of the work is bound by memory, which two threads nearly use up."""
 
 BLOCK = 1024
 """Rows or columns that are widened to float64 at a time."""
@@ -70,13 +70,21 @@ def awsvd_flops(rows: int, columns: int, rank: int) -> int:
 
 def eigh(gram_MM: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Eigenvalues, ascending, and eigenvectors; the same bits for any number of torch's threads."""
-    with _solver_threads(gram_MM.device):
+    with solver_threads(gram_MM.device):
         values_M, vectors_MM = torch.linalg.eigh(gram_MM)
     return values_M, vectors_MM
 
 
+def orthonormal(basis_OR: torch.Tensor) -> torch.Tensor:
+    """Orthonormal columns of the same span; the same bits for any number of torch's threads."""
+    with solver_threads(basis_OR.device):
+        q_OR: torch.Tensor = torch.linalg.qr(basis_OR).Q
+    return q_OR
+
+
 @contextlib.contextmanager
-def _solver_threads(device: torch.device) -> Iterator[None]:
+def solver_threads(device: torch.device) -> Iterator[None]:
+    """While the block lasts, CPU work is done by SOLVER_THREADS; for LAPACK, not for products, whose bits are the same."""
     before = torch.get_num_threads()
     if device.type != "cpu" or before == SOLVER_THREADS:
         yield

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import torch
 
-from streamlap.linalg.anchor import DAMPING, cholesky, root, solve_right
+from streamlap.linalg.anchor import DAMPING, cholesky, inverse, root, solve_right, solve_triangular
 
 ROUNDS = 16
 """Rounds of the greedy choice; each drops its share and settles what that does to the others."""
@@ -49,7 +49,7 @@ def removal_order(
 def start(w_OF: torch.Tensor, gram_FF: torch.Tensor, damping: float = DAMPING) -> tuple[torch.Tensor, torch.Tensor]:
     """W, a copy in which the columns of dead inputs are zero, so that they go first and cost nothing; and S^-1. float64."""
     alive_F = gram_FF.diagonal() > 0
-    return w_OF.double() * alive_F, torch.cholesky_inverse(cholesky(gram_FF, damping))
+    return w_OF.double() * alive_F, inverse(cholesky(gram_FF, damping))
 
 
 def loss(w_OF: torch.Tensor, inverse_FF: torch.Tensor, out_Q: torch.Tensor) -> float:
@@ -65,7 +65,7 @@ def remove(w_OF: torch.Tensor, inverse_FF: torch.Tensor, out_Q: torch.Tensor) ->
     w_OQ = w_OF[:, out_Q]
     weight_OQ = solve_right(factor_QQ, w_OQ)
     w_OF -= weight_OQ @ rows_QF
-    half_QF = torch.linalg.solve_triangular(factor_QQ, rows_QF, upper=False)
+    half_QF = solve_triangular(factor_QQ, rows_QF, upper=False)
     for first in range(0, len(inverse_FF), ROW_BLOCK):
         block = slice(first, first + ROW_BLOCK)
         inverse_FF[block] -= half_QF[:, block].T @ half_QF

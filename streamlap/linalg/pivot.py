@@ -12,6 +12,8 @@ from collections.abc import Sequence
 
 import torch
 
+from streamlap.linalg.lowrank import orthonormal, solver_threads
+
 BLOCK = 64
 """Pivots that several bases choose together before their span is projected out."""
 
@@ -29,7 +31,8 @@ def pivot_rows(basis_OR: torch.Tensor, groups: int = 1) -> torch.Tensor:
     if rank % groups or rows % groups:
         raise ValueError(f"{groups} groups divide neither or one of {rows} rows and {rank} pivots")
     if groups == 1:
-        _, pivots = torch.linalg.lu_factor(basis_OR)
+        with solver_threads(basis_OR.device):
+            _, pivots = torch.linalg.lu_factor(basis_OR)
         return torch.tensor(_swapped(pivots.tolist(), rows)[:rank], device=basis_OR.device).sort().values
     return _grouped(basis_OR, groups)
 
@@ -75,7 +78,7 @@ def _grouped(basis_OR: torch.Tensor, groups: int) -> torch.Tensor:
 
 def _without(basis_OR: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
     """What is left of every row beside the span of some."""
-    q_RQ: torch.Tensor = torch.linalg.qr(basis_OR[rows].T).Q
+    q_RQ = orthonormal(basis_OR[rows].T)
     return basis_OR - (basis_OR @ q_RQ) @ q_RQ.T
 
 

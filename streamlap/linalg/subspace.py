@@ -15,7 +15,7 @@ import torch
 
 from streamlap.errors import NumericalError
 from streamlap.linalg.anchor import level, root, solve_right
-from streamlap.linalg.lowrank import eigh
+from streamlap.linalg.lowrank import eigh, orthonormal
 
 PULL = 1e-6
 """Weight of the directions of which the Gram says nothing, as a share of the mean: there a refit follows T itself."""
@@ -54,7 +54,7 @@ def subspace(t_OI: torch.Tensor, gram_II: torch.Tensor, rank: int) -> Subspace:
     else:
         half_OI = t_OI @ root(gram_II)
         energies, vectors = _spectrum(half_OI.T @ half_OI)
-        basis_OR = torch.linalg.qr(half_OI @ vectors[:, -rank:].flip(1)).Q
+        basis_OR = orthonormal(half_OI @ vectors[:, -rank:].flip(1))
     return Subspace(basis_OR=basis_OR, map_RI=basis_OR.T @ t_OI, energies=energies.flip(0).clamp_min(0.0))
 
 
@@ -84,6 +84,11 @@ def two_factors(
 
 def refit(t_NI: torch.Tensor, base_RI: torch.Tensor, gram_II: torch.Tensor) -> torch.Tensor:
     """The C [N, R] for which C base is nearest to T in the metric of S: T S base' (base S base')^-1, float64."""
+    if not bool(torch.isfinite(base_RI).all()):
+        raise NumericalError(
+            f"rows of a low-rank map are not finite in {base_RI.dtype}; wanted numbers that {base_RI.dtype} can hold. "
+            "Convert the checkpoint to bfloat16 or float32 and compress that."
+        )
     base_RI = base_RI.double()
     half_IR = gram_II @ base_RI.T + PULL * level(gram_II) * base_RI.T
     gram_RR = symmetric(base_RI @ half_IR)

@@ -4,20 +4,24 @@ from __future__ import annotations
 
 from streamlap.methods.attention_anchored import AttentionAnchored
 from streamlap.methods.attention_awsvd import AttentionAwsvd
+from streamlap.methods.attention_groups import AttentionGroups
+from streamlap.methods.attention_heads import AttentionHeads
 from streamlap.methods.base import Anchored as Anchored
 from streamlap.methods.base import OnePass as OnePass
 from streamlap.methods.ffn_anchored import FfnAnchored
 from streamlap.methods.ffn_lorap import FfnLorap
 
 OnePassMethod = AttentionAwsvd | FfnLorap
-AnchoredMethod = AttentionAnchored | FfnAnchored
-ANCHORED = (AttentionAnchored, FfnAnchored)
+AnchoredMethod = AttentionAnchored | AttentionHeads | AttentionGroups | FfnAnchored
+ANCHORED = (AttentionAnchored, AttentionHeads, AttentionGroups, FfnAnchored)
 Method = OnePassMethod | AnchoredMethod
 
 METHODS: dict[str, type[Method]] = {
     "attention_awsvd": AttentionAwsvd,
     "ffn_lorap": FfnLorap,
     "attention_anchored": AttentionAnchored,
+    "attention_heads": AttentionHeads,
+    "attention_groups": AttentionGroups,
     "ffn_anchored": FfnAnchored,
 }
 

@@ -30,6 +30,7 @@ from streamlap.methods.fitting import (
     held_error,
     input_aims,
     low_rank_edit,
+    narrowed,
     output_aim,
     pivoted,
 )
@@ -136,12 +137,6 @@ class FfnAnchored:
         order = made[0][1]
         assert order is not None
         return [edit for edit, _ in made], order if kept is None else kept[order]
-
-
-def narrowed(aim: Aim, kept: torch.Tensor) -> Aim:
-    """An aim of which only the rows `kept` are left."""
-    bias_O = None if aim.bias_O is None else aim.bias_O[kept]
-    return Aim(path=aim.path, t_OI=aim.t_OI[kept], bias_O=bias_O, gram_II=aim.gram_II)
 
 
 def dense_removal_order(view: HalfView, aims: list[Aim], least: int) -> torch.Tensor:

@@ -6,7 +6,7 @@ Shape suffixes: O out, I in, R rank.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import nn
@@ -15,7 +15,7 @@ from streamlap.families.layer import Edit, StreamLayer
 from streamlap.linalg.anchor import best_step, correction
 from streamlap.linalg.pivot import folded_order, others, output_order, pivot_rows
 from streamlap.linalg.subspace import Subspace, refit, subspace, two_factors
-from streamlap.linears import LowRankLinear, PivotedLinear
+from streamlap.linears import LowRankLinear, PivotedLinear, StoredLinear
 from streamlap.methods.base import Seen
 
 
@@ -46,7 +46,8 @@ def input_aims(layer: StreamLayer, paths: Sequence[str], seen: Seen, step: float
         if shift_II is not None:
             delta_OI = w_OI @ shift_II
             target_TO = seen.held.anchor_TA.double() @ w_OI.T
-            t_OI = w_OI + _step(step, w_OI, delta_OI, seen, target_TO) * delta_OI
+            part = best_step(w_OI, delta_OI, seen.held.x_TI, target_TO) if step is None else step
+            t_OI = w_OI + part * delta_OI
         aims.append(Aim(path=path, t_OI=t_OI, bias_O=dense.bias, gram_II=gram_II))
     return aims
 
@@ -56,17 +57,31 @@ def output_aim(layer: StreamLayer, path: str, columns: torch.Tensor | None, seen
 
     `columns`: which of its inputs are left, in the order in which they now come; None where nothing changed.
     """
-    dense, gram_II = layer.linear(path), seen.moments.gram_II
+    dense = layer.linear(path)
     w_OI = dense.weight.double()
-    t_OI = w_OI = w_OI if columns is None else w_OI[:, columns]
+    return moved(path, w_OI if columns is None else w_OI[:, columns], dense.bias, seen, step)
+
+
+def moved(
+    path: str, w_OI: torch.Tensor, bias_O: torch.Tensor | None, seen: Seen, step: float | None,
+    columns: torch.Tensor | None = None,
+) -> Aim:  # fmt: skip
+    """The same for a linear at the end of a half that has become `w_OI`; it reads only `columns` of what was seen, if given."""
+    gram_II, cross_AI, x_TI = seen.moments.gram_II, seen.moments.cross_AI, seen.held.x_TI
+    if columns is not None:
+        gram_II, cross_AI, x_TI = gram_II[columns][:, columns], cross_AI[:, columns], x_TI[:, columns]
+    t_OI = w_OI
     if step != 0:
-        delta_OI = correction(w_OI, gram_II, seen.moments.cross_AI)
-        t_OI = w_OI + _step(step, w_OI, delta_OI, seen, seen.held.anchor_TA.double()) * delta_OI
-    return Aim(path=path, t_OI=t_OI, bias_O=dense.bias, gram_II=gram_II)
+        delta_OI = correction(w_OI, gram_II, cross_AI)
+        part = best_step(w_OI, delta_OI, x_TI, seen.held.anchor_TA.double()) if step is None else step
+        t_OI = w_OI + part * delta_OI
+    return Aim(path=path, t_OI=t_OI, bias_O=bias_O, gram_II=gram_II)
 
 
-def _step(step: float | None, w_OI: torch.Tensor, delta_OI: torch.Tensor, seen: Seen, target_TO: torch.Tensor) -> float:
-    return best_step(w_OI, delta_OI, seen.held.x_TI, target_TO) if step is None else step
+def narrowed(aim: Aim, kept: torch.Tensor) -> Aim:
+    """An aim of which only the rows `kept` are left."""
+    bias_O = None if aim.bias_O is None else aim.bias_O[kept]
+    return replace(aim, t_OI=aim.t_OI[kept], bias_O=bias_O)
 
 
 def dense_edit(layer: StreamLayer, aim: Aim, of: tuple[int, int], kept: torch.Tensor | None = None) -> Edit:
@@ -133,7 +148,7 @@ def held_error(edit: Edit, seen: Seen) -> float:
     token's squared error, over the mean of the target's. Tokens that are hit hard count for more than their share: a mean
     alone prefers to lose what few tokens need."""
     module = edit.module
-    assert isinstance(module, nn.Linear | LowRankLinear | PivotedLinear)
+    assert isinstance(module, nn.Linear | StoredLinear)
     w_OI = module.weight if isinstance(module, nn.Linear) else module.merged(torch.float32)
     target_TO = seen.held.anchor_TA.double()
     y_TO = seen.held.x_TI.double() @ w_OI.double().T

@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 import shutil
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future
 from pathlib import Path
 
@@ -68,6 +68,20 @@ class HiddenBank:
             yield x_BLD
         if self._cache is not None:
             self._kept_generation = generation
+
+    def pick(self, generation: int, numbers: Sequence[int]) -> torch.Tensor:
+        """The sequences of these numbers [B, L, D], in their order, from wherever they are; nothing is kept of it."""
+        if generation == self._kept_generation:
+            rows = []
+            for number in numbers:
+                kept = self._kept[number // self.batch]
+                rows.append((kept.wait() if isinstance(kept, Download) else kept)[number % self.batch])
+            return torch.stack(rows)
+        handle = self._open(generation)
+        try:
+            return torch.cat([self._read_rows(handle, generation, number, 1) for number in numbers])
+        finally:
+            os.close(handle)
 
     def write(self, generation: int, batches: Iterable[torch.Tensor], writer: Worker = INLINE) -> None:
         """Take in a generation. Its file is whole once `writer` has come to the end of what it was given here.
@@ -137,6 +151,15 @@ class HiddenBank:
             file.discard()
 
     def _read_file(self, generation: int) -> Iterator[torch.Tensor]:
+        handle, sequences = self._open(generation), self.shape_NLD[0]
+        try:
+            for first in range(0, sequences, self.batch):
+                yield self._read_rows(handle, generation, first, min(self.batch, sequences - first))
+        finally:
+            os.close(handle)
+
+    def _open(self, generation: int) -> int:
+        """The file of a generation, which is whole."""
         self.settle()
         path = self._path(generation)
         found = path.stat().st_size if path.exists() else 0
@@ -145,19 +168,16 @@ class HiddenBank:
                 f"{path} has {found} bytes of hidden states; wanted {self.nbytes}. It was changed from outside: "
                 "start over with --overwrite."
             )
+        return os.open(path, os.O_RDONLY)
+
+    def _read_rows(self, handle: int, generation: int, first: int, rows: int) -> torch.Tensor:
         sequences, length, width = self.shape_NLD
-        handle = os.open(path, os.O_RDONLY)
-        try:
-            for first in range(0, sequences, self.batch):
-                rows = min(self.batch, sequences - first)
-                x_BLD = torch.empty(rows, length, width, dtype=self.dtype, pin_memory=self._pinned)
-                view = byte_view(x_BLD)
-                done, start = 0, first * self.nbytes // sequences
-                while done < len(view):
-                    done += _read_some(handle, view[done:], start + done, path)
-                yield x_BLD
-        finally:
-            os.close(handle)
+        x_BLD = torch.empty(rows, length, width, dtype=self.dtype, pin_memory=self._pinned)
+        view = byte_view(x_BLD)
+        done, start = 0, first * self.nbytes // sequences
+        while done < len(view):
+            done += _read_some(handle, view[done:], start + done, self._path(generation))
+        return x_BLD
 
 
 def _write_batch(file: DurableFile, batch: Download) -> None:

@@ -1,0 +1,48 @@
+"""The recipes that an ablation compares: parts added one by one, and parts left out of the preset. No command itself."""
+
+from __future__ import annotations
+
+from dataclasses import fields, replace
+from pathlib import Path
+from typing import Any
+
+from streamlap.methods import PRESETS, Method
+from streamlap.methods.attention_anchored import AttentionAnchored
+from streamlap.methods.ffn_anchored import FfnAnchored
+from streamlap.recipe import Recipe
+
+
+def rebuilt(share: float = 0.0, **knobs: Any) -> tuple[Method, ...]:
+    """Both halves rebuilt by one method each."""
+    return AttentionAnchored(**knobs), FfnAnchored(share=share, **knobs)
+
+
+def best(**knobs: Any) -> tuple[Method, ...]:
+    """The methods of the preset, with these knobs where they have them."""
+    return tuple(
+        replace(method, **{entry.name: knobs[entry.name] for entry in fields(method) if entry.name in knobs})
+        for method in PRESETS["best"]
+    )
+
+
+NAMED: dict[str, tuple[Method, ...]] = {
+    "lorap": PRESETS["lorap"],
+    "factors b=0": rebuilt(storage="factors", step=0.0),
+    "+anchor": rebuilt(storage="factors"),
+    "+pivot": rebuilt(),
+    "+prune .25": rebuilt(0.25),
+    "+prune .5": rebuilt(0.5),
+    "+prune 1": rebuilt(1.0),
+    "best": PRESETS["best"],
+    "best -anchor": best(step=0.0),
+    "best -pivot": best(storage="factors"),
+}
+"""Each row from `factors b=0` to `+pivot` adds a part to the one before; each `+prune` is `+pivot` with that share in place of
+0; each `best -` leaves a part out."""
+
+
+def named_recipe(name: str) -> Recipe:
+    """By its name in the table, or from a file; in both cases only the ratio and the calibration are the grid's."""
+    if name.endswith(".yaml"):
+        return Recipe.from_yaml(Path(name))
+    return Recipe(methods=NAMED[name], preset=name if name in PRESETS else "custom")
