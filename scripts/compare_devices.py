@@ -31,7 +31,7 @@ def compare_devices(work: Path, device: str) -> Result:
         work.mkdir(parents=True)
         model = shared.checkpoint(work, SHAPE, LAYERS, SCALE_DOWN, "float32")
         tokens = shared.tokens_file(work, model, SAMPLES, LENGTH)
-        settings: dict[str, Any] = {"files": (str(tokens),), "dtype": "float32"}
+        settings: dict[str, Any] = {"files": (str(tokens),), "dtype": "float32", "preset": "lorap"}
         streamlap.compress(model, work / "cpu", device="cpu", **settings)
         settings["device"] = device
         streamlap.compress(model, work / "device", **settings)

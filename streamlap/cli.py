@@ -53,7 +53,9 @@ CalibrationFiles = Annotated[
 ]
 Refine = Annotated[
     int | None,
-    typer.Option(metavar="EPOCHS", help="Recovery: train each rebuilt layer for so many epochs of the calibration windows."),
+    typer.Option(
+        metavar="EPOCHS", help="Recovery: train each rebuilt layer for so many epochs of the calibration windows."
+    ),
 ]
 SurveyFile = Annotated[
     str | None, typer.Option(help="File of streamlap survey: layers that matter more keep more; default all alike.")
@@ -102,7 +104,14 @@ def compress(
 ) -> None:
     """Compress MODEL into the new folder OUT. A run that was killed goes on when the command is given again."""
     settings = recipe_of(
-        recipe, calibration, preset=preset, samples=samples, length=length, seed=seed, dtype=dtype, refine=refine,
+        recipe,
+        calibration,
+        preset=preset,
+        samples=samples,
+        length=length,
+        seed=seed,
+        dtype=dtype,
+        refine=refine,
         survey=survey,
     )
     report = streamlap.compress(
@@ -136,7 +145,14 @@ def plan(
 ) -> None:
     """What compress with the same options would take: size, memory, disk, time. From headers; exit 4 if it does not fit."""
     settings = recipe_of(
-        recipe, calibration, preset=preset, samples=samples, length=length, seed=seed, dtype=dtype, refine=refine,
+        recipe,
+        calibration,
+        preset=preset,
+        samples=samples,
+        length=length,
+        seed=seed,
+        dtype=dtype,
+        refine=refine,
         survey=survey,
     )
     result = streamlap.plan(

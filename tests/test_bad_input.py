@@ -395,9 +395,15 @@ RECIPES: dict[str, tuple[str, tuple[str, ...]]] = {
     "knob is text": ("methods: [{method: attention_awsvd, alpha: big}]", ("attention_awsvd", "alpha is 'big'")),
     "knob out of range": ("methods: [{method: attention_awsvd, alpha: 0}]", ("alpha is 0", "1 to 100")),
     "knob is nan": ("methods: [{method: ffn_lorap, protect: .nan}]", ("protect is nan", "0 up to 1")),
-    "storage is unknown": ("methods: [{method: ffn_anchored, storage: zip}]", ("storage is 'zip'", "one of pivoted, factors")),
+    "storage is unknown": (
+        "methods: [{method: ffn_anchored, storage: zip}]",
+        ("storage is 'zip'", "one of pivoted, factors"),
+    ),
     "share out of range": ("methods: [{method: ffn_anchored, share: 1.5}]", ("share is 1.5", "0 to 1")),
-    "share is text": ("methods: [{method: ffn_anchored, share: half}]", ("ffn_anchored", "share is 'half'", "a number")),
+    "share is text": (
+        "methods: [{method: ffn_anchored, share: half}]",
+        ("ffn_anchored", "share is 'half'", "a number"),
+    ),
     "share is nothing": ("methods: [{method: ffn_anchored, share: }]", ("ffn_anchored", "share is None", "a number")),
     "step out of range": ("methods: [{method: attention_anchored, step: 2}]", ("step is 2", "0 to 1")),
     "another half": ("methods: [{method: attention_anchored, half: ffn}]", ("half is 'ffn'", "wanted attention")),

@@ -322,7 +322,7 @@ def test_a_token_counts_by_its_share_of_the_stream() -> None:
 
 
 def test_the_loss_is_that_of_the_rounded_numbers_and_the_best_is_kept() -> None:
-    refiner, x_BLD, goal_BLD = toy(Refinement(epochs=40, patience=40), 1)
+    refiner, x_BLD, goal_BLD = toy(Refinement(epochs=40, patience=1.0), 1)
     pair = (x_BLD, goal_BLD)
     refiner.held.append(refiner.measure([pair]))
     while not refiner.ends:
@@ -336,7 +336,7 @@ def test_the_loss_is_that_of_the_rounded_numbers_and_the_best_is_kept() -> None:
 
 
 def test_it_ends_when_nothing_is_gained_for_long() -> None:
-    refiner, *_ = toy(Refinement(epochs=40, learning_rate=0.0, patience=4), 1)
+    refiner, *_ = toy(Refinement(epochs=40, learning_rate=0.0, patience=0.1), 1)
     refiner.held = [0.3]
     for loss in (0.4, 0.6, 0.4, 0.5):
         refiner.close_epoch(loss)

@@ -18,6 +18,8 @@ import streamlap
 from streamlap.errors import CheckpointError, UnsupportedModel
 from streamlap.families import FAMILIES
 from streamlap.families.stream import COMPUTE_DTYPES, ModelStream, batch_of
+from streamlap.linalg.budget import index_parameters
+from streamlap.methods import PRESETS
 from streamlap.sizing import evaluation_workload
 from streamlap.store.hidden import HiddenBank
 
@@ -89,22 +91,26 @@ def test_a_sliding_window_is_part_of_the_layer(pico: MakeModel, tokens: Path) ->
         assert not torch.equal(logits_NLV, wide(input_ids=tokens_NL).logits)
 
 
+@pytest.mark.parametrize("preset", PRESETS)
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 def test_compressed_output_loads_with_the_shapes_and_dtype_that_were_written(
-    pico: MakeModel, tokens: Path, tmp_path: Path, family: str, dtype: torch.dtype
+    pico: MakeModel, tokens: Path, tmp_path: Path, family: str, dtype: torch.dtype, preset: str
 ) -> None:
     """The loaded model, the stream over the output and the layers as they ran during compression agree."""
     out = tmp_path / "out"
-    report = streamlap.compress(pico(family, dtype=dtype), out, ratio=0.4, files=(str(tokens),))
+    report = streamlap.compress(pico(family, dtype=dtype), out, ratio=0.4, preset=preset, files=(str(tokens),))
     model = AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32)
     tokens_NL = load_tokens(tokens)
     _, logits_NLV = run_stream(out, tokens_NL)
     with torch.no_grad():
         assert torch.equal(logits_NLV, model(input_ids=tokens_NL).logits)
     stream = ModelStream(out)
-    assert {stream.source.info(name).dtype for name in stream.source.names()} == {dtype}
+    orders = [stream.source.info(name) for name in stream.source.names() if name.endswith(".order")]
+    assert {info.dtype for info in orders} == ({torch.int32} if preset == "best" else set())
+    assert {stream.source.info(name).dtype for name in stream.source.names()} - {torch.int32} == {dtype}
     loaded = sum(parameter.numel() for parameter in model.parameters())
+    loaded += sum(index_parameters(info.numel, dtype.itemsize) for info in orders)
     assert loaded == report.parameters.total_after == streamlap.inspect(out)["parameters"]["total_after"]
 
 
@@ -117,9 +123,10 @@ def test_biases_survive(pico: MakeModel, tokens: Path, tmp_path: Path) -> None:
         assert torch.equal(before.read(name), after.read(name))
 
 
-def test_ffn_biases_follow_the_kept_channels(pico: MakeModel, tokens: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("preset", PRESETS)
+def test_ffn_biases_follow_the_kept_channels(pico: MakeModel, tokens: Path, tmp_path: Path, preset: str) -> None:
     source, out = pico("llama", mlp_bias=True, attention_bias=True), tmp_path / "out"
-    report = streamlap.compress(source, out, ratio=0.4, files=(str(tokens),))
+    report = streamlap.compress(source, out, ratio=0.4, preset=preset, files=(str(tokens),))
     before, after = ModelStream(source).source, ModelStream(out).source
     kept = torch.tensor(next(e.kept for e in report.layers[1].edits if e.path == "mlp.gate_proj"))
     name = "model.layers.1.mlp.{}_proj.bias"

@@ -20,7 +20,7 @@ SHARD = "model-00002-of-00004.safetensors"
 @pytest.fixture(scope="module")
 def finished(pico: MakeModel, tokens: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("verify") / "out"
-    streamlap.compress(pico("llama"), out, ratio=0.4, files=(str(tokens),))
+    streamlap.compress(pico("llama"), out, ratio=0.4, preset="lorap", files=(str(tokens),))
     return out
 
 

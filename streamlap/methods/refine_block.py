@@ -37,8 +37,8 @@ class Refinement:
     """Highest, as a share of each tensor's root mean square; from there it falls to nothing along a cosine."""
     warm_up: float = 0.1
     """Share of the steps in which it rises to that."""
-    patience: int = 3
-    """Epochs without a gain on held-out tokens, over those before, after which it ends."""
+    patience: float = 0.5
+    """Share of the epochs without a gain on held-out tokens, over those before, after which it ends."""
     seed: int = 0
     """Of the order of the sequences."""
 
@@ -100,7 +100,8 @@ class Refiner:
         # Not over the start: the first epochs, at high rates, lie above it more often than not, and the last ones far below.
         done = self.held[1:] or [0.0]
         waited = len(done) - 1 - done.index(min(done))
-        return self.epoch >= self.knobs.epochs or waited >= self.knobs.patience or not math.isfinite(self.held[-1])
+        most = self.knobs.patience * self.knobs.epochs
+        return self.epoch >= self.knobs.epochs or waited >= most or not math.isfinite(self.held[-1])
 
     @property
     def rounded(self) -> dict[str, torch.Tensor]:
