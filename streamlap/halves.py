@@ -9,9 +9,10 @@ Shape suffixes: B batch, L length, D hidden.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any, TypeVar
 
 import torch
 
@@ -25,6 +26,10 @@ from streamlap.methods.base import Anchored, Built, Layout, Seen
 from streamlap.methods.costs import HELD_TOKENS
 from streamlap.sizing import Schedule
 from streamlap.store.hidden import HiddenBank
+
+T = TypeVar("T")
+Rows = tuple[torch.Tensor, torch.Tensor]
+"""Of a batch: x [B, L, I] and its anchors [B, L, A], of no width where none are needed."""
 
 HELD_SEQUENCES = 8
 """One sequence of so many is held out, until `HELD_TOKENS` are."""
@@ -56,41 +61,50 @@ class View:
     """The dense stream after it."""
     stream: Place
     """The compressed stream before it."""
-    _made: dict[str, torch.Tensor] = field(default_factory=dict)
-    _inputs: Seen | None = None
+    _made: dict[Hashable, Any] = field(default_factory=dict)
 
     def inputs(self) -> Seen:
-        if self._inputs is None:
-            normed = self.layer.normed
+        normed = self.layer.normed
 
-            def look(dense_BLD: torch.Tensor, x_BLD: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-                return normed(self.half, x_BLD), normed(self.half, dense_BLD)
+        def look(dense_BLD: torch.Tensor, x_BLD: torch.Tensor) -> Rows:
+            return normed(self.half, x_BLD), normed(self.half, dense_BLD)
 
-            self._inputs = self._collect(look, self.dense, self.stream)
-        return self._inputs
+        return self.once("inputs", lambda: self._collect(look, self.dense, self.stream))
+
+    def input_gram(self) -> torch.Tensor:
+        def look(x_BLD: torch.Tensor) -> Rows:
+            return self.layer.normed(self.half, x_BLD), x_BLD[..., :0]
+
+        return self.once("input gram", lambda: self._collect(look, self.stream).moments.gram_II)
 
     def middles(self, edits: Sequence[Edit]) -> Seen:
         bias_O = self.layer.linear(self.layer.family.last(self.half)).bias
 
-        def look(goal_BLD: torch.Tensor, x_BLD: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        def look(goal_BLD: torch.Tensor, x_BLD: torch.Tensor) -> Rows:
             goal_BLD = goal_BLD.float()
             missing_BLD = goal_BLD - x_BLD.float()
             if bias_O is not None:
                 missing_BLD = missing_BLD - bias_O.float()
-            # What follows is a norm: an error counts by its share of the stream, or a few huge tokens would be all that counts.
-            scale_BL1 = goal_BLD.square().mean(dim=-1, keepdim=True).clamp_min(1e-12).rsqrt()
-            middle_BLI = self.layer.middle(self.half, x_BLD)
-            return middle_BLI.float() * scale_BL1, missing_BLD * scale_BL1
+            weight_BL1 = evenly(goal_BLD)
+            return weighted(self.layer.middle(self.half, x_BLD), weight_BL1), missing_BLD * weight_BL1
 
         with self.layer.tried(edits):
             return self._collect(look, self.goal, self.stream)
 
-    def once(self, name: str, make: Callable[[], torch.Tensor]) -> torch.Tensor:
+    def middle_gram(self, edits: Sequence[Edit]) -> torch.Tensor:
+        def look(goal_BLD: torch.Tensor, x_BLD: torch.Tensor) -> Rows:
+            return weighted(self.layer.middle(self.half, x_BLD), evenly(goal_BLD.float())), goal_BLD[..., :0]
+
+        with self.layer.tried(edits):
+            return self._collect(look, self.goal, self.stream).moments.gram_II
+
+    def once(self, name: Hashable, make: Callable[[], T]) -> T:
         if name not in self._made:
             self._made[name] = make()
-        return self._made[name]
+        made: T = self._made[name]
+        return made
 
-    def _collect(self, look: Callable[..., tuple[torch.Tensor, torch.Tensor]], *places: Place) -> Seen:
+    def _collect(self, look: Callable[..., Rows], *places: Place) -> Seen:
         """Sums over (x, anchor) of every sequence, or where its turn comes its rows."""
 
         def attempt() -> Seen:
@@ -108,6 +122,17 @@ class View:
 
         with self.clock.phase("capture"):
             return self.engine.ladder.climb("capture", self.index, attempt)
+
+
+def evenly(goal_BLD: torch.Tensor) -> torch.Tensor:
+    """[B, L, 1]: what a token counts, a power of two. What follows is a norm, so an error counts by its share of the stream, or
+    a few huge tokens would be all that counts."""
+    return goal_BLD.square().mean(dim=-1, keepdim=True).clamp_min(1e-12).log2().mul(-0.5).round().exp2()
+
+
+def weighted(x_BLI: torch.Tensor, weight_BL1: torch.Tensor) -> torch.Tensor:
+    """A power of two leaves bfloat16 exact; float16 has no room for it."""
+    return x_BLI * weight_BL1.to(x_BLI.dtype) if x_BLI.dtype == torch.bfloat16 else x_BLI.float() * weight_BL1
 
 
 def is_held(number: int, total: int) -> bool:

@@ -25,7 +25,9 @@ from streamlap.families.stream import ModelStream
 from streamlap.forecast import dense_shapes, edited_shape, plan_halves, plan_layers
 from streamlap.inventory import site_parameters
 from streamlap.methods import METHODS
+from streamlap.methods.attention_anchored import AttentionAnchored
 from streamlap.methods.base import Layout
+from streamlap.methods.ffn_anchored import FfnAnchored
 from streamlap.recipe import Recipe, method_name
 
 HEADS = {"grouped": {"num_key_value_heads": 2}, "each its own": {"num_key_value_heads": 4}}
@@ -149,7 +151,10 @@ def test_what_has_a_rank_that_fits_is_kept_to_rounding(
     lowly: Path, tokens: Path, tmp_path: Path, storage: str, step: float | None
 ) -> None:
     """In every storage: rows that are folded from v into o, and from gate and up into down, are where they were."""
-    methods = tuple(METHODS[name](storage=storage, step=step) for name in ("attention_anchored", "ffn_anchored"))  # type: ignore[call-arg]
+    methods = (
+        AttentionAnchored(storage=storage, step=step, input_step=step),
+        FfnAnchored(share=0, output="low_rank", storage=storage, step=step, input_step=step),
+    )
     report = streamlap.compress(lowly, tmp_path / "out", ratio=0.2, methods=methods, files=(str(tokens),))
     rows = {edit.path.rpartition(".")[2]: edit.row for edit in report.layers[0].edits}
     if storage == "pivoted":
@@ -198,7 +203,7 @@ def test_every_knob_is_saved_and_loads_back_equal(tmp_path: Path) -> None:
     assert Recipe.from_yaml(path) == Recipe()
     for row, method in zip(yaml.safe_load(path.read_text())["methods"], Recipe().methods, strict=True):
         assert row == {"method": method_name(method), **vars(method)}
-        assert {"step", "half"} <= row.keys()
+        assert {"step", "input_step", "storage"} <= row.keys()
 
 
 # --- what is written --------------------------------------------------------------------------------------------------------

@@ -80,8 +80,9 @@ def test_dead_channels_go_first_and_cost_nothing(scale: float) -> None:
     assert float(table[-1, 1]) == 0
 
 
-def test_twins_are_not_both_removed() -> None:
+def test_twins_are_not_both_removed(monkeypatch: pytest.MonkeyPatch) -> None:
     """Of two equal channels one is worth nothing and the other, once it is alone, what both were."""
+    monkeypatch.setattr(obs, "ROUNDS", 16)
     w_OF, x_TF = problem()
     x_TF[:, 4] = x_TF[:, 9]
     order_F, table = removal_order(w_OF, x_TF.T @ x_TF, WIDTH - 16, 1e-7)

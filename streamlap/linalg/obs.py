@@ -11,7 +11,7 @@ import torch
 
 from streamlap.linalg.anchor import DAMPING, cholesky, inverse, root, solve_right, solve_triangular
 
-ROUNDS = 16
+ROUNDS = 4
 """Rounds of the greedy choice; each drops its share and settles what that does to the others."""
 
 ROW_BLOCK = 2048
@@ -38,7 +38,8 @@ def removal_order(
         score_F = w_OF.square().sum(dim=0) / inverse_FF.diagonal()
         score_F[~alive_F] = torch.inf
         out_Q = torch.sort(score_F, stable=True).indices[:count]
-        lost += remove(w_OF, inverse_FF, out_Q)
+        # After the last round nobody asks what is left.
+        lost += (remove if left > least else loss)(w_OF, inverse_FF, out_Q)
         alive_F[out_Q] = False
         gone.append(out_Q)
         table.append((left, lost))
@@ -47,9 +48,9 @@ def removal_order(
 
 
 def start(w_OF: torch.Tensor, gram_FF: torch.Tensor, damping: float = DAMPING) -> tuple[torch.Tensor, torch.Tensor]:
-    """W, a copy in which the columns of dead inputs are zero, so that they go first and cost nothing; and S^-1. float64."""
+    """W, a copy in which the columns of dead inputs are zero, so that they go first and cost nothing; and S^-1."""
     alive_F = gram_FF.diagonal() > 0
-    return w_OF.double() * alive_F, inverse(cholesky(gram_FF, damping))
+    return w_OF.to(gram_FF.dtype) * alive_F, inverse(cholesky(gram_FF, damping))
 
 
 def loss(w_OF: torch.Tensor, inverse_FF: torch.Tensor, out_Q: torch.Tensor) -> float:

@@ -15,7 +15,10 @@ import torch
 from streamlap.linalg.lowrank import orthonormal, solver_threads
 
 BLOCK = 64
-"""Pivots that several bases choose together before their span is projected out."""
+"""Pivots that several bases choose together, at the least, before their span is projected out."""
+
+BLOCKS = 4
+"""Most such turns: each moves all bases through memory."""
 
 POOL = 4
 """Rows that are looked at for each of these."""
@@ -53,8 +56,9 @@ def shared_pivot_rows(bases: Sequence[torch.Tensor]) -> torch.Tensor:
     """
     rows, rank = bases[0].shape
     left, chosen = list(bases), list[int]()
+    block = max(BLOCK, -(-rank // BLOCKS))
     while len(chosen) < rank:
-        count = min(BLOCK, rank - len(chosen))
+        count = min(block, rank - len(chosen))
         score_O = torch.stack([basis.square().sum(1) for basis in left]).prod(0)
         score_O[chosen] = -1.0
         pool = score_O.topk(min(POOL * count, rows - len(chosen))).indices
@@ -70,9 +74,9 @@ def _grouped(basis_OR: torch.Tensor, groups: int) -> torch.Tensor:
     quota, run = rank // groups, rows // groups
     left, chosen = basis_OR, []
     for first in range(0, rows, run):
-        picked = _spread_rows([left[first : first + run]], quota) + first
-        chosen.append(picked)
-        left = _without(left, picked)
+        picked = _spread_rows([left[:run]], quota)
+        chosen.append(picked + first)
+        left = _without(left, picked)[run:]
     return torch.cat(chosen)
 
 
@@ -95,7 +99,7 @@ def _spread_rows(parts: Sequence[torch.Tensor], count: int) -> torch.Tensor:
         chosen.append(best)
         for gram, factor, diagonal in zip(grams, factors, left, strict=True):
             column = gram[:, best] - factor[:, :step] @ factor[best, :step]
-            factor[:, step] = column / diagonal[best].clamp_min(1e-300).sqrt()
+            factor[:, step] = column / diagonal[best].clamp_min(torch.finfo(diagonal.dtype).tiny).sqrt()
             diagonal.sub_(factor[:, step].square()).clamp_(min=0.0)
     return torch.tensor(sorted(chosen), device=parts[0].device)
 

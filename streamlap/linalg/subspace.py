@@ -17,11 +17,14 @@ from streamlap.errors import NumericalError
 from streamlap.linalg.anchor import level, root, solve_right
 from streamlap.linalg.lowrank import eigh, orthonormal
 
+DROWNED = 2e-6
+"""Share of the largest eigenvalue below which float32 no longer tells one from another."""
+
 PULL = 1e-6
 """Weight of the directions of which the Gram says nothing, as a share of the mean: there a refit follows T itself."""
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class Subspace:
     """W' = basis_OR @ map_RI, of every rank at once: the first R columns and rows are the answer for rank R."""
 
@@ -42,20 +45,38 @@ def tail(energies: torch.Tensor, rank: int) -> float:
 
 
 def subspace(t_OI: torch.Tensor, gram_II: torch.Tensor, rank: int) -> Subspace:
-    """The best rank-R subspace of the map T on inputs with Gram S. One eigen-decomposition of size min(O, I), in float64.
+    """The best rank-R subspace of the map T on inputs with Gram S. One eigen-decomposition of size min(O, I).
 
-    Args: t_OI, gram_II float64 positive semi-definite, 1 <= rank <= min(O, I). METHODS: full-covariance low rank, as in
-    SVD-LLM (Wang et al. 2024, arXiv 2403.07378) without its whitening inverse.
+    In the dtype of its arguments; where the last energy that counts would drown in the rounding of float32, in float64.
+    Args: gram_II positive semi-definite, 1 <= rank <= min(O, I). METHODS: full-covariance low rank, as in SVD-LLM (Wang et al.
+    2024, arXiv 2403.07378) without its whitening inverse.
     """
-    t_OI = t_OI.double()
-    if t_OI.shape[0] <= t_OI.shape[1]:
-        energies, vectors = _spectrum(t_OI @ gram_II @ t_OI.T)
-        basis_OR = vectors[:, -rank:].flip(1)
-    else:
-        half_OI = t_OI @ root(gram_II)
-        energies, vectors = _spectrum(half_OI.T @ half_OI)
-        basis_OR = orthonormal(half_OI @ vectors[:, -rank:].flip(1))
-    return Subspace(basis_OR=basis_OR, map_RI=basis_OR.T @ t_OI, energies=energies.flip(0).clamp_min(0.0))
+    found = (_of_rows if t_OI.shape[0] <= t_OI.shape[1] else _of_columns)(t_OI, gram_II, rank)
+    if t_OI.dtype == torch.float64 or float(found.energies[rank - 1]) > DROWNED * float(found.energies[0]):
+        return found
+    del found
+    exact = subspace(t_OI.double(), gram_II.double(), rank)
+    return Subspace(*(part.float() for part in (exact.basis_OR, exact.map_RI, exact.energies)))
+
+
+def _of_rows(t_OI: torch.Tensor, gram_II: torch.Tensor, rank: int) -> Subspace:
+    energies, vectors = _spectrum(t_OI @ gram_II @ t_OI.T)
+    basis_OR = vectors[:, -rank:].flip(1)
+    return Subspace(basis_OR, basis_OR.T @ t_OI, energies.flip(0).clamp_min(0.0))
+
+
+def _of_columns(t_OI: torch.Tensor, gram_II: torch.Tensor, rank: int) -> Subspace:
+    """The squares of T come first: after that everything but two products has the size of the Gram."""
+    root_II = root(gram_II)
+    square_II = t_OI.T @ t_OI
+    energies, vectors = _spectrum(root_II.T @ square_II @ root_II)
+    energies = energies.flip(0).clamp_min(0.0)
+    into_IR = root_II @ vectors[:, -rank:].flip(1)
+    if float(energies[rank - 1]) > torch.finfo(energies.dtype).eps ** 0.5 * float(energies[0]):
+        into_IR = into_IR * energies[:rank].rsqrt()
+        return Subspace(t_OI @ into_IR, into_IR.T @ square_II, energies)
+    basis_OR = orthonormal(t_OI @ into_IR)
+    return Subspace(basis_OR, basis_OR.T @ t_OI, energies)
 
 
 def _spectrum(gram: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -77,26 +98,26 @@ def two_factors(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """up_OR and down_RI in `dtype`, their scale shared; after `down` is rounded, `up` is fitted again to what it became."""
     norm_R = found.map_RI.norm(dim=1)
-    scale_R = norm_R.clamp_min(float(norm_R.max()) * 1e-12).clamp_min(1e-300).rsqrt()
+    scale_R = norm_R.clamp_min(float(norm_R.max()) * 1e-12).clamp_min(torch.finfo(norm_R.dtype).tiny).rsqrt()
     down_RI = (found.map_RI * scale_R[:, None]).to(dtype)
     return refit(t_OI, down_RI, gram_II).to(dtype), down_RI
 
 
 def refit(t_NI: torch.Tensor, base_RI: torch.Tensor, gram_II: torch.Tensor) -> torch.Tensor:
-    """The C [N, R] for which C base is nearest to T in the metric of S: T S base' (base S base')^-1, float64."""
+    """The C [N, R] for which C base is nearest to T in the metric of S: T S base' (base S base')^-1."""
     if not bool(torch.isfinite(base_RI).all()):
         raise NumericalError(
             f"rows of a low-rank map are not finite in {base_RI.dtype}; wanted numbers that {base_RI.dtype} can hold. "
             "Convert the checkpoint to bfloat16 or float32 and compress that."
         )
-    base_RI = base_RI.double()
+    base_RI = base_RI.to(gram_II.dtype)
     half_IR = gram_II @ base_RI.T + PULL * level(gram_II) * base_RI.T
     gram_RR = symmetric(base_RI @ half_IR)
     scale_R = (
-        gram_RR.diagonal().clamp_min(1e-300).rsqrt()
+        gram_RR.diagonal().clamp_min(torch.finfo(gram_RR.dtype).tiny).rsqrt()
     )  # a ridge should weigh as much for a small row as for a large one
     factor_RR = root(gram_RR * scale_R * scale_R[:, None])
-    wanted_NR = t_NI.double() @ half_IR
+    wanted_NR = t_NI.to(gram_II.dtype) @ half_IR
     fitted_NR = solve_right(factor_RR, wanted_NR * scale_R) * scale_R
     # The ridge pulled this towards 0; solving again for what it left out takes that back.
     return fitted_NR + solve_right(factor_RR, (wanted_NR - fitted_NR @ gram_RR) * scale_R) * scale_R

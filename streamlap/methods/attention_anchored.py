@@ -9,35 +9,33 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 
-from streamlap.errors import RecipeError
 from streamlap.families import Family
 from streamlap.linalg.budget import index_parameters
 from streamlap.linalg.ranks import STORAGES, RankSite, share_ranks
 from streamlap.methods.base import Budget, Built, Cost, HalfView, Layout, Shapes
 from streamlap.methods.costs import half_cost
 from streamlap.methods.fitting import held_error, input_aims, low_rank_edit, output_aim
+from streamlap.methods.knobs import Steps, check_choice
 
 LEAST_SHARE = 0.25
 """Share of their parameters that q and o must keep where grouped k and v stay dense."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class AttentionAnchored:
+class AttentionAnchored(Steps):
     """Knobs of the method. `Edit.error` is the share of a linear's energy, in the metric of its inputs, that was cut."""
 
     storage: str = "pivoted"
     """pivoted: rows of the matrix and a map from them to the others; factors: two factors."""
-    step: float | None = None
-    """How far linears are moved towards the dense stream, 0 to 1; None is what serves held-out tokens best."""
-    half: str = "attention"
+    half: ClassVar[str] = "attention"
 
     def __post_init__(self) -> None:
-        check_knobs("attention_anchored", self.storage, self.step)
-        if self.half != "attention":
-            raise RecipeError(f"attention_anchored: half is {self.half!r}; wanted attention.")
+        super().__post_init__()
+        check_choice("storage", self.storage, STORAGES)
 
     def layout(self, family: Family, shapes: Shapes, biased: Mapping[str, bool], budget: Budget) -> Layout:
         (q, k, v), (o,) = family.sites["attn_in"], family.sites["attn_out"]
@@ -70,7 +68,7 @@ class AttentionAnchored:
         layer = view.layer
         (q, k, v), (o,) = layer.family.sites["attn_in"], layer.family.sites["attn_out"]
         shapes, edits, columns = layer.shapes((q, k, v, o)), [], None
-        for aim in input_aims(layer, (q, k, v), view.inputs(), self.step):
+        for aim in input_aims(view, (q, k, v), self.input_step):
             edit, order = low_rank_edit(layer, aim, layout.get(aim.path, {}), shapes[aim.path])
             edits.append(edit)
             if order is not None:
@@ -88,13 +86,3 @@ def mixed_columns(order_V: torch.Tensor, groups: int, width: int) -> torch.Tenso
     queries = width // head
     of_query = inside.repeat_interleave(queries // groups, dim=0)
     return (of_query + torch.arange(queries, device=order_V.device)[:, None] * head).flatten()
-
-
-def check_knobs(name: str, storage: str, step: float | None) -> None:
-    """Raise RecipeError for a knob out of range."""
-    if storage not in STORAGES:
-        raise RecipeError(f"{name}: storage is {storage!r}; wanted one of {', '.join(STORAGES)}.")
-    if step is not None and (isinstance(step, str) or not 0 <= step <= 1):
-        raise RecipeError(
-            f"{name}: step is {step!r}; wanted a number from 0 to 1, or nothing to choose it by held-out tokens."
-        )

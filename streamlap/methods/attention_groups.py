@@ -7,30 +7,24 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 
 from streamlap.errors import RecipeError
 from streamlap.families import Family
 from streamlap.linalg.heads import group_order
-from streamlap.methods.attention_anchored import check_knobs
 from streamlap.methods.base import Budget, Built, Cost, HalfView, Layout, Shapes
 from streamlap.methods.costs import half_cost
 from streamlap.methods.fitting import dense_edit, held_error, input_aims, moved, narrowed
+from streamlap.methods.knobs import Steps
 
 
 @dataclass(frozen=True, kw_only=True)
-class AttentionGroups:
+class AttentionGroups(Steps):
     """Knobs of the method. Only whole KV heads go, so that a half may stay well below its budget."""
 
-    step: float | None = None
-    """How far linears are moved towards the dense stream, 0 to 1; None is what serves held-out tokens best."""
-    half: str = "attention"
-
-    def __post_init__(self) -> None:
-        check_knobs("attention_groups", "pivoted", self.step)
-        if self.half != "attention":
-            raise RecipeError(f"attention_groups: half is {self.half!r}; wanted attention.")
+    half: ClassVar[str] = "attention"
 
     def layout(self, family: Family, shapes: Shapes, biased: Mapping[str, bool], budget: Budget) -> Layout:
         (q, k, v), (o,) = family.sites["attn_in"], family.sites["attn_out"]
@@ -53,11 +47,11 @@ class AttentionGroups:
     def build(self, view: HalfView, layout: Layout) -> Built:
         layer = view.layer
         (q, k, v), (o,) = layer.family.sites["attn_in"], layer.family.sites["attn_out"]
-        shapes, aims = layer.shapes((q, k, v, o)), input_aims(layer, (q, k, v), view.inputs(), self.step)
+        shapes, aims = layer.shapes((q, k, v, o)), input_aims(view, (q, k, v), self.input_step)
         whole = [dense_edit(layer, aim, shapes[aim.path]) for aim in aims]
         rows = {path: torch.arange(shapes[path][0], device=layer.linear(path).weight.device) for path in (q, k, v)}
         if layout:
-            mixed, size = view.middles(whole).moments.gram_II, layer.head_dim
+            mixed, size = view.middle_gram(whole), layer.head_dim
             heads = shapes[v][0] // size
             order_G, _ = group_order(layer.linear(o).weight, mixed, heads, shapes[o][1] // size)
             kept_G = order_G[heads - layout[v]["out"] // size :].sort().values

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from typing import ClassVar
 
 import torch
 from torch import nn
@@ -19,24 +20,17 @@ from streamlap.linalg.budget import index_parameters
 from streamlap.linalg.heads import HeadCut, head_cut
 from streamlap.linalg.ranks import RankSite, share_ranks
 from streamlap.linears import PaddedLinear, SlicedLinear
-from streamlap.methods.attention_anchored import check_knobs
 from streamlap.methods.base import Budget, Built, Cost, HalfView, Layout, Seen, Shapes
 from streamlap.methods.costs import half_cost
 from streamlap.methods.fitting import Aim, dense_edit, held_error, input_aims, low_rank_edit, moved
+from streamlap.methods.knobs import Steps
 
 
 @dataclass(frozen=True, kw_only=True)
-class AttentionHeads:
+class AttentionHeads(Steps):
     """Knobs of the method. `Edit.error` of v and o is the share of the heads' energy that was cut."""
 
-    step: float | None = None
-    """How far linears are moved towards the dense stream, 0 to 1; None is what serves held-out tokens best."""
-    half: str = "attention"
-
-    def __post_init__(self) -> None:
-        check_knobs("attention_heads", "pivoted", self.step)
-        if self.half != "attention":
-            raise RecipeError(f"attention_heads: half is {self.half!r}; wanted attention.")
+    half: ClassVar[str] = "attention"
 
     def layout(self, family: Family, shapes: Shapes, biased: Mapping[str, bool], budget: Budget) -> Layout:
         (q, k, v), (o,) = family.sites["attn_in"], family.sites["attn_out"]
@@ -67,9 +61,9 @@ class AttentionHeads:
     def build(self, view: HalfView, layout: Layout) -> Built:
         layer = view.layer
         (q, k, v), (o,) = layer.family.sites["attn_in"], layer.family.sites["attn_out"]
-        shapes, aims = layer.shapes((q, k, v, o)), input_aims(layer, (q, k, v), view.inputs(), self.step)
+        shapes, aims = layer.shapes((q, k, v, o)), input_aims(view, (q, k, v), self.input_step)
         edits = [low_rank_edit(layer, aim, layout.get(aim.path, {}), shapes[aim.path])[0] for aim in aims[:2]]
-        mixed = view.middles([*edits, dense_edit(layer, aims[2], shapes[v])]).moments.gram_II
+        mixed = view.middle_gram([*edits, dense_edit(layer, aims[2], shapes[v])])
         heads, readers, kept = layout[v]["out_heads"], layout[o]["in_heads"], layout[v]["head_dim"]
         cut = head_cut(aims[2].t_OI, layer.linear(o).weight, mixed, heads, readers, kept, aims[2].bias_O)
         edits.append(padded_edit(layer, aims[2], cut, heads, kept, shapes[v]))

@@ -9,9 +9,9 @@ A method knows numbers and one layer; it never sees a file, a token or another l
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 import torch
 
@@ -20,6 +20,7 @@ from streamlap.families.layer import Edit, StreamLayer
 from streamlap.linalg.moments import Moments, Sample
 from streamlap.linalg.statistics import Energy
 
+T = TypeVar("T")
 Statistic = Energy
 Shapes = Mapping[str, tuple[int, int]]
 """Path in the layer -> (out, in) of the dense linear there."""
@@ -80,12 +81,20 @@ class HalfView(Protocol):
     layer: StreamLayer
     half: str
 
+    def input_gram(self) -> torch.Tensor:
+        """S of `inputs` alone."""
+        ...
+
     def inputs(self) -> Seen:
         """What the half's first linears read on the compressed stream, against what they read on the dense one."""
         ...
 
-    def once(self, name: str, make: Callable[[], torch.Tensor]) -> torch.Tensor:
+    def once(self, name: Hashable, make: Callable[[], T]) -> T:
         """What `make` gives, made the first time only: what several methods of a half need."""
+        ...
+
+    def middle_gram(self, edits: Sequence[Edit]) -> torch.Tensor:
+        """S of `middles` alone, from the same tokens."""
         ...
 
     def middles(self, edits: Sequence[Edit]) -> Seen:

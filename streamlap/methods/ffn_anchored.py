@@ -1,26 +1,28 @@
-"""The FFN rebuilt: some channels go, what is left of gate, up and down becomes low-rank, anchored to the dense model.
+"""The FFN rebuilt: some channels go, gate and up become low-rank, down is fitted again, anchored to the dense model.
 
 `share` says how the cut is divided: a half that keeps `a` of its parameters keeps a ** share of its channels, the rest of
 the cut falls to the ranks. 0 removes no channel, 1 cuts no rank. Channels go in the order of the optimal brain surgeon; down
-is fitted on what the new gate and up hand it, so that the half brings the stream back to where the dense model is.
+is fitted on what the new gate and up hand it, so that the half brings the stream back to where the dense model is. It is best
+left dense, since what it can mend it mends with all its numbers, until gate and up would have too little left.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 
 from streamlap.errors import RecipeError
 from streamlap.families import Family
 from streamlap.families.layer import Edit
+from streamlap.linalg.anchor import working
 from streamlap.linalg.budget import index_parameters
 from streamlap.linalg.obs import kept_after, removal_order
 from streamlap.linalg.pivot import shared_pivot_rows
-from streamlap.linalg.ranks import RankSite, share_ranks
+from streamlap.linalg.ranks import STORAGES, RankSite, share_ranks
 from streamlap.linalg.subspace import subspace
-from streamlap.methods.attention_anchored import check_knobs
 from streamlap.methods.base import Budget, Built, Cost, HalfView, Layout, Shapes
 from streamlap.methods.costs import half_cost
 from streamlap.methods.fitting import (
@@ -34,26 +36,32 @@ from streamlap.methods.fitting import (
     output_aim,
     pivoted,
 )
+from streamlap.methods.knobs import Steps, check_choice
+
+OUTPUTS = ("dense", "low_rank")
+
+LEAST = 0.6
+"""Share of their numbers that gate and up must keep where down stays dense."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class FfnAnchored:
+class FfnAnchored(Steps):
     """Knobs of the method. `Edit.error` is the share of a linear's energy, in the metric of its inputs, that was cut."""
 
-    share: float = 0.0
+    share: float = 0.5
     """Part of the cut that falls to whole channels, from 0, none, to 1, all of it."""
+    output: str = "dense"
+    """dense: down keeps its full rank as long as gate and up keep enough; low_rank: it takes its part of the cut."""
     storage: str = "pivoted"
     """pivoted: rows of the matrix and a map from them to the others; factors: two factors."""
-    step: float | None = None
-    """How far linears are moved towards the dense stream, 0 to 1; None is what serves held-out tokens best."""
-    half: str = "ffn"
+    half: ClassVar[str] = "ffn"
 
     def __post_init__(self) -> None:
-        check_knobs("ffn_anchored", self.storage, self.step)
-        if not 0 <= self.share <= 1:
-            raise RecipeError(f"ffn_anchored: share is {self.share}; wanted a number from 0 to 1.")
-        if self.half != "ffn":
-            raise RecipeError(f"ffn_anchored: half is {self.half!r}; wanted ffn.")
+        super().__post_init__()
+        check_choice("storage", self.storage, STORAGES)
+        check_choice("output", self.output, OUTPUTS)
+        if isinstance(self.share, str) or not 0 <= self.share <= 1:
+            raise RecipeError(f"ffn_anchored: share is {self.share!r}; wanted a number from 0 to 1.")
 
     def layout(self, family: Family, shapes: Shapes, biased: Mapping[str, bool], budget: Budget) -> Layout:
         (gate, up), (down,) = family.sites["ffn_in"], family.sites["ffn_mid"]
@@ -62,13 +70,21 @@ class FfnAnchored:
         kept = self._kept(left, width, hidden, biases)
         rows = {gate: {"out": kept}, up: {"out": kept}, down: {"in": kept}} if kept < width else {}
         if self.share < 1:
-            sites = self._sites(kept, hidden, index_parameters(hidden, budget.itemsize))
-            ranks = share_ranks(sites, left - kept * biases)
-            for path, site in ((gate, sites[0]), (up, sites[0]), (down, sites[1])):
-                rank = ranks[site.name]
-                if rank is not None:
-                    rows[path] = rows.get(path, {}) | self._row(rank, path != down)
+            for name, rank in self._ranks(kept, hidden, budget, left - kept * biases).items():
+                for path in (gate, up) if name == "gate and up" else (down,):
+                    if rank is not None:
+                        rows[path] = rows.get(path, {}) | self._row(rank, path != down)
         return rows
+
+    def _ranks(self, kept: int, hidden: int, budget: Budget, left: int) -> dict[str, int | None]:
+        """Of the sites that do not stay dense whatever is left."""
+        index = index_parameters(hidden, budget.itemsize) if self.storage == "pivoted" else 0
+        inner = RankSite(name="gate and up", rows=kept, columns=hidden, storage=self.storage, copies=2)
+        last = RankSite(name="down", rows=hidden, columns=kept, storage=self.storage, index=index)
+        rest = left - last.stored(None)
+        if self.output == "dense" and rest >= LEAST * inner.stored(None):
+            return share_ranks([inner], rest)
+        return share_ranks([inner, last], left)
 
     def _kept(self, parameters: int, width: int, hidden: int, biases: int) -> int:
         """Channels that stay."""
@@ -79,13 +95,6 @@ class FfnAnchored:
                 f"ffn_anchored: {parameters} parameters hold no channel of {3 * hidden}; lower the ratio."
             )
         return min(kept, width)
-
-    def _sites(self, kept: int, hidden: int, index: int) -> list[RankSite]:
-        index = index if self.storage == "pivoted" else 0
-        return [
-            RankSite(name="gate and up", rows=kept, columns=hidden, storage=self.storage, copies=2),
-            RankSite(name="down", rows=hidden, columns=kept, storage=self.storage, index=index),
-        ]
 
     def _row(self, rank: int, folds: bool) -> dict[str, int]:
         if self.storage == "factors":
@@ -99,7 +108,7 @@ class FfnAnchored:
         layer = view.layer
         (gate, up), (down,) = layer.family.sites["ffn_in"], layer.family.sites["ffn_mid"]
         shapes = layer.shapes((gate, up, down))
-        aims = input_aims(layer, (gate, up), view.inputs(), self.step)
+        aims = input_aims(view, (gate, up), self.input_step)
         kept = self._kept_channels(view, aims, layout, shapes[down][1])
         if kept is not None:
             aims = [narrowed(aim, kept) for aim in aims]
@@ -144,5 +153,6 @@ def dense_removal_order(view: HalfView, aims: list[Aim], least: int) -> torch.Te
     layer = view.layer
     (down,) = layer.family.sites["ffn_mid"]
     whole = [dense_edit(layer, aim, (aim.t_OI.shape[0], aim.t_OI.shape[1])) for aim in aims]
-    order_F, _ = removal_order(layer.linear(down).weight, view.middles(whole).moments.gram_II, least)
+    (gram_FF,) = working(view.middle_gram(whole))
+    order_F, _ = removal_order(layer.linear(down).weight, gram_FF, least)
     return order_F

@@ -12,11 +12,11 @@ import torch
 from torch import nn
 
 from streamlap.families.layer import Edit, StreamLayer
-from streamlap.linalg.anchor import best_step, correction
+from streamlap.linalg.anchor import anchored, best_step, working
 from streamlap.linalg.pivot import folded_order, others, output_order, pivot_rows
 from streamlap.linalg.subspace import Subspace, refit, subspace, two_factors
 from streamlap.linears import LowRankLinear, PivotedLinear, StoredLinear
-from streamlap.methods.base import Seen
+from streamlap.methods.base import HalfView, Seen
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,31 +25,49 @@ class Aim:
 
     path: str
     t_OI: torch.Tensor
-    """float64."""
     bias_O: torch.Tensor | None
     gram_II: torch.Tensor
 
 
-def input_aims(layer: StreamLayer, paths: Sequence[str], seen: Seen, step: float | None) -> list[Aim]:
-    """The linears at `paths`, which read one input, moved to give on the compressed stream what they give on the dense one.
+def input_aims(view: HalfView, paths: Sequence[str], step: float | None) -> list[Aim]:
+    """The linears at `paths`, which read a half's input, moved to give there what they gave before.
 
-    T = W + b W (C - S)(S + lambda)^-1, with b = `step`, or where that is None the one that serves held-out tokens best.
+    T = W + b (W' - W), W' = W (C + lambda)(S + lambda)^-1, with b = `step`, or where that is None the one that serves held-out
+    tokens best. Made once for all methods of a half.
     """
-    gram_II, aims = seen.moments.gram_II, []
-    shift_II = None
-    if step != 0:
-        shift_II = correction(torch.eye(len(gram_II), device=gram_II.device), gram_II, seen.moments.cross_AI)
+    make = _unmoved_aims if step == 0 else _moved_aims
+    return view.once(("aims", *paths, step), lambda: make(view, paths, step))
+
+
+def _unmoved_aims(view: HalfView, paths: Sequence[str], step: float | None) -> list[Aim]:
+    (gram_II,) = working(view.input_gram())
+    linears = {path: view.layer.linear(path) for path in paths}
+    return [
+        Aim(path=path, t_OI=dense.weight.to(gram_II.dtype), bias_O=dense.bias, gram_II=gram_II)
+        for path, dense in linears.items()
+    ]
+
+
+def _moved_aims(view: HalfView, paths: Sequence[str], step: float | None) -> list[Aim]:
+    seen = view.inputs()
+    gram_II, cross_AI = working(seen.moments.gram_II, seen.moments.cross_AI)
+    into_II, aims = anchored(torch.eye(len(gram_II)).to(gram_II), gram_II, cross_AI), []
     for path in paths:
-        dense = layer.linear(path)
-        w_OI = dense.weight.double()
-        t_OI = w_OI
-        if shift_II is not None:
-            delta_OI = w_OI @ shift_II
-            target_TO = seen.held.anchor_TA.double() @ w_OI.T
-            part = best_step(w_OI, delta_OI, seen.held.x_TI, target_TO) if step is None else step
-            t_OI = w_OI + part * delta_OI
+        dense = view.layer.linear(path)
+        w_OI = dense.weight.to(gram_II.dtype)
+        target_TO = seen.held.anchor_TA.to(w_OI.dtype) @ w_OI.T
+        t_OI = _moved(w_OI, w_OI @ into_II, seen.held.x_TI, target_TO, step)
         aims.append(Aim(path=path, t_OI=t_OI, bias_O=dense.bias, gram_II=gram_II))
     return aims
+
+
+def _moved(
+    w_OI: torch.Tensor, t_OI: torch.Tensor, x_TI: torch.Tensor, target_TO: torch.Tensor, step: float | None
+) -> torch.Tensor:
+    """A part of the way from W to T: `step`, or what serves held-out tokens best."""
+    if step is None:
+        step = best_step(w_OI, t_OI - w_OI, x_TI, target_TO)
+    return torch.lerp(w_OI, t_OI, step)
 
 
 def output_aim(layer: StreamLayer, path: str, columns: torch.Tensor | None, seen: Seen, step: float | None) -> Aim:
@@ -58,8 +76,7 @@ def output_aim(layer: StreamLayer, path: str, columns: torch.Tensor | None, seen
     `columns`: which of its inputs are left, in the order in which they now come; None where nothing changed.
     """
     dense = layer.linear(path)
-    w_OI = dense.weight.double()
-    return moved(path, w_OI if columns is None else w_OI[:, columns], dense.bias, seen, step)
+    return moved(path, dense.weight if columns is None else dense.weight[:, columns], dense.bias, seen, step)
 
 
 def moved(
@@ -70,11 +87,9 @@ def moved(
     gram_II, cross_AI, x_TI = seen.moments.gram_II, seen.moments.cross_AI, seen.held.x_TI
     if columns is not None:
         gram_II, cross_AI, x_TI = gram_II[columns][:, columns], cross_AI[:, columns], x_TI[:, columns]
-    t_OI = w_OI
+    gram_II, cross_AI, t_OI = working(gram_II, cross_AI, w_OI)
     if step != 0:
-        delta_OI = correction(w_OI, gram_II, cross_AI)
-        part = best_step(w_OI, delta_OI, x_TI, seen.held.anchor_TA.double()) if step is None else step
-        t_OI = w_OI + part * delta_OI
+        t_OI = _moved(t_OI, anchored(t_OI, gram_II, cross_AI), x_TI, seen.held.anchor_TA, step)
     return Aim(path=path, t_OI=t_OI, bias_O=bias_O, gram_II=gram_II)
 
 
@@ -150,7 +165,7 @@ def held_error(edit: Edit, seen: Seen) -> float:
     module = edit.module
     assert isinstance(module, nn.Linear | StoredLinear)
     w_OI = module.weight if isinstance(module, nn.Linear) else module.merged(torch.float32)
-    target_TO = seen.held.anchor_TA.double()
-    y_TO = seen.held.x_TI.double() @ w_OI.double().T
+    x_TI, w_OI, target_TO = working(seen.held.x_TI, w_OI, seen.held.anchor_TA)
+    y_TO = x_TI @ w_OI.T
     power = float(target_TO.square().sum(dim=1).mean())
     return float((target_TO - y_TO).square().sum(dim=1).square().mean().sqrt()) / power if power > 0 else 0.0
