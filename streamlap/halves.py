@@ -20,6 +20,7 @@ from streamlap.engine import Engine, open_bank
 from streamlap.errors import NumericalError
 from streamlap.families.layer import Edit, StreamLayer
 from streamlap.families.stream import ModelStream
+from streamlap.linalg.anchor import working
 from streamlap.linalg.moments import Moments, Sample
 from streamlap.meters import PhaseClock
 from streamlap.methods.base import Anchored, Built, Layout, Seen
@@ -75,7 +76,7 @@ class View:
         def look(x_BLD: torch.Tensor) -> Rows:
             return self.layer.normed(self.half, x_BLD), x_BLD[..., :0]
 
-        return self.once("input gram", lambda: self._collect(look, self.stream).moments.gram_II)
+        return self.once("input gram", lambda: self._collect(look, self.stream).gram_II)
 
     def middles(self, edits: Sequence[Edit]) -> Seen:
         bias_O = self.layer.linear(self.layer.family.last(self.half)).bias
@@ -86,17 +87,17 @@ class View:
             if bias_O is not None:
                 missing_BLD = missing_BLD - bias_O.float()
             weight_BL1 = evenly(goal_BLD)
-            return weighted(self.layer.middle(self.half, x_BLD), weight_BL1), missing_BLD * weight_BL1
+            return self.layer.middle(self.half, x_BLD).float() * weight_BL1, missing_BLD * weight_BL1
 
         with self.layer.tried(edits):
             return self._collect(look, self.goal, self.stream)
 
     def middle_gram(self, edits: Sequence[Edit]) -> torch.Tensor:
         def look(goal_BLD: torch.Tensor, x_BLD: torch.Tensor) -> Rows:
-            return weighted(self.layer.middle(self.half, x_BLD), evenly(goal_BLD.float())), goal_BLD[..., :0]
+            return self.layer.middle(self.half, x_BLD).float() * evenly(goal_BLD.float()), goal_BLD[..., :0]
 
         with self.layer.tried(edits):
-            return self._collect(look, self.goal, self.stream).moments.gram_II
+            return self._collect(look, self.goal, self.stream).gram_II
 
     def once(self, name: Hashable, make: Callable[[], T]) -> T:
         if name not in self._made:
@@ -108,31 +109,27 @@ class View:
         """Sums over (x, anchor) of every sequence, or where its turn comes its rows."""
 
         def attempt() -> Seen:
-            seen, number = Seen(moments=Moments(), held=Sample(HELD_TOKENS)), 0
+            moments, sample, number = Moments(), Sample(HELD_TOKENS), 0
             total = self.stream.bank.shape_NLD[0]
             for batches in self.engine.together(*(place.read() for place in places), phase="capture"):
                 for parts in zip(*(torch.split(x_BLD, self.engine.ladder.micro) for x_BLD in batches), strict=True):
                     for x_LI, anchor_LA in zip(*look(*parts), strict=True):
                         number += 1
-                        held = is_held(number, total) and not seen.held.full
-                        (seen.held if held else seen.moments).update(x_LI, anchor_LA)
-            if not seen.moments.tokens:  # a single sequence: nothing is left to hold out
-                seen.moments.update(seen.held.x_TI, seen.held.anchor_TA)
-            return seen
+                        held = is_held(number, total) and not sample.full
+                        (sample if held else moments).update(x_LI, anchor_LA)
+            if not moments.tokens:  # a single sequence: nothing is left to hold out
+                moments.update(sample.x_TI, sample.anchor_TA)
+            gram_II, cross_AI = working(moments.gram_II, moments.cross_AI)
+            return Seen(gram_II=gram_II, cross_AI=cross_AI, held=sample)
 
         with self.clock.phase("capture"):
             return self.engine.ladder.climb("capture", self.index, attempt)
 
 
 def evenly(goal_BLD: torch.Tensor) -> torch.Tensor:
-    """[B, L, 1]: what a token counts, a power of two. What follows is a norm, so an error counts by its share of the stream, or
-    a few huge tokens would be all that counts."""
-    return goal_BLD.square().mean(dim=-1, keepdim=True).clamp_min(1e-12).log2().mul(-0.5).round().exp2()
-
-
-def weighted(x_BLI: torch.Tensor, weight_BL1: torch.Tensor) -> torch.Tensor:
-    """A power of two leaves bfloat16 exact; float16 has no room for it."""
-    return x_BLI * weight_BL1.to(x_BLI.dtype) if x_BLI.dtype == torch.bfloat16 else x_BLI.float() * weight_BL1
+    """[B, L, 1]: what a token counts. What follows is a norm, so an error counts by its share of the stream, or a few huge
+    tokens would be all that counts."""
+    return goal_BLD.square().mean(dim=-1, keepdim=True).clamp_min(1e-12).rsqrt()
 
 
 def is_held(number: int, total: int) -> bool:

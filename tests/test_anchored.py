@@ -24,7 +24,6 @@ from streamlap.families import FAMILIES
 from streamlap.families.stream import ModelStream
 from streamlap.forecast import dense_shapes, edited_shape, plan_halves, plan_layers
 from streamlap.inventory import site_parameters
-from streamlap.methods import METHODS
 from streamlap.methods.attention_anchored import AttentionAnchored
 from streamlap.methods.base import Layout
 from streamlap.methods.ffn_anchored import FfnAnchored
@@ -152,7 +151,7 @@ def test_what_has_a_rank_that_fits_is_kept_to_rounding(
 ) -> None:
     """In every storage: rows that are folded from v into o, and from gate and up into down, are where they were."""
     methods = (
-        AttentionAnchored(storage=storage, step=step, input_step=step),
+        AttentionAnchored(output="low_rank", storage=storage, step=step, input_step=step),
         FfnAnchored(share=0, output="low_rank", storage=storage, step=step, input_step=step),
     )
     report = streamlap.compress(lowly, tmp_path / "out", ratio=0.2, methods=methods, files=(str(tokens),))

@@ -10,11 +10,12 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Iterator
 
 import torch
 
-CHUNK_TOKENS = 2048
+from streamlap.linalg.products import bfloat16_products
+
+CHUNK_TOKENS = 4096
 """Tokens in one product. Fixed, and counted across updates: the bits do not depend on the batches."""
 
 ROW_BLOCK = 2048
@@ -114,18 +115,6 @@ def mirror(sum_II: torch.Tensor) -> None:
     """The blocks below the diagonal from those above it."""
     for first in range(ROW_BLOCK, len(sum_II), ROW_BLOCK):
         sum_II[first : first + ROW_BLOCK, :first] = sum_II[:first, first : first + ROW_BLOCK].T
-
-
-@contextlib.contextmanager
-def bfloat16_products() -> Iterator[None]:
-    """Products of float32 matrices by way of bfloat16 while the block lasts: exact for numbers that bfloat16 holds, since the
-    sums stay float32, and several times faster where the processor knows it."""
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("medium")
-    try:
-        yield
-    finally:
-        torch.set_float32_matmul_precision(before)
 
 
 class Sample:

@@ -12,7 +12,8 @@ from collections.abc import Sequence
 
 import torch
 
-from streamlap.linalg.lowrank import orthonormal, solver_threads
+from streamlap.linalg.anchor import root, solve_triangular
+from streamlap.linalg.lowrank import solver_threads
 
 BLOCK = 64
 """Pivots that several bases choose together, at the least, before their span is projected out."""
@@ -57,15 +58,16 @@ def shared_pivot_rows(bases: Sequence[torch.Tensor]) -> torch.Tensor:
     rows, rank = bases[0].shape
     left, chosen = list(bases), list[int]()
     block = max(BLOCK, -(-rank // BLOCKS))
-    while len(chosen) < rank:
+    while True:
         count = min(block, rank - len(chosen))
         score_O = torch.stack([basis.square().sum(1) for basis in left]).prod(0)
         score_O[chosen] = -1.0
         pool = score_O.topk(min(POOL * count, rows - len(chosen))).indices
         picked = pool[_spread_rows([basis[pool] for basis in left], count)]
-        left = [_without(basis, picked) for basis in left]
         chosen += picked.tolist()
-    return torch.tensor(sorted(chosen), device=bases[0].device)
+        if len(chosen) == rank:
+            return torch.tensor(sorted(chosen), device=bases[0].device)
+        left = [_without(basis, basis[picked]) for basis in left]
 
 
 def _grouped(basis_OR: torch.Tensor, groups: int) -> torch.Tensor:
@@ -76,14 +78,14 @@ def _grouped(basis_OR: torch.Tensor, groups: int) -> torch.Tensor:
     for first in range(0, rows, run):
         picked = _spread_rows([left[:run]], quota)
         chosen.append(picked + first)
-        left = _without(left, picked)[run:]
+        left = _without(left[run:], left[picked])
     return torch.cat(chosen)
 
 
-def _without(basis_OR: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
-    """What is left of every row beside the span of some."""
-    q_RQ = orthonormal(basis_OR[rows].T)
-    return basis_OR - (basis_OR @ q_RQ) @ q_RQ.T
+def _without(basis_OR: torch.Tensor, taken_QR: torch.Tensor) -> torch.Tensor:
+    """What is left of every row beside the span of some others."""
+    span_QR = solve_triangular(root(taken_QR @ taken_QR.T), taken_QR, upper=False)
+    return basis_OR - (basis_OR @ span_QR.T) @ span_QR
 
 
 def _spread_rows(parts: Sequence[torch.Tensor], count: int) -> torch.Tensor:

@@ -9,6 +9,7 @@ Shape suffixes: O out, I in, R rank, N rows that are fitted again.
 
 from __future__ import annotations
 
+import contextlib
 from dataclasses import dataclass
 
 import torch
@@ -16,6 +17,7 @@ import torch
 from streamlap.errors import NumericalError
 from streamlap.linalg.anchor import level, root, solve_right
 from streamlap.linalg.lowrank import eigh, orthonormal
+from streamlap.linalg.products import bfloat16_products, is_bfloat16
 
 DROWNED = 2e-6
 """Share of the largest eigenvalue below which float32 no longer tells one from another."""
@@ -68,11 +70,13 @@ def _of_rows(t_OI: torch.Tensor, gram_II: torch.Tensor, rank: int) -> Subspace:
 def _of_columns(t_OI: torch.Tensor, gram_II: torch.Tensor, rank: int) -> Subspace:
     """The squares of T come first: after that everything but two products has the size of the Gram."""
     root_II = root(gram_II)
-    square_II = t_OI.T @ t_OI
+    with bfloat16_products() if is_bfloat16(t_OI) else contextlib.nullcontext():
+        square_II = t_OI.T @ t_OI
     energies, vectors = _spectrum(root_II.T @ square_II @ root_II)
     energies = energies.flip(0).clamp_min(0.0)
     into_IR = root_II @ vectors[:, -rank:].flip(1)
-    if float(energies[rank - 1]) > torch.finfo(energies.dtype).eps ** 0.5 * float(energies[0]):
+    # What the columns lack to be orthonormal is the rounding of the largest energy beside the last.
+    if float(energies[rank - 1]) > torch.finfo(energies.dtype).eps ** 0.75 * float(energies[0]):
         into_IR = into_IR * energies[:rank].rsqrt()
         return Subspace(t_OI @ into_IR, into_IR.T @ square_II, energies)
     basis_OR = orthonormal(t_OI @ into_IR)

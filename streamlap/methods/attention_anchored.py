@@ -15,37 +15,31 @@ import torch
 
 from streamlap.families import Family
 from streamlap.linalg.budget import index_parameters
-from streamlap.linalg.ranks import STORAGES, RankSite, share_ranks
+from streamlap.linalg.ranks import RankSite
 from streamlap.methods.base import Budget, Built, Cost, HalfView, Layout, Shapes
 from streamlap.methods.costs import half_cost
 from streamlap.methods.fitting import held_error, input_aims, low_rank_edit, output_aim
-from streamlap.methods.knobs import Steps, check_choice
+from streamlap.methods.knobs import Knobs
 
 LEAST_SHARE = 0.25
 """Share of their parameters that q and o must keep where grouped k and v stay dense."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class AttentionAnchored(Steps):
+class AttentionAnchored(Knobs):
     """Knobs of the method. `Edit.error` is the share of a linear's energy, in the metric of its inputs, that was cut."""
 
-    storage: str = "pivoted"
-    """pivoted: rows of the matrix and a map from them to the others; factors: two factors."""
     half: ClassVar[str] = "attention"
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_choice("storage", self.storage, STORAGES)
 
     def layout(self, family: Family, shapes: Shapes, biased: Mapping[str, bool], budget: Budget) -> Layout:
         (q, k, v), (o,) = family.sites["attn_in"], family.sites["attn_out"]
         left = budget.parameters - sum(shapes[path][0] for path in (q, k, v, o) if biased[path])
         sites = {path: self._site(path, shapes[path], budget, v) for path in (q, k, v, o)}
-        rest = [sites[path] for path in (q, o)]
+        others = [sites[q]]
         after = left - sites[k].stored(None) - sites[v].stored(None)
-        if shapes[k][0] > shapes[q][0] // 2 or after < LEAST_SHARE * sum(site.stored(None) for site in rest):
-            rest, after = list(sites.values()), left
-        ranks = share_ranks(rest, after)
+        if shapes[k][0] > shapes[q][0] // 2 or after < LEAST_SHARE * (sites[q].stored(None) + sites[o].stored(None)):
+            others, after = [sites[path] for path in (q, k, v)], left
+        ranks = self.ranks(others, sites[o], after)
         return {path: self._row(sites[path], rank) for path, rank in ranks.items() if rank is not None}
 
     def _site(self, path: str, shape: tuple[int, int], budget: Budget, v: str) -> RankSite:

@@ -17,7 +17,7 @@ import torch
 
 from streamlap.families import Family
 from streamlap.families.layer import Edit, StreamLayer
-from streamlap.linalg.moments import Moments, Sample
+from streamlap.linalg.moments import Sample
 from streamlap.linalg.statistics import Energy
 
 T = TypeVar("T")
@@ -35,13 +35,13 @@ class Cost:
     workspace_bytes: int = 0
     """Most memory held at one time beside the weights and the finished edits."""
     flops: int = 0
-    """Floating-point operations of products in float64."""
+    """Floating-point operations of products in float64; one in float32 is half an operation."""
     flops_per_token: int = 0
     """Of products in float32, for the sums over calibration tokens."""
     capture_bytes: int = 0
     """Most that these sums hold, with what is summed into them at a time."""
     decompositions: tuple[int, ...] = ()
-    """Sizes of the symmetric eigen-problems, in float64."""
+    """Sizes of the symmetric eigen-problems in float64, or of as long ones."""
 
 
 class OnePass(Protocol):
@@ -69,9 +69,10 @@ class OnePass(Protocol):
 
 @dataclass(frozen=True, kw_only=True)
 class Seen:
-    """One pass over a half: sums over most tokens, and rows of others to choose by."""
+    """One pass over a half: sums over most tokens, in the dtype to solve in, and rows of others to choose by."""
 
-    moments: Moments
+    gram_II: torch.Tensor
+    cross_AI: torch.Tensor
     held: Sample
 
 

@@ -1,62 +1,83 @@
 """What an anchored half takes, from shapes alone. Bounds on memory, counts of the large products.
 
-n is the width of what the half reads, w of what its last linear reads, d of the stream.
+n is the width of what the half reads, f of what its last linear reads, w of what is left of it, d of the stream.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-
 from streamlap.families import Family
+from streamlap.linalg.anchor import LARGE
 from streamlap.linalg.moments import CHUNK_TOKENS, ROW_BLOCK
+from streamlap.linalg.obs import ROUNDS
 from streamlap.methods.base import Cost, Layout, Shapes
 
 HELD_TOKENS = 4096
 """Most rows that are held out to choose by."""
+
+SINGLE = 0.8
+"""An eigen-problem in float32 takes as long as one of so much of its size in float64."""
 
 
 def half_cost(family: Family, half: str, shapes: Shapes, layout: Layout) -> Cost:
     """The cost of one anchored method on one half."""
     parts = family.halves[half]
     reads, (last,) = family.sites[parts.reads], family.sites[parts.writes]
-    (hidden, full), n = shapes[last], shapes[reads[0]][1]
+    (d, f), n = shapes[last], shapes[reads[0]][1]
     prunes = "in" in layout.get(last, {})
-    w = layout.get(last, {}).get("in", full)
-    widest = full if prunes else w
-    sums = 8 * (2 * n * n + widest * widest + hidden * widest)
-    rows = 4 * widest * (2 * CHUNK_TOKENS + min(ROW_BLOCK, widest)) + 4 * (widest + hidden) * HELD_TOKENS
-    ranked = {path: layout[path] for path in (*reads, last) if {"rank", "pivots"} & layout.get(path, {}).keys()}
+    w = layout.get(last, {}).get("in", f)
+    widest = f if prunes else w
     after = {
-        path: (layout[path].get("out", shapes[path][0]), layout[path].get("in", shapes[path][1])) for path in ranked
+        path: (layout[path].get("out", shapes[path][0]), layout[path].get("in", shapes[path][1]))
+        for path in (*reads, last)
+        if {"rank", "pivots"} & layout.get(path, {}).keys()
     }
-    largest = max((rows_ * columns for rows_, columns in after.values()), default=0)
-    solve = max(3 * widest * widest + 3 * hidden * widest, 6 * n * n + 5 * largest)
-    return Cost(
-        workspace_bytes=sums + rows + 8 * solve,
-        capture_bytes=sums + rows,
-        flops=sum(map(_linear_flops, after.values())) + _last_flops(hidden, w, full, prunes),
-        flops_per_token=4 * n * n + (w * w + 2 * hidden * w) + (full * full if prunes else 0),
-        decompositions=tuple(min(shape) for shape in after.values()),
+    capture = _sum_bytes(widest, d) + _row_bytes(widest, d)
+    aims = (8 + _itemsize(n)) * n * n + _itemsize(n) * n * sum(shapes[path][0] for path in reads)
+    work = max(
+        capture,
+        24 * f * f + 3 * _itemsize(f) * d * f if prunes else 0,
+        max((_rank_bytes(*shape) for path, shape in after.items() if path != last), default=0),
+        24 * w * w + 6 * _itemsize(w) * d * w + (_rank_bytes(d, w) if last in after else 0) + _row_bytes(w, d),
     )
+    flops = sum(_rank_flops(*shape) for shape in after.values()) + _last_flops(d, w, f, prunes)
+    return Cost(
+        workspace_bytes=aims + work, capture_bytes=capture, flops=flops if widest <= LARGE else flops // 2,
+        flops_per_token=n * n + w * w + 2 * d * w + (f * f if prunes else 0),
+        decompositions=tuple(_eigh_size(min(shape)) for shape in after.values()),
+    )  # fmt: skip
 
 
-def _linear_flops(shape: tuple[int, int]) -> int:
+def _itemsize(width: int) -> int:
+    """Bytes of a number in a problem of that many columns."""
+    return 4 if width > LARGE else 8
+
+
+def _sum_bytes(width: int, d: int) -> int:
+    """A Gram and a cross-Gram in float64, and both in the dtype to solve in."""
+    narrow = 4 if width > LARGE else 0
+    return (8 + narrow) * (width * width + d * width)
+
+
+def _row_bytes(width: int, d: int) -> int:
+    """Tokens that wait, widened, one block of their product, and those that are held out."""
+    return 8 * CHUNK_TOKENS * (width + d) + 4 * width * min(ROW_BLOCK, width) + 8 * (width + d) * HELD_TOKENS
+
+
+def _rank_bytes(rows: int, columns: int) -> int:
+    """Metric, root, vectors and LAPACK's squares of the smaller side; bases, what is left of them, and coefficients."""
+    small, item = min(rows, columns), _itemsize(columns)
+    return 8 * 5 * small * small + item * (columns * columns + 8 * rows * columns)
+
+
+def _eigh_size(size: int) -> int:
+    return int(SINGLE * size) if size > LARGE else size
+
+
+def _rank_flops(rows: int, columns: int) -> int:
     """Metric, Gram, subspace, fit of the rest: about six products of the matrix by its small side."""
-    rows, columns = shape
     return 6 * 2 * rows * columns * min(rows, columns)
 
 
-def _last_flops(hidden: int, w: int, full: int, prunes: bool) -> int:
+def _last_flops(d: int, w: int, f: int, prunes: bool) -> int:
     """Factor and solve of the last linear's Gram; where channels go, also the inverse and its updates."""
-    return w**3 // 3 + 4 * hidden * w * w + (2 * full**3 if prunes else 0)
-
-
-def largest_cost(costs: Mapping[str, Cost]) -> Cost:
-    """Several methods tried on one half, one after another: the most memory, all the work."""
-    return Cost(
-        workspace_bytes=max(cost.workspace_bytes for cost in costs.values()),
-        capture_bytes=max(cost.capture_bytes for cost in costs.values()),
-        flops=sum(cost.flops for cost in costs.values()),
-        flops_per_token=sum(cost.flops_per_token for cost in costs.values()),
-        decompositions=tuple(size for cost in costs.values() for size in cost.decompositions),
-    )
+    return w**3 // 3 + 2 * d * w * w + (f**3 + 2 * f * f * (f - w) * (ROUNDS - 1) // ROUNDS if prunes else 0)

@@ -17,11 +17,10 @@ import torch
 from streamlap.errors import RecipeError
 from streamlap.families import Family
 from streamlap.families.layer import Edit
-from streamlap.linalg.anchor import working
 from streamlap.linalg.budget import index_parameters
 from streamlap.linalg.obs import kept_after, removal_order
 from streamlap.linalg.pivot import shared_pivot_rows
-from streamlap.linalg.ranks import STORAGES, RankSite, share_ranks
+from streamlap.linalg.ranks import RankSite
 from streamlap.linalg.subspace import subspace
 from streamlap.methods.base import Budget, Built, Cost, HalfView, Layout, Shapes
 from streamlap.methods.costs import half_cost
@@ -36,30 +35,19 @@ from streamlap.methods.fitting import (
     output_aim,
     pivoted,
 )
-from streamlap.methods.knobs import Steps, check_choice
-
-OUTPUTS = ("dense", "low_rank")
-
-LEAST = 0.6
-"""Share of their numbers that gate and up must keep where down stays dense."""
+from streamlap.methods.knobs import Knobs
 
 
 @dataclass(frozen=True, kw_only=True)
-class FfnAnchored(Steps):
+class FfnAnchored(Knobs):
     """Knobs of the method. `Edit.error` is the share of a linear's energy, in the metric of its inputs, that was cut."""
 
     share: float = 0.5
     """Part of the cut that falls to whole channels, from 0, none, to 1, all of it."""
-    output: str = "dense"
-    """dense: down keeps its full rank as long as gate and up keep enough; low_rank: it takes its part of the cut."""
-    storage: str = "pivoted"
-    """pivoted: rows of the matrix and a map from them to the others; factors: two factors."""
     half: ClassVar[str] = "ffn"
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_choice("storage", self.storage, STORAGES)
-        check_choice("output", self.output, OUTPUTS)
         if isinstance(self.share, str) or not 0 <= self.share <= 1:
             raise RecipeError(f"ffn_anchored: share is {self.share!r}; wanted a number from 0 to 1.")
 
@@ -81,10 +69,7 @@ class FfnAnchored(Steps):
         index = index_parameters(hidden, budget.itemsize) if self.storage == "pivoted" else 0
         inner = RankSite(name="gate and up", rows=kept, columns=hidden, storage=self.storage, copies=2)
         last = RankSite(name="down", rows=hidden, columns=kept, storage=self.storage, index=index)
-        rest = left - last.stored(None)
-        if self.output == "dense" and rest >= LEAST * inner.stored(None):
-            return share_ranks([inner], rest)
-        return share_ranks([inner, last], left)
+        return self.ranks([inner], last, left)
 
     def _kept(self, parameters: int, width: int, hidden: int, biases: int) -> int:
         """Channels that stay."""
@@ -153,6 +138,5 @@ def dense_removal_order(view: HalfView, aims: list[Aim], least: int) -> torch.Te
     layer = view.layer
     (down,) = layer.family.sites["ffn_mid"]
     whole = [dense_edit(layer, aim, (aim.t_OI.shape[0], aim.t_OI.shape[1])) for aim in aims]
-    (gram_FF,) = working(view.middle_gram(whole))
-    order_F, _ = removal_order(layer.linear(down).weight, gram_FF, least)
+    order_F, _ = removal_order(layer.linear(down).weight, view.middle_gram(whole), least)
     return order_F

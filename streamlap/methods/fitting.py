@@ -40,7 +40,7 @@ def input_aims(view: HalfView, paths: Sequence[str], step: float | None) -> list
 
 
 def _unmoved_aims(view: HalfView, paths: Sequence[str], step: float | None) -> list[Aim]:
-    (gram_II,) = working(view.input_gram())
+    gram_II = view.input_gram()
     linears = {path: view.layer.linear(path) for path in paths}
     return [
         Aim(path=path, t_OI=dense.weight.to(gram_II.dtype), bias_O=dense.bias, gram_II=gram_II)
@@ -49,9 +49,9 @@ def _unmoved_aims(view: HalfView, paths: Sequence[str], step: float | None) -> l
 
 
 def _moved_aims(view: HalfView, paths: Sequence[str], step: float | None) -> list[Aim]:
-    seen = view.inputs()
-    gram_II, cross_AI = working(seen.moments.gram_II, seen.moments.cross_AI)
-    into_II, aims = anchored(torch.eye(len(gram_II)).to(gram_II), gram_II, cross_AI), []
+    seen, aims = view.inputs(), []
+    gram_II = seen.gram_II
+    into_II = anchored(torch.eye(len(gram_II)).to(gram_II), gram_II, seen.cross_AI)
     for path in paths:
         dense = view.layer.linear(path)
         w_OI = dense.weight.to(gram_II.dtype)
@@ -84,10 +84,10 @@ def moved(
     columns: torch.Tensor | None = None,
 ) -> Aim:  # fmt: skip
     """The same for a linear at the end of a half that has become `w_OI`; it reads only `columns` of what was seen, if given."""
-    gram_II, cross_AI, x_TI = seen.moments.gram_II, seen.moments.cross_AI, seen.held.x_TI
+    gram_II, cross_AI, x_TI = seen.gram_II, seen.cross_AI, seen.held.x_TI
     if columns is not None:
         gram_II, cross_AI, x_TI = gram_II[columns][:, columns], cross_AI[:, columns], x_TI[:, columns]
-    gram_II, cross_AI, t_OI = working(gram_II, cross_AI, w_OI)
+    t_OI = w_OI.to(gram_II.dtype)
     if step != 0:
         t_OI = _moved(t_OI, anchored(t_OI, gram_II, cross_AI), x_TI, seen.held.anchor_TA, step)
     return Aim(path=path, t_OI=t_OI, bias_O=bias_O, gram_II=gram_II)

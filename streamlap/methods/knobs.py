@@ -1,10 +1,17 @@
-"""The knobs that all anchored methods share."""
+"""The knobs that the anchored methods which cut ranks share."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from streamlap.errors import RecipeError
+from streamlap.linalg.ranks import STORAGES, RankSite, share_ranks
+
+OUTPUTS = ("dense", "low_rank")
+
+LEAST = 0.6
+"""Share of their numbers that the other linears of a half must keep where the last one stays dense."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,7 +31,25 @@ class Steps:
                 )
 
 
-def check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
-    """Raise RecipeError for a word that a knob does not know."""
-    if value not in choices:
-        raise RecipeError(f"{name} is {value!r}; wanted one of {', '.join(choices)}.")
+@dataclass(frozen=True, kw_only=True)
+class Knobs(Steps):
+    """And what is stored of them."""
+
+    output: str = "dense"
+    """dense: the last linear, which is fitted to what the others became, keeps its full rank as long as they keep enough;
+    low_rank: it takes its part of the cut."""
+    storage: str = "pivoted"
+    """pivoted: rows of the matrix and a map from them to the others; factors: two factors."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name, value, choices in (("output", self.output, OUTPUTS), ("storage", self.storage, STORAGES)):
+            if value not in choices:
+                raise RecipeError(f"{name} is {value!r}; wanted one of {', '.join(choices)}.")
+
+    def ranks(self, others: Sequence[RankSite], last: RankSite, budget: int) -> dict[str, int | None]:
+        """Of the linears of a half within what it may store; None, or no entry, stays dense."""
+        rest = budget - last.stored(None)
+        if self.output == "dense" and rest >= LEAST * sum(site.stored(None) for site in others):
+            return share_ranks(others, rest)
+        return share_ranks([*others, last], budget)
