@@ -39,7 +39,7 @@ from streamlap.modules import swap_modules
 from streamlap.preflight import pick_device
 from streamlap.recipe import Recipe
 
-PHASES = ("read", "capture", "solve", "write", "propagate")
+PHASES = ("read", "dense", "capture", "solve", "write", "propagate")
 DISK = ("read", "write", "upload")
 PRODUCT_SIZE = 4096
 """Rows, columns and tokens of the float64 product whose rate stands for the solves'."""
@@ -210,7 +210,7 @@ def phase_table(run: Result) -> str:
     parts, phases = run["floor_parts"], run["phases"]
     rows = [
         ("read", phases["read"], parts["read"] + parts["upload"]),
-        ("capture, propagate", phases["capture"] + phases["propagate"], parts["forward"]),
+        ("forwards", phases["dense"] + phases["capture"] + phases["propagate"], parts["forward"]),
         ("solve", phases["solve"], parts["products"] + parts["decompositions"]),
         ("write", phases["write"], parts["write"]),
         ("total", run["measured"], run["floor"]["sum"]),

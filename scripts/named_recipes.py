@@ -27,18 +27,20 @@ def best(**knobs: Any) -> tuple[Method, ...]:
 
 NAMED: dict[str, tuple[Method, ...]] = {
     "lorap": PRESETS["lorap"],
-    "factors b=0": rebuilt(storage="factors", step=0.0),
-    "+anchor": rebuilt(storage="factors"),
-    "+pivot": rebuilt(),
-    "+prune .25": rebuilt(0.25),
-    "+prune .5": rebuilt(0.5),
-    "+prune 1": rebuilt(1.0),
+    "factors b=0": rebuilt(storage="factors", output="low_rank", step=0.0),
+    "+anchor": rebuilt(storage="factors", output="low_rank"),
+    "+pivot": rebuilt(output="low_rank"),
+    "+prune .25": rebuilt(0.25, output="low_rank"),
+    "+dense out": rebuilt(0.25),
+    "prune .65": rebuilt(0.65),
+    "prune 1": rebuilt(1.0),
     "best": PRESETS["best"],
     "best -anchor": best(step=0.0),
     "best -pivot": best(storage="factors"),
+    "best +inputs": best(input_step=None),
 }
-"""Each row from `factors b=0` to `+pivot` adds a part to the one before; each `+prune` is `+pivot` with that share in place of
-0; each `best -` leaves a part out."""
+"""Each row from `factors b=0` to `+dense out` adds a part to the one before, each `prune` is that with another share, and `best`
+chooses between two of them; each `best -` leaves a part out, `best +` adds one that the preset has not."""
 
 
 def named_recipe(name: str) -> Recipe:

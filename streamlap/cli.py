@@ -11,14 +11,42 @@ from typing import Annotated, Any
 
 import torch
 import typer
-from tqdm import tqdm
 
 import streamlap
 from streamlap.cgroups import usable_cpus
-from streamlap.demo import DemoResult, run_demo
+from streamlap.demo import run_demo
 from streamlap.errors import BudgetError, StreamlapError
 from streamlap.memory import show_size
+from streamlap.options import (
+    CalibrationFiles,
+    Device,
+    Dtype,
+    Json,
+    Length,
+    MaxRam,
+    MaxVram,
+    Model,
+    Overlap,
+    Preset,
+    Ratio,
+    RecipeFile,
+    Refine,
+    Samples,
+    Seed,
+    SurveyFile,
+    TargetParams,
+    TargetSize,
+    Work,
+)
 from streamlap.recipe import Recipe
+from streamlap.wording import (
+    describe_demo,
+    describe_evaluation,
+    describe_inventory,
+    describe_plan,
+    describe_report,
+    describe_survey,
+)
 
 app = typer.Typer(
     help="Compress a huge language model on small hardware, one decoder layer at a time.",
@@ -27,42 +55,6 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
-
-Model = Annotated[str, typer.Argument(metavar="MODEL", help="Checkpoint folder or hub id, org/name[@revision].")]
-Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout instead of text.")]
-Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")]
-Dtype = Annotated[str | None, typer.Option(help="Compute dtype: auto, float32, float16 or bfloat16.")]
-MaxRam = Annotated[str | None, typer.Option(help="Cap on RAM, Python included, like 8GiB; default what is free.")]
-MaxVram = Annotated[str | None, typer.Option(help="Cap on GPU memory, like 8GiB; default what is free.")]
-Overlap = Annotated[
-    bool,
-    typer.Option("--overlap/--no-overlap", help="Read, write and compute at the same time; the result is the same."),
-]
-Work = Annotated[Path | None, typer.Option(help="Folder for hidden states between layers.")]
-
-
-Ratio = Annotated[float | None, typer.Option(help="Fraction of the decoder-linear parameters to remove.")]
-TargetSize = Annotated[str | None, typer.Option(help="In place of --ratio: most that all shards may take, like 24GB.")]
-TargetParams = Annotated[
-    str | None, typer.Option(help="In place of --ratio: most parameters of the whole model, like 50B or 7.5M.")
-]
-Preset = Annotated[str | None, typer.Option(help="best or lorap.  [default: best]")]
-RecipeFile = Annotated[Path | None, typer.Option(help="YAML file of settings; other options replace single ones.")]
-CalibrationFiles = Annotated[
-    list[str] | None, typer.Option(help="Text (.txt, .jsonl, .parquet) or token ids (.npy); may be repeated.")
-]
-Refine = Annotated[
-    int | None,
-    typer.Option(
-        metavar="EPOCHS", help="Recovery: train each rebuilt layer for so many epochs of the calibration windows."
-    ),
-]
-SurveyFile = Annotated[
-    str | None, typer.Option(help="File of streamlap survey: layers that matter more keep more; default all alike.")
-]
-Samples = Annotated[int | None, typer.Option(help="Calibration windows; default 128.")]
-Length = Annotated[int | None, typer.Option(help="Tokens a window; default 2048 or the model's context.")]
-Seed = Annotated[int | None, typer.Option(help="Seed of the choice of windows.")]
 
 
 def recipe_of(path: Path | None, files: list[str] | None, **options: Any) -> Recipe:
@@ -226,12 +218,7 @@ def evaluate(
         model, text, length=length, stride=stride, limit=limit, device=device, dtype=dtype or "auto", work=work,
         max_ram=max_ram, max_vram=max_vram, overlap=overlap,
     )  # fmt: skip
-    lines = [
-        f"perplexity {result.perplexity:.4f}  (mean NLL {result.nll:.6f} nats, {result.tokens:,} predicted tokens, "
-        f"windows of {result.length})",
-        f"{result.seconds:.1f} s, peak RAM {show_size(result.peak_ram_bytes)}",
-    ]
-    emit(as_json, result.to_json(), lines)
+    emit(as_json, result.to_json(), describe_evaluation(result))
 
 
 @app.command()
@@ -241,11 +228,7 @@ def inspect(
 ) -> None:
     """What is in a checkpoint or output folder: kinds, shapes, ranks, widths and parameters of every site."""
     table = streamlap.inspect(path)
-    lines = [f"{table['model_type']}, {len(table['layers'])} layers"]
-    for layer in table["layers"]:
-        lines.append(f"layer {layer['index']}")
-        lines += [f"  {path:<22}{describe_site(site)}" for path, site in layer["sites"].items()]
-    emit(as_json, table, lines + describe_parameters(table["parameters"]))
+    emit(as_json, table, describe_inventory(table))
 
 
 @app.command()
@@ -294,64 +277,6 @@ def demo(
 
 def emit(as_json: bool, value: dict[str, Any], lines: list[str]) -> None:
     typer.echo(json.dumps(value) if as_json else "\n".join(lines))
-
-
-def describe_parameters(table: dict[str, Any]) -> list[str]:
-    return [
-        f"decoder linears {table['decoder_before']:,} -> {table['decoder_after']:,} ({table['ratio_decoder']:.2%} removed)",
-        f"whole model     {table['total_before']:,} -> {table['total_after']:,} ({table['ratio_total']:.2%} removed)",
-    ]
-
-
-def describe_site(site: dict[str, Any]) -> str:
-    shape = " x ".join(map(str, site["shape"]))
-    detail = f" rank {site['rank']}" if site["rank"] is not None else ""
-    error = f"  error {site['relative_error']:.4f}" if "relative_error" in site else ""
-    return f"{site['kind']:<9} {shape}{detail}  {site['parameters']:,} parameters{error}"
-
-
-def describe_report(report: streamlap.Report) -> list[str]:
-    return [
-        f"{report.out}: {len(report.layers)} layers in {report.seconds:.1f} s, peak RAM {show_size(report.peak_ram_bytes)}",
-        *describe_parameters(report.parameters.to_json()),
-        f"load it with: import streamlap; AutoModelForCausalLM.from_pretrained({report.out!r})",
-    ]
-
-
-def describe_survey(found: streamlap.Survey) -> list[str]:
-    """A line for each half of each layer."""
-    lines = ["divergence from the dense model, nats a token, where one half alone is cut"]
-    for index, layer in enumerate(found.layers):
-        for half, points in layer.items():
-            cells = [f"{point.kl:.5f} at {point.keep:.0%}" for point in points]
-            lines.append(f"layer {index:<4}{half:<11}{'   '.join(cells)}")
-    return lines
-
-
-def describe_plan(plan: streamlap.Plan) -> list[str]:
-    sequences, length = plan.calibration_tokens
-    hours = " to ".join(tqdm.format_interval(seconds) for seconds in (plan.seconds_low, plan.seconds_high))
-    way = "read-ahead on" if plan.overlap else "read-ahead off"
-    heaviest = max(plan.layers, key=lambda layer: layer.seconds_low)
-    rows = [
-        ("output", f"{show_size(plan.output_bytes)} of shards at ratio {plan.ratio:g}"),
-        ("peak RAM", show_size(plan.peak_ram_bytes)),
-        ("peak VRAM", show_size(plan.peak_vram_bytes)),
-        ("disk", f"{show_size(plan.disk_bytes)} beside the source"),
-        ("read, written", f"{show_size(plan.read_bytes)}, {show_size(plan.write_bytes)}"),
-        ("operations", f"{plan.flops:.3g} FLOP, {sequences} windows of {length} tokens"),
-        ("time", f"{hours}, {heaviest.seconds_low:.1f} s for a layer at the least, {len(plan.layers)} layers"),
-        ("schedule", f"{way}, hidden states in {plan.hidden_states}, {plan.forward_tokens:,} tokens a forward"),
-    ]
-    return [*(f"{name:<15}{value}" for name, value in rows), *(plan.advice or ["it fits"])]
-
-
-def describe_demo(result: DemoResult) -> list[str]:
-    rows = [("", "before", "after")]
-    rows += [(label, before, after) for label, before, after in result.table()]
-    lines = [f"{label:<28}{before:>16}{after:>16}" for label, before, after in rows]
-    samples = [f"\n{name} goes on from {result.prompt!r}:\n  {text}" for name, text in result.samples.items()]
-    return [*lines, *samples, f"\ncompressed model and its report: {result.out} ({result.seconds:.0f} s in all)"]
 
 
 def main() -> None:

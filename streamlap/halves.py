@@ -174,7 +174,7 @@ def open_banks(stream: ModelStream, tokens_NL: torch.Tensor, schedule: Schedule,
 
 
 HalfErrors = dict[str, dict[str, float]]
-"""Half -> method -> relative squared error of its output on held-out tokens."""
+"""Half -> method -> how far its output is from the target on held-out tokens, see `held_error`."""
 
 
 Candidates = Mapping[str, tuple[Anchored, Layout]]

@@ -15,15 +15,15 @@ from typing import Any
 import torch
 
 from streamlap.calibration import calibration_tokens
+from streamlap.editing import edit_by_halves, edit_in_one_pass
 from streamlap.engine import Engine, open_bank, start_engine
-from streamlap.errors import Interrupted, NumericalError
+from streamlap.errors import Interrupted
 from streamlap.export.folder import KEPT_NAME, finish_folder, module_rows
 from streamlap.families.layer import Edit, StreamLayer
 from streamlap.families.stream import ModelStream
-from streamlap.forecast import compression_workload, forecast, plan_halves, plan_layers
-from streamlap.halves import Banks, HalfErrors, half_of, open_banks, rebuild_layer
+from streamlap.forecast import compression_workload, forecast, plan_layers
+from streamlap.halves import Banks, HalfErrors, half_of, open_banks
 from streamlap.inventory import count_parameters
-from streamlap.linalg.statistics import all_finite
 from streamlap.memory import parse_size
 from streamlap.meters import (
     PhaseClock,
@@ -34,7 +34,6 @@ from streamlap.meters import (
     reset_peaks,
     steady_heap,
 )
-from streamlap.methods.base import Statistic
 from streamlap.preflight import check_output, fingerprint, forecast_disk, hidden_folder, pick_device
 from streamlap.recipe import Recipe
 from streamlap.recovery import Refined, refine_layer, state_path
@@ -233,6 +232,20 @@ def compress_layer(
     return engine.writer.submit(commit, job, report, digest)
 
 
+def edit_layer(
+    job: Job, engine: Engine, layer: StreamLayer, index: int, clock: PhaseClock, before: Future[None] | None
+) -> tuple[list[Edit], HalfErrors]:
+    """The layer's edits, applied, and what the methods that tried for its halves erred by."""
+
+    def ready() -> None:
+        with clock.phase("write"):
+            settle(before)
+
+    if job.banks is None:
+        return edit_in_one_pass(job.recipe, engine, layer, index, clock, ready), {}
+    return edit_by_halves(job.recipe, engine, job.banks, layer, index, clock, ready)
+
+
 def refine(job: Job, engine: Engine, layer: StreamLayer, index: int, clock: PhaseClock) -> Refined | None:
     """The layer trained further, where the recipe says so; what lies between its halves is stale then."""
     knobs = job.recipe.refinement
@@ -268,68 +281,6 @@ def commit(job: Job, report: LayerReport, digest: Future[str]) -> None:
     state_path(job.out, report.index).unlink(missing_ok=True)
     for bank in job.streams:
         bank.drop(report.index)
-
-
-def edit_layer(
-    job: Job, engine: Engine, layer: StreamLayer, index: int, clock: PhaseClock, before: Future[None] | None
-) -> tuple[list[Edit], HalfErrors]:
-    """The layer's edits, applied, and what the methods that tried for its halves erred by.
-
-    The layer before is on the disk, and out of memory, before the solve begins.
-    """
-    if job.banks is None:
-        return edit_in_one_pass(job, engine, layer, index, clock, before), {}
-
-    def ready() -> None:
-        with clock.phase("write"):
-            settle(before)
-
-    candidates = plan_halves(job.stream, job.recipe, index)
-    edits, errors = rebuild_layer(engine, job.banks, layer, index, candidates, clock, ready)
-    for edit in edits:
-        refuse_overflow(layer, edit)
-    return edits, errors
-
-
-def edit_in_one_pass(
-    job: Job, engine: Engine, layer: StreamLayer, index: int, clock: PhaseClock, before: Future[None] | None
-) -> list[Edit]:
-    """Statistics from one dense pass on inputs from the compressed prefix, then every method's edits, applied."""
-    methods, ratio = job.recipe.one_pass, job.recipe.ratio
-
-    def capture() -> list[dict[str, Statistic]]:
-        stats = [method.wants(layer) for method in methods]  # anew on every attempt
-        pairs = [pair for wanted in stats for pair in wanted.items()]
-        if pairs:
-            with layer.observed(pairs):
-                engine.observe(layer, index)
-        return stats
-
-    def solve() -> list[Edit]:
-        with layer.on(engine.ladder.solve_device):
-            pairs = zip(methods, stats, strict=True)
-            return [edit for method, seen in pairs for edit in method.edit(layer, seen, ratio)]
-
-    with clock.phase("capture"):
-        stats = engine.run("capture", index, capture)
-    with clock.phase("write"):
-        settle(before)
-    with clock.phase("solve"):
-        edits = engine.run("solve", index, solve)
-        for edit in edits:
-            refuse_overflow(layer, edit)
-        layer.apply(edits)
-    return edits
-
-
-def refuse_overflow(layer: StreamLayer, edit: Edit) -> None:
-    """Raise NumericalError where an edit has no finite form in the storage dtype; nothing of it is written then."""
-    for name, tensor in edit.module.state_dict().items():
-        if not all_finite(tensor):
-            raise NumericalError(
-                f"{layer.prefix}.{edit.path}: {name} is not finite in {tensor.dtype}; wanted numbers that {tensor.dtype} "
-                "can hold. Convert the checkpoint to bfloat16 or float32 and compress that."
-            )
 
 
 def build_report(job: Job) -> Report:

@@ -6,8 +6,8 @@ dtype: auto
 survey: null
 refine: 0
 methods:
-  - {method: attention_anchored, storage: pivoted, step: null, half: attention}
-  - {method: ffn_anchored, share: 0.25, storage: pivoted, step: null, half: ffn}
+  - {method: attention_anchored, step: null, input_step: 0.0, output: dense, storage: pivoted}
+  - {method: ffn_anchored, step: null, input_step: 0.0, output: dense, storage: pivoted, share: 0.5}
 calibration: {files: [], samples: 128, length: 2048, seed: 0}
 """
 

@@ -138,8 +138,11 @@ def test_every_named_recipe_is_one_and_no_two_are_equal() -> None:
         assert recipes[name].preset == name
         assert recipes[name].methods == PRESETS[name]
     assert {method.step for method in recipes["best -anchor"].methods} == {0.0}  # type: ignore[union-attr]
-    shares = [getattr(recipes[f"+prune {text}"].methods[1], "share", None) for text in (".25", ".5", "1")]
-    assert shares == [0.25, 0.5, 1.0]
+    names = ("+pivot", "+prune .25", "+dense out", "prune .65", "prune 1")
+    ffn = [vars(recipes[name].methods[1]) for name in names]
+    assert [(knobs["share"], knobs["output"]) for knobs in ffn] == [
+        (0.0, "low_rank"), (0.25, "low_rank"), (0.25, "dense"), (0.65, "dense"), (1.0, "dense"),
+    ]  # fmt: skip
 
 
 def test_the_mean_and_the_ends_of_several_subsets() -> None:

@@ -23,6 +23,7 @@ import bench_gpu
 import bench_memory
 import bench_peers
 import bench_plan
+import bench_presets
 import bench_speed
 import benchmarks as shared
 import compare_devices
@@ -125,6 +126,21 @@ def test_speed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.C
     assert result["ratio"]["sum"] == pytest.approx(row["measured"] / row["floor"]["sum"])
     assert row["rates"]["before"].keys() == row["rates"]["after"].keys() == row["rates_spread_percent"].keys()
     assert "| solve |" in shown(bench_speed, tmp_path, monkeypatch, capsys)
+
+
+def test_presets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["--tokens", "4x32", "--layers", "2", "--scale-down", "32", "--ratios", "0.3"]
+    result = run(bench_presets, words, tmp_path, monkeypatch)
+    assert [(row["preset"], row["ratio"], len(row["layers"])) for row in result["runs"]] == [
+        ("lorap", 0.3, 2),
+        ("best", 0.3, 2),
+    ]
+    lorap, best = result["runs"]
+    assert "dense" in best["layers"][0]
+    assert "dense" not in lorap["layers"][0]
+    assert all(0 < row["peak_ram_bytes"] <= row["planned_ram_bytes"] for row in result["runs"])
+    over = sum(best["layers"][1].values()) / sum(lorap["layers"][1].values())
+    assert f"| {over:.2f} |" in shown(bench_presets, tmp_path, monkeypatch, capsys)
 
 
 def test_gpu_script_without_a_gpu(

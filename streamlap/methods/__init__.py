@@ -26,6 +26,6 @@ METHODS: dict[str, type[Method]] = {
 }
 
 PRESETS: dict[str, tuple[Method, ...]] = {
-    "best": (AttentionAnchored(), *(FfnAnchored(share=share) for share in (0.25, 0.5))),
+    "best": (AttentionAnchored(), *(FfnAnchored(share=share) for share in (0.25, 0.65))),
     "lorap": (AttentionAwsvd(), FfnLorap()),
 }

@@ -1,0 +1,70 @@
+"""From a layer in memory to its edits, applied: one way for the methods that look once, one for those that rebuild halves."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from streamlap.engine import Engine
+from streamlap.errors import NumericalError
+from streamlap.families.layer import Edit, StreamLayer
+from streamlap.forecast import plan_halves
+from streamlap.halves import Banks, HalfErrors, rebuild_layer
+from streamlap.linalg.statistics import all_finite
+from streamlap.meters import PhaseClock
+from streamlap.methods.base import Statistic
+from streamlap.recipe import Recipe
+
+
+def edit_by_halves(
+    recipe: Recipe, engine: Engine, banks: Banks, layer: StreamLayer, index: int, clock: PhaseClock,
+    ready: Callable[[], None],
+) -> tuple[list[Edit], HalfErrors]:  # fmt: skip
+    """The layer rebuilt beside the dense model; its edits, and what the methods that tried for its halves erred by.
+
+    `ready` is called before the first solve: by then the layer before is on the disk, and out of memory.
+    """
+    candidates = plan_halves(engine.stream, recipe, index)
+    edits, errors = rebuild_layer(engine, banks, layer, index, candidates, clock, ready)
+    for edit in edits:
+        refuse_overflow(layer, edit)
+    return edits, errors
+
+
+def edit_in_one_pass(
+    recipe: Recipe, engine: Engine, layer: StreamLayer, index: int, clock: PhaseClock, ready: Callable[[], None]
+) -> list[Edit]:
+    """Statistics from one dense pass on inputs from the compressed prefix, then every method's edits, applied."""
+    methods, ratio = recipe.one_pass, recipe.ratio
+
+    def capture() -> list[dict[str, Statistic]]:
+        stats = [method.wants(layer) for method in methods]  # anew on every attempt
+        pairs = [pair for wanted in stats for pair in wanted.items()]
+        if pairs:
+            with layer.observed(pairs):
+                engine.observe(layer, index)
+        return stats
+
+    def solve() -> list[Edit]:
+        with layer.on(engine.ladder.solve_device):
+            pairs = zip(methods, stats, strict=True)
+            return [edit for method, seen in pairs for edit in method.edit(layer, seen, ratio)]
+
+    with clock.phase("capture"):
+        stats = engine.run("capture", index, capture)
+    ready()
+    with clock.phase("solve"):
+        edits = engine.run("solve", index, solve)
+        for edit in edits:
+            refuse_overflow(layer, edit)
+        layer.apply(edits)
+    return edits
+
+
+def refuse_overflow(layer: StreamLayer, edit: Edit) -> None:
+    """Raise NumericalError where an edit has no finite form in the storage dtype; nothing of it is written then."""
+    for name, tensor in edit.module.state_dict().items():
+        if not all_finite(tensor):
+            raise NumericalError(
+                f"{layer.prefix}.{edit.path}: {name} is not finite in {tensor.dtype}; wanted numbers that {tensor.dtype} "
+                "can hold. Convert the checkpoint to bfloat16 or float32 and compress that."
+            )

@@ -1,0 +1,89 @@
+"""Results as lines of text, for people at a terminal."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from tqdm import tqdm
+
+from streamlap.allocate import Survey
+from streamlap.demo import DemoResult
+from streamlap.evaluate import Evaluation
+from streamlap.memory import show_size
+from streamlap.plan import Plan
+from streamlap.report import Report
+
+
+def describe_parameters(table: dict[str, Any]) -> list[str]:
+    return [
+        f"decoder linears {table['decoder_before']:,} -> {table['decoder_after']:,} ({table['ratio_decoder']:.2%} removed)",
+        f"whole model     {table['total_before']:,} -> {table['total_after']:,} ({table['ratio_total']:.2%} removed)",
+    ]
+
+
+def describe_inventory(table: dict[str, Any]) -> list[str]:
+    """What `inspect` found, site by site."""
+    lines = [f"{table['model_type']}, {len(table['layers'])} layers"]
+    for layer in table["layers"]:
+        lines.append(f"layer {layer['index']}")
+        lines += [f"  {path:<22}{describe_site(site)}" for path, site in layer["sites"].items()]
+    return lines + describe_parameters(table["parameters"])
+
+
+def describe_evaluation(result: Evaluation) -> list[str]:
+    return [
+        f"perplexity {result.perplexity:.4f}  (mean NLL {result.nll:.6f} nats, {result.tokens:,} predicted tokens, "
+        f"windows of {result.length})",
+        f"{result.seconds:.1f} s, peak RAM {show_size(result.peak_ram_bytes)}",
+    ]
+
+
+def describe_site(site: dict[str, Any]) -> str:
+    shape = " x ".join(map(str, site["shape"]))
+    detail = f" rank {site['rank']}" if site["rank"] is not None else ""
+    error = f"  error {site['relative_error']:.4f}" if "relative_error" in site else ""
+    return f"{site['kind']:<9} {shape}{detail}  {site['parameters']:,} parameters{error}"
+
+
+def describe_report(report: Report) -> list[str]:
+    return [
+        f"{report.out}: {len(report.layers)} layers in {report.seconds:.1f} s, peak RAM {show_size(report.peak_ram_bytes)}",
+        *describe_parameters(report.parameters.to_json()),
+        f"load it with: import streamlap; AutoModelForCausalLM.from_pretrained({report.out!r})",
+    ]
+
+
+def describe_survey(found: Survey) -> list[str]:
+    """A line for each half of each layer."""
+    lines = ["divergence from the dense model, nats a token, where one half alone is cut"]
+    for index, layer in enumerate(found.layers):
+        for half, points in layer.items():
+            cells = [f"{point.kl:.5f} at {point.keep:.0%}" for point in points]
+            lines.append(f"layer {index:<4}{half:<11}{'   '.join(cells)}")
+    return lines
+
+
+def describe_plan(plan: Plan) -> list[str]:
+    sequences, length = plan.calibration_tokens
+    hours = " to ".join(tqdm.format_interval(seconds) for seconds in (plan.seconds_low, plan.seconds_high))
+    way = "read-ahead on" if plan.overlap else "read-ahead off"
+    heaviest = max(plan.layers, key=lambda layer: layer.seconds_low)
+    rows = [
+        ("output", f"{show_size(plan.output_bytes)} of shards at ratio {plan.ratio:g}"),
+        ("peak RAM", show_size(plan.peak_ram_bytes)),
+        ("peak VRAM", show_size(plan.peak_vram_bytes)),
+        ("disk", f"{show_size(plan.disk_bytes)} beside the source"),
+        ("read, written", f"{show_size(plan.read_bytes)}, {show_size(plan.write_bytes)}"),
+        ("operations", f"{plan.flops:.3g} FLOP, {sequences} windows of {length} tokens"),
+        ("time", f"{hours}, {heaviest.seconds_low:.1f} s for a layer at the least, {len(plan.layers)} layers"),
+        ("schedule", f"{way}, hidden states in {plan.hidden_states}, {plan.forward_tokens:,} tokens a forward"),
+    ]
+    return [*(f"{name:<15}{value}" for name, value in rows), *(plan.advice or ["it fits"])]
+
+
+def describe_demo(result: DemoResult) -> list[str]:
+    rows = [("", "before", "after")]
+    rows += [(label, before, after) for label, before, after in result.table()]
+    lines = [f"{label:<28}{before:>16}{after:>16}" for label, before, after in rows]
+    samples = [f"\n{name} goes on from {result.prompt!r}:\n  {text}" for name, text in result.samples.items()]
+    return [*lines, *samples, f"\ncompressed model and its report: {result.out} ({result.seconds:.0f} s in all)"]
