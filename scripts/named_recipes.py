@@ -39,7 +39,7 @@ NAMED: dict[str, tuple[Method, ...]] = {
     "best -pivot": best(storage="factors"),
     "best +inputs": best(input_step=None),
 }
-"""Each row from `factors b=0` to `+dense out` adds a part to the one before, each `prune` is that with another share, and `best`
+"""Each row from `factors b=0` to `+dense out` adds a part to the one before, each `prune` is that with another share; `best`
 chooses between two of them; each `best -` leaves a part out, `best +` adds one that the preset has not."""
 
 

@@ -12,7 +12,7 @@ from streamlap.methods import AnchoredMethod
 from streamlap.methods.attention_anchored import AttentionAnchored
 from streamlap.methods.base import Budget, Layout
 from streamlap.methods.ffn_anchored import FfnAnchored
-from streamlap.sizing import Workload, evaluation_workload
+from streamlap.workload import Workload, evaluation_workload
 
 LEVELS = (0.6, 0.8)
 """Shares of a half that stay; the deepest cut first, whose order of channels serves the others."""

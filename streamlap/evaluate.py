@@ -26,9 +26,10 @@ from streamlap.families.stream import HEAD_TOKENS, ModelStream
 from streamlap.memory import parse_size, require_disk
 from streamlap.meters import peak_ram_bytes, peak_vram_bytes, reset_peaks, steady_heap
 from streamlap.preflight import pick_device
-from streamlap.sizing import Caps, Fit, Schedule, evaluation_workload, fit, require_fit
+from streamlap.sizing import Caps, Fit, Schedule, fit, require_fit
 from streamlap.store.hidden import HiddenBank
 from streamlap.store.hub import local_folder
+from streamlap.workload import evaluation_workload
 
 
 @dataclass(frozen=True, kw_only=True)

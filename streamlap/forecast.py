@@ -20,10 +20,10 @@ from streamlap.methods.base import Cost, Layout
 from streamlap.methods.refine_block import STATE_BYTES
 from streamlap.modules import carriers, disk_name, swap_modules
 from streamlap.recipe import Recipe
-from streamlap.sizing import Workload, layer_workload
 from streamlap.store.header import TensorInfo
 from streamlap.store.sink import shard_bytes
 from streamlap.store.source import CHUNK_BYTES
+from streamlap.workload import Workload, layer_workload
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -21,11 +21,12 @@ import streamlap
 from streamlap import preflight, sizing
 from streamlap.errors import BudgetError, CheckpointError, StreamlapError
 from streamlap.families.stream import batch_of
-from streamlap.sizing import Schedule, Workload, make_schedule
+from streamlap.sizing import Schedule, make_schedule
 from streamlap.store.hidden import HiddenBank
 from streamlap.store.journal import OutputLock
 from streamlap.store.sink import ShardFolder
 from streamlap.store.source import INDEX_NAME, SafetensorsFolder
+from streamlap.workload import Workload
 
 Usage = namedtuple("Usage", "total used free")
 

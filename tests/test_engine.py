@@ -30,10 +30,11 @@ from streamlap.families.layer import StreamLayer
 from streamlap.families.stream import ModelStream
 from streamlap.forecast import compression_workload, forecast
 from streamlap.memory import parse_size
-from streamlap.sizing import RUNTIME_BYTES, Schedule, evaluation_workload, make_schedule, peak, schedules
+from streamlap.sizing import RUNTIME_BYTES, Schedule, make_schedule, peak, schedules
 from streamlap.store import hidden, staging
 from streamlap.store.journal import Journal
 from streamlap.store.sink import DurableFile, ShardFolder
+from streamlap.workload import Workload, evaluation_workload
 
 ROOT = Path(__file__).parent.parent
 EVALUATE = sys.modules["streamlap.evaluate"]  # the attribute of that name is the function
@@ -380,7 +381,7 @@ def workers(monkeypatch: pytest.MonkeyPatch) -> dict[str, set[str]]:
     return seen
 
 
-def on_disk(work: sizing.Workload, overlap: bool) -> list[Schedule]:
+def on_disk(work: Workload, overlap: bool) -> list[Schedule]:
     return [make_schedule(work, overlap, "disk", BATCH)]
 
 

@@ -19,8 +19,9 @@ from streamlap import sizing
 from streamlap.errors import BudgetError
 from streamlap.families import FAMILIES
 from streamlap.families.stream import ModelStream, batch_of
-from streamlap.sizing import Schedule, Workload, make_schedule
+from streamlap.sizing import Schedule, make_schedule
 from streamlap.store.hidden import HiddenBank
+from streamlap.workload import Workload
 
 
 def in_memory_nll(folder: Path, tokens_NL: torch.Tensor) -> float:

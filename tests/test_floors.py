@@ -19,15 +19,15 @@ ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "streamlap"
 
 FLOORS = {
-    4: {"", "cli"},
+    4: {"", "cli", "options", "wording"},
     3: {
-        "pipeline", "recovery", "halves",
-        "allocate", "survey", "cuts", "preflight", "evaluate", "engine", "forecast", "sizing", "plan",
+        "pipeline", "editing", "recovery", "halves",
+        "allocate", "survey", "cuts", "preflight", "evaluate", "engine", "forecast", "sizing", "workload", "plan",
         "inventory", "verification", "loading", "report", "target", "export", "export.dense", "export.folder", "demo",
     },
     2: {
         "methods", "methods.base", "methods.attention_anchored", "methods.attention_heads", "methods.attention_groups",
-        "methods.ffn_anchored", "methods.refine_block", "methods.fitting",
+        "methods.ffn_anchored", "methods.refine_block", "methods.fitting", "methods.knobs",
         "methods.costs", "methods.attention_awsvd", "methods.ffn_lorap", "recipe", "calibration",
     },
     1: {
@@ -36,7 +36,7 @@ FLOORS = {
     },
     0: {
         "linalg", "linalg.allocation", "linalg.anchor", "linalg.budget", "linalg.channels", "linalg.heads", "linalg.lowrank",
-        "linalg.moments", "linalg.obs", "linalg.pivot", "linalg.ranks", "linalg.statistics", "linalg.subspace",
+        "linalg.moments", "linalg.obs", "linalg.pivot", "linalg.products", "linalg.ranks", "linalg.statistics", "linalg.subspace",
         "linears", "modules", "memory", "cgroups", "meters", "machine", "progress", "errors", "hf_plugin",
         "modeling_streamlap", "shim", "stopping", "version",
     },

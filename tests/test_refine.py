@@ -244,7 +244,7 @@ import torch
 from streamlap.families.stream import ModelStream
 from streamlap.meters import peak_ram_bytes, ram_bytes, reset_peaks, steady_heap
 from streamlap.methods.refine_block import Refinement, Refiner
-from streamlap.sizing import evaluation_workload
+from streamlap.workload import evaluation_workload
 
 torch.set_num_threads(1)
 steady_heap()

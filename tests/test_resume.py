@@ -25,8 +25,9 @@ import streamlap
 from streamlap import pipeline, preflight, sizing
 from streamlap.errors import Interrupted, NumericalError, RecipeError, ResumeMismatch
 from streamlap.families.stream import batch_of
-from streamlap.sizing import Schedule, Workload, make_schedule
+from streamlap.sizing import Schedule, make_schedule
 from streamlap.store.journal import Journal, OutputLock
+from streamlap.workload import Workload
 
 ROOT = Path(__file__).parents[1]
 JOURNAL = f"{STATE}/journal.jsonl"

@@ -19,20 +19,9 @@ from streamlap import sizing
 from streamlap.errors import BudgetError
 from streamlap.families.stream import HEAD_TOKENS, ModelStream
 from streamlap.memory import parse_size
-from streamlap.sizing import (
-    RUNTIME_BYTES,
-    Caps,
-    Workload,
-    evaluation_workload,
-    fit,
-    layer_workload,
-    least_cap,
-    make_schedule,
-    peak,
-    require_fit,
-    schedules,
-)
+from streamlap.sizing import RUNTIME_BYTES, Caps, fit, least_cap, make_schedule, peak, require_fit, schedules
 from streamlap.store.source import CHUNK_BYTES
+from streamlap.workload import Workload, evaluation_workload, layer_workload
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 HELD = 200 << 20
@@ -310,7 +299,7 @@ from streamlap.families.stream import ModelStream
 from streamlap.linalg.lowrank import awsvd, awsvd_bytes
 from streamlap.linalg.statistics import Energy
 from streamlap.meters import peak_ram_bytes, ram_bytes, reset_peaks, steady_heap
-from streamlap.sizing import evaluation_workload
+from streamlap.workload import evaluation_workload
 from pathlib import Path
 
 torch.set_num_threads(2)

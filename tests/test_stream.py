@@ -20,8 +20,8 @@ from streamlap.families import FAMILIES
 from streamlap.families.stream import COMPUTE_DTYPES, ModelStream, batch_of
 from streamlap.linalg.budget import index_parameters
 from streamlap.methods import PRESETS
-from streamlap.sizing import evaluation_workload
 from streamlap.store.hidden import HiddenBank
+from streamlap.workload import evaluation_workload
 
 CASES = [(name, tied) for name in FAMILIES for tied in (False, True)]
 
