@@ -39,8 +39,8 @@ NAMED: dict[str, tuple[Method, ...]] = {
     "best -pivot": best(storage="factors"),
     "best +inputs": best(input_step=None),
 }
-"""Each row from `factors b=0` to `+dense out` adds a part to the one before, each `prune` is that with another share; `best`
-chooses between two of them; each `best -` leaves a part out, `best +` adds one that the preset has not."""
+"""Each row from `factors b=0` to `+dense out` adds a part to the one before; each `prune` is that with another share; `best`
+chooses between two of them; each `best -` leaves a part out, and `best +` adds one that the preset has not."""
 
 
 def named_recipe(name: str) -> Recipe:
