@@ -23,7 +23,7 @@ from outputs import REPORT, contents, is_begun
 from safetensors.torch import load_file, save_file
 
 import streamlap
-from streamlap import engine, pipeline, sizing
+from streamlap import editing, engine, pipeline, sizing
 from streamlap.errors import BudgetError, RecipeError
 from streamlap.families import stream as families_stream
 from streamlap.families.layer import StreamLayer
@@ -341,14 +341,14 @@ def test_halves_claim_what_they_hold(
 ) -> None:
     """Four streams between layers, and inside a solve the sums over tokens with the work of one more method."""
     claimed: list[dict[str, int]] = []
-    rebuild_layer = pipeline.rebuild_layer
+    rebuild_layer = editing.rebuild_layer
 
     def note(running: engine.Engine, *rest: Any) -> Any:
         with running.claim("solve"):
             claimed.append(dict(running.fit.ram.held))
         return rebuild_layer(running, *rest)
 
-    monkeypatch.setattr(pipeline, "rebuild_layer", note)
+    monkeypatch.setattr(editing, "rebuild_layer", note)
     rebuild(tmp_path / "out")
     generation = SHAPE_NL[0] * SHAPE_NL[1] * 64 * 2
     assert taken[0].tier == "ram"

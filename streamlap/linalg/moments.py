@@ -8,12 +8,9 @@ Shape suffixes: T tokens, I in, A anchor (out, or in of the dense stream).
 
 from __future__ import annotations
 
-import contextlib
 import functools
 
 import torch
-
-from streamlap.linalg.products import bfloat16_products
 
 CHUNK_TOKENS = 4096
 """Tokens in one product. Fixed, and counted across updates: the bits do not depend on the batches."""
@@ -88,14 +85,12 @@ class Moments:
         self._chunk = []
 
     def _add(self) -> None:
-        narrow = self._chunk[0].dtype == torch.bfloat16
         wide = functools.reduce(torch.promote_types, [held.dtype for held in self._chunk], torch.float32)
         x_TI, *anchors = (held[: self._waiting].to(wide) for held in self._chunk)
         self._waiting = 0
         if self._gram_II is None:
             self._gram_II = x_TI.new_zeros(x_TI.shape[1], x_TI.shape[1], dtype=torch.float64)
-        with bfloat16_products() if narrow else contextlib.nullcontext():
-            add_upper(self._gram_II, x_TI)
+        add_upper(self._gram_II, x_TI)
         self._half = True
         for anchor_TA in anchors:
             if self._cross_AI is None:

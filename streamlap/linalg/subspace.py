@@ -9,7 +9,6 @@ Shape suffixes: O out, I in, R rank, N rows that are fitted again.
 
 from __future__ import annotations
 
-import contextlib
 from dataclasses import dataclass
 
 import torch
@@ -17,7 +16,6 @@ import torch
 from streamlap.errors import NumericalError
 from streamlap.linalg.anchor import level, root, solve_right
 from streamlap.linalg.lowrank import eigh, orthonormal
-from streamlap.linalg.products import bfloat16_products, is_bfloat16
 
 DROWNED = 2e-6
 """Share of the largest eigenvalue below which float32 no longer tells one from another."""
@@ -70,8 +68,7 @@ def _of_rows(t_OI: torch.Tensor, gram_II: torch.Tensor, rank: int) -> Subspace:
 def _of_columns(t_OI: torch.Tensor, gram_II: torch.Tensor, rank: int) -> Subspace:
     """The squares of T come first: after that everything but two products has the size of the Gram."""
     root_II = root(gram_II)
-    with bfloat16_products() if is_bfloat16(t_OI) else contextlib.nullcontext():
-        square_II = t_OI.T @ t_OI
+    square_II = t_OI.T @ t_OI
     energies, vectors = _spectrum(root_II.T @ square_II @ root_II)
     energies = energies.flip(0).clamp_min(0.0)
     into_IR = root_II @ vectors[:, -rank:].flip(1)
