@@ -139,7 +139,13 @@ class Bench:
         """The plan of a run, made in this process, so without a word on RAM; and what the floor is made of."""
         tokens = shared.tokens_file(self.work, self.model, samples, self.args.length)
         plan = streamlap.plan(
-            self.model, device=self.device, files=(str(tokens),), work=self.work, max_vram=cap, overlap=overlap
+            self.model,
+            preset=shared.ENGINE,
+            device=self.device,
+            files=(str(tokens),),
+            work=self.work,
+            max_vram=cap,
+            overlap=overlap,
         ).to_json()
         return plan, speed.workload(self.model, self.device, (samples, self.args.length), plan)
 
@@ -162,7 +168,8 @@ class Bench:
         """One run in a process of its own, killed when the time is over."""
         plan, work = self.workload(self.samples, cap, overlap)
         flags = ["--calibration", shared.tokens_file(self.work, self.model, self.samples, self.args.length),
-                 "--device", self.device, "--max-vram", cap, "--max-ram", self.args.max_ram]  # fmt: skip
+                 "--device", self.device, "--max-vram", cap, "--max-ram", self.args.max_ram,
+                 "--preset", shared.ENGINE]  # fmt: skip
         flags += [] if overlap else ["--no-overlap"]
         with shared.new_folder(self.work / "out") as out:
             shared.drop_cache(self.model)

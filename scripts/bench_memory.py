@@ -94,7 +94,9 @@ def bench_shape(args: argparse.Namespace, work: Path) -> Result:
     for layers, model in sorted(models.items()):
         with shared.new_folder(work / "out") as out:
             shared.drop_cache(model)
-            done = shared.run_streamlap("compress", model, out, "--calibration", tokens).required()
+            done = shared.run_streamlap(
+                "compress", model, out, "--preset", shared.ENGINE, "--calibration", tokens
+            ).required()
             rows.append({"layers": layers} | outcome(done, work))
             whole = whole if layers != depth else shared.hashes(out)
     capped = [under_cap(args, work, models[depth], tokens, cap, whole) for cap in args.caps]
@@ -114,7 +116,9 @@ def under_cap(
     """Compress, and evaluate what came out, inside `cap`; `whole` are the hashes of the uncapped run."""
     with shared.new_folder(work / "out") as out:
         shared.drop_cache(model)
-        row = {"cap": cap} | capped_run(args, work, cap, "compress", model, out, "--calibration", tokens)
+        row = {"cap": cap} | capped_run(
+            args, work, cap, "compress", model, out, "--preset", shared.ENGINE, "--calibration", tokens
+        )
         row["identical"] = bool(whole) and shared.hashes(out) == whole
         if args.eval_cap and row["completed"]:
             shared.drop_cache(out)

@@ -83,7 +83,8 @@ def run_case(case: Case, model: Path, scratch: Path) -> Result:
     """The plan, then the run, under the same flags."""
     scratch.mkdir(exist_ok=True)
     tokens = shared.tokens_file(scratch, model, case.samples, case.length)
-    flags = ["--calibration", tokens, "--max-ram", case.cap, "--dtype", case.dtype, "--work", scratch / "hidden"]
+    flags = ["--calibration", tokens, "--max-ram", case.cap, "--dtype", case.dtype, "--work", scratch / "hidden",
+             "--preset", shared.ENGINE]  # fmt: skip
     planned = shared.run_streamlap("plan", model, *flags, variables={"XDG_CACHE_HOME": str(scratch.absolute())})
     if planned.code and not planned.output:
         planned.required()

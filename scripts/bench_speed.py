@@ -35,11 +35,12 @@ from benchmarks import Result
 from streamlap import machine
 from streamlap.families.stream import BATCH_TOKENS, ModelStream
 from streamlap.forecast import forecast
+from streamlap.methods import PRESETS
 from streamlap.modules import swap_modules
 from streamlap.preflight import pick_device
 from streamlap.recipe import Recipe
 
-PHASES = ("read", "dense", "capture", "solve", "write", "propagate")
+PHASES = ("read", "capture", "solve", "write", "propagate")
 DISK = ("read", "write", "upload")
 PRODUCT_SIZE = 4096
 """Rows, columns and tokens of the float64 product whose rate stands for the solves'."""
@@ -71,7 +72,7 @@ class Workload:
 
 def workload(model: Path, device: str, shape_NL: tuple[int, int], plan: Result) -> Workload:
     """From headers; `plan` is the product's own, made with the flags of the run: it knows where hidden states lie."""
-    stream, recipe = ModelStream(model, device), Recipe()
+    stream, recipe = ModelStream(model, device), Recipe(preset=shared.ENGINE, methods=PRESETS[shared.ENGINE])
     layers = []
     for index, (layer, planned) in enumerate(zip(forecast(stream, recipe, shape_NL), plan["layers"], strict=True)):
         shapes = products(stream.layers[index])
@@ -173,7 +174,14 @@ def run_once(work: Workload, model: Path, folder: Path, flags: list[Any], before
 def bench(args: argparse.Namespace, folder: Path) -> Result:
     model = args.model or shared.checkpoint(folder, args.shape, args.layers, args.scale_down)
     device = pick_device(args.device)
-    flags = ["--calibration", shared.tokens_file(folder, model, *args.tokens), "--device", device]
+    flags = [
+        "--calibration",
+        shared.tokens_file(folder, model, *args.tokens),
+        "--device",
+        device,
+        "--preset",
+        shared.ENGINE,
+    ]
     for name, value in (("--max-ram", args.max_ram), ("--max-vram", args.max_vram)):
         flags += [name, value] if value else []
     with shared.new_folder(folder / "cache") as cache:
@@ -210,7 +218,7 @@ def phase_table(run: Result) -> str:
     parts, phases = run["floor_parts"], run["phases"]
     rows = [
         ("read", phases["read"], parts["read"] + parts["upload"]),
-        ("forwards", phases["dense"] + phases["capture"] + phases["propagate"], parts["forward"]),
+        ("capture, propagate", phases["capture"] + phases["propagate"], parts["forward"]),
         ("solve", phases["solve"], parts["products"] + parts["decompositions"]),
         ("write", phases["write"], parts["write"]),
         ("total", run["measured"], run["floor"]["sum"]),

@@ -35,6 +35,10 @@ POLL_SECONDS = 0.02
 Result = dict[str, Any]
 
 
+ENGINE = "lorap"
+"""The preset by which the engine is measured: its solves are the lightest, so that memory and moving data show."""
+
+
 def machine() -> Result:
     """What the figures were taken on. `load` is the number of busy threads just before."""
     versions = {"python": platform.python_version(), "torch": torch.__version__,
