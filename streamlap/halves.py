@@ -23,7 +23,7 @@ from streamlap.families.stream import ModelStream
 from streamlap.linalg.anchor import working
 from streamlap.linalg.moments import Moments, Sample
 from streamlap.meters import PhaseClock
-from streamlap.methods.base import Anchored, Built, Layout, Seen
+from streamlap.methods.base import Anchored, Built, Comparable, Layout, Seen
 from streamlap.methods.costs import HELD_TOKENS
 from streamlap.sizing import Schedule
 from streamlap.store.hidden import HiddenBank
@@ -79,18 +79,12 @@ class View:
         return self.once("input gram", lambda: self._collect(look, self.stream).gram_II)
 
     def middles(self, edits: Sequence[Edit]) -> Seen:
-        bias_O = self.layer.linear(self.layer.family.last(self.half)).bias
-
-        def look(goal_BLD: torch.Tensor, x_BLD: torch.Tensor) -> Rows:
-            goal_BLD = goal_BLD.float()
-            missing_BLD = goal_BLD - x_BLD.float()
-            if bias_O is not None:
-                missing_BLD = missing_BLD - bias_O.float()
-            weight_BL1 = evenly(goal_BLD)
-            return self.layer.middle(self.half, x_BLD).float() * weight_BL1, missing_BLD * weight_BL1
-
         with self.layer.tried(edits):
-            return self._collect(look, self.goal, self.stream)
+            return self._collect(self._middle, self.goal, self.stream)
+
+    def held_middles(self, edits: Sequence[Edit]) -> Sample:
+        with self.layer.tried(edits):
+            return self._gather(self._middle, self.goal, self.stream, fitted=False)[1]
 
     def middle_gram(self, edits: Sequence[Edit]) -> torch.Tensor:
         def look(goal_BLD: torch.Tensor, x_BLD: torch.Tensor) -> Rows:
@@ -99,6 +93,19 @@ class View:
         with self.layer.tried(edits):
             return self._collect(look, self.goal, self.stream).gram_II
 
+    def _middle(self, goal_BLD: torch.Tensor, x_BLD: torch.Tensor) -> Rows:
+        """What the last linear reads, and what is missing from the stream, its own bias apart."""
+        bias_O = self.layer.linear(self.layer.family.last(self.half)).bias
+        goal_BLD = goal_BLD.float()
+        missing_BLD = goal_BLD - x_BLD.float()
+        if bias_O is not None:
+            missing_BLD = missing_BLD - bias_O.float()
+        weight_BL1 = evenly(goal_BLD)
+        return self.layer.middle(self.half, x_BLD).float() * weight_BL1, missing_BLD * weight_BL1
+
+    def remember(self, name: Hashable, made: object) -> None:
+        self._made[name] = made
+
     def once(self, name: Hashable, make: Callable[[], T]) -> T:
         if name not in self._made:
             self._made[name] = make()
@@ -106,21 +113,31 @@ class View:
         return made
 
     def _collect(self, look: Callable[..., Rows], *places: Place) -> Seen:
-        """Sums over (x, anchor) of every sequence, or where its turn comes its rows."""
+        """Sums over the tokens that are fitted to, and rows of those that are held out."""
+        moments, sample = self._gather(look, *places)
+        gram_II, cross_AI = working(moments.gram_II, moments.cross_AI)
+        return Seen(gram_II=gram_II, cross_AI=cross_AI, held=sample)
 
-        def attempt() -> Seen:
+    def _gather(self, look: Callable[..., Rows], *places: Place, fitted: bool = True) -> tuple[Moments, Sample]:
+        """Sums over (x, anchor) of every sequence, or where its turn comes its rows; without `fitted` these alone."""
+
+        def attempt() -> tuple[Moments, Sample]:
             moments, sample, number = Moments(), Sample(HELD_TOKENS), 0
             total = self.stream.bank.shape_NLD[0]
             for batches in self.engine.together(*(place.read() for place in places), phase="capture"):
                 for parts in zip(*(torch.split(x_BLD, self.engine.ladder.micro) for x_BLD in batches), strict=True):
-                    for x_LI, anchor_LA in zip(*look(*parts), strict=True):
-                        number += 1
-                        held = is_held(number, total) and not sample.full
-                        (sample if held else moments).update(x_LI, anchor_LA)
-            if not moments.tokens:  # a single sequence: nothing is left to hold out
+                    turns = [is_held(number + turn, total) for turn in range(1, len(parts[0]) + 1)]
+                    number += len(turns)
+                    if not fitted:
+                        parts = tuple(x_BLD[turns] for x_BLD in parts)
+                        turns = [held for held in turns if held]
+                    if not turns or (sample.full and not fitted):
+                        continue
+                    for held, x_LI, anchor_LA in zip(turns, *look(*parts), strict=True):
+                        (sample if held and not sample.full else moments).update(x_LI, anchor_LA)
+            if fitted and not moments.tokens:  # a single sequence: nothing is left to hold out
                 moments.update(sample.x_TI, sample.anchor_TA)
-            gram_II, cross_AI = working(moments.gram_II, moments.cross_AI)
-            return Seen(gram_II=gram_II, cross_AI=cross_AI, held=sample)
+            return moments, sample
 
         with self.clock.phase("capture"):
             return self.engine.ladder.climb("capture", self.index, attempt)
@@ -224,16 +241,34 @@ def half_of(layer: StreamLayer, half: str) -> Callable[[torch.Tensor], torch.Ten
 
 
 def rebuild(view: View, candidates: Candidates) -> tuple[Built, dict[str, float]]:
-    """The best of the methods for a half, by its error on held-out tokens; and the errors of all, by name."""
+    """The best of the methods for a half, by its error on held-out tokens; and the errors of all, by name.
+
+    Settings of one method that can tell are compared first, and only the best of them is built.
+    """
     best: Built | None = None
     errors: dict[str, float] = {}
-    for name, (method, layout) in candidates.items():
-        try:
-            built = method.build(view, layout)
-        except NumericalError as error:
-            raise NumericalError(f"{view.layer.prefix} {view.half}: {error}") from error
-        errors[name] = built.error
-        if best is None or built.error < best.error:
-            best = built
+    try:
+        for rivals in by_kind(candidates):
+            winner = next(iter(rivals))
+            method, layout = rivals[winner]
+            if len(rivals) > 1 and isinstance(method, Comparable):
+                errors |= method.compare(view, rivals)
+                winner = min(rivals, key=lambda name: errors[name])
+                rivals = {winner: rivals[winner]}
+            for name, (method, layout) in rivals.items():
+                built = method.build(view, layout)
+                errors[name] = built.error
+                if best is None or built.error < best.error:
+                    best = built
+    except NumericalError as error:
+        raise NumericalError(f"{view.layer.prefix} {view.half}: {error}") from error
     assert best is not None, "no method for a half"
     return best, errors
+
+
+def by_kind(candidates: Candidates) -> list[dict[str, tuple[Anchored, Layout]]]:
+    """The candidates of each method together, in their order."""
+    kinds: dict[type, dict[str, tuple[Anchored, Layout]]] = {}
+    for name, pair in candidates.items():
+        kinds.setdefault(type(pair[0]), {})[name] = pair
+    return list(kinds.values())

@@ -408,7 +408,10 @@ RECIPES: dict[str, tuple[str, tuple[str, ...]]] = {
     "step out of range": ("methods: [{method: attention_anchored, step: 2}]", ("step is 2", "0 to 1")),
     "a half is no knob": ("methods: [{method: attention_anchored, half: ffn}]", ("unknown keys half", "output")),
     "another output": ("methods: [{method: ffn_anchored, output: sparse}]", ("output is 'sparse'", "dense, low_rank")),
-    "input step of a word": ("methods: [{method: ffn_anchored, input_step: far}]", ("input_step is 'far'", "a number or nothing")),
+    "input step of a word": (
+        "methods: [{method: ffn_anchored, input_step: far}]",
+        ("input_step is 'far'", "a number or nothing"),
+    ),
     "a half without a method": (
         "methods: [{method: attention_anchored}]",
         ("methods are attention_anchored", "for every half: attention, ffn"),

@@ -7,44 +7,48 @@ Shape suffixes: O out, F inputs (channels), K kept, Q removed, C anchors' width.
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+
 import torch
 
 from streamlap.linalg.anchor import DAMPING, cholesky, inverse, root, solve_right, solve_triangular
 
-ROUNDS = 4
-"""Rounds of the greedy choice; each drops its share and settles what that does to the others."""
+ROUNDS = 16
+"""Rounds in which all would go; each drops its share and settles what that does to the others."""
 
 ROW_BLOCK = 2048
 """Rows of S^-1 that are brought up to date at a time."""
 
 
-def removal_order(
-    w_OF: torch.Tensor, gram_FF: torch.Tensor, least: int, damping: float = DAMPING
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """The channels in the order in which they should go, down to `least` that stay; and what is lost by then, [rounds, 2].
+@dataclass(frozen=True, kw_only=True)
+class Removal:
+    """What is left at one width."""
 
-    Greedy in rounds: the lowest scores go, W and S^-1 are brought up to date. Returns order_F (first to go first, those that
-    stay at the end, ascending) and a table of (channels left, squared error in units of the Gram), a line a round.
-    """
+    kept_K: torch.Tensor
+    """The channels that stay, ascending."""
+    w_OK: torch.Tensor
+    """W on these, fitted again."""
+    lost: float
+    """Squared error so far, in units of the Gram."""
+
+
+def removals(
+    w_OF: torch.Tensor, gram_FF: torch.Tensor, counts: Iterable[int], damping: float = DAMPING
+) -> Iterator[Removal]:
+    """The channels that stay at each of `counts`, which descend. Greedy in rounds: the lowest scores go, W and S^-1 are brought
+    up to date."""
     w_OF, inverse_FF = start(w_OF, gram_FF, damping)
-    width = len(gram_FF)
-    alive_F = torch.ones(width, dtype=torch.bool, device=w_OF.device)
-    gone, table, lost = [], [], 0.0
-    for turn in range(ROUNDS):
-        left = width - round((width - least) * (turn + 1) / ROUNDS)
-        count = int(alive_F.sum()) - left
-        if count <= 0:
-            continue
-        score_F = w_OF.square().sum(dim=0) / inverse_FF.diagonal()
-        score_F[~alive_F] = torch.inf
-        out_Q = torch.sort(score_F, stable=True).indices[:count]
-        # After the last round nobody asks what is left.
-        lost += (remove if left > least else loss)(w_OF, inverse_FF, out_Q)
-        alive_F[out_Q] = False
-        gone.append(out_Q)
-        table.append((left, lost))
-    order_F = torch.cat([*gone, alive_F.nonzero()[:, 0]])
-    return order_F, torch.tensor(table, dtype=torch.float64).view(-1, 2)
+    alive_F = torch.ones(len(inverse_FF), dtype=torch.bool, device=w_OF.device)
+    most, lost = -(-len(alive_F) // ROUNDS), 0.0
+    for count in counts:
+        while (left := int(alive_F.sum())) > count:
+            score_F = w_OF.square().sum(dim=0) / inverse_FF.diagonal()
+            score_F[~alive_F] = torch.inf
+            out_Q = torch.sort(score_F, stable=True).indices[: min(most, left - count)]
+            lost += remove(w_OF, inverse_FF, out_Q)
+            alive_F[out_Q] = False
+        yield Removal(kept_K=alive_F.nonzero()[:, 0], w_OK=w_OF[:, alive_F], lost=lost)
 
 
 def start(w_OF: torch.Tensor, gram_FF: torch.Tensor, damping: float = DAMPING) -> tuple[torch.Tensor, torch.Tensor]:
@@ -72,13 +76,3 @@ def remove(w_OF: torch.Tensor, inverse_FF: torch.Tensor, out_Q: torch.Tensor) ->
         inverse_FF[block] -= half_QF[:, block].T @ half_QF
     w_OF[:, out_Q] = 0.0
     return float((weight_OQ * w_OQ).sum())
-
-
-def kept_after(order_F: torch.Tensor, count: int) -> torch.Tensor:
-    """The `count` channels that stay, ascending."""
-    return order_F[len(order_F) - count :].sort().values
-
-
-def refit_kept(cross_CF: torch.Tensor, gram_FF: torch.Tensor, damping: float = DAMPING) -> torch.Tensor:
-    """W' = C (S + lambda)^-1 for the channels that stayed: moments of these only."""
-    return solve_right(cholesky(gram_FF, damping), cross_CF)

@@ -26,6 +26,6 @@ METHODS: dict[str, type[Method]] = {
 }
 
 PRESETS: dict[str, tuple[Method, ...]] = {
-    "best": (AttentionAnchored(), *(FfnAnchored(share=share) for share in (0.25, 0.65))),
+    "best": (AttentionAnchored(), *(FfnAnchored(share=share) for share in (0.25, 0.5, 0.75, 1.0))),
     "lorap": (AttentionAwsvd(), FfnLorap()),
 }

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol, TypeVar
+from typing import Protocol, TypeVar, runtime_checkable
 
 import torch
 
@@ -90,8 +90,16 @@ class HalfView(Protocol):
         """What the half's first linears read on the compressed stream, against what they read on the dense one."""
         ...
 
+    def held_middles(self, edits: Sequence[Edit]) -> Sample:
+        """The held-out rows of `middles` alone."""
+        ...
+
     def once(self, name: Hashable, make: Callable[[], T]) -> T:
         """What `make` gives, made the first time only: what several methods of a half need."""
+        ...
+
+    def remember(self, name: Hashable, made: object) -> None:
+        """What `once` gives from now on."""
         ...
 
     def middle_gram(self, edits: Sequence[Edit]) -> torch.Tensor:
@@ -138,3 +146,13 @@ class Anchored(Protocol):
     def cost(self, family: Family, shapes: Shapes, layout: Layout) -> Cost: ...
 
     def build(self, view: HalfView, layout: Layout) -> Built: ...
+
+
+@runtime_checkable
+class Comparable(Anchored, Protocol):
+    """A method that can tell cheaply which of its settings serves a half best, so that only that one is built."""
+
+    @classmethod
+    def compare(cls, view: HalfView, rivals: Mapping[str, tuple[Anchored, Layout]]) -> dict[str, float]:
+        """About how far from its target on held-out tokens each would bring the half, as `Built.error`."""
+        ...

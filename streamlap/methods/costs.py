@@ -8,7 +8,6 @@ from __future__ import annotations
 from streamlap.families import Family
 from streamlap.linalg.anchor import LARGE
 from streamlap.linalg.moments import CHUNK_TOKENS, ROW_BLOCK
-from streamlap.linalg.obs import ROUNDS
 from streamlap.methods.base import Cost, Layout, Shapes
 
 HELD_TOKENS = 4096
@@ -80,4 +79,4 @@ def _rank_flops(rows: int, columns: int) -> int:
 
 def _last_flops(d: int, w: int, f: int, prunes: bool) -> int:
     """Factor and solve of the last linear's Gram; where channels go, also the inverse and its updates."""
-    return w**3 // 3 + 2 * d * w * w + (f**3 + 2 * f * f * (f - w) * (ROUNDS - 1) // ROUNDS if prunes else 0)
+    return w**3 // 3 + 2 * d * w * w + (f**3 + 2 * f * f * (f - w) if prunes else 0)

@@ -9,20 +9,20 @@ left dense, since what it can mend it mends with all its numbers, until gate and
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import torch
 
 from streamlap.errors import RecipeError
 from streamlap.families import Family
-from streamlap.families.layer import Edit
+from streamlap.families.layer import Edit, StreamLayer
 from streamlap.linalg.budget import index_parameters
-from streamlap.linalg.obs import kept_after, removal_order
+from streamlap.linalg.obs import removals
 from streamlap.linalg.pivot import shared_pivot_rows
 from streamlap.linalg.ranks import RankSite
-from streamlap.linalg.subspace import subspace
-from streamlap.methods.base import Budget, Built, Cost, HalfView, Layout, Shapes
+from streamlap.linalg.subspace import Subspace, subspace
+from streamlap.methods.base import Anchored, Budget, Built, Cost, HalfView, Layout, Shapes
 from streamlap.methods.costs import half_cost
 from streamlap.methods.fitting import (
     Aim,
@@ -31,6 +31,7 @@ from streamlap.methods.fitting import (
     held_error,
     input_aims,
     low_rank_edit,
+    map_error,
     narrowed,
     output_aim,
     pivoted,
@@ -104,13 +105,36 @@ class FfnAnchored(Knobs):
         return Built(edits=[*edits, last], error=held_error(last, seen))
 
     def _kept_channels(self, view: HalfView, aims: list[Aim], layout: Layout, width: int) -> torch.Tensor | None:
-        """The channels that stay, ascending; None where all do. The order of going is found once for all methods of a half."""
+        """The channels that stay, ascending; None where all do."""
         (down,) = view.layer.family.sites["ffn_mid"]
         count = layout.get(down, {}).get("in", width)
         if count == width:
             return None
-        least = round(width * (count / width) ** (1 / self.share))  # where share 1 ends, whatever this one's is
-        return kept_after(view.once("removal order", lambda: dense_removal_order(view, aims, least)), count)
+        return view.once(("kept", count), lambda: next(removals(*reads_whole(view, aims), [count])).kept_K)
+
+    @classmethod
+    def compare(cls, view: HalfView, rivals: Mapping[str, tuple[Anchored, Layout]]) -> dict[str, float]:
+        """Each with the channels that it would keep, ranks cut in the directions that serve all channels, and the down that was
+        fitted again for the lost channels, not yet for the ranks."""
+        layer = view.layer
+        (gate, up), (down,) = layer.family.sites["ffn_in"], layer.family.sites["ffn_mid"]
+        width = layer.shapes((down,))[down][1]
+        layouts = {name: layout for name, (_, layout) in rivals.items()}
+        counts = {name: layout.get(down, {}).get("in", width) for name, layout in layouts.items()}
+        aims = input_aims(view, (gate, up), 0.0)
+        most = max(rank_of(layout, gate) or 0 for layout in layouts.values())
+        found = [subspace(aim.t_OI, aim.gram_II, most) for aim in aims] if most else []
+        errors: dict[str, float] = {}
+        w_DF, gram_FF = reads_whole(view, aims)
+        for removal in removals(w_DF, gram_FF, sorted(set(counts.values()), reverse=True)):
+            kept = removal.kept_K
+            view.remember(("kept", len(kept)), kept)
+            for name, layout in layouts.items():
+                if counts[name] == len(kept):
+                    edits = truncated(layer, aims, found, rank_of(layout, gate), kept)
+                    w_DK = shortened(removal.w_OK, gram_FF, kept, rank_of(layout, down))
+                    errors[name] = map_error(w_DK, view.held_middles(edits))
+        return {name: errors[name] for name in rivals}
 
     def _inner_edits(
         self, view: HalfView, aims: list[Aim], layout: Layout, kept: torch.Tensor | None
@@ -119,7 +143,7 @@ class FfnAnchored(Knobs):
         layer = view.layer
         of = layer.shapes([aim.path for aim in aims])
         row = layout.get(aims[0].path, {})
-        rank = row.get("rank", row.get("pivots"))
+        rank = rank_of(layout, aims[0].path)
         if rank is None:
             return [dense_edit(layer, aim, of[aim.path], kept) for aim in aims], kept
         found = [subspace(aim.t_OI, aim.gram_II, rank) for aim in aims]
@@ -133,10 +157,36 @@ class FfnAnchored(Knobs):
         return [edit for edit, _ in made], order if kept is None else kept[order]
 
 
-def dense_removal_order(view: HalfView, aims: list[Aim], least: int) -> torch.Tensor:
-    """In which order the channels should go until `least` are left, from what down reads while gate and up are whole."""
+def rank_of(layout: Layout, path: str) -> int | None:
+    """None where a linear keeps its own."""
+    row = layout.get(path, {})
+    return row.get("rank", row.get("pivots"))
+
+
+def reads_whole(view: HalfView, aims: list[Aim]) -> tuple[torch.Tensor, torch.Tensor]:
+    """down, and the Gram of what it reads while gate and up are whole."""
     layer = view.layer
     (down,) = layer.family.sites["ffn_mid"]
     whole = [dense_edit(layer, aim, (aim.t_OI.shape[0], aim.t_OI.shape[1])) for aim in aims]
-    order_F, _ = removal_order(layer.linear(down).weight, view.middle_gram(whole), least)
-    return order_F
+    return layer.linear(down).weight, view.middle_gram(whole)
+
+
+def truncated(
+    layer: StreamLayer, aims: list[Aim], found: list[Subspace], rank: int | None, kept: torch.Tensor
+) -> list[Edit]:
+    """gate and up on the channels `kept`, cut to a rank but stored in full."""
+    cut = [narrowed(aim, kept) for aim in aims]
+    if rank is not None:
+        cut = [
+            replace(aim, t_OI=sub.basis_OR[kept, :rank] @ sub.map_RI[:rank])
+            for aim, sub in zip(cut, found, strict=True)
+        ]
+    return [dense_edit(layer, aim, (len(kept), aim.t_OI.shape[1]), kept) for aim in cut]
+
+
+def shortened(w_DK: torch.Tensor, gram_FF: torch.Tensor, kept: torch.Tensor, rank: int | None) -> torch.Tensor:
+    """down cut to a rank, too, where it is to have one."""
+    if rank is None:
+        return w_DK
+    found = subspace(w_DK, gram_FF[kept][:, kept], rank)
+    return found.basis_OR @ found.map_RI

@@ -13,6 +13,7 @@ from torch import nn
 
 from streamlap.families.layer import Edit, StreamLayer
 from streamlap.linalg.anchor import anchored, best_step, working
+from streamlap.linalg.moments import Sample
 from streamlap.linalg.pivot import folded_order, others, output_order, pivot_rows
 from streamlap.linalg.subspace import Subspace, refit, subspace, two_factors
 from streamlap.linears import LowRankLinear, PivotedLinear, StoredLinear
@@ -164,8 +165,12 @@ def held_error(edit: Edit, seen: Seen) -> float:
     alone prefers to lose what few tokens need."""
     module = edit.module
     assert isinstance(module, nn.Linear | StoredLinear)
-    w_OI = module.weight if isinstance(module, nn.Linear) else module.merged(torch.float32)
-    x_TI, w_OI, target_TO = working(seen.held.x_TI, w_OI, seen.held.anchor_TA)
+    return map_error(module.weight if isinstance(module, nn.Linear) else module.merged(torch.float32), seen.held)
+
+
+def map_error(w_OI: torch.Tensor, held: Sample) -> float:
+    """The same of a half that ends in the map W."""
+    x_TI, w_OI, target_TO = working(held.x_TI, w_OI, held.anchor_TA)
     y_TO = x_TI @ w_OI.T
     power = float(target_TO.square().sum(dim=1).mean())
     return float((target_TO - y_TO).square().sum(dim=1).square().mean().sqrt()) / power if power > 0 else 0.0
