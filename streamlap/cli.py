@@ -96,16 +96,9 @@ def compress(
 ) -> None:
     """Compress MODEL into the new folder OUT. A run that was killed goes on when the command is given again."""
     settings = recipe_of(
-        recipe,
-        calibration,
-        preset=preset,
-        samples=samples,
-        length=length,
-        seed=seed,
-        dtype=dtype,
-        refine=refine,
+        recipe, calibration, preset=preset, samples=samples, length=length, seed=seed, dtype=dtype, refine=refine,
         survey=survey,
-    )
+    )  # fmt: skip
     report = streamlap.compress(
         model, out, settings, device=device, work=work, overwrite=overwrite, max_ram=max_ram, max_vram=max_vram,
         overlap=overlap, **how_small(ratio, target_size, target_params),
@@ -137,16 +130,9 @@ def plan(
 ) -> None:
     """What compress with the same options would take: size, memory, disk, time. From headers; exit 4 if it does not fit."""
     settings = recipe_of(
-        recipe,
-        calibration,
-        preset=preset,
-        samples=samples,
-        length=length,
-        seed=seed,
-        dtype=dtype,
-        refine=refine,
+        recipe, calibration, preset=preset, samples=samples, length=length, seed=seed, dtype=dtype, refine=refine,
         survey=survey,
-    )
+    )  # fmt: skip
     result = streamlap.plan(
         model, settings, device=device, work=work, max_ram=max_ram, max_vram=max_vram, overlap=overlap,
         **how_small(ratio, target_size, target_params),

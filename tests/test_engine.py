@@ -19,6 +19,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import VOCABULARY, MakeModel
+from crashes import crash_after
 from outputs import REPORT, contents, is_begun
 from safetensors.torch import load_file, save_file
 
@@ -32,7 +33,6 @@ from streamlap.forecast import compression_workload, forecast
 from streamlap.memory import parse_size
 from streamlap.sizing import RUNTIME_BYTES, Schedule, make_schedule, peak, schedules
 from streamlap.store import hidden, staging
-from streamlap.store.journal import Journal
 from streamlap.store.sink import DurableFile, ShardFolder
 from streamlap.workload import Workload, evaluation_workload
 
@@ -48,10 +48,6 @@ HELD = 1 << 30
 BASE = HELD + RUNTIME_BYTES
 
 Compress = Callable[..., streamlap.Report]
-
-
-class Crash(BaseException):
-    """The process is gone: nothing that tidies up may catch this."""
 
 
 @pytest.fixture(autouse=True)
@@ -220,22 +216,6 @@ def test_one_thread_gives_the_bytes_of_two_also_in_float32(
     threads(1)
     assert result(compress, tmp_path / "out", dtype="float32") == whole
     assert streamlap.evaluate(source, windows, dtype="float32").nll == nll
-
-
-def crash_after(layers: int, monkeypatch: pytest.MonkeyPatch, run: Callable[[], object]) -> None:
-    """`run` dies where it would commit the layer after the first `layers`."""
-    append, done = Journal.append, []
-
-    def count(journal: Journal, line: dict[str, Any]) -> None:
-        if len(done) == layers:
-            raise Crash
-        append(journal, line)
-        done.append(line)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(Journal, "append", count)
-        with pytest.raises(Crash):
-            run()
 
 
 @pytest.mark.parametrize("lean_first", [True, False])

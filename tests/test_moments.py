@@ -104,11 +104,12 @@ def test_merged_moments_equal_one_that_saw_everything(cut: int) -> None:
 
 def test_moments_without_anchors() -> None:
     x_TI, _ = tokens(torch.float64)
-    seen, total = Moments(anchored=False), Moments(anchored=False)
+    seen, total = Moments(), Moments()
     for x in x_TI.split(3):
-        seen.update(x)
+        seen.update(x, x[:, :0])
     total.merge(seen)
     torch.testing.assert_close(total.gram_II, x_TI.T @ x_TI, rtol=1e-12, atol=1e-12)
+    assert total.cross_AI.shape == (0, x_TI.shape[1])
 
 
 @pytest.mark.parametrize("block", [1, 4, 2048])

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import MakeModel
+from crashes import Crash
 from outputs import STATE, contents
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
@@ -133,10 +134,6 @@ def test_neither_caps_nor_overlap_move_a_bit(
 
 
 # --- death between epochs ------------------------------------------------------------------------------------------------
-
-
-class Crash(BaseException):
-    """The process is gone."""
 
 
 @pytest.mark.parametrize("layer", [0, 1])

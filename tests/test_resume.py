@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 import pytest
 from conftest import MakeModel
+from crashes import Crash, crash_after
 from outputs import STATE, contents, is_begun
 
 import streamlap
@@ -33,10 +34,6 @@ ROOT = Path(__file__).parents[1]
 JOURNAL = f"{STATE}/journal.jsonl"
 
 Compress = Callable[..., streamlap.Report]
-
-
-class Crash(BaseException):
-    """The process is gone: nothing that tidies up may catch this."""
 
 
 @pytest.fixture
@@ -57,22 +54,6 @@ def whole(compress: Compress, tmp_path: Path) -> dict[str, Any]:
     """The bytes of an unbroken run."""
     compress(tmp_path / "whole")
     return contents(tmp_path / "whole")
-
-
-def crash_after(layers: int, monkeypatch: pytest.MonkeyPatch, run: Callable[[], object]) -> None:
-    """`run` dies where it would commit the layer after the first `layers`."""
-    append, done = Journal.append, []
-
-    def count(journal: Journal, line: dict[str, Any]) -> None:
-        if len(done) == layers:
-            raise Crash
-        append(journal, line)
-        done.append(line)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(Journal, "append", count)
-        with pytest.raises(Crash):
-            run()
 
 
 @pytest.fixture

@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import MakeModel
+from crashes import Crash, crash_after
 from torch import nn
 from transformers import AutoModelForCausalLM
 
@@ -36,10 +37,6 @@ from streamlap.store.journal import Journal
 sweep = importlib.import_module("streamlap.survey")  # by attribute the name is the function's
 DEPTH = 3
 Measure = Callable[..., Survey]
-
-
-class Crash(BaseException):
-    """The process is gone: nothing that tidies up may catch this."""
 
 
 @pytest.fixture(scope="session")
@@ -146,21 +143,6 @@ def test_divergences_are_those_of_the_whole_model(
 
 
 # --- stop and resume ---------------------------------------------------------------------------------------------------
-
-
-def crash_after(layers: int, monkeypatch: pytest.MonkeyPatch, run: Callable[[], object]) -> None:
-    append, done = Journal.append, []
-
-    def count(journal: Journal, line: dict[str, Any]) -> None:
-        if len(done) == layers:
-            raise Crash
-        append(journal, line)
-        done.append(line)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(Journal, "append", count)
-        with pytest.raises(Crash):
-            run()
 
 
 @pytest.mark.parametrize("overlap", [True, False])

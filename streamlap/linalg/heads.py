@@ -66,15 +66,6 @@ def head_cut(
     )  # fmt: skip
 
 
-def group_scores(
-    w_o_DO: torch.Tensor, gram_OO: torch.Tensor, heads_kv: int, heads_q: int, damping: float = DAMPING
-) -> torch.Tensor:
-    """[G]: squared error, in units of the Gram, of removing one KV head with its query heads when o is fitted again."""
-    size, group = _sizes(w_o_DO, heads_kv, heads_q)
-    w_DO, inverse_OO = start(w_o_DO, gram_OO, damping)
-    return torch.tensor([loss(w_DO, inverse_OO, _columns(w_DO, g, group * size)) for g in range(heads_kv)])
-
-
 def group_order(
     w_o_DO: torch.Tensor, gram_OO: torch.Tensor, heads_kv: int, heads_q: int, least: int = 1, damping: float = DAMPING
 ) -> tuple[torch.Tensor, torch.Tensor]:

@@ -22,9 +22,8 @@ ROW_BLOCK = 2048
 class Moments:
     """S = sum x x' [I, I], and C = sum t x' [A, I] where every token x comes with its anchor t."""
 
-    def __init__(self, anchored: bool = True) -> None:
+    def __init__(self) -> None:
         self.tokens = 0
-        self._anchored = anchored
         self._gram_II: torch.Tensor | None = None
         self._cross_AI: torch.Tensor | None = None
         self._chunk: list[torch.Tensor] = []
@@ -33,11 +32,10 @@ class Moments:
         self._half = False
         """Whether the Gram has only its upper blocks up to date."""
 
-    def update(self, x_TI: torch.Tensor, anchor_TA: torch.Tensor | None = None) -> None:
-        """Take in tokens, and where the statistic is anchored what each stands against."""
-        assert (anchor_TA is not None) == self._anchored
-        given = [x_TI] if anchor_TA is None else [x_TI, anchor_TA]
-        assert all(len(rows) == len(x_TI) for rows in given), "every token has one anchor"
+    def update(self, x_TI: torch.Tensor, anchor_TA: torch.Tensor) -> None:
+        """Take in tokens, and what each stands against; anchors of no width where S alone is wanted."""
+        given = [x_TI, anchor_TA]
+        assert len(anchor_TA) == len(x_TI), "every token has one anchor"
         self.tokens += len(x_TI)
         while len(given[0]):
             if not self._chunk:
@@ -55,10 +53,9 @@ class Moments:
         """Take in what another instance has seen."""
         if not other.tokens:
             return
-        for mine, theirs in (("_gram_II", other.gram_II), ("_cross_AI", other.cross_AI if self._anchored else None)):
-            if theirs is not None:
-                held = getattr(self, mine)
-                setattr(self, mine, theirs.clone() if held is None else held.add_(theirs.to(held.device)))
+        for mine, theirs in (("_gram_II", other.gram_II), ("_cross_AI", other.cross_AI)):
+            held = getattr(self, mine)
+            setattr(self, mine, theirs.clone() if held is None else held.add_(theirs.to(held.device)))
         self.tokens += other.tokens
 
     @property
@@ -73,9 +70,9 @@ class Moments:
 
     @property
     def cross_AI(self) -> torch.Tensor:  # noqa: N802
-        """Sum of t x', float64."""
+        """Sum of t x', float64. At least one token must have come."""
         self._flush()
-        assert self._cross_AI is not None, "no anchors were seen"
+        assert self._cross_AI is not None, "no tokens were seen"
         return self._cross_AI
 
     def _flush(self) -> None:
@@ -86,18 +83,16 @@ class Moments:
 
     def _add(self) -> None:
         wide = functools.reduce(torch.promote_types, [held.dtype for held in self._chunk], torch.float32)
-        x_TI, *anchors = (held[: self._waiting].to(wide) for held in self._chunk)
+        x_TI, anchor_TA = (held[: self._waiting].to(wide) for held in self._chunk)
         self._waiting = 0
-        if self._gram_II is None:
+        if self._gram_II is None or self._cross_AI is None:
             self._gram_II = x_TI.new_zeros(x_TI.shape[1], x_TI.shape[1], dtype=torch.float64)
+            self._cross_AI = x_TI.new_zeros(anchor_TA.shape[1], x_TI.shape[1], dtype=torch.float64)
         add_upper(self._gram_II, x_TI)
         self._half = True
-        for anchor_TA in anchors:
-            if self._cross_AI is None:
-                self._cross_AI = x_TI.new_zeros(anchor_TA.shape[1], x_TI.shape[1], dtype=torch.float64)
-            for first in range(0, anchor_TA.shape[1], ROW_BLOCK):
-                rows = slice(first, first + ROW_BLOCK)
-                self._cross_AI[rows].add_(anchor_TA[:, rows].T @ x_TI)
+        for first in range(0, anchor_TA.shape[1], ROW_BLOCK):
+            rows = slice(first, first + ROW_BLOCK)
+            self._cross_AI[rows].add_(anchor_TA[:, rows].T @ x_TI)
 
 
 def add_upper(sum_II: torch.Tensor, x_TI: torch.Tensor) -> None:

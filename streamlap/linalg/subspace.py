@@ -114,9 +114,8 @@ def refit(t_NI: torch.Tensor, base_RI: torch.Tensor, gram_II: torch.Tensor) -> t
     base_RI = base_RI.to(gram_II.dtype)
     half_IR = gram_II @ base_RI.T + PULL * level(gram_II) * base_RI.T
     gram_RR = symmetric(base_RI @ half_IR)
-    scale_R = (
-        gram_RR.diagonal().clamp_min(torch.finfo(gram_RR.dtype).tiny).rsqrt()
-    )  # a ridge should weigh as much for a small row as for a large one
+    # A ridge should weigh as much for a small row as for a large one.
+    scale_R = gram_RR.diagonal().clamp_min(torch.finfo(gram_RR.dtype).tiny).rsqrt()
     factor_RR = root(gram_RR * scale_R * scale_R[:, None])
     wanted_NR = t_NI.to(gram_II.dtype) @ half_IR
     fitted_NR = solve_right(factor_RR, wanted_NR * scale_R) * scale_R
