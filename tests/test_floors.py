@@ -36,8 +36,8 @@ FLOORS = {
     },
     0: {
         "linalg", "linalg.allocation", "linalg.anchor", "linalg.budget", "linalg.channels", "linalg.heads", "linalg.lowrank",
-        "linalg.moments", "linalg.obs", "linalg.pivot", "linalg.ranks", "linalg.statistics",
-        "linalg.subspace",
+        "linalg.moments", "linalg.obs", "linalg.pivot", "linalg.products", "linalg.ranks",
+        "linalg.statistics", "linalg.subspace",
         "linears", "modules", "memory", "cgroups", "meters", "machine", "progress", "errors", "hf_plugin",
         "modeling_streamlap", "shim", "stopping", "version",
     },

@@ -6,8 +6,9 @@ import pytest
 import torch
 
 from streamlap.errors import NumericalError
+from streamlap.linalg import anchor as solves
 from streamlap.linalg import moments
-from streamlap.linalg.anchor import anchored, best_step, cholesky, damped, root, solve_right
+from streamlap.linalg.anchor import anchored, best_step, cholesky, damped, root, solve_right, triangular_inverse
 from streamlap.linalg.moments import Moments, Sample, add_upper, mirror
 
 TOKENS, INPUTS, ANCHORS = 53, 6, 9
@@ -202,6 +203,17 @@ def test_a_singular_gram_has_a_root(scale: float, dtype: torch.dtype) -> None:
         root_II @ root_II.T / scale, gram_II / scale, rtol=0, atol=2e-2 if dtype.itemsize == 4 else 1e-6
     )
     assert float(root_II[5, 5]) ** 2 < 1e-2 * float(gram_II.diagonal().max())
+
+
+@pytest.mark.parametrize("leaf", [1, 3, 64])
+def test_a_triangle_times_its_inverse_is_nothing(leaf: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(solves, "LEAF", leaf)
+    _, x_TI, _ = case()
+    factor_II = root(x_TI.T @ x_TI)
+    before, inverse_II = factor_II.clone(), triangular_inverse(factor_II)
+    torch.testing.assert_close(inverse_II @ factor_II, torch.eye(INPUTS).double(), rtol=0, atol=1e-10)
+    assert torch.equal(inverse_II, inverse_II.tril())
+    assert torch.equal(factor_II, before)
 
 
 def test_a_regular_gram_is_its_root_times_itself() -> None:

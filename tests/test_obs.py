@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from streamlap.errors import NumericalError
-from streamlap.linalg import obs
-from streamlap.linalg.obs import loss, removals, remove, start
+from streamlap.linalg import anchor
+from streamlap.linalg.obs import Rest, removals
 
 OUT, WIDTH, TINY = 5, 24, 1e-13
 
@@ -29,7 +29,7 @@ def refit_loss(w_OF: torch.Tensor, x_TF: torch.Tensor, kept: torch.Tensor) -> fl
 @pytest.mark.parametrize("counts", [[1], [23], [24, 20, 7], [20, 12, 12, 2]])
 def test_what_is_left_is_what_refits_give(counts: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
     """The weights, and the loss by its formula, against least squares on the tokens."""
-    monkeypatch.setattr(obs, "ROW_BLOCK", 7)
+    monkeypatch.setattr(anchor, "LEAF", 7)
     w_OF, x_TF = problem()
     before = w_OF.clone()
     found = list(removals(w_OF, x_TF.T @ x_TF, counts, TINY))
@@ -50,10 +50,10 @@ def test_the_first_to_go_has_the_lowest_score() -> None:
     (removal,) = removals(w_OF, x_TF.T @ x_TF, [WIDTH - 1], TINY)
     assert set(range(WIDTH)) - set(removal.kept_K.tolist()) == {int(score_F.argmin())}
     assert removal.lost == pytest.approx(float(score_F.min()), rel=1e-6)
-    w_OF, inverse_FF = start(w_OF, x_TF.T @ x_TF, TINY)
+    rest = Rest(w_OF, x_TF.T @ x_TF, TINY)
     for channel in range(WIDTH):
         kept = [other for other in range(WIDTH) if other != channel]
-        assert loss(w_OF, inverse_FF, torch.tensor([channel])) == pytest.approx(float(score_F[channel]), rel=1e-6)
+        assert rest.loss(torch.tensor([channel])) == pytest.approx(float(score_F[channel]), rel=1e-6)
         assert float(score_F[channel]) == pytest.approx(refit_loss(w_OF, x_TF, torch.tensor(kept)), rel=1e-6)
 
 
@@ -61,12 +61,16 @@ def test_a_removal_leaves_the_inverse_and_the_weights_of_a_refit() -> None:
     w_OF, x_TF = problem()
     gram_FF = x_TF.T @ x_TF
     kept, gone = torch.arange(3, WIDTH), torch.tensor([2, 0, 1])
-    now_OF, inverse_FF = start(w_OF, gram_FF, TINY)
-    remove(now_OF, inverse_FF, gone)
-    torch.testing.assert_close(inverse_FF[kept][:, kept], torch.linalg.inv(gram_FF[3:, 3:]), rtol=1e-6, atol=1e-9)
+    rest = Rest(w_OF, gram_FF, TINY)
+    rest.remove(gone[:2])
+    rest.remove(gone[2:])
+    inverse_KK = torch.linalg.inv(gram_FF[3:, 3:])
+    torch.testing.assert_close(rest.rows(kept)[:, kept], inverse_KK, rtol=1e-6, atol=1e-9)
+    torch.testing.assert_close(rest.rows(kept, kept[:4]), inverse_KK[:, :4], rtol=1e-6, atol=1e-9)
+    torch.testing.assert_close(rest.diagonal_F[kept], inverse_KK.diagonal(), rtol=1e-6, atol=1e-9)
     expected_OK = torch.linalg.lstsq(x_TF[:, kept], x_TF @ w_OF.double().T).solution.T
-    torch.testing.assert_close(now_OF[:, kept], expected_OK, rtol=1e-6, atol=1e-6)
-    assert now_OF[:, gone].abs().max() == 0
+    torch.testing.assert_close(rest.w_OF[:, kept], expected_OK, rtol=1e-6, atol=1e-6)
+    assert rest.w_OF[:, gone].abs().max() < 1e-10
 
 
 @pytest.mark.parametrize("scale", [1e-6, 1.0, 1e6])

@@ -7,8 +7,9 @@ import torch
 
 from streamlap.errors import NumericalError
 from streamlap.linalg import pivot
+from streamlap.linalg.anchor import root
 from streamlap.linalg.pivot import folded_order, others, output_order, pivot_rows, shared_pivot_rows
-from streamlap.linalg.subspace import refit, subspace, two_factors
+from streamlap.linalg.subspace import refit, reread, subspace, two_factors
 from streamlap.linears import PivotedLinear
 
 SHAPES = [(12, 12), (8, 20), (20, 8)]
@@ -70,6 +71,30 @@ def test_a_smaller_rank_is_the_beginning_of_a_larger_one(shape: tuple[int, int])
     first_OI = large.basis_OR[:, :3] @ large.map_RI[:3]
     torch.testing.assert_close(small.basis_OR @ small.map_RI, first_OI, rtol=1e-9, atol=1e-9)
     torch.testing.assert_close(large.basis_OR.T @ large.basis_OR, torch.eye(7).double(), rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_a_root_that_is_known_gives_the_same(shape: tuple[int, int]) -> None:
+    t_OI, gram_II = problem(shape)
+    alone, given = subspace(t_OI, gram_II, 5), subspace(t_OI, gram_II, 5, root(gram_II))
+    for name in ("basis_OR", "map_RI", "energies"):
+        assert torch.equal(getattr(alone, name), getattr(given, name)), name
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_other_rows_through_a_map_are_their_best_combinations(shape: tuple[int, int]) -> None:
+    """And of the rows that it was found for, those of the subspace itself."""
+    t_OI, gram_II = problem(shape)
+    found = subspace(t_OI, gram_II, 6)
+    torch.testing.assert_close(reread(found, t_OI, gram_II).basis_OR, found.basis_OR, rtol=1e-6, atol=1e-6)
+    others_NI = torch.randn(9, shape[1], generator=torch.Generator().manual_seed(4), dtype=torch.float64)
+    read = reread(found, others_NI, gram_II)
+    total = float((others_NI @ gram_II * others_NI).sum())
+    for rank in (2, 6):
+        map_RI = found.map_RI[:rank]
+        torch.testing.assert_close(read.basis_OR[:, :rank], refit(others_NI, map_RI, gram_II), rtol=1e-4, atol=1e-4)
+        error = measured(others_NI, read.basis_OR[:, :rank] @ map_RI, gram_II)
+        assert read.error(rank) == pytest.approx(error / total, rel=1e-6)
 
 
 @pytest.mark.parametrize("shape", SHAPES)

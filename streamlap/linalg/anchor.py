@@ -9,6 +9,7 @@ import torch
 
 from streamlap.errors import NumericalError
 from streamlap.linalg.lowrank import solver_threads
+from streamlap.linalg.products import product
 
 DAMPING = 1e-3
 """Share of the mean diagonal that is added to a Gram before it is inverted."""
@@ -22,6 +23,9 @@ MARGIN = 100.0
 
 LARGE = 1024
 """Problems of more columns are solved in float32: in half the time and half the memory, on most GPUs in a hundredth."""
+
+LEAF = 1024
+"""Columns of a triangle that are inverted in one piece."""
 
 LEFT = 1e-5
 """Share of an input's power, beside the inputs before it, that a factor in float32 still knows to a hundredth."""
@@ -93,10 +97,17 @@ def solve_triangular(factor_II: torch.Tensor, b_IO: torch.Tensor, upper: bool) -
     return x_IO
 
 
-def inverse(factor_II: torch.Tensor) -> torch.Tensor:
-    """S^-1 for S = L L'."""
-    with solver_threads(factor_II.device):
-        return torch.cholesky_inverse(factor_II)
+def triangular_inverse(factor_II: torch.Tensor) -> torch.Tensor:
+    """L^-1, lower too. By halves, so that nearly all of it is products."""
+    size = len(factor_II)
+    if size <= LEAF:
+        return solve_triangular(factor_II, torch.eye(size).to(factor_II), upper=False)
+    half, made_II = size // 2, torch.zeros_like(factor_II)
+    made_II[:half, :half] = triangular_inverse(factor_II[:half, :half])
+    made_II[half:, half:] = triangular_inverse(factor_II[half:, half:])
+    across = product(factor_II[half:, :half], made_II[:half, :half])
+    made_II[half:, :half] = product(made_II[half:, half:], across).neg_()
+    return made_II
 
 
 def anchored(
@@ -117,8 +128,8 @@ def best_step(w_OI: torch.Tensor, delta_OI: torch.Tensor, x_TI: torch.Tensor, ta
     0 leaves W as it is, 1 anchors it fully to the dense model; the error is a parabola in b, so no grid is needed.
     """
     x_TI = x_TI.to(delta_OI.dtype)
-    moved_TO = x_TI @ delta_OI.T
-    missing_TO = target_TO.to(delta_OI.dtype) - x_TI @ w_OI.T
+    moved_TO = product(x_TI, delta_OI.T)
+    missing_TO = target_TO.to(delta_OI.dtype) - product(x_TI, w_OI.T)
     # Rows first: what one sum over all comes to depends on the number of threads.
     power, gain = (float((rows_TO * moved_TO).sum(dim=1).sum()) for rows_TO in (moved_TO, missing_TO))
     return min(1.0, max(0.0, gain / power)) if power > 0 else 0.0

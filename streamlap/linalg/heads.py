@@ -15,7 +15,7 @@ import torch
 
 from streamlap.linalg.anchor import DAMPING, root, solve_triangular
 from streamlap.linalg.lowrank import eigh
-from streamlap.linalg.obs import loss, remove, start
+from streamlap.linalg.obs import Rest
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,15 +75,15 @@ def group_order(
     that of all that have gone by then.
     """
     size, group = _sizes(w_o_DO, heads_kv, heads_q)
-    w_DO, inverse_OO = start(w_o_DO, gram_OO, damping)
+    rest = Rest(w_o_DO, gram_OO, damping)
     alive, gone, losses = list(range(heads_kv)), list[int](), list[float]()
     while len(alive) > least:
-        columns = {g: _columns(w_DO, g, group * size) for g in alive}
-        first = min(alive, key=lambda g: loss(w_DO, inverse_OO, columns[g]))
-        losses.append(remove(w_DO, inverse_OO, columns[first]) + (losses[-1] if losses else 0.0))
+        columns = {g: _columns(w_o_DO, g, group * size) for g in alive}
+        first = min(alive, key=lambda g: rest.loss(columns[g]))
+        losses.append(rest.remove(columns[first]) + (losses[-1] if losses else 0.0))
         alive.remove(first)
         gone.append(first)
-    return torch.tensor(gone + alive, device=w_DO.device), torch.tensor(losses, dtype=torch.float64)
+    return torch.tensor(gone + alive, device=w_o_DO.device), torch.tensor(losses, dtype=torch.float64)
 
 
 def _sizes(w_o_DO: torch.Tensor, heads_kv: int, heads_q: int) -> tuple[int, int]:

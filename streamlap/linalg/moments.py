@@ -12,6 +12,8 @@ import functools
 
 import torch
 
+from streamlap.linalg.products import product
+
 CHUNK_TOKENS = 4096
 """Tokens in one product. Fixed, and counted across updates: the bits do not depend on the batches."""
 
@@ -92,19 +94,27 @@ class Moments:
         self._half = True
         for first in range(0, anchor_TA.shape[1], ROW_BLOCK):
             rows = slice(first, first + ROW_BLOCK)
-            self._cross_AI[rows].add_(anchor_TA[:, rows].T @ x_TI)
+            self._cross_AI[rows].add_(product(anchor_TA[:, rows].T, x_TI))
 
 
 def add_upper(sum_II: torch.Tensor, x_TI: torch.Tensor) -> None:
     """sum += x' x, the blocks on and above the diagonal."""
     for first in range(0, len(sum_II), ROW_BLOCK):
-        sum_II[first : first + ROW_BLOCK, first:].add_(x_TI[:, first : first + ROW_BLOCK].T @ x_TI[:, first:])
+        sum_II[first : first + ROW_BLOCK, first:].add_(product(x_TI[:, first : first + ROW_BLOCK].T, x_TI[:, first:]))
 
 
 def mirror(sum_II: torch.Tensor) -> None:
     """The blocks below the diagonal from those above it."""
     for first in range(ROW_BLOCK, len(sum_II), ROW_BLOCK):
         sum_II[first : first + ROW_BLOCK, :first] = sum_II[:first, first : first + ROW_BLOCK].T
+
+
+def squares(x_TI: torch.Tensor) -> torch.Tensor:
+    """x' x, in the dtype of x."""
+    sum_II = x_TI.new_zeros(x_TI.shape[1], x_TI.shape[1])
+    add_upper(sum_II, x_TI)
+    mirror(sum_II)
+    return sum_II
 
 
 class Sample:

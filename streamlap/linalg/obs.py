@@ -2,7 +2,7 @@
 
 Removing the inputs Q of y = W h costs, with the best refit, tr(W_Q [(S^-1)_QQ]^-1 W_Q'); one input j: |w_j|^2 / (S^-1)_jj.
 
-Shape suffixes: O out, F inputs (channels), K kept, Q removed, C anchors' width.
+Shape suffixes: O out, F inputs (channels), K kept, Q removed, P removed so far.
 """
 
 from __future__ import annotations
@@ -12,13 +12,11 @@ from dataclasses import dataclass
 
 import torch
 
-from streamlap.linalg.anchor import DAMPING, cholesky, inverse, root, solve_right, solve_triangular
+from streamlap.linalg.anchor import DAMPING, cholesky, root, solve_right, solve_triangular, triangular_inverse
+from streamlap.linalg.products import product
 
 ROUNDS = 16
 """Rounds in which all would go; each drops its share and settles what that does to the others."""
-
-ROW_BLOCK = 2048
-"""Rows of S^-1 that are brought up to date at a time."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,41 +36,52 @@ def removals(
 ) -> Iterator[Removal]:
     """The channels that stay at each of `counts`, which descend. Greedy in rounds: the lowest scores go, W and S^-1 are brought
     up to date."""
-    w_OF, inverse_FF = start(w_OF, gram_FF, damping)
-    alive_F = torch.ones(len(inverse_FF), dtype=torch.bool, device=w_OF.device)
+    rest = Rest(w_OF, gram_FF, damping)
+    alive_F = torch.ones(len(gram_FF), dtype=torch.bool, device=w_OF.device)
     most, lost = -(-len(alive_F) // ROUNDS), 0.0
     for count in counts:
         while (left := int(alive_F.sum())) > count:
-            score_F = w_OF.square().sum(dim=0) / inverse_FF.diagonal()
+            score_F = rest.w_OF.square().sum(dim=0) / rest.diagonal_F
             score_F[~alive_F] = torch.inf
             out_Q = torch.sort(score_F, stable=True).indices[: min(most, left - count)]
-            lost += remove(w_OF, inverse_FF, out_Q)
+            lost += rest.remove(out_Q)
             alive_F[out_Q] = False
-        yield Removal(kept_K=alive_F.nonzero()[:, 0], w_OK=w_OF[:, alive_F], lost=lost)
+        yield Removal(kept_K=alive_F.nonzero()[:, 0], w_OK=rest.w_OF[:, alive_F], lost=lost)
 
 
-def start(w_OF: torch.Tensor, gram_FF: torch.Tensor, damping: float = DAMPING) -> tuple[torch.Tensor, torch.Tensor]:
-    """W, a copy in which the columns of dead inputs are zero, so that they go first and cost nothing; and S^-1."""
-    alive_F = gram_FF.diagonal() > 0
-    return w_OF.to(gram_FF.dtype) * alive_F, inverse(cholesky(gram_FF, damping))
+class Rest:
+    """W of the inputs that are left, fitted again, and S^-1 on them; where others were, both hold rounding.
 
+    S^-1 = R' R - H' H is never formed: R is the inverse of the triangular factor of S, and each removal adds rows to H.
+    """
 
-def loss(w_OF: torch.Tensor, inverse_FF: torch.Tensor, out_Q: torch.Tensor) -> float:
-    """What it costs to remove the inputs Q: tr(W_Q [(S^-1)_QQ]^-1 W_Q')."""
-    w_OQ = w_OF[:, out_Q]
-    return float((solve_right(root(inverse_FF[out_Q][:, out_Q]), w_OQ) * w_OQ).sum())
+    def __init__(self, w_OF: torch.Tensor, gram_FF: torch.Tensor, damping: float = DAMPING) -> None:
+        # The columns of dead inputs are zero, so that they go first and cost nothing.
+        self.w_OF = w_OF.to(gram_FF.dtype) * (gram_FF.diagonal() > 0)
+        self._inverse_FF = triangular_inverse(cholesky(gram_FF, damping))
+        self._gone_PF = gram_FF.new_empty(0, len(gram_FF))
+        self.diagonal_F = self._inverse_FF.square().sum(dim=0)
+        """Of S^-1."""
 
+    def rows(self, at_Q: torch.Tensor, columns: torch.Tensor | slice = slice(None)) -> torch.Tensor:
+        """Of S^-1."""
+        parts = self._inverse_FF, self._gone_PF
+        mine, gone = (product(part[:, at_Q].T, part[:, columns]) for part in parts)
+        return mine - gone
 
-def remove(w_OF: torch.Tensor, inverse_FF: torch.Tensor, out_Q: torch.Tensor) -> float:
-    """Bring W and S^-1 up to date, in place, as if the inputs Q had never been; gives back what that costs."""
-    rows_QF = inverse_FF[out_Q]
-    factor_QQ = root(rows_QF[:, out_Q])
-    w_OQ = w_OF[:, out_Q]
-    weight_OQ = solve_right(factor_QQ, w_OQ)
-    w_OF -= weight_OQ @ rows_QF
-    half_QF = solve_triangular(factor_QQ, rows_QF, upper=False)
-    for first in range(0, len(inverse_FF), ROW_BLOCK):
-        block = slice(first, first + ROW_BLOCK)
-        inverse_FF[block] -= half_QF[:, block].T @ half_QF
-    w_OF[:, out_Q] = 0.0
-    return float((weight_OQ * w_OQ).sum())
+    def loss(self, out_Q: torch.Tensor) -> float:
+        """What it costs to remove the inputs Q: tr(W_Q [(S^-1)_QQ]^-1 W_Q')."""
+        w_OQ = self.w_OF[:, out_Q]
+        return float((solve_right(root(self.rows(out_Q, out_Q)), w_OQ) * w_OQ).sum())
+
+    def remove(self, out_Q: torch.Tensor) -> float:
+        """Go on as if the inputs Q had never been; gives back what that costs."""
+        rows_QF = self.rows(out_Q)
+        factor_QQ = root(rows_QF[:, out_Q])
+        w_OQ = self.w_OF[:, out_Q]
+        weight_OQ = solve_right(factor_QQ, w_OQ)
+        self.w_OF -= product(weight_OQ, rows_QF)
+        half_QF = solve_triangular(factor_QQ, rows_QF, upper=False)
+        self.diagonal_F -= half_QF.square().sum(dim=0)
+        self._gone_PF = torch.cat([self._gone_PF, half_QF])
+        return float((weight_OQ * w_OQ).sum())

@@ -14,6 +14,7 @@ import torch
 
 from streamlap.linalg.anchor import root, solve_triangular
 from streamlap.linalg.lowrank import solver_threads
+from streamlap.linalg.products import product
 
 BLOCK = 64
 """Pivots that several bases choose together, at the least, before their span is projected out."""
@@ -84,13 +85,13 @@ def _grouped(basis_OR: torch.Tensor, groups: int) -> torch.Tensor:
 
 def _without(basis_OR: torch.Tensor, taken_QR: torch.Tensor) -> torch.Tensor:
     """What is left of every row beside the span of some others."""
-    span_QR = solve_triangular(root(taken_QR @ taken_QR.T), taken_QR, upper=False)
-    return basis_OR - (basis_OR @ span_QR.T) @ span_QR
+    span_QR = solve_triangular(root(product(taken_QR, taken_QR.T)), taken_QR, upper=False)
+    return basis_OR - product(product(basis_OR, span_QR.T), span_QR)
 
 
 def _spread_rows(parts: Sequence[torch.Tensor], count: int) -> torch.Tensor:
     """`count` rows far from each other's span in every part: pivots of Cholesky factorisations of their Grams, ascending."""
-    grams = [part @ part.T for part in parts]
+    grams = [product(part, part.T) for part in parts]
     factors = [gram.new_zeros(len(gram), count) for gram in grams]
     left = torch.stack([gram.diagonal() for gram in grams])
     chosen: list[int] = []

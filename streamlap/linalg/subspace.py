@@ -16,6 +16,8 @@ import torch
 from streamlap.errors import NumericalError
 from streamlap.linalg.anchor import level, root, solve_right
 from streamlap.linalg.lowrank import eigh, orthonormal
+from streamlap.linalg.moments import squares
+from streamlap.linalg.products import product
 
 DROWNED = 2e-6
 """Share of the largest eigenvalue below which float32 no longer tells one from another."""
@@ -29,10 +31,11 @@ class Subspace:
     """W' = basis_OR @ map_RI, of every rank at once: the first R columns and rows are the answer for rank R."""
 
     basis_OR: torch.Tensor
-    """Orthonormal columns."""
+    """Orthonormal columns, as long as it is that of the rows which the subspace was found for."""
     map_RI: torch.Tensor
     energies: torch.Tensor
-    """All min(O, I) energies, descending; sum beyond R is the squared error of rank R, in units of the Gram."""
+    """Of all ranks, those beyond the last that is here included: the sum beyond R is the squared error of rank R, in units of
+    the Gram."""
 
     def error(self, rank: int) -> float:
         """Relative error of a rank: the share of the energy that it leaves out."""
@@ -44,40 +47,55 @@ def tail(energies: torch.Tensor, rank: int) -> float:
     return float(energies[rank:].sum()) / total if total > 0 else 0.0
 
 
-def subspace(t_OI: torch.Tensor, gram_II: torch.Tensor, rank: int) -> Subspace:
+def subspace(t_OI: torch.Tensor, gram_II: torch.Tensor, rank: int, root_II: torch.Tensor | None = None) -> Subspace:
     """The best rank-R subspace of the map T on inputs with Gram S. One eigen-decomposition of size min(O, I).
 
     In the dtype of its arguments; where the last energy that counts would drown in the rounding of float32, in float64.
-    Args: gram_II positive semi-definite, 1 <= rank <= min(O, I). METHODS: full-covariance low rank, as in SVD-LLM (Wang et al.
-    2024, arXiv 2403.07378) without its whitening inverse.
+    Args: gram_II positive semi-definite, 1 <= rank <= min(O, I); root_II that of the Gram where it is known. METHODS:
+    full-covariance low rank, as in SVD-LLM (Wang et al. 2024, arXiv 2403.07378) without its whitening inverse.
     """
-    found = (_of_rows if t_OI.shape[0] <= t_OI.shape[1] else _of_columns)(t_OI, gram_II, rank)
+    found = (
+        _of_rows(t_OI, gram_II, rank) if t_OI.shape[0] <= t_OI.shape[1] else _of_columns(t_OI, gram_II, rank, root_II)
+    )
     if t_OI.dtype == torch.float64 or float(found.energies[rank - 1]) > DROWNED * float(found.energies[0]):
         return found
     del found
     exact = subspace(t_OI.double(), gram_II.double(), rank)
-    return Subspace(*(part.float() for part in (exact.basis_OR, exact.map_RI, exact.energies)))
+    return Subspace(exact.basis_OR.float(), exact.map_RI.float(), exact.energies.float())
 
 
 def _of_rows(t_OI: torch.Tensor, gram_II: torch.Tensor, rank: int) -> Subspace:
-    energies, vectors = _spectrum(t_OI @ gram_II @ t_OI.T)
+    energies, vectors = _spectrum(product(product(t_OI, gram_II), t_OI.T))
     basis_OR = vectors[:, -rank:].flip(1)
-    return Subspace(basis_OR, basis_OR.T @ t_OI, energies.flip(0).clamp_min(0.0))
+    return Subspace(basis_OR, product(basis_OR.T, t_OI), energies.flip(0).clamp_min(0.0))
 
 
-def _of_columns(t_OI: torch.Tensor, gram_II: torch.Tensor, rank: int) -> Subspace:
+def _of_columns(t_OI: torch.Tensor, gram_II: torch.Tensor, rank: int, root_II: torch.Tensor | None) -> Subspace:
     """The squares of T come first: after that everything but two products has the size of the Gram."""
-    root_II = root(gram_II)
-    square_II = t_OI.T @ t_OI
-    energies, vectors = _spectrum(root_II.T @ square_II @ root_II)
+    root_II = root(gram_II) if root_II is None else root_II
+    square_II = squares(t_OI)
+    energies, vectors = _spectrum(product(product(root_II.T, square_II), root_II))
     energies = energies.flip(0).clamp_min(0.0)
-    into_IR = root_II @ vectors[:, -rank:].flip(1)
+    into_IR = product(root_II, vectors[:, -rank:].flip(1))
     # What the columns lack to be orthonormal is the rounding of the largest energy beside the last.
     if float(energies[rank - 1]) > torch.finfo(energies.dtype).eps ** 0.75 * float(energies[0]):
         into_IR = into_IR * energies[:rank].rsqrt()
-        return Subspace(t_OI @ into_IR, into_IR.T @ square_II, energies)
-    basis_OR = orthonormal(t_OI @ into_IR)
-    return Subspace(basis_OR, basis_OR.T @ t_OI, energies)
+        return Subspace(product(t_OI, into_IR), product(into_IR.T, square_II), energies)
+    basis_OR = orthonormal(product(t_OI, into_IR))
+    return Subspace(basis_OR, product(basis_OR.T, t_OI), energies)
+
+
+def reread(found: Subspace, t_NI: torch.Tensor, gram_II: torch.Tensor) -> Subspace:
+    """Other rows T through the map that was found for some: each its best combination, T S map' (map S map')^-1.
+
+    The energies are those of the rows in the direction of each rank; after them what no rank has, in one number.
+    """
+    scale_R = found.energies[: len(found.map_RI)]
+    half_IR = product(gram_II, found.map_RI.T) / scale_R.clamp_min(torch.finfo(scale_R.dtype).tiny)
+    basis_NR = product(t_NI, half_IR)
+    kept_R = basis_NR.square().sum(dim=0) * scale_R
+    total = (product(t_NI, gram_II) * t_NI).sum()
+    return Subspace(basis_NR, found.map_RI, torch.cat([kept_R, (total - kept_R.sum()).clamp_min(0.0)[None]]))
 
 
 def _spectrum(gram: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -112,12 +130,12 @@ def refit(t_NI: torch.Tensor, base_RI: torch.Tensor, gram_II: torch.Tensor) -> t
             "Convert the checkpoint to bfloat16 or float32 and compress that."
         )
     base_RI = base_RI.to(gram_II.dtype)
-    half_IR = gram_II @ base_RI.T + PULL * level(gram_II) * base_RI.T
-    gram_RR = symmetric(base_RI @ half_IR)
+    half_IR = product(gram_II, base_RI.T).add_(base_RI.T, alpha=PULL * level(gram_II))
+    gram_RR = symmetric(product(base_RI, half_IR))
     # A ridge should weigh as much for a small row as for a large one.
     scale_R = gram_RR.diagonal().clamp_min(torch.finfo(gram_RR.dtype).tiny).rsqrt()
     factor_RR = root(gram_RR * scale_R * scale_R[:, None])
-    wanted_NR = t_NI.to(gram_II.dtype) @ half_IR
+    wanted_NR = product(t_NI.to(gram_II.dtype), half_IR)
     fitted_NR = solve_right(factor_RR, wanted_NR * scale_R) * scale_R
     # The ridge pulled this towards 0; solving again for what it left out takes that back.
-    return fitted_NR + solve_right(factor_RR, (wanted_NR - fitted_NR @ gram_RR) * scale_R) * scale_R
+    return fitted_NR + solve_right(factor_RR, (wanted_NR - product(fitted_NR, gram_RR)) * scale_R) * scale_R

@@ -15,6 +15,7 @@ from streamlap.families.layer import Edit, StreamLayer
 from streamlap.linalg.anchor import anchored, best_step, working
 from streamlap.linalg.moments import Sample
 from streamlap.linalg.pivot import folded_order, others, output_order, pivot_rows
+from streamlap.linalg.products import product
 from streamlap.linalg.subspace import Subspace, refit, subspace, two_factors
 from streamlap.linears import LowRankLinear, PivotedLinear, StoredLinear
 from streamlap.methods.base import HalfView, Seen
@@ -56,8 +57,8 @@ def _moved_aims(view: HalfView, paths: Sequence[str], step: float | None) -> lis
     for path in paths:
         dense = view.layer.linear(path)
         w_OI = dense.weight.to(gram_II.dtype)
-        target_TO = seen.held.anchor_TA.to(w_OI.dtype) @ w_OI.T
-        t_OI = _moved(w_OI, w_OI @ into_II, seen.held.x_TI, target_TO, step)
+        target_TO = product(seen.held.anchor_TA.to(w_OI.dtype), w_OI.T)
+        t_OI = _moved(w_OI, product(w_OI, into_II), seen.held.x_TI, target_TO, step)
         aims.append(Aim(path=path, t_OI=t_OI, bias_O=dense.bias, gram_II=gram_II))
     return aims
 
@@ -144,7 +145,7 @@ def pivoted(
 ) -> tuple[Edit, torch.Tensor | None]:  # fmt: skip
     """Pivot rows as they are, rounded, and the other rows fitted again to what the rounding made of them."""
     dtype, rows = layer.storage_dtype(aim.path), aim.t_OI.shape[0]
-    base_RI = (found.basis_OR[pivots_R] @ found.map_RI).to(dtype)
+    base_RI = product(found.basis_OR[pivots_R], found.map_RI).to(dtype)
     order_O = None if groups is None else folded_order(pivots_R, rows, groups)
     rest_N = others(pivots_R, rows)
     rest_NR = refit(aim.t_OI[rest_N], base_RI, aim.gram_II).to(dtype)
@@ -171,6 +172,6 @@ def held_error(edit: Edit, seen: Seen) -> float:
 def map_error(w_OI: torch.Tensor, held: Sample) -> float:
     """The same of a half that ends in the map W."""
     x_TI, w_OI, target_TO = working(held.x_TI, w_OI, held.anchor_TA)
-    y_TO = x_TI @ w_OI.T
+    y_TO = product(x_TI, w_OI.T)
     power = float(target_TO.square().sum(dim=1).mean())
     return float((target_TO - y_TO).square().sum(dim=1).square().mean().sqrt()) / power if power > 0 else 0.0

@@ -1,0 +1,63 @@
+"""Products are those of `@` to rounding, whatever lies how in memory, and the same on any number of threads."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+
+from streamlap.linalg import products
+from streamlap.linalg.products import product
+
+LAYOUTS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
+    "rows": lambda x: x,
+    "columns": lambda x: x.T.contiguous().T,
+    "slice": lambda x: torch.cat([x, x], dim=1)[:, : x.shape[1]],
+    "slice of columns": lambda x: torch.cat([x, x]).T.contiguous().T[: len(x)],
+    "every other": lambda x: x.repeat_interleave(2, dim=1)[:, ::2],
+}
+
+
+def pair(rows: int, inner: int, columns: int, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    return (
+        torch.randn(rows, inner, generator=generator).to(dtype),
+        torch.randn(inner, columns, generator=generator).to(dtype),
+    )
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("left", LAYOUTS)
+@pytest.mark.parametrize("right", LAYOUTS)
+def test_products_are_those_of_exact_numbers(left: str, right: str, dtype: torch.dtype) -> None:
+    a, b = pair(37, 129, 65, dtype)
+    made = product(LAYOUTS[left](a), LAYOUTS[right](b))
+    assert made.dtype == dtype
+    exact = a.double() @ b.double()
+    torch.testing.assert_close(made.double(), exact, rtol=0, atol=1e-4 if dtype == torch.float32 else 1e-12)
+
+
+@pytest.mark.parametrize("shape", [(0, 3, 4), (3, 0, 4), (3, 4, 0), (1, 1, 1), (1, 300, 1)])
+def test_products_of_any_size(shape: tuple[int, int, int]) -> None:
+    a, b = pair(*shape, torch.float32)
+    torch.testing.assert_close(product(a, b), a @ b, rtol=1e-5, atol=1e-5)
+
+
+def test_threads_do_not_move_a_bit() -> None:
+    a, b = pair(200, 300, 500, torch.float32)
+    threads, made = torch.get_num_threads(), []
+    try:
+        for count in (1, 2, 3):
+            torch.set_num_threads(count)
+            made.append(product(a, b))
+    finally:
+        torch.set_num_threads(threads)
+    assert torch.equal(made[0], made[1])
+    assert torch.equal(made[0], made[2])
+
+
+def test_without_onednn_it_is_the_plain_product(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(products, "_has_onednn", lambda: False)
+    a, b = pair(20, 30, 40, torch.float32)
+    assert torch.equal(product(a, b), a @ b)
