@@ -6,6 +6,7 @@ Shape suffixes: N sequences, L length.
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
@@ -13,10 +14,11 @@ import torch
 
 from streamlap.allocate import half_budgets
 from streamlap.errors import UnsupportedModel
+from streamlap.families import Family
 from streamlap.families.stream import ModelStream
 from streamlap.inventory import site_parameters
 from streamlap.methods import AnchoredMethod
-from streamlap.methods.base import Cost, Layout
+from streamlap.methods.base import Comparable, Cost, Layout, Shapes, by_kin
 from streamlap.methods.refine_block import STATE_BYTES
 from streamlap.modules import carriers, disk_name, swap_modules
 from streamlap.recipe import Recipe
@@ -44,9 +46,11 @@ class LayerForecast:
     widest: int
     """Widest input or output of a linear when all is done; before, where methods that try leave different widths."""
     flops: int
-    """Of the two forwards, in the compute dtype."""
+    """Of the forwards, in the compute dtype: the two, and where halves are rebuilt half of one for each method that tries."""
     flops64: int
-    """Of the solves' matrix products."""
+    """Of the solves' matrix products in float64."""
+    flops32: int
+    """Of those in float32, sums over tokens included."""
     decompositions: tuple[int, ...]
     """Sizes of the solves' eigen-problems."""
     capture_bytes: int = 0
@@ -164,27 +168,27 @@ def forecast_layer(
         generations_written=2 if recipe.anchored else 1,
         generations_spilled=2 * recipe.anchored,
         widest=widest(shapes, {} if recipe.anchored else layout),
-        flops=dense_flops + after_flops + extra_flops(recipe, dense_flops, costs, shape_NL),
+        flops=dense_flops + after_flops + recipe.anchored * len(costs) * dense_flops // 2,
         flops64=sum(cost.flops for cost in costs),
+        flops32=sum(cost.flops32 + math.prod(shape_NL) * cost.flops_per_token for cost in costs),
         decompositions=tuple(size for cost in costs for size in cost.decompositions),
     )  # fmt: skip
 
 
 def method_costs(stream: ModelStream, recipe: Recipe, index: int) -> list[Cost]:
-    """Of every one-pass method, or of every anchored one in each half that it tries for."""
+    """Of every one-pass method, or of every anchored one in each half that it tries for; those of one kin together."""
     shapes, family = dense_shapes(stream, index), stream.family
-    if recipe.anchored:
-        tries = [pair for candidates in plan_halves(stream, recipe, index).values() for pair in candidates.values()]
-        return [method.cost(family, shapes, layout) for method, layout in tries]
-    return [method.cost(family, shapes, recipe.ratio) for method in recipe.one_pass]
-
-
-def extra_flops(recipe: Recipe, dense_flops: int, costs: list[Cost], shape_NL: tuple[int, int]) -> int:
-    """Where halves are rebuilt: sums over tokens, and half a forward for each method that tries, above the two forwards."""
     if not recipe.anchored:
-        return 0
-    sequences, length = shape_NL
-    return sequences * length * sum(cost.flops_per_token for cost in costs) + len(costs) * dense_flops // 2
+        return [method.cost(family, shapes, recipe.ratio) for method in recipe.one_pass]
+    halves = plan_halves(stream, recipe, index).values()
+    return [kin_cost(family, shapes, rivals) for candidates in halves for rivals in by_kin(candidates)]
+
+
+def kin_cost(family: Family, shapes: Shapes, rivals: Mapping[str, tuple[AnchoredMethod, Layout]]) -> Cost:
+    method, layout = next(iter(rivals.values()))
+    if len(rivals) == 1 or not isinstance(method, Comparable):
+        return method.cost(family, shapes, layout)
+    return method.comparing(family, shapes, {name: layout for name, (_, layout) in rivals.items()})
 
 
 def widest(shapes: Mapping[str, tuple[int, int]], layout: Layout) -> int:

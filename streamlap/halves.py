@@ -23,7 +23,7 @@ from streamlap.families.stream import ModelStream
 from streamlap.linalg.anchor import working
 from streamlap.linalg.moments import Moments, Sample
 from streamlap.meters import PhaseClock
-from streamlap.methods.base import Anchored, Built, Comparable, Layout, Seen
+from streamlap.methods.base import Built, Candidates, Comparable, Seen, by_kin
 from streamlap.methods.costs import HELD_TOKENS
 from streamlap.sizing import Schedule
 from streamlap.store.hidden import HiddenBank
@@ -194,10 +194,6 @@ HalfErrors = dict[str, dict[str, float]]
 """Half -> method -> how far its output is from the target on held-out tokens, see `held_error`."""
 
 
-Candidates = Mapping[str, tuple[Anchored, Layout]]
-"""Methods for one half by name, with what each will make of it."""
-
-
 def rebuild_layer(
     engine: Engine, banks: Banks, layer: StreamLayer, index: int, candidates: Mapping[str, Candidates],
     clock: PhaseClock, ready: Callable[[], None],
@@ -241,21 +237,12 @@ def half_of(layer: StreamLayer, half: str) -> Callable[[torch.Tensor], torch.Ten
 
 
 def rebuild(view: View, candidates: Candidates) -> tuple[Built, dict[str, float]]:
-    """The best of the methods for a half, by its error on held-out tokens; and the errors of all, by name.
-
-    Settings of one method that can tell are compared first, and only the best of them is built.
-    """
+    """The best of the methods for a half, by its error on held-out tokens; and the errors of all, by name."""
     best: Built | None = None
     errors: dict[str, float] = {}
     try:
-        for rivals in by_kind(candidates):
-            winner = next(iter(rivals))
-            method, layout = rivals[winner]
-            if len(rivals) > 1 and isinstance(method, Comparable):
-                errors |= method.compare(view, rivals)
-                winner = min(rivals, key=lambda name: errors[name])
-                rivals = {winner: rivals[winner]}
-            for name, (method, layout) in rivals.items():
+        for rivals in by_kin(candidates):
+            for name, (method, layout) in foremost(view, rivals, errors).items():
                 built = method.build(view, layout)
                 errors[name] = built.error
                 if best is None or built.error < best.error:
@@ -266,9 +253,12 @@ def rebuild(view: View, candidates: Candidates) -> tuple[Built, dict[str, float]
     return best, errors
 
 
-def by_kind(candidates: Candidates) -> list[dict[str, tuple[Anchored, Layout]]]:
-    """The candidates of each method together, in their order."""
-    kinds: dict[type, dict[str, tuple[Anchored, Layout]]] = {}
-    for name, pair in candidates.items():
-        kinds.setdefault(type(pair[0]), {})[name] = pair
-    return list(kinds.values())
+def foremost(view: View, rivals: Candidates, errors: dict[str, float]) -> Candidates:
+    """Of several methods of one kin the one that looks best; `errors` learns how they look."""
+    method, _ = next(iter(rivals.values()))
+    if len(rivals) == 1 or not isinstance(method, Comparable):
+        return rivals
+    found = method.compare(view, {name: layout for name, (_, layout) in rivals.items()})
+    errors.update(found)
+    best = min(found, key=lambda name: found[name])
+    return {best: rivals[best]}

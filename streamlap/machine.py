@@ -26,6 +26,7 @@ import torch
 
 from streamlap.errors import BudgetError, CheckpointError, StreamlapError
 from streamlap.linalg.lowrank import eigh
+from streamlap.linalg.products import product
 
 log = logging.getLogger(__name__)
 
@@ -48,9 +49,11 @@ class Machine:
     """Rates of this machine, measured."""
 
     matmul: float
-    """FLOP/s of torch.nn.functional.linear in the compute dtype on the device; a multiply-add is two."""
+    """FLOP/s of a forward's product in the compute dtype on the device; a multiply-add is two."""
     matmul64: float
-    """FLOP/s of the same in float64."""
+    """FLOP/s of a solver's product in float64."""
+    matmul32: float
+    """FLOP/s of the same in float32."""
     eigh: float
     """n^3 per second of an eigen-decomposition of n x n numbers in float64 on the device, with the solver's threads."""
     read: float
@@ -85,7 +88,8 @@ def measure(device: str, dtype: torch.dtype, folder: Path) -> Machine:
         read = read_rate(path, DISK_BYTES)
     return Machine(
         matmul=matmul_rate(device, dtype, **sizes),
-        matmul64=matmul_rate(device, torch.float64, **sizes),
+        matmul64=matmul_rate(device, torch.float64, product, **sizes),
+        matmul32=matmul_rate(device, torch.float32, product, **sizes),
         eigh=eigh_rate(device),
         read=read,
         write=write,
@@ -93,10 +97,13 @@ def measure(device: str, dtype: torch.dtype, folder: Path) -> Machine:
     )
 
 
-def matmul_rate(device: str, dtype: torch.dtype, tokens: int = 2048, columns: int = 4096, rows: int = 4096) -> float:
+def matmul_rate(
+    device: str, dtype: torch.dtype, multiply: Callable[..., torch.Tensor] = torch.matmul,
+    tokens: int = 2048, columns: int = 4096, rows: int = 4096,
+) -> float:  # fmt: skip
     """FLOP/s of a linear of shape [rows, columns] on that many tokens."""
     x, w = (_random(device, count, columns).to(dtype) for count in (tokens, rows))
-    return 2 * tokens * columns * rows / _seconds(lambda: torch.nn.functional.linear(x, w), device)
+    return 2 * tokens * columns * rows / _seconds(lambda: multiply(x, w.T), device)
 
 
 def eigh_rate(device: str, size: int = 2048) -> float:

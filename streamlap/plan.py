@@ -127,14 +127,14 @@ def plan_layer(choice: Fit, machine: Machine, layer: LayerForecast, index: int, 
     read = layer.source_bytes + layer.copied_bytes + (layer.generations_read - last) * generation * on_disk
     written = layer.generations_written - last + layer.generations_spilled * on_disk
     write = layer.output_bytes + layer.state_bytes + written * generation
-    compute = layer.flops / machine.matmul + layer.flops64 / machine.matmul64
+    compute = layer.flops / machine.matmul + layer.flops64 / machine.matmul64 + layer.flops32 / machine.matmul32
     compute += sum(size**3 for size in layer.decompositions) / machine.eigh
     disk = read / machine.read + write / machine.write
     upload = layer.source_bytes / machine.upload if choice.work.device.type == "cuda" else 0.0
     seconds = upload + (max(compute, disk) if choice.schedule.overlap else compute + disk)
     return LayerPlan(
         index=index, output_bytes=layer.output_bytes, read_bytes=read, write_bytes=write,
-        flops=layer.flops + layer.flops64, seconds_low=seconds,
+        flops=layer.flops + layer.flops64 + layer.flops32, seconds_low=seconds,
     )  # fmt: skip
 
 

@@ -6,7 +6,7 @@ import itertools
 import json
 import math
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,7 @@ from streamlap.families.stream import ModelStream
 from streamlap.forecast import dense_shapes, edited_shape, plan_halves, plan_layers
 from streamlap.inventory import site_parameters
 from streamlap.methods.attention_anchored import AttentionAnchored
-from streamlap.methods.base import Layout
+from streamlap.methods.base import Built, HalfView, Layout
 from streamlap.methods.ffn_anchored import FfnAnchored
 from streamlap.recipe import Recipe, method_name
 
@@ -194,6 +194,42 @@ def test_of_several_methods_the_one_that_errs_least_is_applied(pico: MakeModel, 
     assert len(chosen) > 2, "the same method won everywhere, so nothing was chosen"
     saved = json.loads((tmp_path / "out" / "streamlap_report.json").read_text())
     assert [layer["errors"] for layer in saved["layers"]] == [layer.errors for layer in report.layers]
+
+
+def test_of_settings_that_can_be_compared_only_the_best_is_built(
+    pico: MakeModel, tokens: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Those that differ in more than the share are of another kin, which has a comparison of its own."""
+    methods = (
+        AttentionAnchored(),
+        *(FfnAnchored(share=share, storage=storage) for storage in ("pivoted", "factors") for share in (0.25, 0.5, 1)),
+    )
+    build, built = FfnAnchored.build, list[FfnAnchored]()
+
+    def count(method: FfnAnchored, view: HalfView, layout: Layout) -> Built:
+        built.append(method)
+        return build(method, view, layout)
+
+    monkeypatch.setattr(FfnAnchored, "build", count)
+    report = streamlap.compress(pico("llama"), tmp_path / "out", ratio=0.4, methods=methods, files=(str(tokens),))
+    assert [method.storage for method in built] == ["pivoted", "factors"] * len(report.layers)
+    for layer in report.layers:
+        assert len(layer.errors["ffn"]) == 6
+        assert all(0 < error < 1 for error in layer.errors["ffn"].values())
+
+
+def test_a_comparison_tells_about_what_building_gives(pico: MakeModel, tokens: Path, tmp_path: Path) -> None:
+    """Each setting built alone, beside what the comparison said of it."""
+    told = compared(pico("llama"), tokens, tmp_path / "all", (0.25, 0.5, 0.75, 1))
+    made = [compared(pico("llama"), tokens, tmp_path / str(share), (share,))[0] for share in (0.25, 0.5, 0.75, 1)]
+    assert told == pytest.approx(made, rel=0.1)
+
+
+def compared(model: Path, tokens: Path, out: Path, shares: Sequence[float]) -> list[float]:
+    """Errors of the first layer's FFN."""
+    methods = AttentionAnchored(), *(FfnAnchored(share=share) for share in shares)
+    report = streamlap.compress(model, out, ratio=0.4, methods=methods, files=(str(tokens),))
+    return list(report.layers[0].errors["ffn"].values())
 
 
 def test_every_knob_is_saved_and_loads_back_equal(tmp_path: Path) -> None:

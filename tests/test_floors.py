@@ -27,7 +27,7 @@ FLOORS = {
     },
     2: {
         "methods", "methods.base", "methods.attention_anchored", "methods.attention_heads", "methods.attention_groups",
-        "methods.ffn_anchored", "methods.refine_block", "methods.fitting", "methods.knobs",
+        "methods.ffn_anchored", "methods.ffn_shares", "methods.refine_block", "methods.fitting", "methods.knobs",
         "methods.costs", "methods.attention_awsvd", "methods.ffn_lorap", "recipe", "calibration",
     },
     1: {

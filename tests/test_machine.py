@@ -20,7 +20,7 @@ from streamlap import machine
 from streamlap.errors import BudgetError, CheckpointError, StreamlapError
 from streamlap.machine import Machine, calibrated, measure
 
-RATES = Machine(matmul=1e12, matmul64=2e11, eigh=5e9, read=2e9, write=1e9, upload=2e10)
+RATES = Machine(matmul=1e12, matmul64=2e11, matmul32=4e11, eigh=5e9, read=2e9, write=1e9, upload=2e10)
 
 
 @pytest.fixture(autouse=True)

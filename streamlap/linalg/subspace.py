@@ -31,11 +31,10 @@ class Subspace:
     """W' = basis_OR @ map_RI, of every rank at once: the first R columns and rows are the answer for rank R."""
 
     basis_OR: torch.Tensor
-    """Orthonormal columns, as long as it is that of the rows which the subspace was found for."""
+    """Orthonormal columns, on the rows that it was found for."""
     map_RI: torch.Tensor
     energies: torch.Tensor
-    """Of all ranks, those beyond the last that is here included: the sum beyond R is the squared error of rank R, in units of
-    the Gram."""
+    """All min(O, I) energies, descending; sum beyond R is the squared error of rank R, in units of the Gram."""
 
     def error(self, rank: int) -> float:
         """Relative error of a rank: the share of the energy that it leaves out."""
@@ -77,8 +76,7 @@ def _of_columns(t_OI: torch.Tensor, gram_II: torch.Tensor, rank: int, root_II: t
     energies, vectors = _spectrum(product(product(root_II.T, square_II), root_II))
     energies = energies.flip(0).clamp_min(0.0)
     into_IR = product(root_II, vectors[:, -rank:].flip(1))
-    # What the columns lack to be orthonormal is the rounding of the largest energy beside the last.
-    if float(energies[rank - 1]) > torch.finfo(energies.dtype).eps ** 0.75 * float(energies[0]):
+    if _is_clear(energies, rank):
         into_IR = into_IR * energies[:rank].rsqrt()
         return Subspace(product(t_OI, into_IR), product(into_IR.T, square_II), energies)
     basis_OR = orthonormal(product(t_OI, into_IR))
@@ -88,14 +86,20 @@ def _of_columns(t_OI: torch.Tensor, gram_II: torch.Tensor, rank: int, root_II: t
 def reread(found: Subspace, t_NI: torch.Tensor, gram_II: torch.Tensor) -> Subspace:
     """Other rows T through the map that was found for some: each its best combination, T S map' (map S map')^-1.
 
-    The energies are those of the rows in the direction of each rank; after them what no rank has, in one number.
+    For a smaller rank, again, the first columns; the energies stay those of the rows that the map was found for.
     """
-    scale_R = found.energies[: len(found.map_RI)]
-    half_IR = product(gram_II, found.map_RI.T) / scale_R.clamp_min(torch.finfo(scale_R.dtype).tiny)
-    basis_NR = product(t_NI, half_IR)
-    kept_R = basis_NR.square().sum(dim=0) * scale_R
-    total = (product(t_NI, gram_II) * t_NI).sum()
-    return Subspace(basis_NR, found.map_RI, torch.cat([kept_R, (total - kept_R.sum()).clamp_min(0.0)[None]]))
+    rank = len(found.map_RI)
+    if _is_clear(found.energies, rank):  # map S map' is the diagonal of the energies
+        basis_NR = product(t_NI, product(gram_II, found.map_RI.T) / found.energies[:rank])
+    else:
+        basis_NR = refit(t_NI, found.map_RI, gram_II)
+    return Subspace(basis_NR, found.map_RI, found.energies)
+
+
+def _is_clear(energies: torch.Tensor, rank: int) -> bool:
+    """Whether the last energy that counts is more than the rounding of the largest, so that one may divide by it."""
+    rounding: float = torch.finfo(energies.dtype).eps ** 0.75
+    return float(energies[rank - 1]) > rounding * float(energies[0])
 
 
 def _spectrum(gram: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -21,6 +21,7 @@ from streamlap.linalg.moments import Sample
 from streamlap.linalg.statistics import Energy
 
 T = TypeVar("T")
+A = TypeVar("A", bound="Anchored")
 Statistic = Energy
 Shapes = Mapping[str, tuple[int, int]]
 """Path in the layer -> (out, in) of the dense linear there."""
@@ -35,9 +36,11 @@ class Cost:
     workspace_bytes: int = 0
     """Most memory held at one time beside the weights and the finished edits."""
     flops: int = 0
-    """Floating-point operations of products in float64; one in float32 is half an operation."""
+    """Floating-point operations of products in float64."""
+    flops32: int = 0
+    """Of products in float32."""
     flops_per_token: int = 0
-    """Of products in float32, for the sums over calibration tokens."""
+    """Of these, what each calibration token adds."""
     capture_bytes: int = 0
     """Most that these sums hold, with what is summed into them at a time."""
     decompositions: tuple[int, ...] = ()
@@ -95,7 +98,7 @@ class HalfView(Protocol):
         ...
 
     def once(self, name: Hashable, make: Callable[[], T]) -> T:
-        """What `make` gives, made the first time only: what several methods of a half need."""
+        """What `make` gives, made the first time only: what several methods of a half, or of a kin, need."""
         ...
 
     def remember(self, name: Hashable, made: object) -> None:
@@ -150,9 +153,29 @@ class Anchored(Protocol):
 
 @runtime_checkable
 class Comparable(Anchored, Protocol):
-    """A method that can tell cheaply which of its settings serves a half best, so that only that one is built."""
+    """A method that can tell cheaply which of several settings serves a half best, so that only that one is built."""
 
-    @classmethod
-    def compare(cls, view: HalfView, rivals: Mapping[str, tuple[Anchored, Layout]]) -> dict[str, float]:
-        """About how far from its target on held-out tokens each would bring the half, as `Built.error`."""
+    @property
+    def kin(self) -> Hashable:
+        """Methods of the same kin differ in what they can be compared by, and in nothing else."""
         ...
+
+    def compare(self, view: HalfView, layouts: Mapping[str, Layout]) -> dict[str, float]:
+        """About how far from its target on held-out tokens each of its kin would bring the half, as `Built.error`."""
+        ...
+
+    def comparing(self, family: Family, shapes: Shapes, layouts: Mapping[str, Layout]) -> Cost:
+        """What `compare` takes, and building one of them after it."""
+        ...
+
+
+Candidates = Mapping[str, tuple[Anchored, Layout]]
+"""Methods for one half by name, with what each will make of it."""
+
+
+def by_kin(candidates: Mapping[str, tuple[A, Layout]]) -> list[dict[str, tuple[A, Layout]]]:
+    """Those that can be compared together, the others alone; in their order."""
+    kins: dict[Hashable, dict[str, tuple[A, Layout]]] = {}
+    for name, (method, layout) in candidates.items():
+        kins.setdefault(method.kin if isinstance(method, Comparable) else name, {})[name] = method, layout
+    return list(kins.values())

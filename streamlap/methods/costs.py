@@ -5,6 +5,8 @@ n is the width of what the half reads, f of what its last linear reads, w of wha
 
 from __future__ import annotations
 
+from collections.abc import Collection
+
 from streamlap.families import Family
 from streamlap.linalg.anchor import LARGE
 from streamlap.linalg.moments import CHUNK_TOKENS, ROW_BLOCK
@@ -40,9 +42,25 @@ def half_cost(family: Family, half: str, shapes: Shapes, layout: Layout) -> Cost
     )
     flops = sum(_rank_flops(*shape) for shape in after.values()) + _last_flops(d, w, f, prunes)
     return Cost(
-        workspace_bytes=aims + work, capture_bytes=capture, flops=flops if widest <= LARGE else flops // 2,
+        workspace_bytes=aims + work, capture_bytes=capture,
+        flops=flops if widest <= LARGE else 0, flops32=flops if widest > LARGE else 0,
         flops_per_token=n * n + w * w + 2 * d * w + (f * f if prunes else 0),
         decompositions=tuple(_eigh_size(min(shape)) for shape in after.values()),
+    )  # fmt: skip
+
+
+def compared_cost(family: Family, half: str, shapes: Shapes, layouts: Collection[Layout]) -> Cost:
+    """The cost of comparing several settings of one method and building one: that of the costliest, and what each holds while
+    they are compared, its last linear and rows for all channels."""
+    (d, f) = shapes[family.sites[family.halves[half].writes][0]]
+    costs = [half_cost(family, half, shapes, layout) for layout in layouts]
+    held = _itemsize(f) * d * f * (len(layouts) + 2)
+    return Cost(
+        workspace_bytes=held + max(cost.workspace_bytes for cost in costs),
+        capture_bytes=held + max(cost.capture_bytes for cost in costs),
+        flops=max(cost.flops for cost in costs), flops32=max(cost.flops32 for cost in costs),
+        flops_per_token=max(cost.flops_per_token for cost in costs),
+        decompositions=max((cost.decompositions for cost in costs), key=len),
     )  # fmt: skip
 
 
@@ -78,5 +96,5 @@ def _rank_flops(rows: int, columns: int) -> int:
 
 
 def _last_flops(d: int, w: int, f: int, prunes: bool) -> int:
-    """Factor and solve of the last linear's Gram; where channels go, also the inverse and its updates."""
-    return w**3 // 3 + 2 * d * w * w + (f**3 + 2 * f * f * (f - w) if prunes else 0)
+    """Factor and solve of the last linear's Gram; where channels go, also the inverse of that factor and rows of S^-1."""
+    return w**3 // 3 + 2 * d * w * w + (2 * f**3 // 3 + 2 * f * f * (f - w) if prunes else 0)

@@ -16,14 +16,14 @@ import torch
 
 from streamlap.errors import RecipeError
 from streamlap.families import Family
-from streamlap.families.layer import Edit, StreamLayer
+from streamlap.families.layer import Edit
 from streamlap.linalg.budget import index_parameters
 from streamlap.linalg.obs import removals
 from streamlap.linalg.pivot import shared_pivot_rows
 from streamlap.linalg.ranks import RankSite
-from streamlap.linalg.subspace import Subspace, subspace
-from streamlap.methods.base import Anchored, Budget, Built, Cost, HalfView, Layout, Shapes
-from streamlap.methods.costs import half_cost
+from streamlap.methods.base import Budget, Built, Cost, HalfView, Layout, Shapes
+from streamlap.methods.costs import compared_cost, half_cost
+from streamlap.methods.ffn_shares import compare_layouts, on_rows, rank_of, reads_whole, subspaces
 from streamlap.methods.fitting import (
     Aim,
     dense_edit,
@@ -31,7 +31,6 @@ from streamlap.methods.fitting import (
     held_error,
     input_aims,
     low_rank_edit,
-    map_error,
     narrowed,
     output_aim,
     pivoted,
@@ -96,8 +95,6 @@ class FfnAnchored(Knobs):
         shapes = layer.shapes((gate, up, down))
         aims = input_aims(view, (gate, up), self.input_step)
         kept = self._kept_channels(view, aims, layout, shapes[down][1])
-        if kept is not None:
-            aims = [narrowed(aim, kept) for aim in aims]
         edits, channels = self._inner_edits(view, aims, layout, kept)
         seen = view.middles(edits)
         aim = output_aim(layer, down, channels, seen, self.step)
@@ -110,31 +107,7 @@ class FfnAnchored(Knobs):
         count = layout.get(down, {}).get("in", width)
         if count == width:
             return None
-        return view.once(("kept", count), lambda: next(removals(*reads_whole(view, aims), [count])).kept_K)
-
-    @classmethod
-    def compare(cls, view: HalfView, rivals: Mapping[str, tuple[Anchored, Layout]]) -> dict[str, float]:
-        """Each with the channels that it would keep, ranks cut in the directions that serve all channels, and the down that was
-        fitted again for the lost channels, not yet for the ranks."""
-        layer = view.layer
-        (gate, up), (down,) = layer.family.sites["ffn_in"], layer.family.sites["ffn_mid"]
-        width = layer.shapes((down,))[down][1]
-        layouts = {name: layout for name, (_, layout) in rivals.items()}
-        counts = {name: layout.get(down, {}).get("in", width) for name, layout in layouts.items()}
-        aims = input_aims(view, (gate, up), 0.0)
-        most = max(rank_of(layout, gate) or 0 for layout in layouts.values())
-        found = [subspace(aim.t_OI, aim.gram_II, most) for aim in aims] if most else []
-        errors: dict[str, float] = {}
-        w_DF, gram_FF = reads_whole(view, aims)
-        for removal in removals(w_DF, gram_FF, sorted(set(counts.values()), reverse=True)):
-            kept = removal.kept_K
-            view.remember(("kept", len(kept)), kept)
-            for name, layout in layouts.items():
-                if counts[name] == len(kept):
-                    edits = truncated(layer, aims, found, rank_of(layout, gate), kept)
-                    w_DK = shortened(removal.w_OK, gram_FF, kept, rank_of(layout, down))
-                    errors[name] = map_error(w_DK, view.held_middles(edits))
-        return {name: errors[name] for name in rivals}
+        return view.once((self.kin, count), lambda: next(removals(*reads_whole(view, aims), [count])).kept_K)
 
     def _inner_edits(
         self, view: HalfView, aims: list[Aim], layout: Layout, kept: torch.Tensor | None
@@ -144,49 +117,33 @@ class FfnAnchored(Knobs):
         of = layer.shapes([aim.path for aim in aims])
         row = layout.get(aims[0].path, {})
         rank = rank_of(layout, aims[0].path)
+        left = aims if kept is None else [narrowed(aim, kept) for aim in aims]
         if rank is None:
-            return [dense_edit(layer, aim, of[aim.path], kept) for aim in aims], kept
-        found = [subspace(aim.t_OI, aim.gram_II, rank) for aim in aims]
-        pairs = list(zip(aims, found, strict=True))
+            return [dense_edit(layer, aim, of[aim.path], kept) for aim in left], kept
+        whole = view.once((self.kin, "subspaces"), lambda: subspaces(aims, kept, rank))
+        pairs = [(aim, on_rows(found, kept, rank)) for aim, found in zip(left, whole, strict=True)]
         if "rank" in row:
             return [factored(layer, aim, sub, of[aim.path], kept) for aim, sub in pairs], kept
-        pivots_R = shared_pivot_rows([sub.basis_OR for sub in found])  # so that both give their channels in one order
+        pivots_R = shared_pivot_rows(
+            [sub.basis_OR for _, sub in pairs]
+        )  # so that both give their channels in one order
         made = [pivoted(layer, aim, sub, pivots_R, 1, of[aim.path], kept) for aim, sub in pairs]
         order = made[0][1]
         assert order is not None
         return [edit for edit, _ in made], order if kept is None else kept[order]
 
+    @property
+    def kin(self) -> FfnAnchored:
+        return replace(self, share=0.0)
 
-def rank_of(layout: Layout, path: str) -> int | None:
-    """None where a linear keeps its own."""
-    row = layout.get(path, {})
-    return row.get("rank", row.get("pivots"))
+    def compare(self, view: HalfView, layouts: Mapping[str, Layout]) -> dict[str, float]:
+        """Channels and subspaces that it has found serve the one that is built."""
+        aims = input_aims(view, view.layer.family.sites["ffn_in"], self.input_step)
+        compared = compare_layouts(view, aims, layouts)
+        view.remember((self.kin, "subspaces"), compared.subspaces)
+        for kept_K in compared.kept:
+            view.remember((self.kin, len(kept_K)), kept_K)
+        return compared.errors
 
-
-def reads_whole(view: HalfView, aims: list[Aim]) -> tuple[torch.Tensor, torch.Tensor]:
-    """down, and the Gram of what it reads while gate and up are whole."""
-    layer = view.layer
-    (down,) = layer.family.sites["ffn_mid"]
-    whole = [dense_edit(layer, aim, (aim.t_OI.shape[0], aim.t_OI.shape[1])) for aim in aims]
-    return layer.linear(down).weight, view.middle_gram(whole)
-
-
-def truncated(
-    layer: StreamLayer, aims: list[Aim], found: list[Subspace], rank: int | None, kept: torch.Tensor
-) -> list[Edit]:
-    """gate and up on the channels `kept`, cut to a rank but stored in full."""
-    cut = [narrowed(aim, kept) for aim in aims]
-    if rank is not None:
-        cut = [
-            replace(aim, t_OI=sub.basis_OR[kept, :rank] @ sub.map_RI[:rank])
-            for aim, sub in zip(cut, found, strict=True)
-        ]
-    return [dense_edit(layer, aim, (len(kept), aim.t_OI.shape[1]), kept) for aim in cut]
-
-
-def shortened(w_DK: torch.Tensor, gram_FF: torch.Tensor, kept: torch.Tensor, rank: int | None) -> torch.Tensor:
-    """down cut to a rank, too, where it is to have one."""
-    if rank is None:
-        return w_DK
-    found = subspace(w_DK, gram_FF[kept][:, kept], rank)
-    return found.basis_OR @ found.map_RI
+    def comparing(self, family: Family, shapes: Shapes, layouts: Mapping[str, Layout]) -> Cost:
+        return compared_cost(family, "ffn", shapes, layouts.values())

@@ -128,6 +128,17 @@ def low_rank_edit(
     return pivoted(layer, aim, found, pivots_R, row.get("groups"), of, kept)
 
 
+def truncated_edit(layer: StreamLayer, aim: Aim, found: Subspace) -> Edit:
+    """The factors of a subspace as they are: to be looked at, not to be stored."""
+    dtype, bias_O = layer.storage_dtype(aim.path), aim.bias_O
+    scale_R = found.map_RI.norm(dim=1).clamp_min(torch.finfo(found.map_RI.dtype).tiny)
+    up_OR, down_RI = (found.basis_OR * scale_R).to(dtype), (found.map_RI / scale_R[:, None]).to(dtype)
+    module = LowRankLinear.from_factors(up_OR, down_RI, None if bias_O is None else bias_O.to(dtype))
+    return Edit(
+        path=aim.path, module=module, of=(aim.t_OI.shape[0], aim.t_OI.shape[1]), error=found.error(len(down_RI))
+    )
+
+
 def factored(
     layer: StreamLayer, aim: Aim, found: Subspace, of: tuple[int, int], kept: torch.Tensor | None = None
 ) -> Edit:
