@@ -83,7 +83,7 @@ def measure(device: str, dtype: torch.dtype, folder: Path) -> Machine:
 
     Raises BudgetError when the disk is full, StreamlapError when nothing can be written there.
     """
-    sizes = CPU_MATMUL if torch.device(device).type == "cpu" else {}
+    sizes: dict[str, Any] = CPU_MATMUL if torch.device(device).type == "cpu" else {}
     with _written(_existing(folder), DISK_BYTES) as (path, write):
         read = read_rate(path, DISK_BYTES)
     return Machine(

@@ -9,7 +9,7 @@ from streamlap.errors import NumericalError
 from streamlap.linalg import pivot
 from streamlap.linalg.anchor import root
 from streamlap.linalg.pivot import folded_order, others, output_order, pivot_rows, shared_pivot_rows
-from streamlap.linalg.subspace import refit, reread, subspace, two_factors
+from streamlap.linalg.subspace import refit, subspace, two_factors
 from streamlap.linears import PivotedLinear
 
 SHAPES = [(12, 12), (8, 20), (20, 8)]
@@ -81,28 +81,32 @@ def test_a_root_that_is_known_gives_the_same(shape: tuple[int, int]) -> None:
         assert torch.equal(getattr(alone, name), getattr(given, name)), name
 
 
-@pytest.mark.parametrize("shape", SHAPES)
-def test_other_rows_through_a_map_are_their_best_combinations(shape: tuple[int, int]) -> None:
-    """And of the rows that it was found for, those of the subspace itself."""
-    t_OI, gram_II = problem(shape)
-    found = subspace(t_OI, gram_II, 6)
-    torch.testing.assert_close(reread(found, t_OI, gram_II).basis_OR, found.basis_OR, rtol=1e-6, atol=1e-6)
-    others_NI = torch.randn(9, shape[1], generator=torch.Generator().manual_seed(4), dtype=torch.float64)
-    read = reread(found, others_NI, gram_II)
+SERVED = [(40, 12, 30), (40, 12, 9), (20, 40, 15)]
+"""Rows, columns, and how many of the rows are served: more than columns, and fewer."""
+
+
+@pytest.mark.parametrize(("rows", "columns", "count"), SERVED)
+def test_rows_that_are_not_served_are_the_best_combinations(rows: int, columns: int, count: int) -> None:
+    """And those that are, as if they were alone."""
+    t_OI, gram_II = problem((rows, columns))
+    serves = torch.randperm(rows, generator=torch.Generator().manual_seed(5))[:count].sort().values
+    alone, found = subspace(t_OI[serves], gram_II, 6), subspace(t_OI, gram_II, 6, serves=serves)
+    torch.testing.assert_close(found.energies, alone.energies, rtol=1e-9, atol=0)
+    together = alone.basis_OR @ alone.map_RI
+    torch.testing.assert_close(found.basis_OR[serves] @ found.map_RI, together, rtol=1e-4, atol=1e-4)
     for rank in (2, 6):
-        map_RI = found.map_RI[:rank]
-        torch.testing.assert_close(read.basis_OR[:, :rank], refit(others_NI, map_RI, gram_II), rtol=1e-4, atol=1e-4)
-    assert read.error(6) == found.error(6)
+        best_OR = refit(t_OI, found.map_RI[:rank], gram_II)
+        torch.testing.assert_close(found.basis_OR[:, :rank], best_OR, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("shape", SHAPES)
-def test_rows_through_a_map_of_more_ranks_than_tokens_are_themselves(shape: tuple[int, int]) -> None:
-    """Full rank keeps every row, though the Gram knows of three directions only."""
-    t_OI, _ = problem(shape)
-    x_TI = torch.randn(3, shape[1], generator=torch.Generator().manual_seed(1)).double()
-    gram_II = x_TI.T @ x_TI
-    read = reread(subspace(t_OI, gram_II, min(shape)), t_OI, gram_II)
-    torch.testing.assert_close(read.basis_OR @ read.map_RI, t_OI, rtol=1e-5, atol=1e-5)
+@pytest.mark.parametrize(("rows", "columns", "count"), SERVED)
+def test_rows_are_themselves_at_full_rank_though_few_tokens_came(rows: int, columns: int, count: int) -> None:
+    """The Gram knows of three directions only."""
+    t_OI, _ = problem((rows, columns))
+    t_OI[count:] = torch.randn(rows - count, count).double() @ t_OI[:count]
+    x_TI = torch.randn(3, columns, generator=torch.Generator().manual_seed(1)).double()
+    found = subspace(t_OI, x_TI.T @ x_TI, min(count, columns), serves=torch.arange(count))
+    torch.testing.assert_close(found.basis_OR @ found.map_RI, t_OI, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("shape", SHAPES)

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 
 from streamlap.errors import NumericalError
-from streamlap.linalg.anchor import level, root, solve_right
+from streamlap.linalg.anchor import inverse, level, root
 from streamlap.linalg.lowrank import eigh, orthonormal
 from streamlap.linalg.moments import squares
 from streamlap.linalg.products import product
@@ -46,54 +46,49 @@ def tail(energies: torch.Tensor, rank: int) -> float:
     return float(energies[rank:].sum()) / total if total > 0 else 0.0
 
 
-def subspace(t_OI: torch.Tensor, gram_II: torch.Tensor, rank: int, root_II: torch.Tensor | None = None) -> Subspace:
+def subspace(
+    t_OI: torch.Tensor, gram_II: torch.Tensor, rank: int, root_II: torch.Tensor | None = None,
+    serves: torch.Tensor | None = None,
+) -> Subspace:  # fmt: skip
     """The best rank-R subspace of the map T on inputs with Gram S. One eigen-decomposition of size min(O, I).
 
     In the dtype of its arguments; where the last energy that counts would drown in the rounding of float32, in float64.
-    Args: gram_II positive semi-definite, 1 <= rank <= min(O, I); root_II that of the Gram where it is known. METHODS:
-    full-covariance low rank, as in SVD-LLM (Wang et al. 2024, arXiv 2403.07378) without its whitening inverse.
+    Args: gram_II positive semi-definite; 1 <= rank <= min(O, I); root_II that of the Gram where it is known; serves, the
+    rows of T that it is to be best for, all if None. The energies are theirs; any other row is the best that the map allows.
+    METHODS: full-covariance low rank, as in SVD-LLM (Wang et al. 2024, arXiv 2403.07378) without its whitening inverse.
     """
-    found = (
-        _of_rows(t_OI, gram_II, rank) if t_OI.shape[0] <= t_OI.shape[1] else _of_columns(t_OI, gram_II, rank, root_II)
-    )
-    if t_OI.dtype == torch.float64 or float(found.energies[rank - 1]) > DROWNED * float(found.energies[0]):
+    t_NI = t_OI if serves is None else t_OI[serves]
+    by_rows = t_NI.shape[0] <= t_NI.shape[1]
+    found = _of_rows(t_NI, gram_II, rank) if by_rows else _of_columns(t_NI, gram_II, rank, root_II, t_OI)
+    if t_OI.dtype == torch.float32 and float(found.energies[rank - 1]) <= DROWNED * float(found.energies[0]):
+        del found
+        exact = subspace(t_OI.double(), gram_II.double(), rank, serves=serves)
+        return Subspace(exact.basis_OR.float(), exact.map_RI.float(), exact.energies.float())
+    if len(found.basis_OR) == len(t_OI):
         return found
-    del found
-    exact = subspace(t_OI.double(), gram_II.double(), rank)
-    return Subspace(exact.basis_OR.float(), exact.map_RI.float(), exact.energies.float())
+    return Subspace(refit(t_OI, found.map_RI, gram_II), found.map_RI, found.energies)
 
 
-def _of_rows(t_OI: torch.Tensor, gram_II: torch.Tensor, rank: int) -> Subspace:
-    energies, vectors = _spectrum(product(product(t_OI, gram_II), t_OI.T))
-    basis_OR = vectors[:, -rank:].flip(1)
-    return Subspace(basis_OR, product(basis_OR.T, t_OI), energies.flip(0).clamp_min(0.0))
+def _of_rows(t_NI: torch.Tensor, gram_II: torch.Tensor, rank: int) -> Subspace:
+    energies, vectors = _spectrum(product(product(t_NI, gram_II), t_NI.T))
+    basis_NR = vectors[:, -rank:].flip(1)
+    return Subspace(basis_NR, product(basis_NR.T, t_NI), energies.flip(0).clamp_min(0.0))
 
 
-def _of_columns(t_OI: torch.Tensor, gram_II: torch.Tensor, rank: int, root_II: torch.Tensor | None) -> Subspace:
+def _of_columns(
+    t_NI: torch.Tensor, gram_II: torch.Tensor, rank: int, root_II: torch.Tensor | None, t_OI: torch.Tensor
+) -> Subspace:
     """The squares of T come first: after that everything but two products has the size of the Gram."""
     root_II = root(gram_II) if root_II is None else root_II
-    square_II = squares(t_OI)
+    square_II = squares(t_NI)
     energies, vectors = _spectrum(product(product(root_II.T, square_II), root_II))
     energies = energies.flip(0).clamp_min(0.0)
     into_IR = product(root_II, vectors[:, -rank:].flip(1))
     if _is_clear(energies, rank):
-        into_IR = into_IR * energies[:rank].rsqrt()
+        into_IR *= energies[:rank].rsqrt()
         return Subspace(product(t_OI, into_IR), product(into_IR.T, square_II), energies)
-    basis_OR = orthonormal(product(t_OI, into_IR))
-    return Subspace(basis_OR, product(basis_OR.T, t_OI), energies)
-
-
-def reread(found: Subspace, t_NI: torch.Tensor, gram_II: torch.Tensor) -> Subspace:
-    """Other rows T through the map that was found for some: each its best combination, T S map' (map S map')^-1.
-
-    For a smaller rank, again, the first columns; the energies stay those of the rows that the map was found for.
-    """
-    rank = len(found.map_RI)
-    if _is_clear(found.energies, rank):  # map S map' is the diagonal of the energies
-        basis_NR = product(t_NI, product(gram_II, found.map_RI.T) / found.energies[:rank])
-    else:
-        basis_NR = refit(t_NI, found.map_RI, gram_II)
-    return Subspace(basis_NR, found.map_RI, found.energies)
+    basis_NR = orthonormal(product(t_NI, into_IR))
+    return Subspace(basis_NR, product(basis_NR.T, t_NI), energies)
 
 
 def _is_clear(energies: torch.Tensor, rank: int) -> bool:
@@ -138,8 +133,9 @@ def refit(t_NI: torch.Tensor, base_RI: torch.Tensor, gram_II: torch.Tensor) -> t
     gram_RR = symmetric(product(base_RI, half_IR))
     # A ridge should weigh as much for a small row as for a large one.
     scale_R = gram_RR.diagonal().clamp_min(torch.finfo(gram_RR.dtype).tiny).rsqrt()
-    factor_RR = root(gram_RR * scale_R * scale_R[:, None])
+    inverse_RR = inverse(root((gram_RR * scale_R * scale_R[:, None]).double())).to(gram_RR.dtype)
     wanted_NR = product(t_NI.to(gram_II.dtype), half_IR)
-    fitted_NR = solve_right(factor_RR, wanted_NR * scale_R) * scale_R
-    # The ridge pulled this towards 0; solving again for what it left out takes that back.
-    return fitted_NR + solve_right(factor_RR, (wanted_NR - product(fitted_NR, gram_RR)) * scale_R) * scale_R
+    fitted_NR = product(wanted_NR * scale_R, inverse_RR).mul_(scale_R)
+    # The ridge pulled this towards 0 and the inverse is rounded; solving again for what is missing takes that back.
+    missing_NR = wanted_NR.sub_(product(fitted_NR, gram_RR)).mul_(scale_R)
+    return fitted_NR.add_(product(missing_NR, inverse_RR).mul_(scale_R))

@@ -14,7 +14,7 @@ from streamlap.families.layer import Edit, StreamLayer
 from streamlap.linalg.anchor import root
 from streamlap.linalg.obs import removals
 from streamlap.linalg.products import product
-from streamlap.linalg.subspace import Subspace, reread, subspace
+from streamlap.linalg.subspace import Subspace, subspace
 from streamlap.methods.base import HalfView, Layout
 from streamlap.methods.fitting import Aim, dense_edit, map_error, narrowed, truncated_edit
 
@@ -66,13 +66,11 @@ def reads_whole(view: HalfView, aims: Sequence[Aim]) -> tuple[torch.Tensor, torc
     return layer.linear(down).weight, view.middle_gram(whole)
 
 
-def subspaces(aims: Sequence[Aim], kept: torch.Tensor | None, rank: int) -> list[Subspace]:
-    """Of linears that read the same: the best for the channels `kept`, with the rows of all."""
+def subspaces(aims: Sequence[Aim], serves: torch.Tensor | None, rank: int) -> list[Subspace]:
+    """Of linears that read the same: the best for the channels in `serves`, with the rows of all."""
     gram_II = aims[0].gram_II
     root_II = root(gram_II)
-    if kept is None:
-        return [subspace(aim.t_OI, gram_II, rank, root_II) for aim in aims]
-    return [reread(subspace(aim.t_OI[kept], gram_II, rank, root_II), aim.t_OI, gram_II) for aim in aims]
+    return [subspace(aim.t_OI, gram_II, rank, root_II, serves) for aim in aims]
 
 
 def on_rows(found: Subspace, kept: torch.Tensor | None, rank: int) -> Subspace:
