@@ -93,6 +93,7 @@ def compress(
     as text like 8GiB; default what is free. Without `overlap` nothing runs beside the loop. None of these changes the result.
     Raises a StreamlapError before the first layer for anything that can be checked from headers.
     """
+    steady_heap()
     target = parse_target(target_size, target_params, overrides.get("ratio"))
     recipe = (recipe or Recipe()).override(**overrides)
     folder, out = local_folder(str(model)), Path(out)
@@ -118,6 +119,7 @@ def compress(
 
 def resume(out: str | Path, *, max_ram: int | str | None = None, max_vram: int | str | None = None) -> Report:
     """Go on with an interrupted `compress` into `out`: its folder knows everything that is needed. Other caps may be given."""
+    steady_heap()
     out = Path(out)
     arguments = Journal.load(out).start["arguments"]
     caps = {"max_ram": parse_size(max_ram, "max_ram"), "max_vram": parse_size(max_vram, "max_vram")}
@@ -162,7 +164,6 @@ def run(
 
 def choose_schedule(stream: ModelStream, recipe: Recipe, tokens_NL: torch.Tensor, arguments: Mapping[str, Any]) -> Fit:
     """How to go about it inside the caps. Raises BudgetError, with the smallest caps that would do, where nothing fits."""
-    steady_heap()
     sequences, length = tokens_NL.shape
     shape_NL = (sequences, length)
     work = compression_workload(stream, forecast(stream, recipe, shape_NL), shape_NL)

@@ -104,12 +104,6 @@ def solve_triangular(factor_II: torch.Tensor, b_IO: torch.Tensor, upper: bool) -
     return x_IO
 
 
-def inverse(factor_II: torch.Tensor) -> torch.Tensor:
-    """S^-1 for S = L L'."""
-    with solver_threads(factor_II.device):
-        return torch.cholesky_inverse(factor_II)
-
-
 def triangular_inverse(factor_II: torch.Tensor) -> torch.Tensor:
     """L^-1, lower too. By halves, so that nearly all of it is products."""
     size = len(factor_II)

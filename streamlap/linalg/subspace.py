@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 
 from streamlap.errors import NumericalError
-from streamlap.linalg.anchor import inverse, level, root
+from streamlap.linalg.anchor import level, root, solve_right
 from streamlap.linalg.lowrank import eigh, orthonormal
 from streamlap.linalg.moments import squares
 from streamlap.linalg.products import product
@@ -130,12 +130,10 @@ def refit(t_NI: torch.Tensor, base_RI: torch.Tensor, gram_II: torch.Tensor) -> t
         )
     base_RI = base_RI.to(gram_II.dtype)
     half_IR = product(gram_II, base_RI.T).add_(base_RI.T, alpha=PULL * level(gram_II))
-    gram_RR = symmetric(product(base_RI, half_IR))
+    # Rows of a low-rank map are far from orthogonal: their own Gram has to be float64.
+    gram_RR = symmetric(product(base_RI.double(), half_IR.double()))
     # A ridge should weigh as much for a small row as for a large one.
-    scale_R = gram_RR.diagonal().clamp_min(torch.finfo(gram_RR.dtype).tiny).rsqrt()
-    inverse_RR = inverse(root((gram_RR * scale_R * scale_R[:, None]).double())).to(gram_RR.dtype)
-    wanted_NR = product(t_NI.to(gram_II.dtype), half_IR)
-    fitted_NR = product(wanted_NR * scale_R, inverse_RR).mul_(scale_R)
-    # The ridge pulled this towards 0 and the inverse is rounded; solving again for what is missing takes that back.
-    missing_NR = wanted_NR.sub_(product(fitted_NR, gram_RR)).mul_(scale_R)
-    return fitted_NR.add_(product(missing_NR, inverse_RR).mul_(scale_R))
+    scale_R = gram_RR.diagonal().clamp_min(torch.finfo(half_IR.dtype).tiny).rsqrt()
+    factor_RR = root(gram_RR * scale_R * scale_R[:, None]).to(half_IR.dtype)
+    scale_R = scale_R.to(half_IR.dtype)
+    return solve_right(factor_RR, product(t_NI.to(half_IR.dtype), half_IR).mul_(scale_R)) * scale_R
