@@ -92,15 +92,16 @@ class Moments:
             self._cross_AI = x_TI.new_zeros(anchor_TA.shape[1], x_TI.shape[1], dtype=torch.float64)
         add_upper(self._gram_II, x_TI)
         self._half = True
-        for first in range(0, anchor_TA.shape[1], ROW_BLOCK):
-            rows = slice(first, first + ROW_BLOCK)
-            self._cross_AI[rows].add_(product(anchor_TA[:, rows].T, x_TI))
+        anchor_AT = anchor_TA.T.contiguous()
+        for first in range(0, len(anchor_AT), ROW_BLOCK):
+            self._cross_AI[first : first + ROW_BLOCK].add_(product(anchor_AT[first : first + ROW_BLOCK], x_TI))
 
 
 def add_upper(sum_II: torch.Tensor, x_TI: torch.Tensor) -> None:
     """sum += x' x, the blocks on and above the diagonal."""
+    x_IT = x_TI.T.contiguous()  # of which every block of rows lies in one piece
     for first in range(0, len(sum_II), ROW_BLOCK):
-        sum_II[first : first + ROW_BLOCK, first:].add_(product(x_TI[:, first : first + ROW_BLOCK].T, x_TI[:, first:]))
+        sum_II[first : first + ROW_BLOCK, first:].add_(product(x_IT[first : first + ROW_BLOCK], x_IT[first:].T))
 
 
 def mirror(sum_II: torch.Tensor) -> None:
