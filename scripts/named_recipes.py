@@ -40,7 +40,7 @@ NAMED: dict[str, tuple[Method, ...]] = {
     "best +inputs": best(input_step=None),
 }
 """Each row from `factors b=0` to `+dense out` adds a part to the one before; each `prune` is that with another share; `best`
-chooses between two of them; each `best -` leaves a part out, and `best +` adds one that the preset has not."""
+chooses among four shares for each layer; each `best -` leaves a part out, and `best +` adds one that the preset has not."""
 
 
 def named_recipe(name: str) -> Recipe:

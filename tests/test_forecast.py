@@ -19,7 +19,9 @@ from streamlap.families.stream import ModelStream
 from streamlap.forecast import compression_workload, forecast, planned_tensors
 from streamlap.inventory import count_parameters, site_parameters
 from streamlap.linalg.budget import index_parameters, low_rank_parameters, pivot_rank, pivoted_parameters
-from streamlap.methods import METHODS
+from streamlap.methods import METHODS, Method
+from streamlap.methods.attention_anchored import AttentionAnchored
+from streamlap.methods.ffn_anchored import FfnAnchored
 from streamlap.modules import PaddedLinear, PivotedLinear, SlicedLinear
 from streamlap.recipe import Recipe
 
@@ -109,6 +111,24 @@ def test_only_what_is_factored_is_decomposed(pico: MakeModel) -> None:
     assert sorted(foretold(pico("llama"), ratio=0.5, preset="lorap")[0].decompositions) == [16, 16, 32, 32]
     assert sorted(foretold(pico("llama"), ratio=0.2, preset="lorap")[0].decompositions) == [16, 32]
     assert foretold(pico("llama"), methods=(METHODS["ffn_lorap"](),))[0].decompositions == ()
+
+
+def test_of_settings_that_are_compared_one_is_built(pico: MakeModel) -> None:
+    """Time is that of the costliest, memory somewhat more; settings of another kin come on top."""
+    shares = (0.25, 0.5, 1.0)
+    single = [foretold(pico("llama"), methods=recipe_of(share))[1] for share in shares]
+    (_, compared, _) = foretold(pico("llama"), methods=recipe_of(*shares))
+    assert compared.flops64 == max(layer.flops64 for layer in single)
+    assert compared.flops == pytest.approx(max(layer.flops for layer in single), rel=1e-3)
+    assert compared.decompositions == max((layer.decompositions for layer in single), key=len)
+    assert max(layer.solve_bytes for layer in single) < compared.solve_bytes
+    other = FfnAnchored(share=0.5, storage="factors")
+    (_, both, _) = foretold(pico("llama"), methods=(*recipe_of(*shares), other))
+    assert both.flops64 > compared.flops64
+
+
+def recipe_of(*shares: float) -> tuple[Method, ...]:
+    return AttentionAnchored(), *(FfnAnchored(share=share) for share in shares)
 
 
 def test_the_workload_is_that_of_the_largest_layer(pico: MakeModel) -> None:
