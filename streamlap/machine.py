@@ -88,8 +88,8 @@ def measure(device: str, dtype: torch.dtype, folder: Path) -> Machine:
         read = read_rate(path, DISK_BYTES)
     return Machine(
         matmul=matmul_rate(device, dtype, **sizes),
-        matmul64=matmul_rate(device, torch.float64, product, **sizes),
-        matmul32=matmul_rate(device, torch.float32, product, **sizes),
+        matmul64=matmul_rate(device, torch.float64, multiply=product, **sizes),
+        matmul32=matmul_rate(device, torch.float32, multiply=product, **sizes),
         eigh=eigh_rate(device),
         read=read,
         write=write,
@@ -98,8 +98,8 @@ def measure(device: str, dtype: torch.dtype, folder: Path) -> Machine:
 
 
 def matmul_rate(
-    device: str, dtype: torch.dtype, multiply: Callable[..., torch.Tensor] = torch.matmul,
-    tokens: int = 2048, columns: int = 4096, rows: int = 4096,
+    device: str, dtype: torch.dtype, tokens: int = 2048, columns: int = 4096, rows: int = 4096,
+    multiply: Callable[..., torch.Tensor] = torch.matmul,
 ) -> float:  # fmt: skip
     """FLOP/s of a linear of shape [rows, columns] on that many tokens."""
     x, w = (_random(device, count, columns).to(dtype) for count in (tokens, rows))

@@ -14,13 +14,14 @@ import torch
 from streamlap.engine import Engine
 from streamlap.errors import CheckpointError
 from streamlap.families.layer import StreamLayer
-from streamlap.halves import Banks, held_sequences
+from streamlap.halves import Banks
 from streamlap.linalg.statistics import all_finite
 from streamlap.methods.refine_block import Pair, Refinement, Refiner
 from streamlap.store.header import byte_view, read_header
 from streamlap.store.journal import STATE_FOLDER
 from streamlap.store.sink import ShardFolder
 from streamlap.store.source import read_into
+from streamlap.views import held_sequences
 
 Refined = dict[str, float]
 """Loss on held-out tokens at the start and at the best, and the epochs that were done."""

@@ -27,7 +27,7 @@ from streamlap.engine import Engine, open_bank, start_engine
 from streamlap.errors import Interrupted, NumericalError, RecipeError, UnsupportedModel
 from streamlap.families.layer import StreamLayer
 from streamlap.families.stream import HEAD_TOKENS, ModelStream
-from streamlap.halves import Place, View, half_of
+from streamlap.halves import half_of
 from streamlap.memory import parse_size
 from streamlap.meters import PhaseClock, reset_peaks, steady_heap
 from streamlap.preflight import check_apart, fingerprint, forecast_disk, hidden_folder, pick_device
@@ -38,6 +38,7 @@ from streamlap.store.hidden import HiddenBank
 from streamlap.store.hub import local_folder
 from streamlap.store.journal import Journal, OutputLock
 from streamlap.store.sink import write_durably
+from streamlap.views import Place, View
 
 DEFAULT_SAMPLES = 16
 DEFAULT_LENGTH = 256

@@ -21,7 +21,7 @@ PACKAGE = ROOT / "streamlap"
 FLOORS = {
     4: {"", "cli", "options", "wording"},
     3: {
-        "pipeline", "editing", "recovery", "halves",
+        "pipeline", "editing", "recovery", "halves", "views",
         "allocate", "survey", "cuts", "preflight", "evaluate", "engine", "forecast", "sizing", "workload", "plan",
         "inventory", "verification", "loading", "report", "target", "export", "export.dense", "export.folder", "demo",
     },
