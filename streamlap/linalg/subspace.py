@@ -19,8 +19,8 @@ from streamlap.linalg.lowrank import eigh, orthonormal
 from streamlap.linalg.moments import squares
 from streamlap.linalg.products import product
 
-DROWNED = 2e-6
-"""Share of the largest eigenvalue below which float32 no longer tells one from another."""
+DROWNED = {torch.float32: 2e-6, torch.float64: 2e-12}
+"""Share of the largest eigenvalue below which a dtype no longer tells one from another."""
 
 PULL = 1e-6
 """Weight of the directions of which the Gram says nothing, as a share of the mean: there a refit follows T itself."""
@@ -60,7 +60,7 @@ def subspace(
     t_NI = t_OI if serves is None else t_OI[serves]
     by_rows = t_NI.shape[0] <= t_NI.shape[1]
     found = _of_rows(t_NI, gram_II, rank) if by_rows else _of_columns(t_NI, gram_II, rank, root_II, t_OI)
-    if t_OI.dtype == torch.float32 and float(found.energies[rank - 1]) <= DROWNED * float(found.energies[0]):
+    if t_OI.dtype == torch.float32 and not _is_clear(found.energies, rank):
         del found
         exact = subspace(t_OI.double(), gram_II.double(), rank, serves=serves)
         return Subspace(exact.basis_OR.float(), exact.map_RI.float(), exact.energies.float())
@@ -93,8 +93,7 @@ def _of_columns(
 
 def _is_clear(energies: torch.Tensor, rank: int) -> bool:
     """Whether the last energy that counts is more than the rounding of the largest, so that one may divide by it."""
-    rounding: float = torch.finfo(energies.dtype).eps ** 0.75
-    return float(energies[rank - 1]) > rounding * float(energies[0])
+    return float(energies[rank - 1]) > DROWNED[energies.dtype] * float(energies[0])
 
 
 def _spectrum(gram: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
