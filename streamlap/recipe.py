@@ -22,7 +22,7 @@ import yaml
 
 from streamlap.errors import RecipeError
 from streamlap.families import Family
-from streamlap.families.stream import COMPUTE_DTYPES
+from streamlap.families.shell import COMPUTE_DTYPES
 from streamlap.methods import ANCHORED, METHODS, PRESETS, AnchoredMethod, Method, OnePassMethod
 from streamlap.methods.refine_block import Refinement
 

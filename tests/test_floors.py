@@ -32,7 +32,7 @@ FLOORS = {
     },
     1: {
         "store", "store.header", "store.hidden", "store.hub", "store.journal", "store.sink", "store.source",
-        "store.staging", "store.transfer", "store.worker", "families", "families.layer", "families.stream",
+        "store.staging", "store.transfer", "store.worker", "families", "families.layer", "families.shell", "families.stream",
     },
     0: {
         "linalg", "linalg.allocation", "linalg.anchor", "linalg.budget", "linalg.channels", "linalg.heads", "linalg.lowrank",

@@ -17,7 +17,8 @@ from transformers import AutoModelForCausalLM
 import streamlap
 from streamlap.errors import CheckpointError, UnsupportedModel
 from streamlap.families import FAMILIES
-from streamlap.families.stream import COMPUTE_DTYPES, ModelStream, batch_of
+from streamlap.families.shell import COMPUTE_DTYPES
+from streamlap.families.stream import ModelStream, batch_of
 from streamlap.linalg.budget import index_parameters
 from streamlap.methods import PRESETS
 from streamlap.store.hidden import HiddenBank

@@ -14,7 +14,8 @@ import torch
 
 from streamlap.errors import RecipeError, UnsupportedModel
 from streamlap.export.folder import copy_companions, write_json
-from streamlap.families.stream import ModelStream, check_orders, read_config
+from streamlap.families.shell import check_orders, read_config
+from streamlap.families.stream import ModelStream
 from streamlap.inventory import count_parameters
 from streamlap.memory import require_disk
 from streamlap.modules import dense_linear

@@ -10,19 +10,18 @@ Shape suffixes: N sequences, B batch, L length, D hidden, V vocabulary.
 from __future__ import annotations
 
 import copy
-import json
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM
 
-from streamlap.errors import CheckpointError, RecipeError, UnsupportedModel, whole
+from streamlap.errors import CheckpointError, RecipeError
 from streamlap.families import find_family
 from streamlap.families.layer import StreamLayer
-from streamlap.modules import PivotedLinear, carriers, disk_name, swap_modules
+from streamlap.families.shell import COMPUTE_DTYPES, check_orders, check_tensor, meta_model, read_config, swapped
+from streamlap.modules import carriers, disk_name
 from streamlap.store.header import TensorInfo
 from streamlap.store.source import SafetensorsFolder, TensorSource, read_rows
 from streamlap.store.staging import Staging
@@ -32,9 +31,6 @@ BATCH_TOKENS = 4096
 
 HEAD_TOKENS = 512
 """Tokens whose logits are in memory at a time."""
-
-COMPUTE_DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
-"""What a layer may be computed and stored in; "auto" is the checkpoint's dtype where the device is fast in it, else float32."""
 
 
 def cpu_has_bfloat16() -> bool:
@@ -62,10 +58,10 @@ class ModelStream:
         self.raw_config = read_config(folder)
         self.family = find_family(self.raw_config)
         self.source = source or SafetensorsFolder(folder)
-        self.model = _meta_model(folder)
+        self.model = meta_model(folder)
         self.config: Any = self.model.config
         self.rows: dict[str, dict[str, int]] = (self.raw_config.get("quantization_config") or {}).get("modules", {})
-        self._dense = _swap(self.model, self.rows)  # the linears that an earlier compression replaced, by path
+        self._dense = swapped(self.model, self.rows)  # the linears that an earlier compression replaced, by path
         self.layers = list(self.model.get_submodule(self.family.layers).children())
         if not self.layers:
             raise CheckpointError(
@@ -235,7 +231,7 @@ class ModelStream:
             if name != f"{self.family.head}.weight" or not self._tied():
                 wanted[disk_name(name, parts)] = tensor
         for name, tensor in wanted.items():
-            _check_tensor(self.source.info(name), tensor)
+            check_tensor(self.source.info(name), tensor)
         for name in self.source.names():
             in_layers = name.startswith(self.family.layers + ".") and not name.endswith(self.family.ignored)
             if in_layers and name not in wanted:
@@ -253,56 +249,3 @@ class _Recorder(nn.Module):
     def forward(self, hidden_states: torch.Tensor, **kwargs: Any) -> torch.Tensor:
         self.kwargs = kwargs
         return hidden_states
-
-
-def _check_tensor(info: TensorInfo, wanted: torch.Tensor) -> None:
-    """Whether a stored tensor is what the model on meta has in its place."""
-    if info.shape != tuple(wanted.shape):
-        raise CheckpointError(
-            f"tensor {info.name!r} in {info.path.name} has shape {list(info.shape)}; config.json wants {list(wanted.shape)}."
-        )
-    if not wanted.is_floating_point():  # the order of a pivoted linear, and nothing else
-        if info.dtype != wanted.dtype:
-            raise UnsupportedModel(f"tensor {info.name!r} has dtype {info.dtype}; wanted {wanted.dtype}.")
-    elif info.dtype not in COMPUTE_DTYPES.values():
-        raise UnsupportedModel(
-            f"tensor {info.name!r} has dtype {info.dtype}; wanted float32, float16 or bfloat16 weights."
-        )
-
-
-def check_orders(root: nn.Module, name: str) -> None:
-    """Raise CheckpointError where a pivoted linear in `root`, which the checkpoint calls `name`, has no usable order."""
-    for path, module in root.named_modules(prefix=name):
-        if isinstance(module, PivotedLinear) and not module.has_permutation():
-            raise CheckpointError(f"tensor '{path}.order' is no permutation of its numbers. Fetch it again.")
-
-
-def read_config(folder: Path) -> dict[str, Any]:
-    """config.json as it stands. Raises CheckpointError when there is none or it is not a JSON object."""
-    path = folder / "config.json"
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise CheckpointError(f"{path}: {error.strerror}; wanted a checkpoint folder with a config.json.") from error
-    except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path} is not JSON ({error}); fetch it again.") from error
-    if not isinstance(config, dict):
-        raise CheckpointError(f"{path} holds a {type(config).__name__}; wanted a JSON object.")
-    return config
-
-
-def _meta_model(folder: Path) -> nn.Module:
-    try:
-        config = AutoConfig.from_pretrained(folder, local_files_only=True)
-        with torch.device("meta"):
-            model: nn.Module = AutoModelForCausalLM.from_config(config)  # type: ignore[no-untyped-call]
-        return model.eval()
-    except Exception as error:  # whatever transformers makes of a config that is out of range
-        raise CheckpointError(f"{folder / 'config.json'} does not describe a model: {whole(error)}") from error
-
-
-def _swap(model: nn.Module, rows: Any) -> dict[str, nn.Linear]:
-    try:
-        return swap_modules(model, rows)
-    except (AttributeError, ValueError, TypeError) as error:
-        raise CheckpointError(f"quantization_config.modules in config.json does not fit the model: {error}") from error
