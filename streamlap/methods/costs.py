@@ -5,7 +5,7 @@ n is the width of what the half reads, f of what its last linear reads, w of wha
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 
 from streamlap.families import Family
 from streamlap.linalg.anchor import LARGE
@@ -33,7 +33,7 @@ def half_cost(family: Family, half: str, shapes: Shapes, layout: Layout) -> Cost
         if {"rank", "pivots"} & layout.get(path, {}).keys()
     }
     capture = _sum_bytes(widest, d) + _row_bytes(widest, d)
-    aims = (8 + _itemsize(n)) * n * n + _itemsize(n) * n * sum(shapes[path][0] for path in reads)
+    aims = _aim_bytes([shapes[path] for path in reads])
     work = max(
         capture,
         24 * f * f + 3 * _itemsize(f) * d * f if prunes else 0,
@@ -50,18 +50,28 @@ def half_cost(family: Family, half: str, shapes: Shapes, layout: Layout) -> Cost
 
 
 def compared_cost(family: Family, half: str, shapes: Shapes, layouts: Collection[Layout]) -> Cost:
-    """The cost of comparing several settings of one method and building one: that of the costliest, and what each holds while
-    they are compared, its last linear and rows for all channels."""
-    (d, f) = shapes[family.sites[family.halves[half].writes][0]]
+    """The cost of comparing several settings of one method and building one: that of the costliest, a last linear for each
+    while channels go, and from then on the rows of all channels in what the others are cut to."""
+    parts = family.halves[half]
+    d, f = shapes[family.sites[parts.writes][0]]
     costs = [half_cost(family, half, shapes, layout) for layout in layouts]
-    held = _itemsize(f) * d * f * (len(layouts) + 2)
+    whole, lasts = (_itemsize(f) * d * f * count for count in (len(family.sites[parts.reads]), len(layouts)))
+    aims = _aim_bytes([shapes[path] for path in family.sites[parts.reads]])
+    removing = 24 * f * f + 3 * _itemsize(f) * d * f + lasts
+    cutting = _itemsize(f) * f * f + lasts + _rank_bytes(f, d)
     return Cost(
-        workspace_bytes=held + max(cost.workspace_bytes for cost in costs),
-        capture_bytes=held + max(cost.capture_bytes for cost in costs),
+        workspace_bytes=max(aims + removing, whole + max(aims + cutting, *(cost.workspace_bytes for cost in costs))),
+        capture_bytes=whole + max(cost.capture_bytes for cost in costs),
         flops=max(cost.flops for cost in costs), flops32=max(cost.flops32 for cost in costs),
         flops_per_token=max(cost.flops_per_token for cost in costs),
         decompositions=max((cost.decompositions for cost in costs), key=len),
     )  # fmt: skip
+
+
+def _aim_bytes(shapes: Sequence[tuple[int, int]]) -> int:
+    """The Gram of a half's input, in float64 and in the dtype to solve in, and the linears that read it."""
+    n = shapes[0][1]
+    return (8 + _itemsize(n)) * n * n + _itemsize(n) * n * sum(rows for rows, _ in shapes)
 
 
 def _itemsize(width: int) -> int:
