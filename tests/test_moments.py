@@ -216,6 +216,15 @@ def test_a_triangle_times_its_inverse_is_nothing(leaf: int, monkeypatch: pytest.
     assert torch.equal(factor_II, before)
 
 
+@pytest.mark.parametrize("leaf", [1, 3, 64])
+def test_a_solve_is_a_product_with_the_inverse(leaf: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(solves, "LEAF", leaf)
+    w_OI, x_TI, _ = case()
+    gram_II, before = x_TI.T @ x_TI, w_OI.clone()
+    torch.testing.assert_close(solve_right(root(gram_II), w_OI), w_OI @ torch.linalg.inv(gram_II), rtol=1e-8, atol=1e-8)
+    assert torch.equal(w_OI, before)
+
+
 def test_a_regular_gram_is_its_root_times_itself() -> None:
     _, x_TI, _ = case()
     gram_II = x_TI.T @ x_TI

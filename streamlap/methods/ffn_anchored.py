@@ -124,9 +124,8 @@ class FfnAnchored(Knobs):
         pairs = [(aim, on_rows(found, kept, rank)) for aim, found in zip(left, whole, strict=True)]
         if "rank" in row:
             return [factored(layer, aim, sub, of[aim.path], kept) for aim, sub in pairs], kept
-        pivots_R = shared_pivot_rows(
-            [sub.basis_OR for _, sub in pairs]
-        )  # so that both give their channels in one order
+        # Shared, so that both give their channels in one order.
+        pivots_R = shared_pivot_rows([sub.basis_OR for _, sub in pairs])
         made = [pivoted(layer, aim, sub, pivots_R, 1, of[aim.path], kept) for aim, sub in pairs]
         order = made[0][1]
         assert order is not None
