@@ -135,4 +135,9 @@ def refit(t_NI: torch.Tensor, base_RI: torch.Tensor, gram_II: torch.Tensor) -> t
     scale_R = gram_RR.diagonal().clamp_min(torch.finfo(half_IR.dtype).tiny).rsqrt()
     factor_RR = root(gram_RR * scale_R * scale_R[:, None]).to(half_IR.dtype)
     scale_R = scale_R.to(half_IR.dtype)
-    return solve_right(factor_RR, product(t_NI.to(half_IR.dtype), half_IR).mul_(scale_R)) * scale_R
+    wanted_NR = product(t_NI.to(half_IR.dtype), half_IR)
+    fitted_NR = solve_right(factor_RR, wanted_NR * scale_R) * scale_R
+    if fitted_NR.dtype == torch.float64:
+        # The ridge pulled this towards 0; solving again for what it left out takes that back, where it is not all rounding.
+        fitted_NR += solve_right(factor_RR, (wanted_NR - product(fitted_NR, gram_RR)) * scale_R) * scale_R
+    return fitted_NR
