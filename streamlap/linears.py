@@ -8,6 +8,7 @@ Shape suffixes: O out, I in, R rank, N = O - R; leading dimensions of activation
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from typing import Any, ClassVar
 
 import torch
@@ -17,7 +18,7 @@ Device = torch.device | str | None
 Dtype = torch.dtype | None
 
 
-class StoredLinear(nn.Module):
+class StoredLinear(nn.Module, ABC):
     """What the kinds below have in common. Seen from outside each is a linear map from `in_features` to `out_features`."""
 
     carrier: ClassVar[str]
@@ -26,13 +27,13 @@ class StoredLinear(nn.Module):
     out_features: int
 
     @property
+    @abstractmethod
     def row(self) -> dict[str, int]:
         """What the modules table of config.json says of this kind; widths and an added bias are not in it."""
-        raise NotImplementedError
 
+    @abstractmethod
     def merged(self, dtype: Dtype = None) -> torch.Tensor:
         """The dense matrix [O, I] that this stands for, computed in float32 or wider, in `dtype` (that of the parts)."""
-        raise NotImplementedError
 
     def merged_bias(self) -> torch.Tensor | None:
         """The bias [O] of the dense layer."""

@@ -37,20 +37,17 @@ def removals(
     """The channels that stay at each of `counts`, which descend. Greedy in rounds: the lowest scores go, W and S^-1 are brought
     up to date."""
     rest = Rest(w_OF, gram_FF, damping)
-    alive_F = torch.ones(len(gram_FF), dtype=torch.bool, device=w_OF.device)
-    most, lost = -(-len(alive_F) // ROUNDS), 0.0
+    most, lost = -(-len(gram_FF) // ROUNDS), 0.0
     for count in counts:
-        while (left := int(alive_F.sum())) > count:
+        while (left := int(rest.alive_F.sum())) > count:
             score_F = rest.w_OF.square().sum(dim=0) / rest.diagonal_F
-            score_F[~alive_F] = torch.inf
-            out_Q = torch.sort(score_F, stable=True).indices[: min(most, left - count)]
-            lost += rest.remove(out_Q)
-            alive_F[out_Q] = False
-        yield Removal(kept_K=alive_F.nonzero()[:, 0], w_OK=rest.w_OF[:, alive_F], lost=lost)
+            score_F[~rest.alive_F] = torch.inf
+            lost += rest.remove(torch.sort(score_F, stable=True).indices[: min(most, left - count)])
+        yield Removal(kept_K=rest.alive_F.nonzero()[:, 0], w_OK=rest.w_OF[:, rest.alive_F], lost=lost)
 
 
 class Rest:
-    """W of the inputs that are left, fitted again, and S^-1 on them; where others were, both hold rounding.
+    """W of the inputs that are left, fitted again, and S^-1 on them; where others were, W is zero and S^-1 is rounding.
 
     S^-1 = R' R - H' H is never formed: R is the inverse of the triangular factor of S, and each removal adds rows to H.
     """
@@ -58,6 +55,8 @@ class Rest:
     def __init__(self, w_OF: torch.Tensor, gram_FF: torch.Tensor, damping: float = DAMPING) -> None:
         # The columns of dead inputs are zero, so that they go first and cost nothing.
         self.w_OF = w_OF.to(gram_FF.dtype) * (gram_FF.diagonal() > 0)
+        self.alive_F = torch.ones(len(gram_FF), dtype=torch.bool, device=w_OF.device)
+        """Which inputs are left."""
         self._inverse_FF = triangular_inverse(cholesky(gram_FF, damping))
         self._gone_PF = gram_FF.new_empty(0, len(gram_FF))
         self.diagonal_F = self._inverse_FF.square().sum(dim=0)
@@ -84,4 +83,6 @@ class Rest:
         half_QF = solve_triangular(factor_QQ, rows_QF, upper=False)
         self.diagonal_F -= half_QF.square().sum(dim=0)
         self._gone_PF = torch.cat([self._gone_PF, half_QF])
+        self.alive_F[out_Q] = False
+        self.w_OF[:, ~self.alive_F] = 0.0
         return float((weight_OQ * w_OQ).sum())
