@@ -18,6 +18,7 @@ import torch
 from streamlap.errors import BudgetError, first_line
 from streamlap.families.layer import StreamLayer
 from streamlap.families.stream import ModelStream, batch_of
+from streamlap.heap import kept_heap, trim_heap
 from streamlap.memory import Ladder, is_out_of_memory, show_size
 from streamlap.meters import peak_ram_bytes, ram_bytes
 from streamlap.progress import Progress
@@ -107,8 +108,14 @@ class Engine:
         with self.fit.ram.claim(schedule.ram.get(phase, {})), self.fit.vram.claim(schedule.vram.get(phase, {})):
             yield
 
+    def trim(self) -> None:
+        """Give back what was freed, where that is more than the schedule keeps."""
+        if kept := self.fit.schedule.kept:
+            trim_heap(kept)
+
     def require_baseline(self, index: int) -> None:
         """Raise BudgetError where memory crept up between layers so far that the next one would break a cap."""
+        self.trim()
         if (most := peak_ram_bytes()) > self.fit.ram.cap:
             log.warning("layer %d took %s of RAM, more than the cap", index, show_size(most))
         budgets = ((self.fit.ram, self.fit.schedule.ram, ram_bytes()),
@@ -144,6 +151,7 @@ def start_engine(
     with contextlib.ExitStack() as stack:
         stack.enter_context(choice.ram.claim(schedule.ram["layers"]))
         stack.enter_context(choice.vram.claim(schedule.vram.get("layers", {})))
+        stack.enter_context(kept_heap(schedule.kept))
         for bank in (hidden, *beside):
             stack.callback(bank.close)
         progress = stack.enter_context(Progress(name, stream.depth, first, seconds))

@@ -23,8 +23,9 @@ from streamlap.calibration import bundled_text, read_windows
 from streamlap.engine import Engine, open_bank, start_engine
 from streamlap.errors import NumericalError, RecipeError
 from streamlap.families.stream import HEAD_TOKENS, ModelStream
+from streamlap.heap import steady_heap
 from streamlap.memory import parse_size, require_disk
-from streamlap.meters import peak_ram_bytes, peak_vram_bytes, reset_peaks, steady_heap
+from streamlap.meters import peak_ram_bytes, peak_vram_bytes, reset_peaks
 from streamlap.preflight import pick_device
 from streamlap.sizing import Caps, Fit, Schedule, fit, require_fit
 from streamlap.store.hidden import HiddenBank

@@ -1,10 +1,8 @@
-"""Meters and the heap: seconds by phase, bytes moved, peak memory, and memory that goes back when it is freed."""
+"""Meters: seconds by phase, bytes moved, peak memory."""
 
 from __future__ import annotations
 
 import contextlib
-import ctypes
-import os
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -14,22 +12,6 @@ import torch
 
 _CLEAR_REFS = Path("/proc/self/clear_refs")
 _STATUS = Path("/proc/self/status")
-
-_M_MMAP_THRESHOLD = -3
-_MMAP_THRESHOLD_BYTES = 1 << 20
-
-
-def steady_heap() -> None:
-    """Have every block of a MiB or more mapped on its own, so that freeing it gives its memory back at once (glibc).
-
-    By default glibc raises that limit to 32 MiB as blocks are freed; the tensors of one layer after another then come
-    from a heap with ever other holes, and the peak of a long run creeps up by whole layers. Memory that is mapped anew comes
-    page by page, which can take as long as what is computed in it; so torch shall ask for huge pages. It looks at that wish
-    when it first needs that much memory.
-    """
-    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
-    with contextlib.suppress(OSError, AttributeError, TypeError):
-        ctypes.CDLL(None).mallopt(_M_MMAP_THRESHOLD, _MMAP_THRESHOLD_BYTES)
 
 
 def cuda_in_use() -> bool:

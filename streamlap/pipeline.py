@@ -23,6 +23,7 @@ from streamlap.families.layer import Edit, StreamLayer
 from streamlap.families.stream import ModelStream
 from streamlap.forecast import compression_workload, forecast, plan_layers
 from streamlap.halves import Banks, HalfErrors, half_of, open_banks
+from streamlap.heap import steady_heap
 from streamlap.inventory import count_parameters
 from streamlap.memory import parse_size
 from streamlap.meters import (
@@ -32,7 +33,6 @@ from streamlap.meters import (
     peak_vram_bytes,
     ram_bytes,
     reset_peaks,
-    steady_heap,
 )
 from streamlap.preflight import check_output, fingerprint, forecast_disk, hidden_folder, pick_device
 from streamlap.recipe import Recipe

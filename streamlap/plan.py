@@ -12,9 +12,9 @@ from typing import Any
 from streamlap.calibration import calibration_tokens
 from streamlap.families.stream import ModelStream
 from streamlap.forecast import LayerForecast, compression_workload, forecast
+from streamlap.heap import steady_heap
 from streamlap.machine import Machine, calibrated
 from streamlap.memory import existing_ancestor, parse_size
-from streamlap.meters import steady_heap
 from streamlap.preflight import COMPANION_BYTES, pick_device
 from streamlap.recipe import Recipe
 from streamlap.sizing import Caps, Fit, advice, fit

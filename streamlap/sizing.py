@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 from streamlap.errors import BudgetError
 from streamlap.families.stream import batch_of
+from streamlap.heap import CAN_KEEP
 from streamlap.memory import Budget, free_ram, show_size, vram_state, warm_up
 from streamlap.meters import ram_bytes
 from streamlap.store.hidden import IN_FLIGHT
@@ -19,6 +20,9 @@ from streamlap.workload import Workload
 
 RUNTIME_BYTES = 64 << 20
 """What torch and its libraries take when they first compute: thread stacks, kernels, small blocks."""
+
+KEEPS, KEPT_BYTES = (1.0, 0.5), 256 << 20
+"""Freed memory that may stay, as shares of what a solve holds, and the least that it is worth while for."""
 
 Parts = Mapping[str, int]
 """Purpose -> bytes."""
@@ -37,6 +41,8 @@ class Schedule:
     ram: Mapping[str, Parts]
     """Phase -> purpose -> bytes. "layers" holds beside each of `INNER`, every other phase stands alone."""
     vram: Mapping[str, Parts]
+    kept: int = 0
+    """Freed memory that stays with the process while layers stream by, at most."""
 
 
 INNER = ("capture", "solve", "refine", "propagate")
@@ -56,17 +62,20 @@ def buffers(work: Workload, overlap: bool) -> int:
     return 2 if overlap and not work.converts and work.device.type == "cpu" else 1
 
 
-def make_schedule(work: Workload, overlap: bool, tier: str, micro: int) -> Schedule:
-    """The schedule with these choices, and what it holds."""
-    return (_cpu_schedule if work.device.type == "cpu" else _gpu_schedule)(work, overlap, tier, micro)
+def make_schedule(work: Workload, overlap: bool, tier: str, micro: int, keeps: float = 0.0) -> Schedule:
+    """The schedule with these choices, and what it holds. On a CPU freed memory may stay: as much as `keeps` solves hold."""
+    if work.device.type != "cpu":
+        return _gpu_schedule(work, overlap, tier, micro)
+    return _cpu_schedule(work, overlap, tier, micro, max(KEPT_BYTES, int(keeps * work.solve)) if keeps else 0)
 
 
-def _cpu_schedule(work: Workload, overlap: bool, tier: str, micro: int) -> Schedule:
+def _cpu_schedule(work: Workload, overlap: bool, tier: str, micro: int, kept: int) -> Schedule:
     bank, batches = _hidden(work, overlap, tier, work.batch(batch_of(work.length)))
     after = {"edits": work.edits, "activations": work.activations(micro, work.inner_after)}
     ram = {
         "layers": {
             "staging": work.staged * buffers(work, overlap), "layer": work.computed * work.converts, **bank, **batches,
+            **({"freed memory": kept} if kept else {}),
         },
         "capture": {"activations": work.activations(micro, work.inner), "edits": work.edits * overlap},
         "solve": {"solve": _solve(work, micro)},
@@ -74,7 +83,7 @@ def _cpu_schedule(work: Workload, overlap: bool, tier: str, micro: int) -> Sched
         "propagate": {**after, "writer": work.copied},
         "head": {"head": work.head, **bank, **batches} if work.head else {},
     }  # fmt: skip
-    return Schedule(overlap=overlap, tier=tier, micro=micro, ram=ram, vram={})
+    return Schedule(overlap=overlap, tier=tier, micro=micro, ram=ram, vram={}, kept=kept)
 
 
 def _gpu_schedule(work: Workload, overlap: bool, tier: str, micro: int) -> Schedule:
@@ -125,6 +134,9 @@ def pinned(count: int) -> int:
 def schedules(work: Workload, overlap: bool) -> Iterator[Schedule]:
     """From the fastest to the leanest. Shorter forwards come last: they alone may move last bits, on some devices."""
     full = min(batch_of(work.length), work.sequences)
+    if work.device.type == "cpu" and work.capture and CAN_KEEP:
+        for keeps in KEEPS:
+            yield make_schedule(work, overlap, "ram", full, keeps)
     fast = ["vram", "ram"] if work.device.type == "cuda" else ["ram"]
     for tier in (*fast, "disk"):
         yield make_schedule(work, overlap, tier, full)

@@ -28,8 +28,9 @@ from streamlap.errors import Interrupted, NumericalError, RecipeError, Unsupport
 from streamlap.families.layer import StreamLayer
 from streamlap.families.stream import HEAD_TOKENS, ModelStream
 from streamlap.halves import half_of
+from streamlap.heap import steady_heap
 from streamlap.memory import parse_size
-from streamlap.meters import PhaseClock, reset_peaks, steady_heap
+from streamlap.meters import PhaseClock, reset_peaks
 from streamlap.preflight import check_apart, fingerprint, forecast_disk, hidden_folder, pick_device
 from streamlap.recipe import Calibration, Recipe
 from streamlap.sizing import Caps, Fit, fit, require_fit

@@ -114,6 +114,7 @@ class View:
         """Sums over (x, anchor) of every sequence, or where its turn comes its rows; without `fitted` these alone."""
 
         def attempt() -> tuple[Moments, Sample]:
+            self.engine.trim()
             moments, sample, number = Moments(), Sample(HELD_TOKENS), 0
             total = self.stream.bank.shape_NLD[0]
             for batches in self.engine.together(*(place.read() for place in places), phase="capture"):

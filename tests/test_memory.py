@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import ast
 import contextlib
 import importlib.util
+import subprocess
+import sys
 import weakref
 from pathlib import Path
 from types import SimpleNamespace
@@ -14,8 +17,9 @@ import torch
 
 from streamlap import cgroups, memory
 from streamlap.errors import BudgetError, RecipeError
+from streamlap.heap import CAN_KEEP, steady_heap
 from streamlap.memory import Budget, Ladder, free_ram, parse_size, require_disk, show_size
-from streamlap.meters import PhaseClock, peak_ram_bytes, reset_peaks, steady_heap
+from streamlap.meters import PhaseClock, peak_ram_bytes, reset_peaks
 
 
 def test_three_times_the_layers_take_less_than_one_layer_more() -> None:
@@ -53,6 +57,49 @@ def test_freed_blocks_go_back_to_the_system_between_blocks_that_stay() -> None:
     del pairs
     assert len(kept) == 40
     assert psutil.Process().memory_info().rss - before < 16 << 20
+
+
+KEEPING = """
+import psutil, torch
+from streamlap.heap import CAN_KEEP, freed_bytes, kept_heap, steady_heap, trim_heap
+
+def make():
+    for _ in range(3):
+        torch.ones(64 << 20, dtype=torch.uint8)
+
+rss = lambda: psutil.Process().memory_info().rss
+steady_heap()
+before = rss()
+rows = {"can": CAN_KEEP}
+with kept_heap(0):
+    make()
+    rows["nothing kept"] = rss() - before
+with kept_heap(1 << 20):
+    make()
+    rows["kept"] = rss() - before
+    rows["freed"] = freed_bytes()
+    trim_heap(1 << 30)
+    rows["below the limit"] = rss() - before
+    trim_heap(1 << 20)
+    rows["above it"] = rss() - before
+    make()
+    rows["again"] = rss() - before
+rows["after"] = rss() - before
+make()
+rows["steady again"] = rss() - before
+print({name: count >> 20 for name, count in rows.items()})
+"""
+
+
+def test_freed_memory_stays_where_it_may_and_goes_when_it_is_too_much() -> None:
+    found = subprocess.run([sys.executable, "-c", KEEPING], capture_output=True, text=True, check=True, timeout=120)
+    rows = ast.literal_eval(found.stdout)
+    if not CAN_KEEP:
+        pytest.skip("the C library here does not tell what its heap holds")
+    for name in ("kept", "freed", "below the limit", "again"):
+        assert rows[name] >= 60, (name, rows)
+    for name in ("nothing kept", "above it", "after", "steady again"):
+        assert rows[name] < 32, (name, rows)
 
 
 def test_phases_add_up() -> None:

@@ -239,7 +239,8 @@ from dataclasses import replace
 from pathlib import Path
 import torch
 from streamlap.families.stream import ModelStream
-from streamlap.meters import peak_ram_bytes, ram_bytes, reset_peaks, steady_heap
+from streamlap.heap import steady_heap
+from streamlap.meters import peak_ram_bytes, ram_bytes, reset_peaks
 from streamlap.methods.refine_block import Refinement, Refiner
 from streamlap.workload import evaluation_workload
 

@@ -174,6 +174,19 @@ def test_shorter_forwards_are_the_last_resort() -> None:
     assert not any(row.overlap for row in schedules(WORK, False))
 
 
+def test_freed_memory_stays_where_halves_are_rebuilt_on_a_cpu_and_there_is_room() -> None:
+    solve = 10**9
+    work = replace(WORK, solve=solve, capture=1, streams=4)
+    rows = list(schedules(work, True))
+    plain = make_schedule(work, True, "ram", 4)
+    assert [row.kept for row in rows[:3]] == [solve, solve // 2, 0]
+    assert rows[2] == plain
+    assert [peak(row.ram) - peak(plain.ram) for row in rows[:3]] == [solve, solve // 2, 0]
+    assert make_schedule(replace(work, solve=4096), True, "ram", 4, 0.5).kept == 256 << 20
+    for other in (WORK, replace(work, device=CUDA)):
+        assert not any(row.kept for row in schedules(other, True))
+
+
 @pytest.mark.parametrize("overlap", [True, False])
 def test_the_first_schedule_that_fits_is_taken(overlap: bool) -> None:
     rows = list(schedules(WORK, overlap))
@@ -298,7 +311,8 @@ import torch
 from streamlap.families.stream import ModelStream
 from streamlap.linalg.lowrank import awsvd, awsvd_bytes
 from streamlap.linalg.statistics import Energy
-from streamlap.meters import peak_ram_bytes, ram_bytes, reset_peaks, steady_heap
+from streamlap.heap import steady_heap
+from streamlap.meters import peak_ram_bytes, ram_bytes, reset_peaks
 from streamlap.workload import evaluation_workload
 from pathlib import Path
 

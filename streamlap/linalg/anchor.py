@@ -105,16 +105,23 @@ def solve_triangular(factor_II: torch.Tensor, b_IO: torch.Tensor, upper: bool) -
 
 
 def triangular_inverse(factor_II: torch.Tensor) -> torch.Tensor:
-    """L^-1, lower too. By halves, so that nearly all of it is products."""
+    """L^-1, lower too."""
+    made_II = torch.zeros_like(factor_II)
+    _invert(factor_II, made_II)
+    return made_II
+
+
+def _invert(factor_II: torch.Tensor, made_II: torch.Tensor) -> None:
+    """By halves, so that nearly all of it is products."""
     size = len(factor_II)
     if size <= LEAF:
-        return solve_triangular(factor_II, torch.eye(size).to(factor_II), upper=False)
-    half, made_II = size // 2, torch.zeros_like(factor_II)
-    made_II[:half, :half] = triangular_inverse(factor_II[:half, :half])
-    made_II[half:, half:] = triangular_inverse(factor_II[half:, half:])
-    across = product(factor_II[half:, :half], made_II[:half, :half])
-    made_II[half:, :half] = product(made_II[half:, half:], across).neg_()
-    return made_II
+        made_II[:] = solve_triangular(factor_II, torch.eye(size).to(factor_II), upper=False)
+        return
+    done, rest = slice(size // 2), slice(size // 2, None)
+    _invert(factor_II[done, done], made_II[done, done])
+    _invert(factor_II[rest, rest], made_II[rest, rest])
+    across = product(factor_II[rest, done], made_II[done, done])
+    made_II[rest, done] = product(made_II[rest, rest], across).neg_()
 
 
 def anchored(

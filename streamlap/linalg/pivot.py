@@ -86,7 +86,7 @@ def _grouped(basis_OR: torch.Tensor, groups: int) -> torch.Tensor:
 def _without(basis_OR: torch.Tensor, taken_QR: torch.Tensor) -> torch.Tensor:
     """What is left of every row beside the span of some others."""
     span_QR = solve_triangular(root(product(taken_QR, taken_QR.T)), taken_QR, upper=False)
-    return basis_OR - product(product(basis_OR, span_QR.T), span_QR)
+    return product(product(basis_OR, span_QR.T), span_QR).neg_().add_(basis_OR)
 
 
 def _spread_rows(parts: Sequence[torch.Tensor], count: int) -> torch.Tensor:
