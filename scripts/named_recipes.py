@@ -38,6 +38,7 @@ NAMED: dict[str, tuple[Method, ...]] = {
     "best -anchor": best(step=0.0),
     "best -pivot": best(storage="factors"),
     "best +inputs": best(input_step=None),
+    "best +bias": best(bias=True),
 }
 """Each row from `factors b=0` to `+dense out` adds a part to the one before; each `prune` is that with another share; `best`
 chooses among four shares for each layer; each `best -` leaves a part out, and `best +` adds one that the preset has not."""

@@ -78,13 +78,12 @@ def _site(stream: ModelStream, index: int, path: str, rows: Rows) -> dict[str, A
     out, width_in = stream.dense_shape(index, path)
     shape = (row.get("out", out), row.get("in", width_in))
     kind = next((kind for key, kind in KINDS.items() if key in row), "dense")
-    biased = "bias" in row or stream.has_bias(index, path)
     return {
         "kind": kind,
         "shape": list(shape),
         "rank": row.get("rank", row.get("pivots")),
         "width": _width(kind, row),
-        "parameters": site_parameters(shape, row, biased, _itemsize(stream, index, path)),
+        "parameters": site_parameters(shape, row, stream.has_bias(index, path), _itemsize(stream, index, path)),
     }
 
 
@@ -96,8 +95,9 @@ def _width(kind: str, row: Row) -> int | None:
 
 
 def site_parameters(shape: tuple[int, int], row: Row, biased: bool, itemsize: int) -> int:
-    """Parameters of a linear of (out, in) `shape` that is stored as `row` says, in weights of `itemsize` bytes."""
-    out, width_in = shape
+    """Parameters of a linear of (out, in) `shape` that is stored as `row` says, in weights of `itemsize` bytes; `biased` says
+    whether the dense one has a bias."""
+    (out, width_in), biased = shape, biased or "bias" in row
     if "rank" in row:
         return low_rank_parameters(out, width_in, row["rank"]) + out * biased
     if "pivots" in row:

@@ -14,7 +14,7 @@ import torch
 from streamlap.engine import Engine
 from streamlap.families.layer import Edit, StreamLayer
 from streamlap.linalg.anchor import working
-from streamlap.linalg.moments import Moments, Sample
+from streamlap.linalg.moments import Moments, Sample, take_means
 from streamlap.meters import PhaseClock
 from streamlap.methods.base import Seen
 from streamlap.methods.costs import HELD_TOKENS
@@ -70,20 +70,26 @@ class View:
 
         return self.once("input gram", lambda: self._collect(look, self.stream).gram_II)
 
-    def middles(self, edits: Sequence[Edit]) -> Seen:
+    def middles(self, edits: Sequence[Edit], centred: bool = False) -> Seen:
+        def look(goal_BLD: torch.Tensor, x_BLD: torch.Tensor) -> Rows:
+            x_BLI, missing_BLD = self._middle(goal_BLD, x_BLD)
+            return (torch.cat([x_BLI, evenly(goal_BLD.float())], dim=-1) if centred else x_BLI), missing_BLD
+
         with self.layer.tried(edits):
-            return self._collect(self._middle, self.goal, self.stream)
+            return self._collect(look, self.goal, self.stream, centred=centred)
 
     def held_middles(self, edits: Sequence[Edit]) -> Sample:
         with self.layer.tried(edits):
             return self._gather(self._middle, self.goal, self.stream, fitted=False)[1]
 
-    def middle_gram(self, edits: Sequence[Edit]) -> torch.Tensor:
+    def middle_gram(self, edits: Sequence[Edit], centred: bool = False) -> torch.Tensor:
         def look(goal_BLD: torch.Tensor, x_BLD: torch.Tensor) -> Rows:
-            return self.layer.middle(self.half, x_BLD).float() * evenly(goal_BLD.float()), goal_BLD[..., :0]
+            weight_BL1 = evenly(goal_BLD.float())
+            x_BLI = self.layer.middle(self.half, x_BLD).float() * weight_BL1
+            return (torch.cat([x_BLI, weight_BL1], dim=-1) if centred else x_BLI), goal_BLD[..., :0]
 
         with self.layer.tried(edits):
-            return self._collect(look, self.goal, self.stream).gram_II
+            return self._collect(look, self.goal, self.stream, centred=centred).gram_II
 
     def _middle(self, goal_BLD: torch.Tensor, x_BLD: torch.Tensor) -> Rows:
         """What the last linear reads, and what is missing from the stream, its own bias apart."""
@@ -104,11 +110,16 @@ class View:
         made: T = self._made[name]
         return made
 
-    def _collect(self, look: Callable[..., Rows], *places: Place) -> Seen:
-        """Sums over the tokens that are fitted to, and rows of those that are held out."""
+    def _collect(self, look: Callable[..., Rows], *places: Place, centred: bool = False) -> Seen:
+        """Sums over the tokens that are fitted to, and rows of those that are held out; means taken off both where the last
+        column of x is the weight of a token."""
         moments, sample = self._gather(look, *places)
-        gram_II, cross_AI = working(moments.gram_II, moments.cross_AI)
-        return Seen(gram_II=gram_II, cross_AI=cross_AI, held=sample)
+        if not centred:
+            gram_II, cross_AI = working(moments.gram_II, moments.cross_AI)
+            return Seen(gram_II=gram_II, cross_AI=cross_AI, held=sample)
+        means = take_means(moments)
+        gram_II, cross_AI = working(moments.gram_II[:-1, :-1], moments.cross_AI[:, :-1])
+        return Seen(gram_II=gram_II, cross_AI=cross_AI, held=sample.less(*means), means=means)
 
     def _gather(self, look: Callable[..., Rows], *places: Place, fitted: bool = True) -> tuple[Moments, Sample]:
         """Sums over (x, anchor) of every sequence, or where its turn comes its rows; without `fitted` these alone."""

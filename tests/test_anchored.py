@@ -8,6 +8,7 @@ import math
 import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -16,16 +17,20 @@ import torch
 import yaml
 from conftest import CONTEXT, PICO, VOCABULARY, MakeModel
 from safetensors.torch import load_file, save_file
+from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
 import streamlap
 from streamlap.allocate import dense_parameters, half_budgets
+from streamlap.errors import RecipeError
 from streamlap.families import FAMILIES
 from streamlap.families.stream import ModelStream
 from streamlap.forecast import dense_shapes, edited_shape, plan_halves, plan_layers
 from streamlap.inventory import site_parameters
+from streamlap.linalg.moments import Moments, Sample, take_means
+from streamlap.methods import fitting
 from streamlap.methods.attention_anchored import AttentionAnchored
-from streamlap.methods.base import Built, HalfView, Layout
+from streamlap.methods.base import Built, HalfView, Layout, Seen
 from streamlap.methods.ffn_anchored import FfnAnchored
 from streamlap.recipe import Recipe, method_name
 
@@ -275,6 +280,69 @@ def test_biases_are_those_of_the_dense_model(pico: MakeModel, tokens: Path, tmp_
         if name == "v":
             heads = [bias.sort(dim=1).values for bias in heads]
         assert torch.equal(*heads), path
+
+
+AFFINE = (AttentionAnchored(bias=True), *(FfnAnchored(share=share, bias=True) for share in (0.25, 0.75)))
+
+
+@pytest.mark.parametrize("own", [False, True])
+def test_a_bias_is_fitted_with_the_last_linear_of_a_half(
+    pico: MakeModel, tokens: Path, tmp_path: Path, own: bool
+) -> None:
+    """It counts as parameters, and where the dense linear has its own that one moves."""
+    flags = {"attention_bias": own, "mlp_bias": own}
+    source, out = pico("llama", **flags), tmp_path / "out"
+    report = streamlap.compress(source, out, ratio=0.3, methods=AFFINE, files=(str(tokens),))
+    assert report.parameters.ratio_decoder >= 0.3
+    assert streamlap.inspect(out)["parameters"] == report.parameters.to_json()
+    rows = {edit.path.rpartition(".")[2]: edit.row for edit in report.layers[0].edits}
+    assert {name for name, row in rows.items() if "bias" in row} == (set() if own else {"o_proj", "down_proj"})
+    read = ModelStream(out).source.read
+    for path in ("self_attn.o_proj", "mlp.down_proj"):
+        bias = read(f"model.layers.0.{path}.bias")
+        before = ModelStream(source).source.read(f"model.layers.0.{path}.bias") if own else torch.zeros_like(bias)
+        assert not torch.equal(bias, before), path
+    assert streamlap.verify(out) == {"ok": True, "faults": []}
+    streamlap.export_dense(out, tmp_path / "dense")
+    torch.testing.assert_close(logits(tmp_path / "dense", tokens), logits(out, tokens), rtol=1e-4, atol=1e-4)
+
+
+def test_a_bias_makes_up_for_a_mean_that_is_missing() -> None:
+    """Tokens that are met by W x + c: W is found in spite of c, and c in the bias; a bias of its own counts towards it."""
+    generator = torch.Generator().manual_seed(0)
+    x_TI, w_OI, c_O = (
+        torch.randn(500, 8, generator=generator) + 2,
+        torch.randn(5, 8, generator=generator),
+        torch.randn(5),
+    )
+    weight_T1 = torch.rand(500, 1, generator=generator) + 0.5
+    moments, held = Moments(), Sample(500)
+    rows = torch.cat([x_TI * weight_T1, weight_T1], dim=1), (x_TI @ w_OI.T + c_O) * weight_T1
+    moments.update(*rows)
+    held.update(*rows)
+    means = take_means(moments)
+    seen = Seen(
+        gram_II=moments.gram_II[:-1, :-1], cross_AI=moments.cross_AI[:, :-1], held=held.less(*means), means=means
+    )
+    for own in (None, torch.ones(5)):
+        dense = nn.Linear(8, 5, bias=own is not None).requires_grad_(False)
+        dense.weight.data.copy_(w_OI + 0.1 * torch.randn(5, 8, generator=generator))
+        if own is not None:
+            dense.bias.data.copy_(own)
+        layer: Any = SimpleNamespace(linear=lambda _, dense=dense: dense, storage_dtype=lambda _: torch.float32)
+        aim = fitting.output_aim(layer, "o", None, seen, None)
+        edit = fitting.with_bias(layer, fitting.dense_edit(layer, aim, (5, 8)), seen)
+        assert edit.added_bias == (own is None)
+        assert own is None or torch.equal(dense.bias, own), "the dense layer stays as it was"
+        assert isinstance(edit.module, nn.Linear)
+        torch.testing.assert_close(edit.module.weight, w_OI, atol=2e-3, rtol=0)
+        torch.testing.assert_close(edit.module.bias, c_O if own is None else c_O + own, atol=1e-2, rtol=0)
+        assert fitting.held_error(edit, seen) < 1e-5
+
+
+def test_a_bias_is_asked_for_by_yes_or_no() -> None:
+    with pytest.raises(RecipeError, match="bias is 1; wanted true or false"):
+        Recipe.from_dict({"methods": [{"method": "ffn_anchored", "bias": 1}]})
 
 
 @pytest.mark.parametrize("shape", [(1, CONTEXT), (1, 8), (2, 8)])

@@ -209,4 +209,5 @@ def test_the_pivot_rank_is_the_largest_that_fits(shape: tuple[int, int], keep: f
 def test_an_index_counts_as_its_bytes() -> None:
     assert (index_parameters(100, 4), index_parameters(100, 2)) == (100, 200)
     assert site_parameters((40, 32), {"pivots": 8}, False, 2) == 8 * (40 + 32 - 8) + 80
+    assert site_parameters((40, 32), {"pivots": 8, "bias": 1}, False, 2) == 8 * (40 + 32 - 8) + 80 + 40
     assert site_parameters((40, 32), {"pivots": 8, "groups": 4}, True, 2) == 8 * (40 + 32 - 8) + 40

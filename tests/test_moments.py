@@ -9,7 +9,7 @@ from streamlap.errors import NumericalError
 from streamlap.linalg import anchor as solves
 from streamlap.linalg import moments
 from streamlap.linalg.anchor import anchored, best_step, cholesky, damped, root, solve_right, triangular_inverse
-from streamlap.linalg.moments import Moments, Sample, add_upper, mirror
+from streamlap.linalg.moments import Moments, Sample, add_upper, mirror, take_means
 
 TOKENS, INPUTS, ANCHORS = 53, 6, 9
 
@@ -111,6 +111,26 @@ def test_moments_without_anchors() -> None:
     total.merge(seen)
     torch.testing.assert_close(total.gram_II, x_TI.T @ x_TI, rtol=1e-12, atol=1e-12)
     assert total.cross_AI.shape == (0, x_TI.shape[1])
+
+
+def test_sums_without_their_means_are_those_of_centred_tokens() -> None:
+    """Each token with its weight: the mean is that of all, by the squares of the weights, since x and t both have it."""
+    x_TI, t_TA = tokens(torch.float64)
+    x_TI, t_TA = x_TI + 3, t_TA - 2
+    weight_T1 = torch.rand(TOKENS, 1, dtype=torch.float64) + 0.5
+    given = torch.cat([x_TI * weight_T1, weight_T1], dim=1), t_TA * weight_T1
+    seen, sample = streamed(*given, [7, 1, 20, 0, 25]), Sample(TOKENS)
+    sample.update(*given)
+    mean_I, mean_A = take_means(seen)
+    share_T1 = weight_T1.square() / weight_T1.square().sum()
+    torch.testing.assert_close(mean_I, (share_T1 * x_TI).sum(0))
+    torch.testing.assert_close(mean_A, (share_T1 * t_TA).sum(0))
+    left_TI, left_TA = (x_TI - mean_I) * weight_T1, (t_TA - mean_A) * weight_T1
+    torch.testing.assert_close(seen.gram_II[:-1, :-1], left_TI.T @ left_TI)
+    torch.testing.assert_close(seen.cross_AI[:, :-1], left_TA.T @ left_TI)
+    rest = sample.less(mean_I, mean_A)
+    torch.testing.assert_close(rest.x_TI, left_TI)
+    torch.testing.assert_close(rest.anchor_TA, left_TA)
 
 
 @pytest.mark.parametrize("block", [1, 4, 2048])

@@ -97,6 +97,19 @@ class Moments:
             self._cross_AI[first : first + ROW_BLOCK].add_(product(anchor_AT[first : first + ROW_BLOCK], x_TI))
 
 
+def take_means(moments: Moments) -> tuple[torch.Tensor, torch.Tensor]:
+    """The means [I] of the inputs and [A] of the anchors, taken off the sums, in place.
+
+    The last column of x is the weight of its token, by which both x and t have been multiplied, and stays as it is.
+    """
+    gram_II, cross_AI = moments.gram_II, moments.cross_AI
+    weight = float(gram_II[-1, -1])
+    total_I, total_A = gram_II[:-1, -1].clone(), cross_AI[:, -1].clone()
+    gram_II[:-1, :-1].addr_(total_I, total_I, alpha=-1 / weight)
+    cross_AI[:, :-1].addr_(total_A, total_I, alpha=-1 / weight)
+    return total_I / weight, total_A / weight
+
+
 def add_upper(sum_II: torch.Tensor, x_TI: torch.Tensor) -> None:
     """sum += x' x, the blocks on and above the diagonal."""
     x_IT = x_TI.T.contiguous()  # of which every block of rows lies in one piece
@@ -129,6 +142,13 @@ class Sample:
         if room > 0:
             self._rows.append((x_TI[:room].clone(), anchor_TA[:room].clone()))
             self._count += min(room, len(x_TI))
+
+    def less(self, mean_I: torch.Tensor, mean_A: torch.Tensor) -> Sample:
+        """The same rows with their share of these means taken off; the last column of x, their weights, goes."""
+        sample, x_TI, anchor_TA = Sample(self.limit), self.x_TI, self.anchor_TA
+        x_TI, weight_T1 = x_TI[:, :-1], x_TI[:, -1:]
+        sample.update(x_TI - weight_T1 * mean_I.to(x_TI), anchor_TA - weight_T1 * mean_A.to(anchor_TA))
+        return sample
 
     @property
     def full(self) -> bool:

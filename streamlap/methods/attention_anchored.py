@@ -18,7 +18,7 @@ from streamlap.linalg.budget import index_parameters
 from streamlap.linalg.ranks import RankSite
 from streamlap.methods.base import Budget, Built, Cost, HalfView, Layout, Shapes
 from streamlap.methods.costs import half_cost
-from streamlap.methods.fitting import held_error, input_aims, low_rank_edit, output_aim
+from streamlap.methods.fitting import held_error, input_aims, low_rank_edit, output_aim, with_bias
 from streamlap.methods.knobs import Knobs
 
 LEAST_SHARE = 0.25
@@ -33,14 +33,16 @@ class AttentionAnchored(Knobs):
 
     def layout(self, family: Family, shapes: Shapes, biased: Mapping[str, bool], budget: Budget) -> Layout:
         (q, k, v), (o,) = family.sites["attn_in"], family.sites["attn_out"]
-        left = budget.parameters - sum(shapes[path][0] for path in (q, k, v, o) if biased[path])
+        added = {o: row} if (row := self.bias_row(biased[o])) else {}
+        left = budget.parameters - sum(shapes[path][0] for path in (q, k, v, o) if biased[path] or path in added)
         sites = {path: self._site(path, shapes[path], budget, v) for path in (q, k, v, o)}
         others = [sites[q]]
         after = left - sites[k].stored(None) - sites[v].stored(None)
         if shapes[k][0] > shapes[q][0] // 2 or after < LEAST_SHARE * (sites[q].stored(None) + sites[o].stored(None)):
             others, after = [sites[path] for path in (q, k, v)], left
         ranks = self.ranks(others, sites[o], after)
-        return {path: self._row(sites[path], rank) for path, rank in ranks.items() if rank is not None}
+        rows = {path: self._row(sites[path], rank) for path, rank in ranks.items() if rank is not None}
+        return rows | {path: rows.get(path, {}) | row for path, row in added.items()}
 
     def _site(self, path: str, shape: tuple[int, int], budget: Budget, v: str) -> RankSite:
         heads = shape[0] // budget.head_dim
@@ -67,9 +69,9 @@ class AttentionAnchored(Knobs):
             edits.append(edit)
             if order is not None:
                 columns = mixed_columns(order, layout[v]["groups"], shapes[o][1])
-        seen = view.middles(edits)
+        seen = view.middles(edits, self.bias)
         aim = output_aim(layer, o, columns, seen, self.step)
-        edits.append(low_rank_edit(layer, aim, layout.get(o, {}), shapes[o])[0])
+        edits.append(with_bias(layer, low_rank_edit(layer, aim, layout.get(o, {}), shapes[o])[0], seen))
         return Built(edits=edits, error=held_error(edits[-1], seen))
 
 

@@ -77,6 +77,8 @@ class Seen:
     gram_II: torch.Tensor
     cross_AI: torch.Tensor
     held: Sample
+    means: tuple[torch.Tensor, torch.Tensor] | None = None
+    """Of the inputs and of the anchors, taken off all of the above where a bias is to be fitted too."""
 
 
 class HalfView(Protocol):
@@ -105,13 +107,14 @@ class HalfView(Protocol):
         """What `once` gives from now on."""
         ...
 
-    def middle_gram(self, edits: Sequence[Edit]) -> torch.Tensor:
+    def middle_gram(self, edits: Sequence[Edit], centred: bool = False) -> torch.Tensor:
         """S of `middles` alone, from the same tokens."""
         ...
 
-    def middles(self, edits: Sequence[Edit]) -> Seen:
+    def middles(self, edits: Sequence[Edit], centred: bool = False) -> Seen:
         """What its last linear reads with these edits, against what the half has to add to the compressed stream to
-        arrive where the dense model is, the bias of that linear apart. Each token is divided by the size of that stream."""
+        arrive where the dense model is, the bias of that linear apart. Each token is divided by the size of that stream; with
+        `centred`, its share of the means is taken off it."""
         ...
 
 

@@ -34,6 +34,7 @@ from streamlap.methods.fitting import (
     narrowed,
     output_aim,
     pivoted,
+    with_bias,
 )
 from streamlap.methods.knobs import Knobs
 
@@ -54,7 +55,8 @@ class FfnAnchored(Knobs):
     def layout(self, family: Family, shapes: Shapes, biased: Mapping[str, bool], budget: Budget) -> Layout:
         (gate, up), (down,) = family.sites["ffn_in"], family.sites["ffn_mid"]
         (hidden, width), biases = shapes[down], sum(biased[path] for path in (gate, up))
-        left = budget.parameters - hidden * biased[down]
+        added = self.bias_row(biased[down])
+        left = budget.parameters - hidden * (biased[down] or bool(added))
         kept = self._kept(left, width, hidden, biases)
         rows = {gate: {"out": kept}, up: {"out": kept}, down: {"in": kept}} if kept < width else {}
         if self.share < 1:
@@ -62,7 +64,7 @@ class FfnAnchored(Knobs):
                 for path in (gate, up) if name == "gate and up" else (down,):
                     if rank is not None:
                         rows[path] = rows.get(path, {}) | self._row(rank, path != down)
-        return rows
+        return rows | ({down: rows.get(down, {}) | added} if added else {})
 
     def _ranks(self, kept: int, hidden: int, budget: Budget, left: int) -> dict[str, int | None]:
         """Of the sites that do not stay dense whatever is left."""
@@ -96,9 +98,10 @@ class FfnAnchored(Knobs):
         aims = input_aims(view, (gate, up), self.input_step)
         kept = self._kept_channels(view, aims, layout, shapes[down][1])
         edits, channels = self._inner_edits(view, aims, layout, kept)
-        seen = view.middles(edits)
+        seen = view.middles(edits, self.bias)
         aim = output_aim(layer, down, channels, seen, self.step)
         last, _ = low_rank_edit(layer, aim, layout.get(down, {}), shapes[down], channels if kept is not None else None)
+        last = with_bias(layer, last, seen)
         return Built(edits=[*edits, last], error=held_error(last, seen))
 
     def _kept_channels(self, view: HalfView, aims: list[Aim], layout: Layout, width: int) -> torch.Tensor | None:
@@ -107,7 +110,7 @@ class FfnAnchored(Knobs):
         count = layout.get(down, {}).get("in", width)
         if count == width:
             return None
-        return view.once((self.kin, count), lambda: next(removals(*reads_whole(view, aims), [count])).kept_K)
+        return view.once((self.kin, count), lambda: next(removals(*reads_whole(view, aims, self.bias), [count])).kept_K)
 
     def _inner_edits(
         self, view: HalfView, aims: list[Aim], layout: Layout, kept: torch.Tensor | None
@@ -138,7 +141,7 @@ class FfnAnchored(Knobs):
     def compare(self, view: HalfView, layouts: Mapping[str, Layout]) -> dict[str, float]:
         """Channels and subspaces that it has found serve the one that is built."""
         aims = input_aims(view, view.layer.family.sites["ffn_in"], self.input_step)
-        compared = compare_layouts(view, aims, layouts)
+        compared = compare_layouts(view, aims, layouts, self.bias)
         view.remember((self.kin, "subspaces"), compared.subspaces)
         for kept_K in compared.kept:
             view.remember((self.kin, len(kept_K)), kept_K)

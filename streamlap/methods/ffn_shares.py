@@ -31,11 +31,11 @@ class Compared:
     """Of gate and up, with rows for all channels; none where no layout cuts a rank."""
 
 
-def compare_layouts(view: HalfView, aims: list[Aim], layouts: Mapping[str, Layout]) -> Compared:
+def compare_layouts(view: HalfView, aims: list[Aim], layouts: Mapping[str, Layout], bias: bool) -> Compared:
     """Each with the channels that it would keep, gate and up cut in the directions that serve the channels of the middle one,
     and the down that was fitted again for the lost channels, not yet for the ranks."""
     (gate, _), (down,) = view.layer.family.sites["ffn_in"], view.layer.family.sites["ffn_mid"]
-    w_DF, gram_FF = reads_whole(view, aims)
+    w_DF, gram_FF = reads_whole(view, aims, bias)
     counts = {name: layout.get(down, {}).get("in", len(gram_FF)) for name, layout in layouts.items()}
     ranks = {name: rank for name, layout in layouts.items() if (rank := rank_of(layout, gate)) is not None}
     left = {len(found.kept_K): found for found in removals(w_DF, gram_FF, sorted(set(counts.values()), reverse=True))}
@@ -58,12 +58,12 @@ def rank_of(layout: Layout, path: str) -> int | None:
     return row.get("rank", row.get("pivots"))
 
 
-def reads_whole(view: HalfView, aims: Sequence[Aim]) -> tuple[torch.Tensor, torch.Tensor]:
-    """down, and the Gram of what it reads while gate and up are whole."""
+def reads_whole(view: HalfView, aims: Sequence[Aim], bias: bool) -> tuple[torch.Tensor, torch.Tensor]:
+    """down, and the Gram of what it reads while gate and up are whole, its mean apart where a bias will make up for that."""
     layer = view.layer
     (down,) = layer.family.sites["ffn_mid"]
     whole = [dense_edit(layer, aim, (aim.t_OI.shape[0], aim.t_OI.shape[1])) for aim in aims]
-    return layer.linear(down).weight, view.middle_gram(whole)
+    return layer.linear(down).weight, view.middle_gram(whole, bias)
 
 
 def subspaces(aims: Sequence[Aim], serves: torch.Tensor | None, rank: int) -> list[Subspace]:

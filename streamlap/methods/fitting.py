@@ -92,6 +92,8 @@ def moved(
     t_OI = w_OI.to(gram_II.dtype)
     if step != 0:
         t_OI = _moved(t_OI, anchored(t_OI, gram_II, cross_AI), x_TI, seen.held.anchor_TA, step)
+    if seen.means is not None:  # a place for what `with_bias` will find
+        bias_O = t_OI.new_zeros(len(t_OI)) if bias_O is None else bias_O.clone()
     return Aim(path=path, t_OI=t_OI, bias_O=bias_O, gram_II=gram_II)
 
 
@@ -169,6 +171,25 @@ def pivoted(
         kept = kept[order_O]
     error = found.error(len(pivots_R))
     return Edit(path=aim.path, module=module, of=of, error=error, kept=as_kept(kept)), order_O
+
+
+def with_bias(layer: StreamLayer, edit: Edit, seen: Seen) -> Edit:
+    """The edit, with the bias that makes up for what it does to the means, where these were taken off what it is fitted to.
+
+    The weights that are best on centred tokens are best with it. FLAP's compensation (An et al. 2024, arXiv 2312.11983) is
+    the bias without the fit.
+    """
+    if seen.means is None:
+        return edit
+    mean_I, mean_O = seen.means
+    module, own = edit.module, layer.linear(edit.path).bias
+    assert isinstance(module, nn.Linear | StoredLinear)
+    w_OI = module.weight if isinstance(module, nn.Linear) else module.merged(torch.float32)
+    bias_O = mean_O - w_OI.to(mean_I.dtype) @ mean_I
+    stored_O = module.bias if isinstance(module, nn.Linear) else module.merged_bias()
+    assert stored_O is not None, "`moved` has made one"
+    stored_O.data.copy_(bias_O if own is None else bias_O + own)
+    return replace(edit, added_bias=own is None)
 
 
 def held_error(edit: Edit, seen: Seen) -> float:

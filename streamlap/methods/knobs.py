@@ -41,8 +41,13 @@ class Knobs(Steps):
     storage: str = "pivoted"
     """pivoted: rows of the matrix and a map from them to the others; factors: two factors."""
 
+    bias: bool = False
+    """Whether the last linear is fitted with a bias, which it gets where it has none."""
+
     def __post_init__(self) -> None:
         super().__post_init__()
+        if not isinstance(self.bias, bool):
+            raise RecipeError(f"bias is {self.bias!r}; wanted true or false.")
         for name, value, choices in (("output", self.output, OUTPUTS), ("storage", self.storage, STORAGES)):
             if value not in choices:
                 raise RecipeError(f"{name} is {value!r}; wanted one of {', '.join(choices)}.")
@@ -53,3 +58,7 @@ class Knobs(Steps):
         if self.output == "dense" and rest >= LEAST * sum(site.stored(None) for site in others):
             return share_ranks(others, rest)
         return share_ranks([*others, last], budget)
+
+    def bias_row(self, biased: bool) -> dict[str, int]:
+        """What the last linear's row says of a bias, given whether the dense one has its own."""
+        return {"bias": 1} if self.bias and not biased else {}
