@@ -27,6 +27,8 @@ import torch
 from streamlap.errors import BudgetError, CheckpointError, StreamlapError
 from streamlap.linalg.lowrank import eigh
 from streamlap.linalg.products import product
+from streamlap.memory import existing_ancestor
+from streamlap.store.source import forget
 
 log = logging.getLogger(__name__)
 
@@ -84,7 +86,7 @@ def measure(device: str, dtype: torch.dtype, folder: Path) -> Machine:
     Raises BudgetError when the disk is full, StreamlapError when nothing can be written there.
     """
     sizes: dict[str, Any] = CPU_MATMUL if torch.device(device).type == "cpu" else {}
-    with _written(_existing(folder), DISK_BYTES) as (path, write):
+    with _written(existing_ancestor(folder), DISK_BYTES) as (path, write):
         read = read_rate(path, DISK_BYTES)
     return Machine(
         matmul=matmul_rate(device, dtype, **sizes),
@@ -174,8 +176,7 @@ def _written(folder: Path, nbytes: int) -> Iterator[tuple[Path, float]]:
 def _drop_cache(handle: int) -> None:
     with contextlib.suppress(OSError):
         os.fsync(handle)  # pages that are not on the disk yet would stay
-    if hasattr(os, "posix_fadvise"):
-        os.posix_fadvise(handle, 0, 0, os.POSIX_FADV_DONTNEED)
+    forget(handle)
 
 
 def _seconds(work: Callable[[], object], device: str) -> float:
@@ -202,15 +203,11 @@ def _random(device: str, *shape: int) -> torch.Tensor:
     return torch.randn(shape, generator=torch.Generator(device).manual_seed(0), device=device)
 
 
-def _existing(folder: Path) -> Path:
-    return next(path for path in (folder.absolute(), *folder.absolute().parents) if path.is_dir())
-
-
 def _key(device: str, dtype: torch.dtype, folder: Path) -> str:
     parts = [_cpu_model(), f"torch {torch.__version__}", f"{torch.get_num_threads()} threads", str(dtype)]
     if torch.device(device).type == "cuda":
         parts.append(torch.cuda.get_device_name(device))
-    return ", ".join([*parts, f"file system {_existing(folder).stat().st_dev}"])
+    return ", ".join([*parts, f"file system {existing_ancestor(folder).stat().st_dev}"])
 
 
 def _cpu_model() -> str:

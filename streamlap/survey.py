@@ -7,7 +7,7 @@ file, which serves every ratio; `allocate` reads it.
 What a killed sweep needs to go on lies in a folder beside the file. A layer is committed as in `pipeline`: the streams that
 feed the next one are on the disk, then comes the journal line, then those that fed it go.
 
-Shape suffixes: N windows, L length, B batch, D hidden, T tokens, V vocabulary.
+Shape suffixes: N windows, L length, B batch, D hidden.
 """
 
 from __future__ import annotations
@@ -23,10 +23,11 @@ import torch
 from streamlap.allocate import Point, Survey, model_digest
 from streamlap.calibration import calibration_tokens
 from streamlap.cuts import CUTTERS, LEVELS, Cut, all_cuts, cut_layout, disk_generations, survey_workload
+from streamlap.divergence import divergences
 from streamlap.engine import Engine, open_bank, start_engine
-from streamlap.errors import Interrupted, NumericalError, RecipeError, UnsupportedModel
+from streamlap.errors import Interrupted, RecipeError, UnsupportedModel
 from streamlap.families.layer import StreamLayer
-from streamlap.families.stream import HEAD_TOKENS, ModelStream
+from streamlap.families.stream import ModelStream
 from streamlap.halves import half_of
 from streamlap.heap import steady_heap
 from streamlap.memory import parse_size
@@ -230,7 +231,7 @@ def points(sweep: Sweep) -> tuple[dict[str, tuple[Point, ...]], ...]:
     """What was measured, with the divergences at the head."""
     schedule = sweep.fit.schedule
     with sweep.fit.ram.claim(schedule.ram["head"]), sweep.fit.vram.claim(schedule.vram.get("head", {})):
-        kl = divergences(sweep)
+        kl = divergences(sweep.stream, sweep.dense, sweep.copies)
     rows = []
     for index, line in enumerate(sweep.journal.layers):
         errors = {half: dict(zip(LEVELS, values, strict=True)) for half, values in line["errors"].items()}
@@ -244,29 +245,3 @@ def points(sweep: Sweep) -> tuple[dict[str, tuple[Point, ...]], ...]:
             }
         )
     return tuple(rows)
-
-
-@torch.no_grad()
-def divergences(sweep: Sweep) -> dict[Cut, float]:
-    """KL(dense || copy) of the predictions, nats a token, for every copy."""
-    head, depth = sweep.stream.head(), sweep.stream.depth
-    found = {}
-    for cut, bank in sweep.copies.items():
-        total = 0.0
-        for dense_BLD, copy_BLD in zip(sweep.dense.read(depth), bank.read(depth), strict=True):
-            pieces = zip(
-                *(torch.split(x_BLD.flatten(0, 1), HEAD_TOKENS) for x_BLD in (dense_BLD, copy_BLD)), strict=True
-            )
-            total += sum(divergence(head(dense_TD), head(copy_TD)) for dense_TD, copy_TD in pieces)
-        found[cut] = max(0.0, total / sweep.tokens_NL.numel())
-        if not found[cut] < float("inf"):
-            raise NumericalError(
-                f"layer {cut.index} {cut.half}: divergence {found[cut]}; wanted a number. Try dtype float32."
-            )
-    return found
-
-
-def divergence(dense_TV: torch.Tensor, copy_TV: torch.Tensor) -> float:
-    """Sum over tokens of KL(dense || copy), from logits."""
-    p_TV, q_TV = dense_TV.float().log_softmax(dim=-1), copy_TV.float().log_softmax(dim=-1)
-    return float((p_TV.exp() * (p_TV - q_TV)).sum(dtype=torch.float64))
