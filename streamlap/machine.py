@@ -28,7 +28,6 @@ from streamlap.errors import BudgetError, CheckpointError, StreamlapError
 from streamlap.linalg.lowrank import eigh
 from streamlap.linalg.products import product
 from streamlap.memory import existing_ancestor
-from streamlap.store.source import forget
 
 log = logging.getLogger(__name__)
 
@@ -176,7 +175,8 @@ def _written(folder: Path, nbytes: int) -> Iterator[tuple[Path, float]]:
 def _drop_cache(handle: int) -> None:
     with contextlib.suppress(OSError):
         os.fsync(handle)  # pages that are not on the disk yet would stay
-    forget(handle)
+    if hasattr(os, "posix_fadvise"):
+        os.posix_fadvise(handle, 0, 0, os.POSIX_FADV_DONTNEED)
 
 
 def _seconds(work: Callable[[], object], device: str) -> float:

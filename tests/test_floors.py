@@ -22,7 +22,7 @@ FLOORS = {
     4: {"", "cli", "options", "wording"},
     3: {
         "pipeline", "editing", "recovery", "halves", "views",
-        "allocate", "survey", "cuts", "preflight", "evaluate", "engine", "forecast", "sizing", "workload", "plan",
+        "allocate", "survey", "cuts", "divergence", "preflight", "evaluate", "engine", "forecast", "sizing", "workload", "plan",
         "inventory", "verification", "loading", "report", "target", "export", "export.dense", "export.folder", "demo",
     },
     2: {
@@ -38,7 +38,7 @@ FLOORS = {
         "linalg", "linalg.allocation", "linalg.anchor", "linalg.budget", "linalg.channels", "linalg.heads", "linalg.lowrank",
         "linalg.moments", "linalg.obs", "linalg.pivot", "linalg.products", "linalg.ranks",
         "linalg.statistics", "linalg.subspace",
-        "linears", "modules", "memory", "cgroups", "meters", "machine", "progress", "errors", "hf_plugin",
+        "linears", "modules", "memory", "cgroups", "meters", "heap", "machine", "progress", "errors", "hf_plugin",
         "modeling_streamlap", "shim", "stopping", "version",
     },
 }  # fmt: skip
