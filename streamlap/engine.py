@@ -18,7 +18,7 @@ import torch
 from streamlap.errors import BudgetError, first_line
 from streamlap.families.layer import StreamLayer
 from streamlap.families.stream import ModelStream, batch_of
-from streamlap.heap import kept_heap, trim_heap
+from streamlap.heap import KeptHeap
 from streamlap.memory import Ladder, is_out_of_memory, show_size
 from streamlap.meters import peak_ram_bytes, ram_bytes
 from streamlap.progress import Progress
@@ -47,6 +47,7 @@ class Engine:
     writer: Worker
     ladder: Ladder
     progress: Progress
+    heap: KeptHeap
 
     def layer(self, index: int, kwargs: Mapping[str, Any]) -> StreamLayer:
         """The layer, read ahead where that overlaps. It must be dropped before the next is asked for."""
@@ -105,20 +106,17 @@ class Engine:
     @contextlib.contextmanager
     def claim(self, phase: str) -> Iterator[None]:
         schedule = self.fit.schedule
+        self.heap.trim()
         with self.fit.ram.claim(schedule.ram.get(phase, {})), self.fit.vram.claim(schedule.vram.get(phase, {})):
             yield
 
-    def trim(self) -> None:
-        """Give back what was freed, where that is more than the schedule keeps."""
-        if kept := self.fit.schedule.kept:
-            trim_heap(kept)
-
     def require_baseline(self, index: int) -> None:
         """Raise BudgetError where memory crept up between layers so far that the next one would break a cap."""
-        self.trim()
+        self.heap.trim()
         if (most := peak_ram_bytes()) > self.fit.ram.cap:
             log.warning("layer %d took %s of RAM, more than the cap", index, show_size(most))
-        budgets = ((self.fit.ram, self.fit.schedule.ram, ram_bytes()),
+        # Of what is kept though it was freed only so much is there, whatever is claimed for it.
+        budgets = ((self.fit.ram, self.fit.schedule.ram, ram_bytes() + self.heap.limit - self.heap.freed),
                    (self.fit.vram, self.fit.schedule.vram, self._allocated()))  # fmt: skip
         for budget, phases, held in budgets:
             assert set(budget.held) <= set(phases.get("layers", {})), (
@@ -151,7 +149,7 @@ def start_engine(
     with contextlib.ExitStack() as stack:
         stack.enter_context(choice.ram.claim(schedule.ram["layers"]))
         stack.enter_context(choice.vram.claim(schedule.vram.get("layers", {})))
-        stack.enter_context(kept_heap(schedule.kept))
+        heap = stack.enter_context(KeptHeap(schedule.kept))
         for bank in (hidden, *beside):
             stack.callback(bank.close)
         progress = stack.enter_context(Progress(name, stream.depth, first, seconds))
@@ -162,7 +160,7 @@ def start_engine(
             yield Engine(
             stream=stream, fit=choice, hidden=hidden, fetcher=fetcher, writer=writer, progress=progress,
             staging=Staging(choice.work.staged, buffers(choice.work, schedule.overlap), device, reader),
-            ladder=Ladder(schedule.micro, device),
+            ladder=Ladder(schedule.micro, device), heap=heap,
         )  # fmt: skip
 
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import os
-from collections.abc import Iterator
 
 import psutil
 
@@ -27,17 +26,19 @@ class _Heap(ctypes.Structure):
 
 
 def _libc() -> ctypes.CDLL | None:
-    """The C library, where it can tell what its heap holds."""
-    with contextlib.suppress(OSError, AttributeError, TypeError):
+    """The C library, where it tells what its heap holds, and lets blocks of any size stay in it."""
+    with contextlib.suppress(OSError, AttributeError, TypeError, ValueError):
         libc = ctypes.CDLL(None)
+        libc.gnu_get_libc_version.restype = ctypes.c_char_p
         libc.mallinfo2.restype = _Heap
-        return libc
+        if tuple(map(int, libc.gnu_get_libc_version().decode().split(".")[:2])) >= (2, 35):
+            return libc
     return None
 
 
 _LIBC = _libc()
 CAN_KEEP = _LIBC is not None
-"""Whether `kept_heap` keeps anything here."""
+"""Whether `KeptHeap` keeps anything here."""
 
 
 def steady_heap() -> None:
@@ -51,34 +52,51 @@ def steady_heap() -> None:
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
     with contextlib.suppress(OSError, AttributeError, TypeError):
         ctypes.CDLL(None).mallopt(_M_MMAP_THRESHOLD, _MMAP_BYTES)
+    trim_heap()  # of what a run before this one has left
 
 
-@contextlib.contextmanager
-def kept_heap(limit: int) -> Iterator[None]:
-    """While the block lasts, memory that is freed stays for what comes next: a layer goes through many times what it holds,
-    and even huge pages take time to come. It stays below `limit` bytes where `trim_heap` is called now and then; 0 keeps
-    nothing. Blocks must not nest."""
-    if _LIBC is None or not limit:
-        yield
-        return
-    _LIBC.mallopt(_M_MMAP_THRESHOLD, _MOST_BYTES)
-    _LIBC.mallopt(_M_TRIM_THRESHOLD, _MOST_BYTES)
-    try:
-        yield
-    finally:
-        _LIBC.mallopt(_M_MMAP_THRESHOLD, _MMAP_BYTES)
-        _LIBC.mallopt(_M_TRIM_THRESHOLD, _TRIM_BYTES)
+class KeptHeap:
+    """While it is entered, memory that is freed stays for what comes next: a layer goes through many times what it holds, and
+    even huge pages take time to come. Once the block ends, or where `trim` finds more than `limit` bytes, it goes back.
+
+    With a limit of 0 nothing is kept. Two must not be entered at once.
+    """
+
+    def __init__(self, limit: int) -> None:
+        self.limit = limit if CAN_KEEP else 0
+        self._other = 0
+
+    def __enter__(self) -> KeptHeap:
+        self._other = unused_bytes()
+        if _LIBC is not None and self.limit:
+            _LIBC.mallopt(_M_MMAP_THRESHOLD, _MOST_BYTES)
+            _LIBC.mallopt(_M_TRIM_THRESHOLD, _MOST_BYTES)
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        if _LIBC is not None and self.limit:
+            _LIBC.mallopt(_M_MMAP_THRESHOLD, _MMAP_BYTES)
+            _LIBC.mallopt(_M_TRIM_THRESHOLD, _TRIM_BYTES)
+            trim_heap()
+
+    @property
+    def freed(self) -> int:
+        """Bytes that are kept now."""
+        return max(0, unused_bytes() - self._other) if self.limit else 0
+
+    def trim(self) -> None:
+        if self.freed > self.limit:
+            trim_heap()
+
+
+def trim_heap() -> None:
+    """Give back to the system what was freed."""
+    if _LIBC is not None:
         _LIBC.malloc_trim(0)
 
 
-def trim_heap(limit: int) -> None:
-    """Give back to the system what was freed, where that is more than `limit` bytes."""
-    if _LIBC is not None and freed_bytes() > limit:
-        _LIBC.malloc_trim(0)
-
-
-def freed_bytes() -> int:
-    """Memory of this process that nobody uses; what no tensor is made of, as Python's own, counts too."""
+def unused_bytes() -> int:
+    """Memory of this process that is in no block of the heap: what was freed, and what never was the heap's."""
     if _LIBC is None:
         return 0
     memory, heap = psutil.Process().memory_info(), _LIBC.mallinfo2()

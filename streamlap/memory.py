@@ -16,6 +16,7 @@ import torch
 
 from streamlap.cgroups import memory_room
 from streamlap.errors import BudgetError, RecipeError, first_line
+from streamlap.heap import trim_heap
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -150,6 +151,7 @@ class Ladder:
 
 def free_caches() -> None:
     gc.collect()
+    trim_heap()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
 
@@ -161,7 +163,7 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 def existing_ancestor(path: Path) -> Path:
-    return next(parent for parent in (path.absolute(), *path.absolute().parents) if parent.exists())
+    return next(parent for parent in (path.absolute(), *path.absolute().parents) if parent.is_dir())
 
 
 def require_disk(path: Path, wanted: int, purpose: str) -> None:

@@ -29,7 +29,7 @@ from streamlap.errors import Interrupted, RecipeError, UnsupportedModel
 from streamlap.families.layer import StreamLayer
 from streamlap.families.stream import ModelStream
 from streamlap.halves import half_of
-from streamlap.heap import steady_heap
+from streamlap.heap import steady_heap, trim_heap
 from streamlap.memory import parse_size
 from streamlap.meters import PhaseClock, reset_peaks
 from streamlap.preflight import check_apart, fingerprint, forecast_disk, hidden_folder, pick_device
@@ -230,6 +230,7 @@ def cut_half(
 def points(sweep: Sweep) -> tuple[dict[str, tuple[Point, ...]], ...]:
     """What was measured, with the divergences at the head."""
     schedule = sweep.fit.schedule
+    trim_heap()  # of what the layers have left
     with sweep.fit.ram.claim(schedule.ram["head"]), sweep.fit.vram.claim(schedule.vram.get("head", {})):
         kl = divergences(sweep.stream, sweep.dense, sweep.copies)
     rows = []

@@ -71,25 +71,30 @@ class View:
         return self.once("input gram", lambda: self._collect(look, self.stream).gram_II)
 
     def middles(self, edits: Sequence[Edit], centred: bool = False) -> Seen:
-        def look(goal_BLD: torch.Tensor, x_BLD: torch.Tensor) -> Rows:
-            x_BLI, missing_BLD = self._middle(goal_BLD, x_BLD)
-            return (torch.cat([x_BLI, evenly(goal_BLD.float())], dim=-1) if centred else x_BLI), missing_BLD
-
         with self.layer.tried(edits):
-            return self._collect(look, self.goal, self.stream, centred=centred)
+            return self._collect(self._middles_look(centred), self.goal, self.stream, centred=centred)
 
-    def held_middles(self, edits: Sequence[Edit]) -> Sample:
+    def held_middles(self, edits: Sequence[Edit], centred: bool = False) -> Sample:
         with self.layer.tried(edits):
-            return self._gather(self._middle, self.goal, self.stream, fitted=False)[1]
+            sample = self._gather(self._middles_look(centred), self.goal, self.stream, fitted=False)[1]
+        return sample.centred() if centred else sample
 
     def middle_gram(self, edits: Sequence[Edit], centred: bool = False) -> torch.Tensor:
         def look(goal_BLD: torch.Tensor, x_BLD: torch.Tensor) -> Rows:
-            weight_BL1 = evenly(goal_BLD.float())
-            x_BLI = self.layer.middle(self.half, x_BLD).float() * weight_BL1
-            return (torch.cat([x_BLI, weight_BL1], dim=-1) if centred else x_BLI), goal_BLD[..., :0]
+            x_BLI, _ = self._middles_look(centred)(goal_BLD, x_BLD)
+            return x_BLI, goal_BLD[..., :0]
 
         with self.layer.tried(edits):
             return self._collect(look, self.goal, self.stream, centred=centred).gram_II
+
+    def _middles_look(self, centred: bool) -> Callable[..., Rows]:
+        """Of the middle, with the weights of the tokens as a last column where means are to be taken off."""
+
+        def look(goal_BLD: torch.Tensor, x_BLD: torch.Tensor) -> Rows:
+            x_BLI, missing_BLD = self._middle(goal_BLD, x_BLD)
+            return torch.cat([x_BLI, evenly(goal_BLD.float())], dim=-1), missing_BLD
+
+        return look if centred else self._middle
 
     def _middle(self, goal_BLD: torch.Tensor, x_BLD: torch.Tensor) -> Rows:
         """What the last linear reads, and what is missing from the stream, its own bias apart."""
@@ -125,7 +130,7 @@ class View:
         """Sums over (x, anchor) of every sequence, or where its turn comes its rows; without `fitted` these alone."""
 
         def attempt() -> tuple[Moments, Sample]:
-            self.engine.trim()
+            self.engine.heap.trim()
             moments, sample, number = Moments(), Sample(HELD_TOKENS), 0
             total = self.stream.bank.shape_NLD[0]
             for batches in self.engine.together(*(place.read() for place in places), phase="capture"):

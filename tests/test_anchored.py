@@ -313,7 +313,7 @@ def test_a_bias_makes_up_for_a_mean_that_is_missing() -> None:
     x_TI, w_OI, c_O = (
         torch.randn(500, 8, generator=generator) + 2,
         torch.randn(5, 8, generator=generator),
-        torch.randn(5),
+        torch.randn(5, generator=generator),
     )
     weight_T1 = torch.rand(500, 1, generator=generator) + 0.5
     moments, held = Moments(), Sample(500)

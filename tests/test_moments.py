@@ -131,6 +131,8 @@ def test_sums_without_their_means_are_those_of_centred_tokens() -> None:
     rest = sample.less(mean_I, mean_A)
     torch.testing.assert_close(rest.x_TI, left_TI)
     torch.testing.assert_close(rest.anchor_TA, left_TA)
+    torch.testing.assert_close(sample.centred().x_TI, left_TI, msg="all rows are in both, so the means are the same")
+    assert rest.power == sample.power == pytest.approx(float(given[1].square().sum(1).mean()))
 
 
 @pytest.mark.parametrize("block", [1, 4, 2048])

@@ -174,7 +174,10 @@ def test_shorter_forwards_are_the_last_resort() -> None:
     assert not any(row.overlap for row in schedules(WORK, False))
 
 
-def test_freed_memory_stays_where_halves_are_rebuilt_on_a_cpu_and_there_is_room() -> None:
+def test_freed_memory_stays_where_halves_are_rebuilt_on_a_cpu_and_there_is_room(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(sizing, "CAN_KEEP", True)
     solve = 10**9
     work = replace(WORK, solve=solve, capture=1, streams=4)
     rows = list(schedules(work, True))
@@ -185,6 +188,8 @@ def test_freed_memory_stays_where_halves_are_rebuilt_on_a_cpu_and_there_is_room(
     assert make_schedule(replace(work, solve=4096), True, "ram", 4, 0.5).kept == 256 << 20
     for other in (WORK, replace(work, device=CUDA)):
         assert not any(row.kept for row in schedules(other, True))
+    monkeypatch.setattr(sizing, "CAN_KEEP", False)
+    assert list(schedules(work, True)) == rows[2:]
 
 
 @pytest.mark.parametrize("overlap", [True, False])

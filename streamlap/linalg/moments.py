@@ -136,6 +136,7 @@ class Sample:
 
     def __init__(self, limit: int) -> None:
         self.limit, self._rows, self._count = limit, list[tuple[torch.Tensor, torch.Tensor]](), 0
+        self._power: float | None = None
 
     def update(self, x_TI: torch.Tensor, anchor_TA: torch.Tensor) -> None:
         room = self.limit - self._count
@@ -148,7 +149,22 @@ class Sample:
         sample, x_TI, anchor_TA = Sample(self.limit), self.x_TI, self.anchor_TA
         x_TI, weight_T1 = x_TI[:, :-1], x_TI[:, -1:]
         sample.update(x_TI - weight_T1 * mean_I.to(x_TI), anchor_TA - weight_T1 * mean_A.to(anchor_TA))
+        sample._power = self.power
         return sample
+
+    def centred(self) -> Sample:
+        """The same less its own means."""
+        x_TI, weight_T1 = self.x_TI, self.x_TI[:, -1:]
+        total = weight_T1.square().sum()
+        mean_I, mean_A = ((rows * weight_T1).sum(dim=0) / total for rows in (x_TI[:, :-1], self.anchor_TA))
+        return self.less(mean_I, mean_A)
+
+    @property
+    def power(self) -> float:
+        """Mean square length of the anchors, before anything was taken off: what an error is a share of."""
+        if self._power is None:
+            self._power = float(self.anchor_TA.double().square().sum(dim=1).mean())
+        return self._power
 
     @property
     def full(self) -> bool:

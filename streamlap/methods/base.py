@@ -95,8 +95,8 @@ class HalfView(Protocol):
         """What the half's first linears read on the compressed stream, against what they read on the dense one."""
         ...
 
-    def held_middles(self, edits: Sequence[Edit]) -> Sample:
-        """The held-out rows of `middles` alone."""
+    def held_middles(self, edits: Sequence[Edit], centred: bool = False) -> Sample:
+        """The held-out rows of `middles` alone; with `centred` less their own means."""
         ...
 
     def once(self, name: Hashable, make: Callable[[], T]) -> T:

@@ -48,7 +48,7 @@ def compare_layouts(view: HalfView, aims: list[Aim], layouts: Mapping[str, Layou
         kept_K = left[counts[name]].kept_K
         edits = truncated(view.layer, aims, whole, ranks.get(name), kept_K)
         w_DK = shortened(left[counts[name]].w_OK, gram_FF, kept_K, rank_of(layout, down))
-        errors[name] = map_error(w_DK, view.held_middles(edits))
+        errors[name] = map_error(w_DK, view.held_middles(edits, bias))
     return Compared(errors=errors, kept=[found.kept_K for found in left.values()], subspaces=whole)
 
 

@@ -187,8 +187,8 @@ def with_bias(layer: StreamLayer, edit: Edit, seen: Seen) -> Edit:
     w_OI = module.weight if isinstance(module, nn.Linear) else module.merged(torch.float32)
     bias_O = mean_O - w_OI.to(mean_I.dtype) @ mean_I
     stored_O = module.bias if isinstance(module, nn.Linear) else module.merged_bias()
-    assert stored_O is not None, "`moved` has made one"
-    stored_O.data.copy_(bias_O if own is None else bias_O + own)
+    assert isinstance(stored_O, nn.Parameter), "`moved` has made one"
+    stored_O.copy_(bias_O if own is None else bias_O + own)
     return replace(edit, added_bias=own is None)
 
 
@@ -205,5 +205,5 @@ def map_error(w_OI: torch.Tensor, held: Sample) -> float:
     """The same of a half that ends in the map W."""
     x_TI, w_OI, target_TO = working(held.x_TI, w_OI, held.anchor_TA)
     y_TO = product(x_TI, w_OI.T)
-    power = float(target_TO.square().sum(dim=1).mean())
-    return float((target_TO - y_TO).square().sum(dim=1).square().mean().sqrt()) / power if power > 0 else 0.0
+    missed = float((target_TO - y_TO).square().sum(dim=1).square().mean().sqrt())
+    return missed / held.power if held.power > 0 else 0.0
