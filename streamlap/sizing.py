@@ -21,7 +21,7 @@ from streamlap.workload import Workload
 RUNTIME_BYTES = 64 << 20
 """What torch and its libraries take when they first compute: thread stacks, kernels, small blocks."""
 
-KEEPS, KEPT_BYTES = (1.0, 0.5), 256 << 20
+KEEPS, KEPT_BYTES = (1.25, 0.5), 256 << 20
 """Freed memory that may stay, as shares of what a solve holds, and the least that it is worth while for."""
 
 Parts = Mapping[str, int]
