@@ -27,7 +27,6 @@ import torch
 from streamlap.errors import BudgetError, CheckpointError, StreamlapError
 from streamlap.linalg.lowrank import eigh
 from streamlap.linalg.products import product
-from streamlap.memory import existing_ancestor
 
 log = logging.getLogger(__name__)
 
@@ -85,7 +84,7 @@ def measure(device: str, dtype: torch.dtype, folder: Path) -> Machine:
     Raises BudgetError when the disk is full, StreamlapError when nothing can be written there.
     """
     sizes: dict[str, Any] = CPU_MATMUL if torch.device(device).type == "cpu" else {}
-    with _written(existing_ancestor(folder), DISK_BYTES) as (path, write):
+    with _written(_existing(folder), DISK_BYTES) as (path, write):
         read = read_rate(path, DISK_BYTES)
     return Machine(
         matmul=matmul_rate(device, dtype, **sizes),
@@ -203,11 +202,15 @@ def _random(device: str, *shape: int) -> torch.Tensor:
     return torch.randn(shape, generator=torch.Generator(device).manual_seed(0), device=device)
 
 
+def _existing(folder: Path) -> Path:
+    return next(path for path in (folder.absolute(), *folder.absolute().parents) if path.is_dir())
+
+
 def _key(device: str, dtype: torch.dtype, folder: Path) -> str:
     parts = [_cpu_model(), f"torch {torch.__version__}", f"{torch.get_num_threads()} threads", str(dtype)]
     if torch.device(device).type == "cuda":
         parts.append(torch.cuda.get_device_name(device))
-    return ", ".join([*parts, f"file system {existing_ancestor(folder).stat().st_dev}"])
+    return ", ".join([*parts, f"file system {_existing(folder).stat().st_dev}"])
 
 
 def _cpu_model() -> str:

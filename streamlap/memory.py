@@ -163,7 +163,7 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 def existing_ancestor(path: Path) -> Path:
-    return next(parent for parent in (path.absolute(), *path.absolute().parents) if parent.is_dir())
+    return next(parent for parent in (path.absolute(), *path.absolute().parents) if parent.exists())
 
 
 def require_disk(path: Path, wanted: int, purpose: str) -> None:

@@ -170,7 +170,7 @@ CHANGES: dict[str, Callable[[pytest.MonkeyPatch], object]] = {
     "threads": lambda patch: patch.setattr(torch, "get_num_threads", lambda: 77),
     "torch": lambda patch: patch.setattr(torch, "__version__", "77.0"),
     "processor": lambda patch: patch.setattr(machine, "_cpu_model", lambda: "another"),
-    "disk": lambda patch: patch.setattr(machine, "existing_ancestor", lambda folder: Path("/proc")),
+    "disk": lambda patch: patch.setattr(machine, "_existing", lambda folder: Path("/proc")),
 }
 
 
