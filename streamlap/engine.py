@@ -116,7 +116,8 @@ class Engine:
         if (most := peak_ram_bytes()) > self.fit.ram.cap:
             log.warning("layer %d took %s of RAM, more than the cap", index, show_size(most))
         # Of what is kept though it was freed only so much is there, whatever is claimed for it.
-        budgets = ((self.fit.ram, self.fit.schedule.ram, ram_bytes() + self.heap.limit - self.heap.freed),
+        kept = self.heap.limit and self.heap.limit - self.heap.freed
+        budgets = ((self.fit.ram, self.fit.schedule.ram, ram_bytes() + kept),
                    (self.fit.vram, self.fit.schedule.vram, self._allocated()))  # fmt: skip
         for budget, phases, held in budgets:
             assert set(budget.held) <= set(phases.get("layers", {})), (

@@ -14,6 +14,7 @@ import psutil
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
 _TRIM_BYTES, _MMAP_BYTES = 1 << 17, 1 << 20
 _MOST_BYTES = (1 << 31) - 1
+_SLACK_BYTES = 32 << 20
 
 
 class _Heap(ctypes.Structure):
@@ -82,10 +83,11 @@ class KeptHeap:
     @property
     def freed(self) -> int:
         """Bytes that are kept now."""
-        return max(0, unused_bytes() - self._other) if self.limit else 0
+        return max(0, unused_bytes() - self._other)
 
     def trim(self) -> None:
-        if self.freed > self.limit:
+        """Also where nothing is kept: new blocks go into holes that an earlier `KeptHeap` has left, and stay there."""
+        if self.freed > max(self.limit, _SLACK_BYTES):
             trim_heap()
 
 

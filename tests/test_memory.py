@@ -94,6 +94,16 @@ with KeptHeap(32 << 20) as heap:
 rows["after"] = rss() - before
 make()
 rows["steady again"] = rss() - before
+with KeptHeap(32 << 20):
+    large = torch.ones(128 << 20, dtype=torch.uint8)
+    small = [torch.ones(1 << 19, dtype=torch.uint8) for _ in range(16)]  # above it, so that its place stays in the heap
+    del large
+before = rss()
+with KeptHeap(0) as heap:
+    make()
+    rows["in a hole"] = rss() - before
+    heap.trim()
+    rows["in a hole, trimmed"] = rss() - before
 print({name: count >> 20 for name, count in rows.items()})
 """
 
@@ -103,10 +113,10 @@ def test_freed_memory_stays_where_it_may_and_goes_when_it_is_too_much() -> None:
         pytest.skip("the C library here keeps nothing")
     found = subprocess.run([sys.executable, "-c", KEEPING], capture_output=True, text=True, check=True, timeout=120)
     rows = ast.literal_eval(found.stdout)
-    for name in ("kept", "freed", "below the limit", "again"):
+    for name in ("kept", "freed", "below the limit", "again", "in a hole"):
         assert 60 <= rows[name] < 96, (name, rows)
     assert 36 <= rows["held"] < 60, rows
-    for name in ("nothing kept", "held is not freed", "above it", "after", "steady again"):
+    for name in ("nothing kept", "held is not freed", "above it", "after", "steady again", "in a hole, trimmed"):
         assert rows[name] < 24, (name, rows)
 
 
