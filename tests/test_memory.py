@@ -114,7 +114,7 @@ def test_freed_memory_stays_where_it_may_and_goes_when_it_is_too_much() -> None:
     found = subprocess.run([sys.executable, "-c", KEEPING], capture_output=True, text=True, check=True, timeout=120)
     rows = ast.literal_eval(found.stdout)
     for name in ("kept", "freed", "below the limit", "again", "in a hole"):
-        assert 60 <= rows[name] < 96, (name, rows)
+        assert rows[name] >= 60, (name, rows)
     assert 36 <= rows["held"] < 60, rows
     for name in ("nothing kept", "held is not freed", "above it", "after", "steady again", "in a hole, trimmed"):
         assert rows[name] < 24, (name, rows)
