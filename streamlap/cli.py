@@ -15,8 +15,8 @@ import typer
 import streamlap
 from streamlap.cgroups import usable_cpus
 from streamlap.demo import run_demo
-from streamlap.errors import BudgetError, StreamlapError
-from streamlap.memory import show_size
+from streamlap.errors import BudgetError, Interrupted, StreamlapError, first_line
+from streamlap.memory import is_out_of_memory, show_size
 from streamlap.options import (
     CalibrationFiles,
     Device,
@@ -33,12 +33,14 @@ from streamlap.options import (
     Refine,
     Samples,
     Seed,
+    StopAfter,
     SurveyFile,
     TargetParams,
     TargetSize,
     Work,
 )
 from streamlap.recipe import Recipe
+from streamlap.stopping import Stopped, stops_at_once
 from streamlap.wording import (
     describe_demo,
     describe_evaluation,
@@ -91,6 +93,7 @@ def compress(
     max_vram: MaxVram = None,
     work: Work = None,
     overlap: Overlap = True,
+    stop_after: StopAfter = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an earlier streamlap output.")] = False,
     as_json: Json = False,
 ) -> None:
@@ -101,7 +104,7 @@ def compress(
     )  # fmt: skip
     report = streamlap.compress(
         model, out, settings, device=device, work=work, overwrite=overwrite, max_ram=max_ram, max_vram=max_vram,
-        overlap=overlap, **how_small(ratio, target_size, target_params),
+        overlap=overlap, stop_after=stop_after, **how_small(ratio, target_size, target_params),
     )  # fmt: skip
     emit(as_json, report.to_json(), describe_report(report))
 
@@ -156,6 +159,7 @@ def survey(
     max_vram: MaxVram = None,
     work: Work = None,
     overlap: Overlap = True,
+    stop_after: StopAfter = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an earlier survey.")] = False,
     as_json: Json = False,
 ) -> None:
@@ -163,6 +167,7 @@ def survey(
     found = streamlap.survey(
         model, file, files=tuple(calibration or ()), samples=samples, length=length, seed=seed or 0, dtype=dtype or "auto",
         device=device, work=work, overwrite=overwrite, max_ram=max_ram, max_vram=max_vram, overlap=overlap,
+        stop_after=stop_after,
     )  # fmt: skip
     emit(as_json, found.to_json(), describe_survey(found))
 
@@ -172,10 +177,11 @@ def resume(
     out: Annotated[Path, typer.Argument(metavar="OUT", help="Folder of an interrupted run.")],
     max_ram: MaxRam = None,
     max_vram: MaxVram = None,
+    stop_after: StopAfter = None,
     as_json: Json = False,
 ) -> None:
     """Go on with an interrupted compress; OUT knows everything that is needed, the caps included."""
-    report = streamlap.resume(out, max_ram=max_ram, max_vram=max_vram)
+    report = streamlap.resume(out, max_ram=max_ram, max_vram=max_vram, stop_after=stop_after)
     emit(as_json, report.to_json(), describe_report(report))
 
 
@@ -271,11 +277,18 @@ def main() -> None:
     if "OMP_NUM_THREADS" not in os.environ:  # torch counts the machine's cores, also those that a container may not use
         torch.set_num_threads(min(torch.get_num_threads(), usable_cpus()))
     try:
-        app(prog_name="streamlap")
+        with stops_at_once():
+            app(prog_name="streamlap")
     except StreamlapError as error:
         fail(str(error), error.exit_code)
+    except Stopped as stop:
+        fail(f"stopped ({stop}) with nothing under way; give the same command again", Interrupted.exit_code)
     except OSError as error:
         fail(f"{error.filename or 'the system'}: {error.strerror or error}", 1)
+    except Exception as error:
+        if not is_out_of_memory(error):
+            raise
+        fail(f"out of memory ({first_line(error)}) before the first layer. Free some.", BudgetError.exit_code)
 
 
 def fail(message: str, code: int) -> None:

@@ -10,18 +10,23 @@ from collections.abc import Mapping
 import torch
 
 from streamlap.cuts import Cut
-from streamlap.errors import NumericalError
+from streamlap.errors import Interrupted, NumericalError
 from streamlap.families.stream import HEAD_TOKENS, ModelStream
+from streamlap.stopping import Stops
 from streamlap.store.hidden import HiddenBank
 
 
 @torch.no_grad()
-def divergences(stream: ModelStream, dense: HiddenBank, copies: Mapping[Cut, HiddenBank]) -> dict[Cut, float]:
+def divergences(
+    stream: ModelStream, dense: HiddenBank, copies: Mapping[Cut, HiddenBank], stops: Stops
+) -> dict[Cut, float]:
     """KL(dense || copy) of the predictions, nats a token, for every copy; the streams are behind the last layer."""
     head, depth = stream.head(), stream.depth
     sequences, length, _ = dense.shape_NLD
     found = {}
     for cut, bank in copies.items():
+        if stops.due():
+            raise Interrupted("stopped at the head, with all layers done; give the same command again to resume")
         total = 0.0
         for dense_BLD, copy_BLD in zip(dense.read(depth), bank.read(depth), strict=True):
             pieces = zip(

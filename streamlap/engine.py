@@ -15,11 +15,11 @@ from typing import Any, TypeVar
 
 import torch
 
-from streamlap.errors import BudgetError, first_line
+from streamlap.errors import BudgetError, StreamlapError, first_line
 from streamlap.families.layer import StreamLayer
 from streamlap.families.stream import ModelStream, batch_of
 from streamlap.heap import KeptHeap
-from streamlap.memory import Ladder, is_out_of_memory, show_size
+from streamlap.memory import Ladder, is_device_fault, is_out_of_memory, show_size
 from streamlap.meters import peak_ram_bytes, ram_bytes
 from streamlap.progress import Progress
 from streamlap.sizing import INNER, Fit, Schedule, buffers
@@ -157,7 +157,7 @@ def start_engine(
         reader, fetcher, writer = (
             stack.enter_context(Worker(schedule.overlap, thread)) for thread in ("reader", "fetcher", "writer")
         )
-        with clear_out_of_memory():
+        with clear_machine_faults():
             yield Engine(
             stream=stream, fit=choice, hidden=hidden, fetcher=fetcher, writer=writer, progress=progress,
             staging=Staging(choice.work.staged, buffers(choice.work, schedule.overlap), device, reader),
@@ -166,17 +166,22 @@ def start_engine(
 
 
 @contextlib.contextmanager
-def clear_out_of_memory() -> Iterator[None]:
-    """Memory that ran out where nothing can give way is a BudgetError like any other."""
+def clear_machine_faults() -> Iterator[None]:
+    """Memory that ran out where nothing can give way is a BudgetError like any other; a GPU that fails is a StreamlapError."""
     try:
         yield
     except Exception as error:
-        if not is_out_of_memory(error):
-            raise
-        raise BudgetError(
-            f"out of memory ({first_line(error)}). What is committed is kept: run again with less beside it on the machine, "
-            "or with a lower --max-ram or --max-vram, so that less is held at a time."
-        ) from error
+        if is_out_of_memory(error):
+            raise BudgetError(
+                f"out of memory ({first_line(error)}). What is committed is kept: run again with less beside it on the "
+                "machine, or with a lower --max-ram or --max-vram, so that less is held at a time."
+            ) from error
+        if is_device_fault(error):
+            raise StreamlapError(
+                f"the GPU failed ({first_line(error)}). What is committed is kept: run again to resume once the driver lists "
+                "the device again (nvidia-smi); this process cannot use it any more."
+            ) from error
+        raise
 
 
 def limit_vram(choice: Fit, device: torch.device) -> None:

@@ -162,6 +162,15 @@ def is_out_of_memory(error: BaseException) -> bool:
     return known or (isinstance(error, RuntimeError) and any(word in str(error) for word in OUT_OF_MEMORY))
 
 
+def is_device_fault(error: BaseException) -> bool:
+    """Whether a GPU, or its driver, stopped working. Memory that ran out is none."""
+    kinds = (
+        getattr(torch, "AcceleratorError", RuntimeError),
+        RuntimeError,
+    )  # the first is younger than the oldest torch
+    return isinstance(error, kinds) and "CUDA" in str(error) and not is_out_of_memory(error)
+
+
 def existing_ancestor(path: Path) -> Path:
     return next(parent for parent in (path.absolute(), *path.absolute().parents) if parent.exists())
 

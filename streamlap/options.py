@@ -39,4 +39,10 @@ SurveyFile = Annotated[
 ]
 Samples = Annotated[int | None, typer.Option(help="Calibration windows; default 128.")]
 Length = Annotated[int | None, typer.Option(help="Tokens a window; default 2048 or the model's context.")]
+StopAfter = Annotated[
+    str | None,
+    typer.Option(
+        metavar="TIME", help="Stop at the first commit after so long, like 3h50m, with exit code 75; resume goes on."
+    ),
+]
 Seed = Annotated[int | None, typer.Option(help="Seed of the choice of windows.")]

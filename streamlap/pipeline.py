@@ -6,7 +6,8 @@ that fed it go. A run that dies anywhere starts again at the first layer without
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import time
+from collections.abc import Mapping
 from concurrent.futures import Future
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -39,7 +40,7 @@ from streamlap.recipe import Recipe
 from streamlap.recovery import Refined, refine_layer, state_path
 from streamlap.report import LayerReport, Report
 from streamlap.sizing import Caps, Fit, fit, require_fit
-from streamlap.stopping import stop_requests
+from streamlap.stopping import Stops, parse_time, stop_requests
 from streamlap.store.hidden import HiddenBank
 from streamlap.store.hub import local_folder, model_name
 from streamlap.store.journal import Journal, OutputLock, save_tokens, saved_tokens
@@ -60,6 +61,7 @@ class Job:
     banks: Banks | None
     """The dense model's stream and what lies between halves, where halves are rebuilt."""
     fit: Fit
+    stops: Stops
     moved: tuple[int, int] = field(default_factory=bytes_moved)
     """Bytes read and written up to the last commit."""
 
@@ -82,6 +84,7 @@ def compress(
     max_ram: int | str | None = None,
     max_vram: int | str | None = None,
     overlap: bool = True,
+    stop_after: float | str | None = None,
     **overrides: Any,
 ) -> Report:
     """Compress the checkpoint `model` (a folder or a hub id) into the new folder `out`, or go on where a killed run stopped.
@@ -91,8 +94,11 @@ def compress(
     `target_params` how many parameters the whole model may have (like 50B); the recipe gets the lowest ratio that will do.
     `work` is where hidden states are kept between layers; default inside `out`. `max_ram` and `max_vram` are caps, as bytes or
     as text like 8GiB; default what is free. Without `overlap` nothing runs beside the loop. None of these changes the result.
-    Raises a StreamlapError before the first layer for anything that can be checked from headers.
+    After the time `stop_after` (seconds, or text like 3h50m) the run ends at its next commit as it does on SIGTERM.
+    Raises a StreamlapError before the first layer for anything that can be checked from headers, and Interrupted where it was
+    stopped.
     """
+    deadline = time.monotonic() + parse_time(stop_after, "stop_after")
     steady_heap()
     target = parse_target(target_size, target_params, overrides.get("ratio"))
     recipe = (recipe or Recipe()).override(**overrides)
@@ -114,11 +120,15 @@ def compress(
     }
     choice = choose_schedule(stream, recipe, tokens_NL, arguments)
     check_output(folder, out, overwrite)  # which may remove an earlier result, so it comes last
-    return run(stream, recipe, tokens_NL, out, arguments, choice)
+    return run(stream, recipe, tokens_NL, out, arguments, choice, deadline)
 
 
-def resume(out: str | Path, *, max_ram: int | str | None = None, max_vram: int | str | None = None) -> Report:
+def resume(
+    out: str | Path, *, max_ram: int | str | None = None, max_vram: int | str | None = None,
+    stop_after: float | str | None = None,
+) -> Report:  # fmt: skip
     """Go on with an interrupted `compress` into `out`: its folder knows everything that is needed. Other caps may be given."""
+    deadline = time.monotonic() + parse_time(stop_after, "stop_after")
     steady_heap()
     out = Path(out)
     arguments = Journal.load(out).start["arguments"]
@@ -127,18 +137,19 @@ def resume(out: str | Path, *, max_ram: int | str | None = None, max_vram: int |
     stream = ModelStream(local_folder(arguments["model"]), pick_device(arguments["device"]), recipe.dtype)
     tokens_NL = saved_tokens(out)
     choice = choose_schedule(stream, recipe, tokens_NL, arguments | {key: cap for key, cap in caps.items() if cap})
-    return run(stream, recipe, tokens_NL, out, arguments, choice)
+    return run(stream, recipe, tokens_NL, out, arguments, choice, deadline)
 
 
 def run(
-    stream: ModelStream, recipe: Recipe, tokens_NL: torch.Tensor, out: Path, arguments: dict[str, Any], choice: Fit
-) -> Report:
+    stream: ModelStream, recipe: Recipe, tokens_NL: torch.Tensor, out: Path, arguments: dict[str, Any], choice: Fit,
+    deadline: float,
+) -> Report:  # fmt: skip
     """The checked job, from its next layer to a finished folder."""
     if not Journal.exists(out):
         model_bytes = sum(header.file_bytes for header in stream.source.headers.values())
         work_bytes = choice.work.disk_bytes
         forecast_disk(model_bytes, work_bytes, out, hidden_folder(out, arguments["work"]))
-    with OutputLock(out), stop_requests() as stopped:
+    with OutputLock(out), stop_requests(deadline, f"streamlap resume {out}") as stops:
         check_output(stream.folder, out, overwrite=False)  # again, now that nobody else can write there
         if not Journal.exists(out):
             save_tokens(out, tokens_NL)
@@ -149,9 +160,9 @@ def run(
         banks = open_banks(stream, tokens_NL, choice.schedule, hidden.folder) if recipe.anchored else None
         job = Job(
             stream=stream, recipe=recipe, out=out, tokens_NL=tokens_NL, journal=journal, hidden=hidden, banks=banks,
-            fit=choice,
+            fit=choice, stops=stops,
         )  # fmt: skip
-        compress_layers(job, stopped)
+        compress_layers(job)
         report = build_report(job)
         ShardFolder(out).seal(report.shards)
         finish_folder(
@@ -173,7 +184,7 @@ def choose_schedule(stream: ModelStream, recipe: Recipe, tokens_NL: torch.Tensor
     return choice
 
 
-def compress_layers(job: Job, stopped: Callable[[], bool]) -> None:
+def compress_layers(job: Job) -> None:
     """The loop over decoder layers."""
     stream, hidden, journal, first = job.stream, job.hidden, job.journal, job.journal.next_layer
     kwargs = stream.layer_kwargs(job.tokens_NL.shape[1])
@@ -192,7 +203,7 @@ def compress_layers(job: Job, stopped: Callable[[], bool]) -> None:
         committed: Future[None] | None = None
         try:
             for index in range(first, stream.depth):
-                if stopped():
+                if job.stops.due(moved=index > first):
                     raise Interrupted(
                         f"stopped at layer {index} of {stream.depth}; go on with: streamlap resume {job.out}"
                     )
@@ -254,7 +265,7 @@ def refine(job: Job, engine: Engine, layer: StreamLayer, index: int, clock: Phas
         return None
     job.banks.drop_middles(index)
     with clock.phase("refine"), engine.claim("refine"):
-        return refine_layer(engine, job.banks, layer, index, knobs, job.out)
+        return refine_layer(engine, job.banks, layer, index, knobs, job.out, job.stops)
 
 
 def advance(job: Job, engine: Engine, layer: StreamLayer, index: int) -> None:

@@ -20,6 +20,7 @@ from streamlap.memory import existing_ancestor, require_disk
 from streamlap.recipe import Recipe
 from streamlap.store.journal import JOURNAL_NAME, STATE_FOLDER, Journal, OutputLock
 from streamlap.store.sink import file_hash
+from streamlap.store.source import data_digest
 from streamlap.version import __version__
 
 COMPANION_BYTES = 64 << 20
@@ -87,7 +88,8 @@ def empty_output(out: Path) -> None:
 def fingerprint(stream: ModelStream, recipe: Recipe, tokens_NL: torch.Tensor) -> dict[str, Any]:
     """All that the bytes of the output depend on."""
     shards = {
-        f"source {name}": f"{h.file_bytes} bytes, header {h.digest[:16]}" for name, h in stream.source.headers.items()
+        f"source {name}": f"{h.file_bytes} bytes, header {h.digest[:16]}, data {data_digest(h)[:16]}"
+        for name, h in stream.source.headers.items()
     }
     # Not the names of files: the tokens that came out of them, or what a survey says, is what counts, however they are spelt.
     rows = recipe.to_dict().items()

@@ -12,11 +12,12 @@ from pathlib import Path
 import torch
 
 from streamlap.engine import Engine
-from streamlap.errors import CheckpointError
+from streamlap.errors import CheckpointError, Interrupted
 from streamlap.families.layer import StreamLayer
 from streamlap.halves import Banks
 from streamlap.linalg.statistics import all_finite
 from streamlap.methods.refine_block import Pair, Refinement, Refiner
+from streamlap.stopping import Stops
 from streamlap.store.header import byte_view, read_header
 from streamlap.store.journal import STATE_FOLDER
 from streamlap.store.sink import ShardFolder
@@ -48,8 +49,13 @@ class Lessons:
             yield x_BLD.to(device), self.banks.dense.pick(self.index + 1, [number]).to(device)
 
 
-def refine_layer(engine: Engine, banks: Banks, layer: StreamLayer, index: int, knobs: Refinement, out: Path) -> Refined:
-    """Train the layer, and put the best of it, if it is better than the start on held-out tokens, in the layer's place."""
+def refine_layer(
+    engine: Engine, banks: Banks, layer: StreamLayer, index: int, knobs: Refinement, out: Path, stops: Stops
+) -> Refined:
+    """Train the layer, and put the best of it, if it is better than the start on held-out tokens, in the layer's place.
+
+    Raises Interrupted after an epoch where a stop is due.
+    """
     lessons = Lessons(engine=engine, banks=banks, index=index)
     refiner = Refiner(knobs, layer.stored_parameters(), layer.with_parameters, len(lessons.train))
     path = state_path(out, index)
@@ -59,6 +65,11 @@ def refine_layer(engine: Engine, banks: Banks, layer: StreamLayer, index: int, k
         train_epoch(refiner, lessons)
         refiner.close_epoch(refiner.measure(lessons.pairs(lessons.held)))
         ShardFolder(path.parent).write(path.name, refiner.state())
+        if stops.due() and not refiner.ends:
+            raise Interrupted(
+                f"stopped in layer {index} after {refiner.epoch} of {knobs.epochs} epochs; "
+                f"go on with: streamlap resume {out}"
+            )
     if all(map(all_finite, refiner.best.values())):
         layer.replace(refiner.best)
     return {"start": refiner.held[0], "best": min(refiner.held), "epochs": refiner.epoch}

@@ -18,8 +18,9 @@ from streamlap.store.hidden import IN_FLIGHT
 from streamlap.store.source import CHUNK_BYTES
 from streamlap.workload import Workload
 
-RUNTIME_BYTES = 64 << 20
-"""What torch and its libraries take when they first compute: thread stacks, kernels, small blocks."""
+RUNTIME_BYTES = 96 << 20
+"""What torch and its libraries take when they first compute (thread stacks, kernels, small blocks: some 64 MiB), and room for
+what they may come to hold later on: else the least cap that a message names could be too little by a MiB."""
 
 KEEPS, KEPT_BYTES = (1.25, 0.5), 256 << 20
 """Freed memory that may stay, as shares of what a solve holds, and the least that it is worth while for."""

@@ -1,43 +1,103 @@
-"""Stops on request: a first SIGINT or SIGTERM is noted and honoured at the next commit, a second SIGINT stops at once."""
+"""Stops on request: a signal, or a time that is up, is honoured at the next commit; a second SIGINT stops at once."""
 
 from __future__ import annotations
 
 import logging
+import math
+import re
 import signal
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
 
-from streamlap.errors import Interrupted
+from streamlap.errors import Interrupted, RecipeError
 
 log = logging.getLogger(__name__)
 
+SECONDS = (86_400, 3_600, 60, 1)
+"""In a day, an hour, a minute, a second."""
+
+
+def parse_time(text: str | float | None, what: str) -> float:
+    """`3h50m`, `90s`, or a number of seconds -> seconds; None is for ever. Raises RecipeError that names `what`."""
+    if text is None:
+        return math.inf
+    parts = re.fullmatch(r"(?:(\d+)d)?(?:(\d+)h)?(?:(\d+)m)?(?:(\d+)s)?", str(text))
+    if parts:
+        seconds = float(sum(int(count or 0) * unit for count, unit in zip(parts.groups(), SECONDS, strict=True)))
+    elif isinstance(text, str):
+        seconds = float(text) if re.fullmatch(r"\d+(\.\d+)?", text) else 0.0
+    else:
+        seconds = text
+    if not 0 < seconds < math.inf:
+        raise RecipeError(f"{what} is {text!r}; wanted a time like 3h50m, 45m or 90s.")
+    return seconds
+
+
+class Stops:
+    """What a run asks between two commits. Made by `stop_requests`."""
+
+    def __init__(self, deadline: float = math.inf) -> None:
+        self._deadline = deadline
+        self.asked: list[int] = []
+        """The signals that came so far."""
+
+    def due(self, moved: bool = True) -> bool:
+        """Whether to stop here. Time that is up counts only where this run has `moved` on: else one that is given too little,
+        again and again, would never end."""
+        return bool(self.asked) or (moved and time.monotonic() >= self._deadline)
+
 
 @contextmanager
-def stop_requests() -> Iterator[Callable[[], bool]]:
-    """Gives a function that says whether a stop was asked for; the old handlers return at the end.
+def stop_requests(deadline: float = math.inf, again: str = "give the same command again") -> Iterator[Stops]:
+    """Notes SIGINT and SIGTERM for the block; the old handlers return at its end.
 
-    Outside the main thread, where Python allows no handlers, it always says no.
+    Outside the main thread, where Python allows no handlers, only the deadline counts.
+
+    Args: deadline, on the clock of `time.monotonic`, which no change of the system's time moves; again, how to go on.
     """
-    requested: list[int] = []
+    stops = Stops(deadline)
     if threading.current_thread() is not threading.main_thread():
-        yield lambda: False
+        yield stops
         return
 
     def note(number: int, _: FrameType | None) -> None:
-        if requested and number == signal.SIGINT:
+        if stops.asked and number == signal.SIGINT:
             raise KeyboardInterrupt  # no Exception, which logging and other libraries may swallow where it strikes
-        requested.append(number)
-        log.warning(
-            "stopping after this layer is committed (%s); press Ctrl-C to stop at once", signal.strsignal(number)
-        )
+        stops.asked.append(number)
+        log.warning("stopping at the next commit (%s); press Ctrl-C to stop at once", signal.strsignal(number))
 
-    old = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
+    with handlers(note):
+        try:
+            yield stops
+        except KeyboardInterrupt as stop:
+            raise Interrupted(f"stopped at once; what was committed is kept, go on with: {again}") from stop
+
+
+class Stopped(BaseException):
+    """A signal came where nothing is under way that could be finished first."""
+
+
+@contextmanager
+def stops_at_once() -> Iterator[None]:
+    """SIGINT and SIGTERM raise `Stopped` for the block: no KeyboardInterrupt, which command line libraries turn into an exit
+    code of their own. Inside it `stop_requests` has the word."""
+
+    def stop(number: int, _: FrameType | None) -> None:
+        raise Stopped(signal.strsignal(number))
+
+    with handlers(stop):
+        yield
+
+
+@contextmanager
+def handlers(handle: Callable[[int, FrameType | None], None]) -> Iterator[None]:
+    """`handle` has SIGINT and SIGTERM for the block."""
+    old = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
-        yield lambda: bool(requested)
-    except KeyboardInterrupt as stop:
-        raise Interrupted("stopped at once; what was committed is kept, run the same command again to resume") from stop
+        yield
     finally:
         for number, handler in old.items():
             signal.signal(number, handler)

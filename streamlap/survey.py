@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -35,7 +36,7 @@ from streamlap.meters import PhaseClock, reset_peaks
 from streamlap.preflight import check_apart, fingerprint, forecast_disk, hidden_folder, pick_device
 from streamlap.recipe import Calibration, Recipe
 from streamlap.sizing import Caps, Fit, fit, require_fit
-from streamlap.stopping import stop_requests
+from streamlap.stopping import Stops, parse_time, stop_requests
 from streamlap.store.hidden import HiddenBank
 from streamlap.store.hub import local_folder
 from streamlap.store.journal import Journal, OutputLock
@@ -57,6 +58,7 @@ class Sweep:
     dense: HiddenBank
     dense_middle: HiddenBank
     copies: dict[Cut, HiddenBank]
+    stops: Stops
 
     def begun(self, layers: int) -> list[HiddenBank]:
         """The streams that have something in them once so many layers are done."""
@@ -78,6 +80,7 @@ def survey(
     max_ram: int | str | None = None,
     max_vram: int | str | None = None,
     overlap: bool = True,
+    stop_after: float | str | None = None,
 ) -> Survey:
     """Measure what each half of each layer of a checkpoint loses by being cut, write it into the new JSON `file`.
 
@@ -85,8 +88,10 @@ def survey(
 
     Args: files, samples, length, seed, the calibration windows (default: 16 of 256 tokens); dtype, compute dtype; work, where
     hidden states go; max_ram, max_vram, caps as bytes or as text like 8GiB (default: what is free). Without `overlap` nothing
-    runs beside the loop. Raises a StreamlapError before the first layer for what can be checked from headers.
+    runs beside the loop. After the time `stop_after` (seconds, or text like 3h50m) the sweep ends at its next commit. Raises a
+    StreamlapError before the first layer for what can be checked from headers, and Interrupted where it was stopped.
     """
+    deadline = time.monotonic() + parse_time(stop_after, "stop_after")
     folder, file, device = local_folder(str(model)), Path(file), pick_device(device)
     state = file.with_name(file.name + ".streamlap")
     steady_heap()
@@ -100,7 +105,7 @@ def survey(
     require_fit(choice, caps)
     check_apart(folder, state)
     check_file(file, state, overwrite)
-    return run(stream, tokens_NL, file, state, choice, hidden_folder(state, work))
+    return run(stream, tokens_NL, file, state, choice, hidden_folder(state, work), deadline)
 
 
 def survey_windows(stream: ModelStream, settings: Calibration) -> torch.Tensor:
@@ -124,22 +129,24 @@ def check_file(file: Path, state: Path, overwrite: bool) -> None:
         raise RecipeError(f"survey {file} is there already; choose another name, or --overwrite it.")
 
 
-def run(stream: ModelStream, tokens_NL: torch.Tensor, file: Path, state: Path, choice: Fit, folder: Path) -> Survey:
+def run(
+    stream: ModelStream, tokens_NL: torch.Tensor, file: Path, state: Path, choice: Fit, folder: Path, deadline: float
+) -> Survey:
     """The checked sweep, from its next layer to the finished file."""
     if not Journal.exists(state):
         forecast_disk(0, disk_generations(stream.depth) * choice.work.generation, state, folder)
     marks = fingerprint(stream, Recipe(), tokens_NL)
     marks = {key: value for key, value in marks.items() if not key.startswith("recipe ")}
-    with OutputLock(state), stop_requests() as stopped:
+    with OutputLock(state), stop_requests(deadline) as stops:
         banks = [(None, "dense"), *((cut, f"{cut.half}-{cut.index:05d}-{cut.keep}") for cut in all_cuts(stream))]
         opened = {cut: open_bank(stream, tokens_NL, choice.schedule, folder, name) for cut, name in banks}
         between = folder if choice.schedule.tier == "disk" else None
         sweep = Sweep(
             stream=stream, tokens_NL=tokens_NL, journal=Journal.open(state, marks, {}), fit=choice,
             dense=opened.pop(None), dense_middle=open_bank(stream, tokens_NL, choice.schedule, between, "dense-middle"),
-            copies={cut: bank for cut, bank in opened.items() if cut},
+            copies={cut: bank for cut, bank in opened.items() if cut}, stops=stops,
         )  # fmt: skip
-        sweep_layers(sweep, stopped)
+        sweep_layers(sweep)
         result = Survey(
             model=model_digest(stream), calibration=marks["calibration tokens"], compute=marks["compute"],
             layers=points(sweep),
@@ -151,7 +158,7 @@ def run(stream: ModelStream, tokens_NL: torch.Tensor, file: Path, state: Path, c
     return result
 
 
-def sweep_layers(sweep: Sweep, stopped: Callable[[], bool]) -> None:
+def sweep_layers(sweep: Sweep) -> None:
     """The loop over decoder layers."""
     stream, first = sweep.stream, sweep.journal.next_layer
     kwargs = stream.layer_kwargs(sweep.tokens_NL.shape[1])
@@ -163,7 +170,7 @@ def sweep_layers(sweep: Sweep, stopped: Callable[[], bool]) -> None:
             for bank in sweep.begun(first):
                 bank.drop(first - 1)  # where the run died between the commit and this
         for index in range(first, stream.depth):
-            if stopped():
+            if sweep.stops.due(moved=index > first):
                 raise Interrupted(f"stopped at layer {index} of {stream.depth}; give the same command again to resume")
             layer = engine.layer(index, kwargs[index])
             errors = carry_through(sweep, engine, layer, index)
@@ -232,7 +239,7 @@ def points(sweep: Sweep) -> tuple[dict[str, tuple[Point, ...]], ...]:
     schedule = sweep.fit.schedule
     trim_heap()  # of what the layers have left
     with sweep.fit.ram.claim(schedule.ram["head"]), sweep.fit.vram.claim(schedule.vram.get("head", {})):
-        kl = divergences(sweep.stream, sweep.dense, sweep.copies)
+        kl = divergences(sweep.stream, sweep.dense, sweep.copies, sweep.stops)
     rows = []
     for index, line in enumerate(sweep.journal.layers):
         errors = {half: dict(zip(LEVELS, values, strict=True)) for half, values in line["errors"].items()}

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import shutil
-import signal
 import subprocess
 import sys
 import threading
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +22,7 @@ from outputs import STATE, contents, is_begun
 
 import streamlap
 from streamlap import pipeline, preflight, sizing
-from streamlap.errors import Interrupted, NumericalError, RecipeError, ResumeMismatch
+from streamlap.errors import NumericalError, RecipeError, ResumeMismatch
 from streamlap.families.stream import batch_of
 from streamlap.sizing import Schedule, make_schedule
 from streamlap.store.journal import Journal, OutputLock
@@ -462,137 +460,7 @@ def test_a_stale_generation_goes_at_once(broken: Path, compress: Compress, monke
     assert not stale.exists()
 
 
-# --- requests to stop ----------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def handlers() -> Iterator[None]:
-    """The test leaves the signal handlers as they were."""
-    before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
-    yield
-    assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == before
-
-
-def signal_in_layer(index: int, monkeypatch: pytest.MonkeyPatch, *numbers: int) -> None:
-    """While the loop is at that layer."""
-    edit_layer = pipeline.edit_layer
-
-    def send(job: Any, engine: Any, layer: Any, here: int, *rest: Any) -> Any:
-        for number in numbers if here == index else ():
-            with contextlib.suppress(Exception):  # as a library may do where the signal strikes
-                os.kill(os.getpid(), number)
-        return edit_layer(job, engine, layer, here, *rest)
-
-    monkeypatch.setattr(pipeline, "edit_layer", send)
-
-
-@pytest.mark.usefixtures("handlers")
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_stops_after_the_commit(
-    compress: Compress, whole: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int
-) -> None:
-    out = tmp_path / "out"
-    signal_in_layer(0, monkeypatch, number)
-    with pytest.raises(Interrupted, match=r"stopped at layer 1 of 2; go on with: streamlap resume .*out") as stop:
-        compress(out)
-    assert stop.value.exit_code == 75
-    assert len((out / JOURNAL).read_bytes().splitlines()) == 2
-    assert not streamlap.verify(out)["ok"]
-    streamlap.resume(out)
-    assert contents(out) == whole
-
-
-@pytest.mark.usefixtures("handlers")
-@pytest.mark.parametrize("first", [signal.SIGINT, signal.SIGTERM])
-def test_a_second_sigint_stops_at_once(
-    compress: Compress, whole: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, first: int
-) -> None:
-    out = tmp_path / "out"
-    with monkeypatch.context() as patch:
-        signal_in_layer(0, patch, first, signal.SIGINT)
-        with pytest.raises(Interrupted, match="stopped at once"):
-            compress(out)
-    assert len((out / JOURNAL).read_bytes().splitlines()) == 1
-    streamlap.resume(out)
-    assert contents(out) == whole
-
-
-@pytest.mark.usefixtures("handlers")
-def test_a_commit_that_is_under_way_is_finished_also_where_all_stops_at_once(
-    compress: Compress, whole: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The thread beside the loop is in the commit of layer 0 when two signals strike the loop in layer 1."""
-    out, begun, append = tmp_path / "out", threading.Event(), Journal.append
-    edit_layer = pipeline.edit_layer
-
-    def send(job: Any, engine: Any, layer: Any, index: int, *rest: Any) -> Any:
-        if index == 1:
-            assert begun.wait(60)
-            for _ in range(2):
-                os.kill(os.getpid(), signal.SIGINT)
-        return edit_layer(job, engine, layer, index, *rest)
-
-    def take_time(journal: Journal, line: dict[str, Any]) -> None:
-        begun.set()
-        time.sleep(0.2)
-        append(journal, line)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(pipeline, "edit_layer", send)
-        patch.setattr(Journal, "append", take_time)
-        with pytest.raises(Interrupted, match="stopped at once"):
-            compress(out)
-    assert len((out / JOURNAL).read_bytes().splitlines()) == 2
-    streamlap.resume(out)
-    assert contents(out) == whole
-
-
-WAITING = """
-import sys
-import torch
-from streamlap import cli, pipeline
-torch.set_num_threads(2)  # as in the process that this one is held against: products as small as these depend on it
-edit_layer = pipeline.edit_layer
-pipeline.edit_layer = lambda *job: (print("in a layer", flush=True), sys.stdin.readline(), edit_layer(*job))[2]
-cli.main()
-"""
-
-
-def start_waiting(*words: object) -> subprocess.Popen[str]:
-    """The command in a process of its own, that says when it is in a layer and stays there until it gets a line."""
-    command, pipe = [sys.executable, "-c", WAITING, *map(str, words)], subprocess.PIPE
-    process = subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=pipe, text=True)
-    assert process.stdout is not None
-    if process.stdout.readline() != "in a layer\n":
-        pytest.fail(process.communicate()[1])
-    return process
-
-
-def test_one_process_a_folder_and_exit_75(source: Path, tokens: Path, whole: dict[str, Any], tmp_path: Path) -> None:
-    out = tmp_path / "out"
-    with start_waiting("compress", source, out, "--calibration", tokens) as process:
-        with pytest.raises(ResumeMismatch, match=f"out is being written by process {process.pid} on .* wanted it free"):
-            streamlap.resume(out)
-        process.send_signal(signal.SIGTERM)
-        _, err = process.communicate("\n")
-    assert process.returncode == 75, err
-    assert "stopping after this layer is committed" in err
-    assert f"streamlap: stopped at layer 1 of 2; go on with: streamlap resume {out}" in err
-    streamlap.resume(out)
-    assert contents(out) == whole
-
-
-def test_two_sigints_leave_a_long_layer(source: Path, tokens: Path, tmp_path: Path) -> None:
-    with start_waiting("compress", source, tmp_path / "out", "--calibration", tokens) as process:
-        process.send_signal(signal.SIGINT)
-        assert process.stderr is not None
-        assert "press Ctrl-C to stop at once" in process.stderr.readline()
-        process.send_signal(signal.SIGINT)
-        process.wait()  # it got no line
-        err = process.stderr.read()
-    assert process.returncode == 75, err
-    assert err.startswith("streamlap: stopped at once; what was committed is kept, run the same command again")
-    assert err.count("\n") == 1
+# --- death at random moments ---------------------------------------------------------------------------------------------
 
 
 @pytest.mark.nightly

@@ -238,10 +238,10 @@ def refusal(work: Workload, caps: Caps) -> str:
 def test_too_small_a_cap_is_refused_by_its_flag_with_the_least_that_does() -> None:
     work = replace(WORK, staged=700 << 20)
     assert refusal(work, Caps(ram=512 << 20)) == (
-        "--max-ram is 512.0 MiB; the leanest way through this model takes 964.4 MiB (staging 700.0 MiB, process 264.0 MiB, "
-        "hidden batches 0.2 MiB, activations 0.2 MiB): give --max-ram 0.95GiB. A shorter --length takes less too."
+        "--max-ram is 512.0 MiB; the leanest way through this model takes 996.4 MiB (staging 700.0 MiB, process 296.0 MiB, "
+        "hidden batches 0.2 MiB, activations 0.2 MiB): give --max-ram 0.98GiB. A shorter --length takes less too."
     )
-    least = Caps(ram=parse_size("0.95GiB", "max_ram"))
+    least = Caps(ram=parse_size("0.98GiB", "max_ram"))
     require_fit(fit(work, least), least)
     less = Caps(ram=int(0.98 * (least.ram or 0)))
     assert "--max-ram is" in refusal(work, less)
@@ -250,7 +250,7 @@ def test_too_small_a_cap_is_refused_by_its_flag_with_the_least_that_does() -> No
 def test_too_small_a_machine_is_said_without_a_flag(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sizing, "free_ram", lambda: 1 << 20)
     words = refusal(WORK, Caps())
-    assert words.startswith("201.0 MiB of RAM are there; the leanest way through this model takes 264.")
+    assert words.startswith("201.0 MiB of RAM are there; the leanest way through this model takes 296.")
     assert words.endswith(": free some, or take a larger machine. A shorter --length takes less too.")
     assert "--max" not in words
 
@@ -259,9 +259,9 @@ def test_too_small_a_gpu_is_refused_by_its_flag() -> None:
     work = replace(WORK, device=CUDA, computed=3 << 30)
     words = refusal(work, Caps(ram=1 << 40, vram=1 << 30))
     assert words.startswith(
-        "--max-vram is 1.00 GiB; the leanest way through this model takes 3.06 GiB (layer 3.00 GiB, "
+        "--max-vram is 1.00 GiB; the leanest way through this model takes 3.09 GiB (layer 3.00 GiB, "
     )
-    assert "give --max-vram 3.07GiB." in words
+    assert "give --max-vram 3.10GiB." in words
     assert "RAM is" not in words.replace("VRAM", "")
     both = refusal(work, Caps(ram=1 << 20, vram=1 << 30))
     assert "--max-ram is 1.0 MiB" in both

@@ -9,7 +9,8 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from dataclasses import dataclass
+import os
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import IO, Any
 
@@ -52,6 +53,8 @@ class TensorInfo:
     shape: tuple[int, ...]
     begin: int
     end: int
+    stamp: tuple[int, int] | None = None
+    """Bytes and time of change of the file when its header was read, by which `source` sees that it was changed since."""
 
     @property
     def nbytes(self) -> int:
@@ -71,6 +74,11 @@ class Header:
     """sha256 of the raw header: with the file's size, a cheap fingerprint of the shard."""
 
 
+def file_stamp(handle: int) -> tuple[int, int]:
+    stat = os.fstat(handle)
+    return stat.st_size, stat.st_mtime_ns
+
+
 def _fault(path: Path, seen: str, wanted: str) -> CheckpointError:
     return CheckpointError(f"{path.name}: {seen}; wanted {wanted}. Fetch the file again from where it came ({path}).")
 
@@ -82,7 +90,9 @@ def read_header(path: Path) -> Header:
     """
     try:
         with path.open("rb") as file:
-            return parse_header(path, file, path.stat().st_size)
+            stamp = file_stamp(file.fileno())
+            header = parse_header(path, file, stamp[0])
+            return replace(header, tensors={n: replace(info, stamp=stamp) for n, info in header.tensors.items()})
     except OSError as error:
         raise CheckpointError(f"{path.name}: cannot be read ({error.strerror}); wanted a shard at {path}.") from error
 

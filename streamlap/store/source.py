@@ -5,6 +5,7 @@ A mapped shard counts into the process's memory for as long as the map is open; 
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 from collections.abc import Collection, Iterable, Iterator, Mapping
@@ -16,13 +17,15 @@ import torch
 
 from streamlap.errors import CheckpointError
 from streamlap.linalg.statistics import all_finite
-from streamlap.store.header import Header, TensorInfo, byte_view, read_header
+from streamlap.store.header import Header, TensorInfo, byte_view, file_stamp, read_header
 
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
 PICKLE_SUFFIXES = {".bin", ".pt", ".pth", ".ckpt"}
 CHUNK_BYTES = 1 << 26
 """Bytes in one read; a multiple of every item size."""
+SAMPLES, SAMPLE_BYTES = 64, 4096
+"""Pieces of a shard that stand for all of its data, and their size."""
 
 
 class TensorSource(Protocol):
@@ -162,9 +165,31 @@ def read_chunks(info: TensorInfo) -> Iterator[torch.Tensor]:
 
 def _open(info: TensorInfo) -> int:
     try:
-        return os.open(info.path, os.O_RDONLY)
+        handle = os.open(info.path, os.O_RDONLY)
     except OSError as error:
         raise CheckpointError(f"{info.path.name}: {error.strerror} while reading tensor {info.name!r}.") from error
+    if info.stamp not in (None, file_stamp(handle)):
+        os.close(handle)
+        raise CheckpointError(
+            f"{info.path.name} was changed while in use, before tensor {info.name!r} was read; wanted it as it was when this "
+            f"run opened it. Put the file back and run again to resume, or start over ({info.path})."
+        )
+    return handle
+
+
+def data_digest(header: Header) -> str:
+    """sha256 over `SAMPLES` pieces of a shard's data, evenly spread: it tells two trainings of one architecture apart, whose
+    headers are the same, without reading all of either."""
+    digest, start = hashlib.sha256(), min((info.begin for info in header.tensors.values()), default=header.file_bytes)
+    try:
+        with header.path.open("rb") as file:
+            for place in range(SAMPLES):
+                file.seek(start + (header.file_bytes - start) * place // SAMPLES)
+                digest.update(file.read(SAMPLE_BYTES))
+            forget(file.fileno())
+    except OSError as error:
+        raise CheckpointError(f"{header.path.name}: cannot be read ({error.strerror}).") from error
+    return digest.hexdigest()
 
 
 def forget(handle: int, offset: int = 0, count: int = 0) -> None:

@@ -11,6 +11,8 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from types import TracebackType
 from typing import Any, TypeVar
 
+from streamlap.errors import StreamlapError
+
 T = TypeVar("T")
 
 
@@ -22,6 +24,7 @@ class Worker:
 
     def __init__(self, overlap: bool, name: str = "streamlap") -> None:
         self._pool = ThreadPoolExecutor(1, thread_name_prefix=name) if overlap else None
+        self._name = name
         self.seconds = 0.0
         """Time spent in calls so far."""
 
@@ -32,7 +35,13 @@ class Worker:
     def submit(self, call: Callable[..., T], *args: Any) -> Future[T]:
         """Have `call(*args)` run. What it raises comes out of the future's `result()`, or here where nothing overlaps."""
         if self._pool is not None:
-            return self._pool.submit(self._timed, call, *args)
+            try:
+                return self._pool.submit(self._timed, call, *args)
+            except RuntimeError as error:  # no thread to be had, or the pool's own is gone
+                raise StreamlapError(
+                    f"the thread {self._name!r} beside the loop cannot run ({error}); wanted one more thread. What is "
+                    "committed is kept: raise the limit on processes (ulimit -u) or give --no-overlap, and run again to resume."
+                ) from error
         done: Future[T] = Future()
         done.set_result(self._timed(call, *args))
         return done
@@ -41,6 +50,11 @@ class Worker:
         start = time.perf_counter()
         try:
             return call(*args)
+        except SystemExit as error:  # from a thread it would end the loop, and the process as if all were done
+            raise StreamlapError(
+                f"the thread {self._name!r} beside the loop was ended ({error!r}); wanted it to finish its work. What is "
+                "committed is kept: run again to resume."
+            ) from error
         finally:
             self.seconds += time.perf_counter() - start
 
