@@ -31,8 +31,8 @@ REQUESTS = 8
 
 
 def model_name(model: str) -> str:
-    """What to call a model in public: its hub id, or the bare name of its folder."""
-    return Path(model).resolve().name if Path(model).is_dir() else model
+    """What to call a model in public: its hub id, or the bare name of its folder, which may have moved since."""
+    return model if HUB_ID.fullmatch(model) and not Path(model).is_dir() else Path(model).resolve().name
 
 
 def local_folder(model: str) -> Path:
