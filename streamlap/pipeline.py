@@ -82,6 +82,7 @@ def compress(
     max_ram: int | str | None = None,
     max_vram: int | str | None = None,
     overlap: bool = True,
+    trust_remote_code: bool = False,
     **overrides: Any,
 ) -> Report:
     """Compress the checkpoint `model` (a folder or a hub id) into the new folder `out`, or go on where a killed run stopped.
@@ -91,18 +92,19 @@ def compress(
     `target_params` how many parameters the whole model may have (like 50B); the recipe gets the lowest ratio that will do.
     `work` is where hidden states are kept between layers; default inside `out`. `max_ram` and `max_vram` are caps, as bytes or
     as text like 8GiB; default what is free. Without `overlap` nothing runs beside the loop. None of these changes the result.
+    `trust_remote_code` lets a tokenizer that is code in the model folder run; no other code of it ever does.
     Raises a StreamlapError before the first layer for anything that can be checked from headers.
     """
     steady_heap()
     target = parse_target(target_size, target_params, overrides.get("ratio"))
     recipe = (recipe or Recipe()).override(**overrides)
-    folder, out = local_folder(str(model)), Path(out)
+    folder, out = local_folder(str(model), trust_remote_code), Path(out)
     device = pick_device(device)
     reset_peaks()
     stream = ModelStream(folder, device, recipe.dtype)
     recipe = meet(stream, recipe, target)
     plan_layers(stream, recipe)
-    tokens_NL = calibration_tokens(recipe.calibration, folder, stream.vocabulary, stream.context)
+    tokens_NL = calibration_tokens(recipe.calibration, folder, stream.vocabulary, stream.context, trust_remote_code)
     arguments = {
         "model": str(folder.resolve()) if Path(model).is_dir() else str(model),
         "recipe": recipe.to_dict() | {"survey": recipe.survey and str(Path(recipe.survey).resolve())},
@@ -121,7 +123,7 @@ def resume(out: str | Path, *, max_ram: int | str | None = None, max_vram: int |
     """Go on with an interrupted `compress` into `out`: its folder knows everything that is needed. Other caps may be given."""
     steady_heap()
     out = Path(out)
-    arguments = Journal.load(out).start["arguments"]
+    arguments = Journal.load(out).arguments
     caps = {"max_ram": parse_size(max_ram, "max_ram"), "max_vram": parse_size(max_vram, "max_vram")}
     recipe = Recipe.from_dict(arguments["recipe"])
     stream = ModelStream(local_folder(arguments["model"]), pick_device(arguments["device"]), recipe.dtype)
