@@ -56,10 +56,6 @@ def native_config(raw: Mapping[str, Any], folder: Path) -> PreTrainedConfig:
     except Exception as error:  # whatever transformers makes of a config that is out of range
         raise CheckpointError(f"{folder / 'config.json'} does not describe a model: {whole(error)}") from error
     check_sizes(lambda key: getattr(config, key, None), folder, SIZES)  # the defaults of what config.json leaves out
-    if (getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads) % 2:
-        raise CheckpointError(
-            f"{folder / 'config.json'} has an odd head_dim; wanted an even one, whose halves rotary turns."
-        )
     return config
 
 
@@ -73,6 +69,10 @@ def check_sizes(value_of: Callable[[str], Any], folder: Path, given: Iterable[st
             raise CheckpointError(
                 f"{folder / 'config.json'} has {key} {shown(value)}; wanted a whole number from 1 to {SIZES[key]:,}."
             )
+    if (value_of("head_dim") or 0) % 2:
+        raise CheckpointError(
+            f"{folder / 'config.json'} has head_dim {value_of('head_dim')}; wanted an even number: it is turned in pairs."
+        )
     heads, groups = value_of("num_attention_heads"), value_of("num_key_value_heads")
     if heads and groups and heads % groups:
         raise CheckpointError(
@@ -117,8 +117,8 @@ def _check_lists(raw: Mapping[str, Any], folder: Path) -> None:
             depth = raw.get("num_hidden_layers")
             if not isinstance(value, list) or len(value) > SIZES["num_hidden_layers"] or len(value) != depth:
                 raise CheckpointError(
-                    f"{folder / 'config.json'} has {shown(key)} {shown(value)}; wanted one word for each of the {shown(depth)} "
-                    "layers."
+                    f"{folder / 'config.json'} has {shown(key)[1:-1]} {shown(value)}; wanted one word for "
+                    f"each of the {shown(depth)} layers."
                 )
 
 
