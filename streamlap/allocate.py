@@ -13,12 +13,14 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from streamlap.errors import RecipeError
+from streamlap.errors import RecipeError, first_line, shown
 from streamlap.families.stream import ModelStream
 from streamlap.linalg.allocation import Part, allocate, fit_curve
 from streamlap.methods.base import Budget
+from streamlap.strictjson import parse_json, read_limited
 
 FORMAT_VERSION = 1
+MOST_BYTES = 64 << 20
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,8 +35,9 @@ class Point:
     """Of the half itself: squared, relative to its output, on held-out tokens."""
 
     def __post_init__(self) -> None:
-        if not (0 < self.keep < 1 and 0 <= self.kl < float("inf")):
-            raise ValueError(f"a point at keep {self.keep} with kl {self.kl}")
+        numbers = all(type(value) in (int, float) for value in (self.keep, self.kl, self.error))
+        if not (numbers and 0 < self.keep < 1 and 0 <= self.kl < float("inf")):
+            raise ValueError(f"a point at keep {shown(self.keep)} with kl {shown(self.kl)}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,7 +59,7 @@ class Survey:
     def read(cls, path: Path) -> Survey:
         """Raises RecipeError for a file that is none."""
         try:
-            table = json.loads(path.read_text(encoding="utf-8"))
+            table = parse_json(read_limited(path, MOST_BYTES))
             if table.pop("format_version") != FORMAT_VERSION:
                 raise ValueError(f"wanted format_version {FORMAT_VERSION}")
             layers = tuple(
@@ -65,13 +68,17 @@ class Survey:
             )
             if not all(points for layer in layers for points in layer.values()):
                 raise ValueError("a half without points")
+            if not all(isinstance(table.get(key), str) for key in ("model", "calibration", "compute")):
+                raise ValueError("wanted model, calibration and compute as text")
             return cls(**table, layers=layers)
         except OSError as error:
             raise RecipeError(
                 f"survey {path} cannot be read: {error.strerror}; make it with streamlap survey."
             ) from error
         except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise RecipeError(f"survey {path} is no survey file ({error}); make it with streamlap survey.") from error
+            raise RecipeError(
+                f"survey {path} is no survey file ({first_line(error)}); make it with streamlap survey."
+            ) from error
 
 
 def half_budgets(stream: ModelStream, ratio: float, index: int, survey: str | None = None) -> dict[str, Budget]:
@@ -93,7 +100,7 @@ def surveyed_parameters(stream: ModelStream, ratio: float, survey: str) -> list[
     found, halves = Survey.read(Path(survey)), list(stream.family.halves)
     if (wanted := model_digest(stream)) != found.model:
         raise RecipeError(
-            f"survey {survey} was made of another model ({found.model}); {stream.folder} is {wanted}. "
+            f"survey {survey} was made of another model ({shown(found.model)}); {stream.folder} is {wanted}. "
             "Make one of this model with streamlap survey."
         )
     if [sorted(layer) for layer in found.layers] != [sorted(halves)] * stream.depth:

@@ -16,11 +16,12 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from transformers import AutoTokenizer
 
-from streamlap.errors import RecipeError, first_line
+from streamlap.errors import RecipeError, first_line, one_line, shown
 from streamlap.recipe import Calibration
 from streamlap.store.hub import TEXT_SUFFIXES, text_files
+from streamlap.store.npy import read_integers
+from streamlap.tokenizer import tokenise
 
 log = logging.getLogger(__name__)
 
@@ -28,15 +29,19 @@ DEFAULT_SAMPLES = 128
 DEFAULT_LENGTH = 2048
 
 
-def calibration_tokens(settings: Calibration, folder: Path, vocabulary: int, context: int) -> torch.Tensor:
+def calibration_tokens(
+    settings: Calibration, folder: Path, vocabulary: int, context: int, trust_remote_code: bool = False
+) -> torch.Tensor:
     """The calibration windows, [N, L] int64, drawn with the settings' seed.
 
-    Args: folder, where the tokenizer lies; vocabulary and context, the model's bounds on ids and on L.
+    Args: folder, where the tokenizer lies; vocabulary and context, the model's bounds on ids and on L; trust_remote_code,
+    whether a tokenizer that is code in the folder may run.
     Raises RecipeError for a file that is missing, empty, not text, too short, or out of the vocabulary.
     """
     windows_NL = read_windows(
-        settings.files or bundled_text("calibration"), folder, vocabulary, context, settings.length
-    )
+        settings.files or bundled_text("calibration"), folder, vocabulary, context, settings.length,
+        trust_remote_code=trust_remote_code,
+    )  # fmt: skip
     ready_made = len(settings.files) == 1 and settings.files[0].endswith(".npy") and settings.samples is None
     wanted = len(windows_NL) if ready_made else settings.samples or DEFAULT_SAMPLES
     if wanted > len(windows_NL):
@@ -48,11 +53,14 @@ def calibration_tokens(settings: Calibration, folder: Path, vocabulary: int, con
 
 
 def read_windows(
-    files: Sequence[str], folder: Path, vocabulary: int, context: int, length: int | None, stride: int | None = None
-) -> torch.Tensor:
+    files: Sequence[str], folder: Path, vocabulary: int, context: int, length: int | None, stride: int | None = None,
+    trust_remote_code: bool = False,
+) -> torch.Tensor:  # fmt: skip
     """Every window of the files in order, [N, L] int64; the last partial window of each file is left out."""
     paths = [path for file in files for path in text_files(file)]
-    windows = [_file_windows(path, folder, context, length, stride) for path in paths]
+    windows = [
+        cut_windows(path, read_tokens(path, folder, trust_remote_code), context, length, stride) for path in paths
+    ]
     if len({part.shape[1] for part in windows}) > 1:
         raise RecipeError(f"{', '.join(files)} have windows of different lengths; set --length.")
     windows_NL = torch.cat(windows)
@@ -74,12 +82,19 @@ def bundled_text(purpose: str) -> tuple[str, ...]:
     return (str(resources.files("streamlap") / "demo" / f"{purpose}.txt"),)
 
 
-def _file_windows(path: Path, folder: Path, context: int, length: int | None, stride: int | None) -> torch.Tensor:
+def read_tokens(path: Path, folder: Path, trust_remote_code: bool) -> torch.Tensor:
+    """The tokens of one file: [T] of a text, [T] or [N, L] of ids."""
     if not path.is_file():
         raise RecipeError(f"{path} is not a file; wanted text ({', '.join(TEXT_SUFFIXES)}) or token ids (.npy).")
     if path.stat().st_size == 0:
         raise RecipeError(f"{path} is empty; wanted text or token ids.")
-    tokens = _read_ids(path) if path.suffix == ".npy" else _tokenise(path, folder)
+    if path.suffix == ".npy":
+        return _read_ids(path)
+    return tokenise(_read_text(path), folder, path, trust_remote_code)
+
+
+def cut_windows(path: Path, tokens: torch.Tensor, context: int, length: int | None, stride: int | None) -> torch.Tensor:
+    """[N, L] of the tokens of `path`."""
     if tokens.ndim == 2:
         length = length or tokens.shape[1]
         if tokens.shape[1] % length:
@@ -99,30 +114,16 @@ def _file_windows(path: Path, folder: Path, context: int, length: int | None, st
 
 def _read_ids(path: Path) -> torch.Tensor:
     try:
-        with path.open("rb") as file:
-            ids = np.lib.format.read_array(file, allow_pickle=False)
+        ids = read_integers(path)
+    except TypeError as error:
+        raise RecipeError(f"{path} holds {error}.") from error
     except Exception as error:  # numpy raises a different one for every way to damage a header
         raise RecipeError(
             f"{path} is not a .npy array ({first_line(error)}); wanted token ids saved by numpy.save."
         ) from error
-    if ids.ndim not in (1, 2) or ids.dtype.kind not in "iu" or ids.size == 0:
-        raise RecipeError(f"{path} holds {ids.dtype} {ids.shape}; wanted whole numbers of shape [T] or [N, L].")
     if int(ids.max()) >= 2**63:
         raise RecipeError(f"{path} holds the id {int(ids.max())}; wanted token ids.")
     return torch.from_numpy(ids.astype(np.int64))
-
-
-def _tokenise(path: Path, folder: Path) -> torch.Tensor:
-    text = _read_text(path)
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-    except Exception as error:  # transformers raises a different one for every way to lack a tokenizer
-        raise RecipeError(
-            f"{folder} has no tokenizer that loads ({first_line(error)}); wanted one to read {path}. "
-            "Put its files there, or give token ids as .npy."
-        ) from error
-    ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
-    return torch.tensor(ids, dtype=torch.int64)
 
 
 def _read_text(path: Path) -> str:
@@ -142,13 +143,15 @@ def _read_text(path: Path) -> str:
     except UnicodeDecodeError as error:
         raise RecipeError(f"{path} is not UTF-8 text (byte {error.start}); convert it first.") from error
     except (ValueError, KeyError, TypeError) as error:
-        raise RecipeError(f"{path}: wanted one JSON object with a text field in each line, found {error!r}.") from error
+        raise RecipeError(
+            f"{path}: wanted one JSON object with a text field in each line, found {shown(error)}."
+        ) from error
 
 
 def _json_text(line: str) -> str:
     text = json.loads(line)["text"]
     if not isinstance(text, str):
-        raise TypeError(f"text is {text!r}")
+        raise TypeError(f"text is {shown(text)}")
     return text
 
 
@@ -160,5 +163,5 @@ def _parquet_texts(path: Path) -> list[str]:
     try:
         table = parquet.read_table(path, columns=["text"])
     except (ArrowInvalid, OSError) as error:
-        raise RecipeError(f"{path} is not a parquet file with a text column ({error}).") from error
+        raise RecipeError(f"{path} is not a parquet file with a text column ({one_line(str(error))}).") from error
     return [str(value) for value in table["text"].to_pylist() if value is not None]

@@ -37,6 +37,7 @@ from streamlap.options import (
     SurveyFile,
     TargetParams,
     TargetSize,
+    TrustRemoteCode,
     Work,
 )
 from streamlap.recipe import Recipe
@@ -94,6 +95,7 @@ def compress(
     work: Work = None,
     overlap: Overlap = True,
     stop_after: StopAfter = None,
+    trust_remote_code: TrustRemoteCode = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an earlier streamlap output.")] = False,
     as_json: Json = False,
 ) -> None:
@@ -104,7 +106,8 @@ def compress(
     )  # fmt: skip
     report = streamlap.compress(
         model, out, settings, device=device, work=work, overwrite=overwrite, max_ram=max_ram, max_vram=max_vram,
-        overlap=overlap, stop_after=stop_after, **how_small(ratio, target_size, target_params),
+        overlap=overlap, stop_after=stop_after, trust_remote_code=trust_remote_code,
+        **how_small(ratio, target_size, target_params),
     )  # fmt: skip
     emit(as_json, report.to_json(), describe_report(report))
 
@@ -129,6 +132,7 @@ def plan(
     max_vram: MaxVram = None,
     work: Work = None,
     overlap: Overlap = True,
+    trust_remote_code: TrustRemoteCode = False,
     as_json: Json = False,
 ) -> None:
     """What compress with the same options would take: size, memory, disk, time. From headers; exit 4 if it does not fit."""
@@ -138,7 +142,7 @@ def plan(
     )  # fmt: skip
     result = streamlap.plan(
         model, settings, device=device, work=work, max_ram=max_ram, max_vram=max_vram, overlap=overlap,
-        **how_small(ratio, target_size, target_params),
+        trust_remote_code=trust_remote_code, **how_small(ratio, target_size, target_params),
     )  # fmt: skip
     emit(as_json, result.to_json(), describe_plan(result))
     if not result.fits:
@@ -160,6 +164,7 @@ def survey(
     work: Work = None,
     overlap: Overlap = True,
     stop_after: StopAfter = None,
+    trust_remote_code: TrustRemoteCode = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an earlier survey.")] = False,
     as_json: Json = False,
 ) -> None:
@@ -167,7 +172,7 @@ def survey(
     found = streamlap.survey(
         model, file, files=tuple(calibration or ()), samples=samples, length=length, seed=seed or 0, dtype=dtype or "auto",
         device=device, work=work, overwrite=overwrite, max_ram=max_ram, max_vram=max_vram, overlap=overlap,
-        stop_after=stop_after,
+        stop_after=stop_after, trust_remote_code=trust_remote_code,
     )  # fmt: skip
     emit(as_json, found.to_json(), describe_survey(found))
 
@@ -203,12 +208,13 @@ def evaluate(
     max_vram: MaxVram = None,
     work: Work = None,
     overlap: Overlap = True,
+    trust_remote_code: TrustRemoteCode = False,
     as_json: Json = False,
 ) -> None:
     """Streaming perplexity of any checkpoint, original or compressed; never more than one layer in memory."""
     result = streamlap.evaluate(
         model, text, length=length, stride=stride, limit=limit, device=device, dtype=dtype or "auto", work=work,
-        max_ram=max_ram, max_vram=max_vram, overlap=overlap,
+        max_ram=max_ram, max_vram=max_vram, overlap=overlap, trust_remote_code=trust_remote_code,
     )  # fmt: skip
     emit(as_json, result.to_json(), describe_evaluation(result))
 

@@ -9,14 +9,28 @@
       NumericalError    exit 6   activations or decompositions that are not finite
       Interrupted       exit 75  stopped on request at a commit; run again to resume
 
-A message names the tensor or flag, the value seen, the value wanted, and the next step.
+A message names the tensor or flag, the value seen, the value wanted, and the next step. Values out of files that strangers
+wrote go through `shown`, so that no file can make a message long or put a line of its own into it.
 """
+
+import reprlib
+
+LONGEST = 4000
+"""Characters in the longest message."""
+
+_REPR = reprlib.Repr()
+_REPR.maxstring = _REPR.maxother = _REPR.maxlong = 100
+_REPR.maxlist = _REPR.maxtuple = _REPR.maxdict = 8
+_REPR.maxlevel = 3
 
 
 class StreamlapError(Exception):
     """The base of all of them; `exit_code` is what the command line ends with."""
 
     exit_code = 1
+
+    def __str__(self) -> str:
+        return _cut(super().__str__(), LONGEST)
 
 
 class CheckpointError(StreamlapError):
@@ -47,12 +61,30 @@ class Interrupted(StreamlapError):
     exit_code = 75
 
 
+def shown(value: object, limit: int = 120) -> str:
+    """A value out of a foreign file as messages show it: its repr, shortened; line ends and control characters are escaped."""
+    try:
+        return _cut(_REPR.repr(value), limit)
+    except ValueError:  # a whole number with more digits than Python writes out
+        return f"{type(value).__name__} of many digits"
+
+
+def one_line(text: str, limit: int = 400) -> str:
+    """Foreign text on one line, its control characters escaped."""
+    words = " ".join(text[: 8 * limit].split())
+    return _cut("".join(char if char.isprintable() else repr(char)[1:-1] for char in words), limit)
+
+
 def first_line(error: BaseException) -> str:
     """What a library's error says, in one line: the first of its message, or its type where it has none."""
     lines = str(error).strip().splitlines()
-    return lines[0] if lines else type(error).__name__
+    return one_line(lines[0]) if lines else type(error).__name__
 
 
 def whole(error: BaseException, limit: int = 400) -> str:
     """All that a library said, on one line, behind the name of its error: some put the reason last."""
-    return f"{type(error).__name__}: {' '.join(str(error).split())[:limit]}"
+    return f"{type(error).__name__}: {one_line(str(error), limit)}"
+
+
+def _cut(text: str, limit: int) -> str:
+    return text if len(text) <= limit else text[: limit - 1] + "…"

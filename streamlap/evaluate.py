@@ -64,21 +64,24 @@ def evaluate(
     max_ram: int | str | None = None,
     max_vram: int | str | None = None,
     overlap: bool = True,
+    trust_remote_code: bool = False,
 ) -> Evaluation:
     """Perplexity of a checkpoint, original or compressed, on text or token ids (as for calibration; default: bundled text,
     which is not the one that calibration takes).
 
     Args: length, tokens a window (default 2048, the model's context, or the rows of an .npy); limit, tokens to use at
     most, windows times length; dtype, compute dtype, auto is float32 on a CPU; work, where hidden states go when memory is
-    short; max_ram, max_vram, caps as bytes or as text like 8GiB (default: what is free).
+    short; max_ram, max_vram, caps as bytes or as text like 8GiB (default: what is free);
+    trust_remote_code, whether a tokenizer that is code in the model folder may run.
     """
     start, device = time.perf_counter(), pick_device(device)
     steady_heap()
     reset_peaks()
     caps = Caps(ram=parse_size(max_ram, "max_ram"), vram=parse_size(max_vram, "max_vram"))
-    stream = ModelStream(local_folder(str(model)), device, "float32" if (device, dtype) == ("cpu", "auto") else dtype)
+    folder = local_folder(str(model), trust_remote_code)
+    stream = ModelStream(folder, device, "float32" if (device, dtype) == ("cpu", "auto") else dtype)
     files = (text,) if isinstance(text, str | Path) else tuple(text or bundled_text("validation"))
-    tokens_NL = choose_windows(stream, [str(file) for file in files], length, stride, limit)
+    tokens_NL = choose_windows(stream, [str(file) for file in files], length, stride, limit, trust_remote_code)
     choice = fit(evaluation_workload(stream, *tokens_NL.shape), caps, overlap)
     require_fit(choice, caps)
     nll_NL = token_losses(stream, tokens_NL, choice, Path(work) if work else None)
@@ -93,14 +96,15 @@ def evaluate(
 
 
 def choose_windows(
-    stream: ModelStream, files: Sequence[str], length: int | None, stride: int | None, limit: int | None
-) -> torch.Tensor:
+    stream: ModelStream, files: Sequence[str], length: int | None, stride: int | None, limit: int | None,
+    trust_remote_code: bool = False,
+) -> torch.Tensor:  # fmt: skip
     """The windows to score, [N, L]. Raises RecipeError where the numbers do not fit the text or each other."""
     for name, value in (("stride", stride), ("limit", limit), ("length", length)):
         least = 2 if name == "length" else 1
         if value is not None and value < least:
             raise RecipeError(f"{name} is {value}; wanted at least {least}.")
-    tokens_NL = read_windows(files, stream.folder, stream.vocabulary, stream.context, length, stride)
+    tokens_NL = read_windows(files, stream.folder, stream.vocabulary, stream.context, length, stride, trust_remote_code)
     if stride is not None and stride >= tokens_NL.shape[1]:
         raise RecipeError(f"stride is {stride}; wanted less than the window's {tokens_NL.shape[1]} tokens.")
     windows = len(tokens_NL) if limit is None else limit // tokens_NL.shape[1]

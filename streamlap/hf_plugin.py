@@ -26,7 +26,7 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from .linears import LowRankLinear, PivotedLinear, StoredLinear
-from .modules import carriers, merge_modules, swap_modules
+from .modules import carriers, merge_modules, short, swap_modules
 
 QUANT_METHOD = "streamlap"
 FORMAT_VERSION = 2
@@ -53,20 +53,22 @@ class StreamlapConfig(QuantizationConfigMixin):
         # The version comes first: a later format may well have other keys, and its message is the useful one.
         if type(format_version) is not int or format_version not in READ_VERSIONS:
             raise ValueError(
-                f"quantization_config.format_version: seen {format_version!r}; wanted one of {READ_VERSIONS}. "
+                f"quantization_config.format_version: seen {short(format_version)}; wanted one of {READ_VERSIONS}. "
                 "Update streamlap to load this folder."
             )
         if quant_method != QUANT_METHOD or unknown:
-            keys = sorted(unknown) or [f"quant_method = {quant_method!r}"]
+            keys = [short(key)[1:-1] for key in sorted(unknown)[:8]] or [f"quant_method = {short(quant_method)}"]
             raise ValueError(
                 f"quantization_config: seen {', '.join(keys)}; wanted quant_method, format_version, modules"
             )
         if not isinstance(modules, Mapping):
-            raise ValueError(f"quantization_config.modules: seen {modules!r}; wanted a table of module path -> row")
+            raise ValueError(
+                f"quantization_config.modules: seen {short(modules)}; wanted a table of module path -> row"
+            )
         for path, row in modules.items():
             if not isinstance(row, Mapping):
                 raise ValueError(
-                    f"quantization_config.modules[{path!r}]: seen {row!r}; wanted {{'rank': 7}} or the like"
+                    f"quantization_config.modules[{short(path)}]: seen {short(row)}; wanted {{'rank': 7}} or the like"
                 )
         self.quant_method = QUANT_METHOD  # type: ignore[assignment]  # transformers declares its own closed enum
         self.format_version = FORMAT_VERSION

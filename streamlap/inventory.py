@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from streamlap.errors import CheckpointError, shown
 from streamlap.export.folder import REPORT_NAME
 from streamlap.families.stream import ModelStream
 from streamlap.linalg.budget import index_parameters, low_rank_parameters, pivoted_parameters
 from streamlap.report import Parameters
+from streamlap.store.confine import REPORT_BYTES, read_object
 from streamlap.store.hub import local_folder
 
 Row = Mapping[str, int]
@@ -114,9 +115,14 @@ def _errors(folder: Path) -> dict[str, dict[str, float]]:
     report = folder / REPORT_NAME
     if not report.is_file():
         return {}
-    layers = json.loads(report.read_text(encoding="utf-8"))["layers"]
-    return {
-        f"{layer['index']}.{edit['path']}": {"relative_error": edit["error"]}
-        for layer in layers
-        for edit in layer["edits"]
-    }
+    table = read_object(folder, REPORT_NAME, REPORT_BYTES)
+    try:
+        return {
+            f"{int(layer['index'])}.{edit['path']}": {"relative_error": float(edit["error"])}
+            for layer in table["layers"]
+            for edit in layer["edits"]
+        }
+    except (KeyError, TypeError, ValueError) as error:
+        raise CheckpointError(
+            f"{report} is no report of streamlap ({shown(error)}); remove it, or compress again."
+        ) from error

@@ -12,6 +12,10 @@ from streamlap.store.hub import local_folder
 
 
 def load(model: str | Path, **options: Any) -> PreTrainedModel:
-    """`AutoModelForCausalLM.from_pretrained` with the loader registered; `options` are passed on (dtype, device_map, ...)."""
-    loaded: PreTrainedModel = AutoModelForCausalLM.from_pretrained(local_folder(str(model)), **options)
+    """`AutoModelForCausalLM.from_pretrained` with the loader registered; `options` are passed on (dtype, device_map, ...).
+
+    Unless they say otherwise, no code of the folder runs and no pickle is opened.
+    """
+    safe = {"trust_remote_code": False, "use_safetensors": True}
+    loaded: PreTrainedModel = AutoModelForCausalLM.from_pretrained(local_folder(str(model)), **(safe | options))
     return loaded

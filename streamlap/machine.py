@@ -27,11 +27,14 @@ import torch
 from streamlap.errors import BudgetError, CheckpointError, StreamlapError
 from streamlap.linalg.lowrank import eigh
 from streamlap.linalg.products import product
+from streamlap.strictjson import parse_json, read_limited
 
 log = logging.getLogger(__name__)
 
 CACHE_SECONDS = 30 * 86400.0
 """Age at which a measurement is too old: a disk fills up, a driver is replaced."""
+
+CACHE_BYTES = 1 << 20
 
 TRIES = 4
 PATIENCE = 0.5
@@ -228,8 +231,8 @@ def _cache_file() -> Path:
 def _load(place: Path) -> dict[str, dict[str, float]]:
     """The entries that are whole and young enough; any other is as if it were not there."""
     try:
-        table = json.loads(place.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
+        table = parse_json(read_limited(place, CACHE_BYTES))
+    except (OSError, ValueError):
         return {}
     return {key: row for key, row in table.items() if _usable(row)} if isinstance(table, dict) else {}
 

@@ -11,6 +11,7 @@ This file is copied as it is into every output folder, so of the package it impo
 from __future__ import annotations
 
 from collections.abc import Mapping
+from reprlib import Repr
 
 import torch
 from torch import nn
@@ -21,6 +22,11 @@ from .linears import PivotedLinear as PivotedLinear
 from .linears import SlicedLinear as SlicedLinear
 from .linears import StoredLinear as StoredLinear
 from .linears import is_permutation as is_permutation
+
+_REPR = Repr()
+_REPR.maxstring, _REPR.maxdict, _REPR.maxlist = 120, 8, 8
+short = _REPR.repr
+"""What stands in a file as messages show it; no file can make them long."""
 
 KINDS: dict[str, tuple[set[str], set[str]]] = {
     "rank": (set(), set()),  # LowRankLinear: two factors
@@ -106,10 +112,10 @@ def _linear_at(root: nn.Module, path: str) -> nn.Linear:
         module = root.get_submodule(path)
     except AttributeError as error:
         raise ValueError(
-            f"streamlap module {path!r}: seen no such module in {type(root).__name__}; wanted the path of a Linear"
+            f"streamlap module {short(path)}: seen no such module in {type(root).__name__}; wanted the path of a Linear"
         ) from error
     if not isinstance(module, nn.Linear):
-        raise ValueError(f"streamlap module {path!r}: seen a {type(module).__name__}; wanted a Linear")
+        raise ValueError(f"streamlap module {short(path)}: seen a {type(module).__name__}; wanted a Linear")
     return module
 
 
@@ -121,7 +127,9 @@ def _check_row(path: str, row: Mapping[str, int], old: nn.Linear) -> None:
     if "bias" in row:
         _check_size(path, "bias", row["bias"], 1)
         if old.bias is not None:
-            raise ValueError(f"streamlap module {path!r}: seen a bias; wanted none, as the dense linear has its own")
+            raise ValueError(
+                f"streamlap module {short(path)}: seen a bias; wanted none, as the dense linear has its own"
+            )
     # Of every kind the carrier must have another shape than [O, I]: with the dense layer's name and its shape it would
     # load where it must not.
     if "rank" in row:
@@ -140,19 +148,19 @@ def _check_keys(path: str, row: Mapping[str, int]) -> None:
     kind = next((kind for kind in KINDS if kind in row), None)
     must, may = KINDS[kind] if kind else (set(), set())
     if not row or not must <= row.keys() or row.keys() - must - may - {kind} - ANYWHERE:
-        raise ValueError(f"streamlap module {path!r}: seen {dict(row)!r}; wanted {WANTED}")
+        raise ValueError(f"streamlap module {short(path)}: seen {short(dict(row))}; wanted {WANTED}")
 
 
 def _check_size(path: str, key: str, size: int, most: int) -> None:
     if type(size) is not int or not 1 <= size <= most:
-        raise ValueError(f"streamlap module {path!r}: seen {key} = {size!r}; wanted an integer 1..{most}")
+        raise ValueError(f"streamlap module {short(path)}: seen {key} = {short(size)}; wanted an integer 1..{most}")
 
 
 def _check_parts(path: str, key: str, parts: int, sizes: tuple[int, ...]) -> None:
     _check_size(path, key, parts, min(sizes))
     if any(size % parts for size in sizes):
         wanted = " and ".join(map(str, sizes))
-        raise ValueError(f"streamlap module {path!r}: seen {key} = {parts}; wanted a divisor of {wanted}")
+        raise ValueError(f"streamlap module {short(path)}: seen {key} = {parts}; wanted a divisor of {wanted}")
 
 
 def _build(row: Mapping[str, int], old: nn.Linear) -> nn.Module:

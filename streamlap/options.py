@@ -17,6 +17,10 @@ Overlap = Annotated[
     bool,
     typer.Option("--overlap/--no-overlap", help="Read, write and compute at the same time; the result is the same."),
 ]
+TrustRemoteCode = Annotated[
+    bool,
+    typer.Option("--trust-remote-code", help="Run the model folder's own tokenizer code; read it first."),
+]
 Work = Annotated[Path | None, typer.Option(help="Folder for hidden states between layers.")]
 Ratio = Annotated[float | None, typer.Option(help="Fraction of the decoder-linear parameters to remove.")]
 TargetSize = Annotated[str | None, typer.Option(help="In place of --ratio: most that all shards may take, like 24GB.")]

@@ -85,6 +85,7 @@ def compress(
     max_vram: int | str | None = None,
     overlap: bool = True,
     stop_after: float | str | None = None,
+    trust_remote_code: bool = False,
     **overrides: Any,
 ) -> Report:
     """Compress the checkpoint `model` (a folder or a hub id) into the new folder `out`, or go on where a killed run stopped.
@@ -95,6 +96,7 @@ def compress(
     `work` is where hidden states are kept between layers; default inside `out`. `max_ram` and `max_vram` are caps, as bytes or
     as text like 8GiB; default what is free. Without `overlap` nothing runs beside the loop. None of these changes the result.
     After the time `stop_after` (seconds, or text like 3h50m) the run ends at its next commit as it does on SIGTERM.
+    `trust_remote_code` lets a tokenizer that is code in the model folder run; no other code of it ever does.
     Raises a StreamlapError before the first layer for anything that can be checked from headers, and Interrupted where it was
     stopped.
     """
@@ -102,13 +104,13 @@ def compress(
     steady_heap()
     target = parse_target(target_size, target_params, overrides.get("ratio"))
     recipe = (recipe or Recipe()).override(**overrides)
-    folder, out = local_folder(str(model)), Path(out)
+    folder, out = local_folder(str(model), trust_remote_code), Path(out)
     device = pick_device(device)
     reset_peaks()
     stream = ModelStream(folder, device, recipe.dtype)
     recipe = meet(stream, recipe, target)
     plan_layers(stream, recipe)
-    tokens_NL = calibration_tokens(recipe.calibration, folder, stream.vocabulary, stream.context)
+    tokens_NL = calibration_tokens(recipe.calibration, folder, stream.vocabulary, stream.context, trust_remote_code)
     arguments = {
         "model": str(folder.resolve()) if Path(model).is_dir() else str(model),
         "recipe": recipe.to_dict() | {"survey": recipe.survey and str(Path(recipe.survey).resolve())},
@@ -131,7 +133,7 @@ def resume(
     deadline = time.monotonic() + parse_time(stop_after, "stop_after")
     steady_heap()
     out = Path(out)
-    arguments = Journal.load(out).start["arguments"]
+    arguments = Journal.load(out).arguments
     caps = {"max_ram": parse_size(max_ram, "max_ram"), "max_vram": parse_size(max_vram, "max_vram")}
     recipe = Recipe.from_dict(arguments["recipe"])
     stream = ModelStream(local_folder(arguments["model"]), pick_device(arguments["device"]), recipe.dtype)

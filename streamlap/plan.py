@@ -82,6 +82,7 @@ def plan(
     max_ram: int | str | None = None,
     max_vram: int | str | None = None,
     overlap: bool = True,
+    trust_remote_code: bool = False,
     **overrides: Any,
 ) -> Plan:
     """What `compress` with the same arguments would take. Of a hub id only config, tokenizer and shard headers are fetched.
@@ -92,10 +93,12 @@ def plan(
     target = parse_target(target_size, target_params, overrides.get("ratio"))
     recipe, device = (recipe or Recipe()).override(**overrides), pick_device(device)
     steady_heap()
-    folder, source = header_source(str(model))
+    folder, source = header_source(str(model), trust_remote_code)
     stream = ModelStream(folder, device, recipe.dtype, source)
     recipe = meet(stream, recipe, target)
-    sequences, length = calibration_tokens(recipe.calibration, folder, stream.vocabulary, stream.context).shape
+    sequences, length = calibration_tokens(
+        recipe.calibration, folder, stream.vocabulary, stream.context, trust_remote_code
+    ).shape
     layers = forecast(stream, recipe, (sequences, length))
     caps = Caps(ram=parse_size(max_ram, "max_ram"), vram=parse_size(max_vram, "max_vram"))
     choice = fit(compression_workload(stream, layers, (sequences, length)), caps, overlap)

@@ -14,7 +14,7 @@ import transformers
 
 from streamlap.calibration import token_hash
 from streamlap.errors import RecipeError
-from streamlap.export.folder import RECIPE_NAME
+from streamlap.export.folder import RECIPE_NAME, companions
 from streamlap.families.stream import ModelStream
 from streamlap.memory import existing_ancestor, require_disk
 from streamlap.recipe import Recipe
@@ -46,6 +46,7 @@ def pick_device(name: str) -> str:
 def check_output(folder: Path, out: Path, overwrite: bool) -> None:
     """Refuse an output folder that is the input or holds something else; empty it where `overwrite` allows."""
     check_apart(folder, out)
+    companions(folder)  # what cannot be copied at the end is said at the start
     entries = {path.name for path in out.iterdir()} if out.exists() else set()
     ours = STATE_FOLDER in entries or RECIPE_NAME in entries
     if overwrite and entries:

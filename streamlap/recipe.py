@@ -20,11 +20,12 @@ from typing import Any
 
 import yaml
 
-from streamlap.errors import RecipeError
+from streamlap.errors import RecipeError, one_line, shown
 from streamlap.families import Family
 from streamlap.families.shell import COMPUTE_DTYPES
 from streamlap.methods import ANCHORED, METHODS, PRESETS, AnchoredMethod, Method, OnePassMethod
 from streamlap.methods.refine_block import Refinement
+from streamlap.strictyaml import read_yaml
 
 MOST_EPOCHS = 10_000
 
@@ -46,10 +47,10 @@ class Calibration:
             value = getattr(self, name)
             if value is not None and (type(value) is not int or not least <= value < 2**63):
                 raise RecipeError(
-                    f"calibration: {name} is {value!r}; wanted a whole number of at least {least} and below 2^63."
+                    f"calibration: {name} is {shown(value)}; wanted a whole number of at least {least} and below 2^63."
                 )
         if not isinstance(self.files, list | tuple) or not all(isinstance(file, str) for file in self.files):
-            raise RecipeError(f"calibration: files is {self.files!r}; wanted a list of paths.")
+            raise RecipeError(f"calibration: files is {shown(self.files)}; wanted a list of paths.")
         object.__setattr__(self, "files", tuple(self.files))
 
 
@@ -73,13 +74,15 @@ class Recipe:
 
     def __post_init__(self) -> None:
         if isinstance(self.ratio, bool) or not isinstance(self.ratio, int | float) or not 0 < self.ratio < 1:
-            raise RecipeError(f"ratio is {self.ratio!r}; wanted a fraction between 0 and 1, like 0.2 for 20 % removed.")
+            raise RecipeError(
+                f"ratio is {shown(self.ratio)}; wanted a fraction between 0 and 1, like 0.2 for 20 % removed."
+            )
         if self.preset not in (*PRESETS, "custom"):
-            raise RecipeError(f"preset is {self.preset!r}; wanted one of {', '.join(PRESETS)}, custom.")
+            raise RecipeError(f"preset is {shown(self.preset)}; wanted one of {', '.join(PRESETS)}, custom.")
         if self.dtype not in ("auto", *COMPUTE_DTYPES):
-            raise RecipeError(f"dtype is {self.dtype!r}; wanted one of auto, {', '.join(COMPUTE_DTYPES)}.")
+            raise RecipeError(f"dtype is {shown(self.dtype)}; wanted one of auto, {', '.join(COMPUTE_DTYPES)}.")
         if type(self.refine) is not int or not 0 <= self.refine <= MOST_EPOCHS:
-            raise RecipeError(f"refine is {self.refine!r}; wanted a whole number of epochs, 0 to {MOST_EPOCHS}.")
+            raise RecipeError(f"refine is {shown(self.refine)}; wanted a whole number of epochs, 0 to {MOST_EPOCHS}.")
         if self.refine and not self.anchored:
             raise RecipeError(
                 f"refine is {self.refine}, and preset {self.preset} does not keep the dense model's stream, which is what a "
@@ -87,8 +90,8 @@ class Recipe:
             )
         if self.survey is not None and not (isinstance(self.survey, str) and self.anchored):
             raise RecipeError(
-                f"survey is {self.survey!r}; wanted the path of a survey file, and methods that rebuild halves, as those of "
-                "the preset best are."
+                f"survey is {shown(self.survey)}; wanted the path of a survey file, and methods that rebuild halves, as "
+                "those of the preset best are."
             )
 
     @property
@@ -166,22 +169,26 @@ class Recipe:
         preset = values.setdefault("preset", "custom" if "methods" in values else "best")
         if "methods" in values:
             if not isinstance(values["methods"], list):
-                raise RecipeError(f"methods is {values['methods']!r}; wanted a list of some of {', '.join(METHODS)}.")
+                raise RecipeError(
+                    f"methods is {shown(values['methods'])}; wanted a list of some of {', '.join(METHODS)}."
+                )
             values["methods"] = tuple(_parse_method(row) for row in values["methods"])
         else:
             values["methods"] = preset_methods(preset)
         calibration = values.get("calibration") or {}
         if not isinstance(calibration, Mapping):
-            raise RecipeError(f"calibration is {calibration!r}; wanted files, samples, length and seed.")
+            raise RecipeError(f"calibration is {shown(calibration)}; wanted files, samples, length and seed.")
         _refuse_unknown("calibration", calibration, Calibration)
         return cls(**(values | {"calibration": Calibration(**calibration)}))
 
     @classmethod
     def from_yaml(cls, path: Path) -> Recipe:
         try:
-            table = yaml.safe_load(path.read_text(encoding="utf-8"))
-        except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-            raise RecipeError(f"recipe {path} cannot be read: {' '.join(str(error).split())}") from error
+            table = read_yaml(path)
+        except OSError as error:
+            raise RecipeError(f"recipe {path} cannot be read: {error.strerror}; wanted a YAML file.") from error
+        except ValueError as error:
+            raise RecipeError(f"recipe {path} cannot be read: {error}; wanted plain YAML settings.") from error
         if not isinstance(table, Mapping):
             raise RecipeError(f"recipe {path} holds a {type(table).__name__}; wanted keys like ratio and preset.")
         if "methods" in table and not table["methods"]:
@@ -191,7 +198,7 @@ class Recipe:
 
 def preset_methods(preset: str) -> tuple[Method, ...]:
     if not isinstance(preset, str) or preset not in PRESETS:
-        raise RecipeError(f"preset is {preset!r}; wanted one of {', '.join(PRESETS)}.")
+        raise RecipeError(f"preset is {shown(preset)}; wanted one of {', '.join(PRESETS)}.")
     return PRESETS[preset]
 
 
@@ -209,7 +216,7 @@ KNOB_WORDS = {"float": "a number", "int": "a whole number", "str": "a word", "bo
 def _parse_method(row: Any) -> Method:
     known = ", ".join(METHODS)
     if not isinstance(row, Mapping) or row.get("method") not in list(METHODS):
-        raise RecipeError(f"methods holds {row!r}; wanted rows like {{method: NAME}} with one of {known}.")
+        raise RecipeError(f"methods holds {shown(row)}; wanted rows like {{method: NAME}} with one of {known}.")
     kind = METHODS[row["method"]]
     knobs = {key: value for key, value in row.items() if key != "method"}
     _refuse_unknown(row["method"], knobs, kind)
@@ -217,13 +224,15 @@ def _parse_method(row: Any) -> Method:
         value, wanted = knobs.get(entry.name, entry.default), str(entry.type).split(" | ")
         if not any(type(value) in KNOB_TYPES[name] for name in wanted):
             raise RecipeError(
-                f"{row['method']}: {entry.name} is {value!r}; wanted {' or '.join(KNOB_WORDS[name] for name in wanted)}."
+                f"{row['method']}: {entry.name} is {shown(value)}; wanted {' or '.join(KNOB_WORDS[name] for name in wanted)}."
             )
     return kind(**knobs)
 
 
 def _refuse_unknown(where: str, table: Mapping[str, Any], kind: type) -> None:
     known = [entry.name for entry in fields(kind)]
-    unknown = [str(key) for key in table if key not in known]
+    unknown = [key if isinstance(key, str) and key.isidentifier() else shown(key) for key in table if key not in known]
     if unknown:
-        raise RecipeError(f"{where} has unknown keys {', '.join(unknown)}; wanted some of {', '.join(known)}.")
+        raise RecipeError(
+            f"{where} has unknown keys {one_line(', '.join(unknown[:8]), 200)}; wanted some of {', '.join(known)}."
+        )

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from streamlap.errors import ResumeMismatch, first_line, shown
 from streamlap.families.layer import Edit
 
 
@@ -48,8 +49,15 @@ class LayerReport:
 
     @classmethod
     def from_json(cls, line: Mapping[str, Any]) -> LayerReport:
-        edits = tuple(EditReport(**edit) for edit in line["edits"])
-        return cls(**{**line, "edits": edits, "ladder": tuple(line["ladder"])})
+        """Raises ResumeMismatch for a line that `to_json` did not write."""
+        try:
+            edits = tuple(EditReport(**edit) for edit in line["edits"])
+            return cls(**{**line, "edits": edits, "ladder": tuple(line["ladder"])})
+        except (TypeError, KeyError) as error:
+            raise ResumeMismatch(
+                f"the journal line of layer {shown(line.get('index'))} lacks something ({first_line(error)}); wanted the line "
+                "of a finished layer. Delete the output folder and run streamlap compress again."
+            ) from error
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)

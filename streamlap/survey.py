@@ -81,6 +81,7 @@ def survey(
     max_vram: int | str | None = None,
     overlap: bool = True,
     stop_after: float | str | None = None,
+    trust_remote_code: bool = False,
 ) -> Survey:
     """Measure what each half of each layer of a checkpoint loses by being cut, write it into the new JSON `file`.
 
@@ -88,18 +89,20 @@ def survey(
 
     Args: files, samples, length, seed, the calibration windows (default: 16 of 256 tokens); dtype, compute dtype; work, where
     hidden states go; max_ram, max_vram, caps as bytes or as text like 8GiB (default: what is free). Without `overlap` nothing
-    runs beside the loop. After the time `stop_after` (seconds, or text like 3h50m) the sweep ends at its next commit. Raises a
-    StreamlapError before the first layer for what can be checked from headers, and Interrupted where it was stopped.
+    runs beside the loop. After the time `stop_after` (seconds, or text like 3h50m) the sweep ends at its next commit.
+    `trust_remote_code` lets a tokenizer that is code in the model folder run. Raises a StreamlapError before the first layer for
+    what can be checked from headers, and Interrupted where it was stopped.
     """
     deadline = time.monotonic() + parse_time(stop_after, "stop_after")
-    folder, file, device = local_folder(str(model)), Path(file), pick_device(device)
+    folder, file, device = local_folder(str(model), trust_remote_code), Path(file), pick_device(device)
     state = file.with_name(file.name + ".streamlap")
     steady_heap()
     reset_peaks()
     stream = ModelStream(folder, device, dtype)
     if stream.rows:
         raise UnsupportedModel(f"{folder} is already compressed by streamlap; wanted the original checkpoint.")
-    tokens_NL = survey_windows(stream, Calibration(files=files, samples=samples, length=length, seed=seed))
+    settings = Calibration(files=files, samples=samples, length=length, seed=seed)
+    tokens_NL = survey_windows(stream, settings, trust_remote_code)
     caps = Caps(ram=parse_size(max_ram, "max_ram"), vram=parse_size(max_vram, "max_vram"))
     choice = fit(survey_workload(stream, *tokens_NL.shape), caps, overlap)
     require_fit(choice, caps)
@@ -108,12 +111,12 @@ def survey(
     return run(stream, tokens_NL, file, state, choice, hidden_folder(state, work), deadline)
 
 
-def survey_windows(stream: ModelStream, settings: Calibration) -> torch.Tensor:
+def survey_windows(stream: ModelStream, settings: Calibration, trust_remote_code: bool = False) -> torch.Tensor:
     """The windows to measure on, [N, L]: few and short unless told otherwise; token ids are taken as they are."""
     if not (len(settings.files) == 1 and settings.files[0].endswith(".npy")):
         length = settings.length or min(DEFAULT_LENGTH, stream.context)
         settings = replace(settings, samples=settings.samples or DEFAULT_SAMPLES, length=length)
-    return calibration_tokens(settings, stream.folder, stream.vocabulary, stream.context)
+    return calibration_tokens(settings, stream.folder, stream.vocabulary, stream.context, trust_remote_code)
 
 
 def check_file(file: Path, state: Path, overwrite: bool) -> None:

@@ -5,14 +5,15 @@ Faults are collected, not raised, so that one look shows all of them.
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
-from streamlap.errors import CheckpointError, StreamlapError, UnsupportedModel
+from streamlap.errors import CheckpointError, StreamlapError, UnsupportedModel, shown
 from streamlap.export.folder import REPORT_NAME
 from streamlap.families.stream import ModelStream
 from streamlap.modules import is_permutation
+from streamlap.store.confine import REPORT_BYTES, check_folder, read_object
+from streamlap.store.header import check_name
 from streamlap.store.journal import STATE_FOLDER, Journal
 from streamlap.store.sink import file_hash
 from streamlap.store.source import INDEX_NAME, SafetensorsFolder
@@ -42,6 +43,10 @@ def fault(file: str, text: str, tensor: str | None = None) -> Fault:
 def unfinished(folder: Path) -> list[Fault]:
     if Journal.exists(folder):
         return [fault(STATE_FOLDER, f"the run is not finished; go on with: streamlap resume {folder}")]
+    try:
+        check_folder(folder)
+    except CheckpointError as error:
+        return [fault("", str(error))]
     if not (folder / "config.json").is_file():
         return [fault("config.json", "missing, so this is not a model; compress again")]
     return []
@@ -53,13 +58,17 @@ def wrong_hashes(folder: Path) -> list[Fault]:
     if not report.is_file():
         return []
     try:
-        shards = dict(json.loads(report.read_text(encoding="utf-8"))["shards"])
-    except (ValueError, KeyError, TypeError) as error:
-        return [fault(REPORT_NAME, f"cannot be parsed ({error!r}), so hashes cannot be checked")]
+        shards = read_object(folder, REPORT_NAME, REPORT_BYTES).get("shards")
+    except CheckpointError as error:
+        return [fault(REPORT_NAME, f"cannot be parsed ({error}), so hashes cannot be checked")]
+    if not isinstance(shards, dict) or not all(isinstance(digest, str) for digest in shards.values()):
+        return [fault(REPORT_NAME, f"has shards {shown(shards)}, so hashes cannot be checked")]
     faults = []
     for name, digest in shards.items():
         path = folder / Path(name).name
-        if not path.is_file():
+        if not check_name(name):
+            faults.append(fault(REPORT_NAME, f"names a shard {shown(name)}"))
+        elif not path.is_file():
             faults.append(fault(name, "missing"))
         elif file_hash(path) != digest:
             faults.append(fault(name, f"sha256 is not {digest[:16]}..., which was written: the file changed"))

@@ -28,18 +28,19 @@ FLOORS = {
     2: {
         "methods", "methods.base", "methods.attention_anchored", "methods.attention_heads", "methods.attention_groups",
         "methods.ffn_anchored", "methods.ffn_shares", "methods.refine_block", "methods.fitting", "methods.knobs",
-        "methods.costs", "methods.attention_awsvd", "methods.ffn_lorap", "recipe", "calibration",
+        "methods.costs", "methods.attention_awsvd", "methods.ffn_lorap", "recipe", "calibration", "tokenizer",
     },
     1: {
-        "store", "store.header", "store.hidden", "store.hub", "store.journal", "store.sink", "store.source",
-        "store.staging", "store.transfer", "store.worker", "families", "families.layer", "families.shell", "families.stream",
+        "store", "store.confine", "store.header", "store.hidden", "store.hub", "store.journal", "store.npy", "store.sink",
+        "store.source", "store.staging", "store.transfer", "store.worker",
+        "families", "families.bounds", "families.layer", "families.shell", "families.stream",
     },
     0: {
         "linalg", "linalg.allocation", "linalg.anchor", "linalg.budget", "linalg.channels", "linalg.heads", "linalg.lowrank",
         "linalg.moments", "linalg.obs", "linalg.pivot", "linalg.products", "linalg.ranks",
         "linalg.statistics", "linalg.subspace",
         "linears", "modules", "memory", "cgroups", "meters", "heap", "machine", "progress", "errors", "hf_plugin",
-        "modeling_streamlap", "shim", "stopping", "version",
+        "modeling_streamlap", "shim", "stopping", "strictjson", "strictyaml", "version",
     },
 }  # fmt: skip
 """Modules by their names inside the package; "" is the package root."""

@@ -137,6 +137,15 @@ def test_a_hub_id_is_fetched_once_without_pickles_or_code(hub: tuple[str, list[s
     assert not [path for path in asked if path.endswith((".bin", ".py"))]
 
 
+def test_code_is_fetched_with_the_flag_alone_and_pickles_never(hub: tuple[str, list[str]], tmp_path: Path) -> None:
+    endpoint, asked = hub
+    words = ("--samples", "2", "--length", "16", "--trust-remote-code", "--json")
+    done = ask(endpoint, tmp_path / "home", "plan", "org/pico", *words)
+    assert done.returncode == 0, done.stderr
+    assert [path for path in asked if path.endswith("modeling_evil.py")]
+    assert not [path for path in asked if path.endswith(".bin")]
+
+
 def test_a_hub_data_set_is_calibration_text(hub: tuple[str, list[str]], text: Path, tmp_path: Path) -> None:
     words = ("eval", "org/pico", "--length", "16", "--json", "--text")
     done = ask(hub[0], tmp_path / "home", *words, "org/pico")

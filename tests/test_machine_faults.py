@@ -116,7 +116,9 @@ def test_other_weights_under_the_same_header_are_not_gone_on_with(
         compress(out)
     shard = shard_of(source, "model.layers.2.mlp.up_proj.weight")
     retrain(shard)
-    words = rf"{shard.name}: the folder has '\d+ bytes, header (\w+), data \w+', this run has '\d+ bytes, header \1, data"
+    words = (
+        rf"{shard.name}: the folder has '\d+ bytes, header (\w+), data \w+', this run has '\d+ bytes, header \1, data"
+    )
     with pytest.raises(ResumeMismatch, match=words):
         streamlap.resume(out)
 

@@ -113,7 +113,9 @@ def test_rows_of_a_file_that_was_cut_are_refused(tmp_path: Path) -> None:
     save_file({"w": TENSORS["rows"]}, tmp_path / "model.safetensors")
     info = SafetensorsFolder(tmp_path).info("w")
     os.truncate(info.path, info.end - 1)
-    with pytest.raises(CheckpointError, match=r"model.safetensors was changed while in use, before tensor 'w' was read"):
+    with pytest.raises(
+        CheckpointError, match=r"model.safetensors was changed while in use, before tensor 'w' was read"
+    ):
         read_rows(info, [8, 9])
     with pytest.raises(CheckpointError, match=r"model.safetensors ended inside tensor 'w'"):
         read_rows(replace(info, stamp=None), [8, 9])  # as where it is cut between the look at it and the reading

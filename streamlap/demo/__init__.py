@@ -75,7 +75,7 @@ def measure(folder: Path, parameters: int) -> tuple[Side, str]:
     perplexity = evaluate(folder, bundled("validation.txt"), limit=EVALUATION_TOKENS).perplexity
     size = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-    text, speed = generate(model, AutoTokenizer.from_pretrained(folder))
+    text, speed = generate(model, AutoTokenizer.from_pretrained(folder, trust_remote_code=False))
     return Side(parameters=parameters, bytes=size, perplexity=perplexity, tokens_per_second=speed), text
 
 

@@ -8,10 +8,14 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from streamlap.errors import CheckpointError
+from streamlap.families.shell import read_config
 from streamlap.hf_plugin import FORMAT_VERSION
 from streamlap.report import LayerReport, Report
 from streamlap.shim import write_shim
+from streamlap.store.confine import checked, read_bytes
 from streamlap.store.sink import write_durably
+from streamlap.store.source import PICKLE_SUFFIXES
 
 RECIPE_NAME = "streamlap_recipe.yaml"
 REPORT_NAME = "streamlap_report.json"
@@ -22,16 +26,35 @@ COPIED = (
     "chat_template.*", "additional_chat_templates/*", "generation_config.json", "LICENSE*", "NOTICE*", "USE_POLICY*",
 )  # fmt: skip
 """What is carried over from the source folder as it stands."""
+NOT_COPIED = {".py", ".so", *PICKLE_SUFFIXES}
+"""Endings of what can run code."""
+COMPANION_BYTES = 256 << 20
+CARD_BYTES = 1 << 20
+
+PLAIN = re.compile(r"[\w .,:;/@+()~%#?&=-]{1,200}")
+"""What a model card takes over from a stranger's: no quotes, no markup, no line ends."""
+
+
+def companions(source: Path) -> list[Path]:
+    """Tokenizer, templates, generation settings and licence texts of a checkpoint, as paths in it.
+
+    Raises CheckpointError, before anything is opened, for a file out of bounds or larger than such a file is.
+    """
+    found = {path for pattern in COPIED for path in source.glob(pattern) if path.suffix.lower() not in NOT_COPIED}
+    files = [path for path in sorted(found) if checked(source, path).is_file()]
+    for path in files:
+        if path.stat().st_size > COMPANION_BYTES:
+            raise CheckpointError(
+                f"{path} has {path.stat().st_size:,} bytes; wanted at most {COMPANION_BYTES:,}. Remove it."
+            )
+    return [path.relative_to(source) for path in files]
 
 
 def copy_companions(source: Path, out: Path) -> None:
-    """Tokenizer, templates, generation settings and licence texts, as bytes."""
-    for pattern in COPIED:
-        for path in sorted(source.glob(pattern)):
-            if path.is_file():
-                target = out / path.relative_to(source)
-                target.parent.mkdir(exist_ok=True)
-                write_durably(target, path.read_bytes())
+    """What `companions` lists, as bytes."""
+    for name in companions(source):
+        (out / name).parent.mkdir(exist_ok=True)
+        write_durably(out / name, read_bytes(source, str(name), COMPANION_BYTES))
 
 
 def write_json(path: Path, value: Any, indent: int | None = 2) -> None:
@@ -53,10 +76,8 @@ def finish_folder(out: Path, source: Path, base: str, layers_path: str, report: 
         if edit.kept is not None
     }
     write_json(out / KEPT_NAME, kept, indent=None)
-    card = source / "README.md"
-    licence = licence_of(card.read_text(encoding="utf-8", errors="replace")) if card.is_file() else {}
-    write_durably(out / "README.md", model_card(report, base, licence).encode())
-    raw = json.loads((source / "config.json").read_text(encoding="utf-8"))
+    write_durably(out / "README.md", model_card(report, base, licence_of(source)).encode())
+    raw = read_config(source)
     raw |= {"auto_map": write_shim(out, write_durably), "quantization_config": quantization_config(report, layers_path)}
     write_json(out / "config.json", raw)
 
@@ -76,17 +97,28 @@ def module_rows(layers: Iterable[LayerReport], layers_path: str) -> dict[str, di
     return {path: dict(row) for path, row in rows if row}
 
 
-def licence_of(card: str) -> dict[str, str]:
-    """The licence fields in the front matter of a model card."""
-    front = card.split("---")[1] if card.startswith("---") and card.count("---") >= 2 else ""
-    return dict(re.findall(r"^(license(?:_name|_link)?):[ \t]*(\S.*?)[ \t]*$", front, flags=re.MULTILINE))
+def licence_of(source: Path) -> dict[str, str]:
+    """The licence fields in the front matter of a checkpoint's model card, those that are plain words."""
+    path = checked(source, source / "README.md")
+    if not path.is_file():
+        return {}
+    with path.open("rb") as file:
+        card = file.read(CARD_BYTES).decode("utf-8", errors="replace")
+    front = card.split("---", 2)[1] if card.startswith("---") and card.count("---") >= 2 else ""
+    rows = re.findall(r"^(license(?:_name|_link)?):[ \t]*([\"']?)(.*?)\2[ \t]*$", front, flags=re.MULTILINE)
+    return {key: value for key, _, value in rows if PLAIN.fullmatch(value)}
 
 
 def model_card(report: Report, base: str, licence: Mapping[str, str]) -> str:
     """README.md with the metadata that hubs read and the numbers that were measured."""
     parameters, (sequences, length) = report.parameters, report.calibration_tokens
-    front = [f"base_model: {json.dumps(base)}", "base_model_relation: quantized", "library_name: transformers"]
-    front += [f"{key}: {value}" for key, value in licence.items()]
+    base = re.sub(r"[^\w./@+ -]", "_", base[:200])  # no quotes or markup, in a heading or in the front matter
+    front = [
+        f"base_model: {json.dumps(base, ensure_ascii=False)}",
+        "base_model_relation: quantized",
+        "library_name: transformers",
+    ]
+    front += [f"{key}: {json.dumps(value, ensure_ascii=False)}" for key, value in licence.items()]
     front += ["tags:", "- streamlap", "- low-rank", "- pruned"]
     ratio = f"{parameters.ratio_decoder:.2%} of the decoder linears, {parameters.ratio_total:.2%} of the whole model"
     return "\n".join(

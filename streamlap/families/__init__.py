@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from streamlap.errors import UnsupportedModel
+from streamlap.errors import UnsupportedModel, shown
 from streamlap.hf_plugin import READ_VERSIONS
 
 GATED_SITES = {
@@ -86,7 +86,7 @@ def find_family(config: Mapping[str, Any]) -> Family:
     found, known = config.get("model_type"), ", ".join(FAMILIES)
     if not isinstance(found, str) or found not in FAMILIES:
         raise UnsupportedModel(
-            f"model_type {found!r} (architectures {config.get('architectures')!r}) is not known; known are {known}. "
+            f"model_type {shown(found)} (architectures {shown(config.get('architectures'))}) is not known; known are {known}. "
             "docs/add-a-family.md shows the row that a new one takes."
         )
     quantization = config.get("quantization_config") or {}
@@ -94,12 +94,12 @@ def find_family(config: Mapping[str, Any]) -> Family:
     method = quantization.get("quant_method") if named else quantization
     if quantization and not (named and method == "streamlap"):
         raise UnsupportedModel(
-            f"the checkpoint is quantised ({method!r}); wanted plain float weights. "
+            f"the checkpoint is quantised ({shown(method)}); wanted plain float weights. "
             "Compress the original first and quantise the result."
         )
     if quantization and quantization.get("format_version") not in READ_VERSIONS:
         raise UnsupportedModel(
-            f"quantization_config has format_version {quantization.get('format_version')!r}; this streamlap reads "
+            f"quantization_config has format_version {shown(quantization.get('format_version'))}; this streamlap reads "
             f"{' and '.join(map(str, READ_VERSIONS))}. Update streamlap."
         )
     return FAMILIES[found]

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, PreTrainedConfig
 
-from streamlap.errors import CheckpointError, UnsupportedModel, whole
+from streamlap.errors import CheckpointError, UnsupportedModel, one_line, shown, whole
+from streamlap.families import Family
 from streamlap.modules import PivotedLinear, swap_modules
+from streamlap.store.confine import CONFIG_BYTES, read_object
 from streamlap.store.header import TensorInfo
 
 COMPUTE_DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
@@ -20,35 +22,43 @@ COMPUTE_DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16"
 
 def read_config(folder: Path) -> dict[str, Any]:
     """config.json as it stands. Raises CheckpointError when there is none or it is not a JSON object."""
-    path = folder / "config.json"
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise CheckpointError(f"{path}: {error.strerror}; wanted a checkpoint folder with a config.json.") from error
-    except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path} is not JSON ({error}); fetch it again.") from error
-    if not isinstance(config, dict):
-        raise CheckpointError(f"{path} holds a {type(config).__name__}; wanted a JSON object.")
-    return config
+    return read_object(folder, "config.json", CONFIG_BYTES)
 
 
-def meta_model(folder: Path) -> nn.Module:
-    """The model that config.json describes, without weights. Raises CheckpointError where it describes none."""
+def meta_model(config: PreTrainedConfig, folder: Path) -> nn.Module:
+    """The model of `config`, without weights, of transformers' own classes. Raises CheckpointError where there is none."""
     try:
-        config = AutoConfig.from_pretrained(folder, local_files_only=True)
         with torch.device("meta"):
-            model: nn.Module = AutoModelForCausalLM.from_config(config)  # type: ignore[no-untyped-call]
+            model: nn.Module = AutoModelForCausalLM.from_config(  # type: ignore[no-untyped-call]
+                config, trust_remote_code=False
+            )
         return model.eval()
     except Exception as error:  # whatever transformers makes of a config that is out of range
         raise CheckpointError(f"{folder / 'config.json'} does not describe a model: {whole(error)}") from error
 
 
-def swapped(model: nn.Module, rows: Any) -> dict[str, nn.Linear]:
+def module_table(raw: Mapping[str, Any], family: Family, depth: int) -> dict[str, dict[str, int]]:
+    """quantization_config.modules of a folder that streamlap wrote, else nothing; linears of decoder layers alone."""
+    rows = (raw.get("quantization_config") or {}).get("modules", {})
+    known = {f"{family.layers}.{index}.{path}" for index in range(depth) for path in family.linears}
+    faulty = [path for path in rows if path not in known or not isinstance(rows[path], dict)] if rows else []
+    if not isinstance(rows, dict) or faulty:
+        row = f" {shown(faulty[0])}: {shown(rows[faulty[0]])}" if isinstance(rows, dict) else f": {shown(rows)}"
+        raise CheckpointError(
+            f"quantization_config.modules in config.json has{row}; wanted linears of the {depth} decoder layers, with a "
+            'row like {"rank": 7} for each.'
+        )
+    return rows
+
+
+def swapped(model: nn.Module, rows: Mapping[str, Mapping[str, int]]) -> dict[str, nn.Linear]:
     """Put what an earlier compression made in its place; gives the linears that stood there, by path."""
     try:
         return swap_modules(model, rows)
     except (AttributeError, ValueError, TypeError) as error:
-        raise CheckpointError(f"quantization_config.modules in config.json does not fit the model: {error}") from error
+        raise CheckpointError(
+            f"quantization_config.modules in config.json does not fit the model: {one_line(str(error))}"
+        ) from error
 
 
 def check_tensor(info: TensorInfo, wanted: torch.Tensor) -> None:

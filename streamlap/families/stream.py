@@ -17,11 +17,21 @@ from typing import Any
 import torch
 from torch import nn
 
-from streamlap.errors import CheckpointError, RecipeError
+from streamlap.errors import CheckpointError, RecipeError, whole
 from streamlap.families import find_family
+from streamlap.families.bounds import check_depth, check_widths, native_config
 from streamlap.families.layer import StreamLayer
-from streamlap.families.shell import COMPUTE_DTYPES, check_orders, check_tensor, meta_model, read_config, swapped
+from streamlap.families.shell import (
+    COMPUTE_DTYPES,
+    check_orders,
+    check_tensor,
+    meta_model,
+    module_table,
+    read_config,
+    swapped,
+)
 from streamlap.modules import carriers, disk_name
+from streamlap.store.confine import check_folder
 from streamlap.store.header import TensorInfo
 from streamlap.store.source import SafetensorsFolder, TensorSource, read_rows
 from streamlap.store.staging import Staging
@@ -55,20 +65,24 @@ class ModelStream:
         self, folder: Path, device: str = "cpu", dtype: str = "auto", source: TensorSource | None = None
     ) -> None:
         self.folder, self.device = folder, torch.device(device)
+        check_folder(folder)
         self.raw_config = read_config(folder)
         self.family = find_family(self.raw_config)
         self.source = source or SafetensorsFolder(folder)
-        self.model = meta_model(folder)
+        config: Any = native_config(self.raw_config, folder)
+        depth = config.num_hidden_layers
+        check_depth(depth, self.source.names(), self.family, folder)
+        self.rows = module_table(self.raw_config, self.family, depth)
+        self.model = meta_model(config, folder)
         self.config: Any = self.model.config
-        self.rows: dict[str, dict[str, int]] = (self.raw_config.get("quantization_config") or {}).get("modules", {})
         self._dense = swapped(self.model, self.rows)  # the linears that an earlier compression replaced, by path
         self.layers = list(self.model.get_submodule(self.family.layers).children())
-        if not self.layers:
-            raise CheckpointError(
-                f"{folder / 'config.json'} has num_hidden_layers 0; wanted at least one decoder layer."
-            )
         self.dtype = self._resolve_dtype(dtype)
         self._check_tensors()
+        for index in range(self.depth) if self.rows else ():
+            stored = {path: self.stored_shape(index, path) for path in self.family.linears}
+            dense = {path: self.dense_shape(index, path) for path in self.family.linears}
+            check_widths(stored, dense, self.family, self.head_dim, self.layer_name(index))
 
     @property
     def depth(self) -> int:
@@ -133,7 +147,10 @@ class ModelStream:
 
     @torch.no_grad()
     def layer_kwargs(self, length: int) -> list[dict[str, Any]]:
-        """What the model passes to each decoder layer beside the hidden states, for sequences of `length` tokens."""
+        """What the model passes to each decoder layer beside the hidden states, for sequences of `length` tokens.
+
+        Raises CheckpointError where the values of config.json give no forward.
+        """
         backbone = self.model.get_submodule(self.family.backbone)
         parts = {path: self.model.get_submodule(path) for path in (self.family.rotary, self.family.norm)}
         layers = self.model.get_submodule(self.family.layers)
@@ -147,6 +164,12 @@ class ModelStream:
             backbone(
                 inputs_embeds=torch.zeros(1, length, self.width, dtype=self.dtype, device=self.device), use_cache=False
             )
+        except (MemoryError, torch.OutOfMemoryError):
+            raise
+        except Exception as error:  # whatever transformers makes of values that are out of range
+            raise CheckpointError(
+                f"{self.folder / 'config.json'} describes no model that runs: {whole(error)}"
+            ) from error
         finally:
             self.model.set_submodule(self.family.layers, layers)
             for path, part in parts.items():

@@ -7,7 +7,6 @@ without holes (https://huggingface.co/docs/safetensors).
 from __future__ import annotations
 
 import hashlib
-import json
 import math
 import os
 from dataclasses import dataclass, replace
@@ -16,9 +15,13 @@ from typing import IO, Any
 
 import torch
 
-from streamlap.errors import CheckpointError
+from streamlap.errors import CheckpointError, shown
+from streamlap.strictjson import parse_json
 
 MAX_HEADER_BYTES = 100_000_000
+MAX_NAME = 512
+"""Characters in the name of a tensor."""
+MAX_DIMS = 8
 
 DTYPES: dict[str, torch.dtype] = {
     "F64": torch.float64,
@@ -107,28 +110,44 @@ def parse_header(path: Path, file: IO[bytes], size: int) -> Header:
     if size < 8 or length > min(size - 8, MAX_HEADER_BYTES):
         raise _fault(path, f"header length {length} in a file of {size} bytes", "a whole safetensors file")
     raw = file.read(length)
+    if len(raw) < length or not raw.startswith(b"{"):
+        raise _fault(path, f"header of {length} bytes begins with {shown(raw[:8])}", "a JSON object")
     try:
-        table = json.loads(raw)
-    except (ValueError, RecursionError) as error:
+        table = parse_json(raw)
+    except ValueError as error:
         raise _fault(path, f"header is not JSON ({error})", "a JSON object") from error
-    if not isinstance(table, dict):
-        raise _fault(path, f"header is a {type(table).__name__}", "a JSON object")
-    table.pop("__metadata__", None)
+    _check_metadata(path, table.pop("__metadata__", {}))
     tensors = {name: _parse_row(path, name, row, 8 + length) for name, row in table.items()}
     _check_layout(path, tensors, 8 + length, size)
     return Header(path=path, tensors=tensors, file_bytes=size, digest=hashlib.sha256(raw).hexdigest())
 
 
+def check_name(name: str) -> bool:
+    """Whether messages may show a tensor's name as it is."""
+    return len(name) <= MAX_NAME and name.isprintable()
+
+
+def _check_metadata(path: Path, table: Any) -> None:
+    """What the format allows there is text by name; none of it is used."""
+    if not isinstance(table, dict) or not all(isinstance(value, str) for value in table.values()):
+        raise _fault(path, f"__metadata__ is {shown(table)}", "texts by name")
+
+
 def _parse_row(path: Path, name: str, row: Any, data_start: int) -> TensorInfo:
+    if not check_name(name):
+        raise _fault(path, f"a tensor is called {shown(name)}", f"at most {MAX_NAME} printable characters")
     try:
         dtype, shape, (begin, end) = row["dtype"], row["shape"], row["data_offsets"]
     except (KeyError, TypeError, ValueError) as error:
-        raise _fault(path, f"tensor {name!r} is described as {row!r}", "dtype, shape and data_offsets") from error
+        raise _fault(path, f"tensor {name!r} is described as {shown(row)}", "dtype, shape and data_offsets") from error
     if not isinstance(dtype, str) or dtype not in DTYPES:
-        raise _fault(path, f"tensor {name!r} has dtype {dtype!r}", f"one of {', '.join(DTYPES)}")
+        raise _fault(path, f"tensor {name!r} has dtype {shown(dtype)}", f"one of {', '.join(DTYPES)}")
     numbers = [*shape, begin, end] if isinstance(shape, list) else [None]
     if any(type(number) is not int or not 0 <= number < 2**60 for number in numbers):
-        raise _fault(path, f"tensor {name!r} has shape {shape!r} and offsets {begin!r}, {end!r}", "whole numbers")
+        seen = f"tensor {name!r} has shape {shown(shape)} and offsets {shown(begin)}, {shown(end)}"
+        raise _fault(path, seen, "whole numbers")
+    if len(shape) > MAX_DIMS:
+        raise _fault(path, f"tensor {name!r} has {len(shape)} dimensions", f"at most {MAX_DIMS}")
     if math.prod(shape) * DTYPES[dtype].itemsize != end - begin:
         raise _fault(path, f"tensor {name!r}: {dtype} {shape} in {end - begin} bytes", "offsets that fit the shape")
     info = {"begin": data_start + begin, "end": data_start + end}

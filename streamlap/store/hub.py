@@ -1,4 +1,5 @@
-"""Hub ids -> local folders, or headers alone. Safetensors, JSON, tokenizer and text files are fetched, never pickles or code.
+"""Hub ids -> local folders, or headers alone. Safetensors, JSON, tokenizer and text files are fetched, never pickles, and code
+only where the caller trusts it.
 
 HF_HOME, HF_TOKEN, HF_ENDPOINT and HF_HUB_OFFLINE are honoured by huggingface_hub itself.
 """
@@ -15,7 +16,14 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntry
 
 from streamlap.errors import CheckpointError, RecipeError, first_line, whole
 from streamlap.store.header import Header, parse_header
-from streamlap.store.source import SafetensorsFolder, SafetensorsHeaders, TensorSource, files_in, find_shards
+from streamlap.store.source import (
+    PICKLE_SUFFIXES,
+    SafetensorsFolder,
+    SafetensorsHeaders,
+    TensorSource,
+    files_in,
+    find_shards,
+)
 
 TEXT_SUFFIXES = (".txt", ".jsonl", ".parquet")
 
@@ -23,6 +31,8 @@ HUB_ID = re.compile(r"[\w.-]+/[\w.-]+(@[\w./-]+)?")
 WEIGHTS = "*.safetensors"
 FETCHED = [WEIGHTS, "*.json", "tokenizer*", "*.model", "merges.txt", "vocab.*", "*.jinja", "*.md", "LICENSE*",
            "NOTICE*", "USE_POLICY*"]  # fmt: skip
+CODE = "*.py"
+NEVER = [f"*{suffix}" for suffix in sorted(PICKLE_SUFFIXES)]
 
 READ_AHEAD = 1 << 17
 """Bytes fetched with the first eight of a shard: nearly every header ends within them, so one request does."""
@@ -35,15 +45,15 @@ def model_name(model: str) -> str:
     return model if HUB_ID.fullmatch(model) and not Path(model).is_dir() else Path(model).resolve().name
 
 
-def local_folder(model: str) -> Path:
+def local_folder(model: str, trust_remote_code: bool = False) -> Path:
     """The folder `model` itself, or the snapshot of `org/name[@revision]` in the hub's cache, fetched where it is absent.
 
-    Raises CheckpointError when it is neither, or cannot be reached.
+    Code is fetched with `trust_remote_code` alone. Raises CheckpointError when it is neither, or cannot be reached.
     """
-    return Path(model) if Path(model).is_dir() else _model_snapshot(model, FETCHED)
+    return Path(model) if Path(model).is_dir() else _model_snapshot(model, FETCHED, trust_remote_code)
 
 
-def header_source(model: str) -> tuple[Path, TensorSource]:
+def header_source(model: str, trust_remote_code: bool = False) -> tuple[Path, TensorSource]:
     """The folder of `model` with config and tokenizer, and its tensors: names, shapes, dtypes and places, as the headers tell.
 
     Of a hub id no weights are fetched, only the headers of the shards, by ranged reads; they pass the same checks as those
@@ -52,7 +62,7 @@ def header_source(model: str) -> tuple[Path, TensorSource]:
     """
     if Path(model).is_dir():
         return Path(model), SafetensorsFolder(Path(model))
-    folder = _model_snapshot(model, [pattern for pattern in FETCHED if pattern != WEIGHTS])
+    folder = _model_snapshot(model, [pattern for pattern in FETCHED if pattern != WEIGHTS], trust_remote_code)
     try:
         find_shards(folder, files_in(folder), model)
     except CheckpointError:
@@ -108,16 +118,21 @@ def _fetch_headers(hub: HfFileSystem, root: str, folder: Path, shards: Iterable[
         return dict(zip(names, pool.map(fetch, names), strict=True))
 
 
-def _model_snapshot(model: str, patterns: list[str]) -> Path:
+def _model_snapshot(model: str, patterns: list[str], trust_remote_code: bool) -> Path:
     if not HUB_ID.fullmatch(model) or Path(model).exists():
         raise CheckpointError(f"{model} is not a folder; wanted a checkpoint folder or a hub id like org/name.")
-    return _snapshot(model, "model", patterns)
+    return _snapshot(model, "model", [*patterns, CODE] if trust_remote_code else patterns, trust_remote_code)
 
 
-def _snapshot(hub_id: str, kind: str, patterns: list[str]) -> Path:
+def _snapshot(hub_id: str, kind: str, patterns: list[str], code: bool = False) -> Path:
     name, _, revision = hub_id.partition("@")
     try:
-        return Path(snapshot_download(name, repo_type=kind, revision=revision or None, allow_patterns=patterns))
+        return Path(
+            snapshot_download(
+                name, repo_type=kind, revision=revision or None, allow_patterns=patterns,
+                ignore_patterns=NEVER if code else [*NEVER, CODE],
+            )
+        )  # fmt: skip
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         raise CheckpointError(
             f"{hub_id} is not a folder, nor a hub id under which a {kind} can be had: {first_line(error)}"

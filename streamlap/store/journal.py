@@ -22,14 +22,20 @@ import filelock
 import numpy as np
 import torch
 
-from streamlap.errors import ResumeMismatch, first_line
+from streamlap.errors import ResumeMismatch, first_line, shown
+from streamlap.store.npy import read_integers
 from streamlap.store.sink import disk_error, fsync_folder, write_durably
+from streamlap.strictjson import parse_json, read_limited
 
 STATE_FOLDER = ".streamlap"
 JOURNAL_NAME = "journal.jsonl"
 TOKENS_NAME = "tokens.npy"
 NO_LOCKS = (errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK)
 """What file systems say that cannot lock."""
+
+MOST_BYTES = 1 << 30
+ARGUMENTS = {"model": (str,), "recipe": (dict,), "device": (str,), "work": (str, type(None))}
+"""What a run that can be resumed was begun with; further ones may be there."""
 
 
 def save_tokens(out: Path, tokens_NL: torch.Tensor) -> None:
@@ -43,12 +49,37 @@ def saved_tokens(out: Path) -> torch.Tensor:
     """The windows that the run into `out` began with, [N, L]. Raises ResumeMismatch when they cannot be read."""
     path = out / STATE_FOLDER / TOKENS_NAME
     try:
-        with path.open("rb") as file:
-            return torch.from_numpy(np.lib.format.read_array(file, allow_pickle=False))
+        tokens_NL = torch.from_numpy(read_integers(path).astype(np.int64, copy=False))
+        if tokens_NL.ndim != 2:
+            raise ValueError(f"shape {list(tokens_NL.shape)}; wanted [N, L]")
+        return tokens_NL
     except Exception as error:  # numpy raises a different one for every way to damage a header
         raise ResumeMismatch(
             f"{path} cannot be read ({first_line(error)}); wanted this run's tokens. Give the compress command again."
         ) from error
+
+
+def parse_start(line: bytes) -> dict[str, Any]:
+    """The first line of a journal. Raises ValueError where it is none."""
+    start = parse_json(line)
+    parts = ("fingerprint", "arguments")
+    if not isinstance(start, dict) or not all(isinstance(start.get(part), dict) for part in parts):
+        raise ValueError(f"its first line is {shown(start)}; wanted {' and '.join(parts)}")
+    arguments: dict[str, Any] = start["arguments"]
+    for key, kinds in ARGUMENTS.items() if arguments else ():
+        if not isinstance(arguments.get(key), kinds):
+            raise ValueError(f"argument {key} is {shown(arguments.get(key))}")
+    return start
+
+
+def check_line(line: bytes, place: int) -> None:
+    """Raise ValueError unless the line of a finished layer is that of layer `place`."""
+    layer = parse_json(line)
+    if not isinstance(layer, dict) or type(layer.get("index")) is not int or layer["index"] != place:
+        raise ValueError(f"lines out of order: line {place + 2} is not that of layer {place}")
+    seconds = layer.get("seconds", {})
+    if not isinstance(seconds, dict) or not all(type(value) in (int, float) for value in seconds.values()):
+        raise ValueError(f"layer {place} has seconds {shown(seconds)}")
 
 
 class OutputLock:
@@ -120,6 +151,15 @@ class Journal:
         """The finished layers in order, parsed one by one."""
         return map(json.loads, self._lines)
 
+    @property
+    def arguments(self) -> dict[str, Any]:
+        """What the run was begun with. Raises ResumeMismatch for that of a survey, which has none."""
+        if not self.start["arguments"]:
+            raise ResumeMismatch(
+                f"{self.state.parent} is the state of a survey; wanted that of a compress run. Give the survey command again."
+            )
+        return dict(self.start["arguments"])
+
     @staticmethod
     def exists(out: Path) -> bool:
         return (out / STATE_FOLDER / JOURNAL_NAME).is_file()
@@ -151,15 +191,13 @@ class Journal:
             raise ResumeMismatch(
                 f"{out} has no {STATE_FOLDER}/{JOURNAL_NAME}, so nothing to resume. Run streamlap compress."
             )
-        raw = path.read_bytes()
-        whole = raw[: raw.rfind(b"\n") + 1]
         try:
-            first, *lines = whole.splitlines()
-            start = json.loads(first)
-            ordered = all(json.loads(line)["index"] == place for place, line in enumerate(lines))
-            if not ordered or not {"fingerprint", "arguments"} <= start.keys():
-                raise ValueError("lines out of order")
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raw = read_limited(path, MOST_BYTES)
+            first, *lines = raw[: raw.rfind(b"\n") + 1].split(b"\n")[:-1]
+            start = parse_start(first)
+            for place, line in enumerate(lines):
+                check_line(line, place)
+        except ValueError as error:
             raise ResumeMismatch(
                 f"{path} is damaged ({error}). Delete {out} and run streamlap compress again."
             ) from error

@@ -6,7 +6,6 @@ A mapped shard counts into the process's memory for as long as the map is open; 
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import replace
@@ -15,13 +14,15 @@ from typing import Protocol
 
 import torch
 
-from streamlap.errors import CheckpointError
+from streamlap.errors import CheckpointError, shown
 from streamlap.linalg.statistics import all_finite
-from streamlap.store.header import Header, TensorInfo, byte_view, file_stamp, read_header
+from streamlap.store.confine import INDEX_BYTES, check_folder, checked, read_object
+from streamlap.store.header import Header, TensorInfo, byte_view, check_name, file_stamp, read_header
 
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
-PICKLE_SUFFIXES = {".bin", ".pt", ".pth", ".ckpt"}
+PICKLE_SUFFIXES = {".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle"}
+PICKLE_INDEX = "pytorch_model.bin.index.json"
 CHUNK_BYTES = 1 << 26
 """Bytes in one read; a multiple of every item size."""
 SAMPLES, SAMPLE_BYTES = 64, 4096
@@ -85,8 +86,9 @@ class SafetensorsFolder(SafetensorsHeaders):
     """
 
     def __init__(self, folder: Path) -> None:
+        check_folder(folder)
         shards = find_shards(folder, files_in(folder), str(folder))
-        headers = {shard: read_header(folder / shard) for shard in sorted(set(shards.values()))}
+        headers = {shard: read_header(checked(folder, folder / shard)) for shard in sorted(set(shards.values()))}
         super().__init__(str(folder), shards, headers)
 
     def read(self, name: str) -> torch.Tensor:
@@ -136,6 +138,10 @@ def read_rows(info: TensorInfo, rows: list[int]) -> torch.Tensor:
 
     The pages stay in the page cache, since rows are asked for again; they give way where memory is short.
     """
+    if rows and not 0 <= min(rows) <= max(rows) < info.shape[0]:
+        raise CheckpointError(
+            f"tensor {info.name!r} has rows 0 to {info.shape[0] - 1}; asked for {min(rows)} to {max(rows)}."
+        )
     tensor = torch.empty(len(rows), *info.shape[1:], dtype=info.dtype)
     view, width, handle = byte_view(tensor), info.nbytes // info.shape[0], _open(info)
     try:
@@ -213,31 +219,33 @@ def find_shards(folder: Path, files: Collection[str], place: str) -> dict[str, s
         return _read_index(folder, files, place)
     if SINGLE_NAME in files:
         return {"": SINGLE_NAME}
-    pickles = sorted(name for name in files if Path(name).suffix in PICKLE_SUFFIXES)
+    pickles = sorted(name for name in files if Path(name).suffix in PICKLE_SUFFIXES or name == PICKLE_INDEX)
     if pickles:
+        names = ", ".join(shown(name)[1:-1] for name in pickles[:3])
         raise CheckpointError(
-            f"{place} holds only pickled weights ({', '.join(pickles[:3])}), which can run code when opened; wanted "
+            f"{place} holds only pickled weights ({names}), which can run code when opened; wanted "
             "safetensors. Convert once where you trust it: AutoModelForCausalLM.from_pretrained(...).save_pretrained(...)."
         )
     raise CheckpointError(f"{place} holds neither {INDEX_NAME} nor {SINGLE_NAME}; wanted a safetensors checkpoint.")
 
 
 def _read_index(folder: Path, files: Collection[str], place: str) -> dict[str, str]:
-    try:
-        table = json.loads((folder / INDEX_NAME).read_text(encoding="utf-8"))["weight_map"]
-        pairs = {str(name): str(shard) for name, shard in table.items()}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise CheckpointError(
-            f"{INDEX_NAME} cannot be parsed ({error!r}); wanted an object with weight_map."
-        ) from error
-    for name, shard in pairs.items():
-        if Path(shard).name != shard or not shard.endswith(".safetensors"):
+    table = read_object(folder, INDEX_NAME, INDEX_BYTES).get("weight_map")
+    if not isinstance(table, dict) or not all(isinstance(shard, str) for shard in table.values()):
+        raise CheckpointError(f"{INDEX_NAME} has weight_map {shown(table)}; wanted tensor name -> shard file name.")
+    for name, shard in table.items():
+        if not check_name(name) or not check_name(shard) or "\\" in shard or Path(shard).name != shard:
             raise CheckpointError(
-                f"{INDEX_NAME} puts tensor {name!r} into {shard!r}; wanted a .safetensors file inside {place}. "
+                f"{INDEX_NAME} puts tensor {shown(name)} into {shown(shard)}; wanted a .safetensors file inside {place}. "
                 "Do not trust it."
+            )
+        if not shard.endswith(".safetensors"):
+            raise CheckpointError(
+                f"{INDEX_NAME} puts tensor {name!r} into {shown(shard)}; wanted a .safetensors file. Pickled weights can run "
+                "code when opened, and no other kind is read."
             )
         if shard not in files:
             raise CheckpointError(
-                f"shard {shard} is missing; {INDEX_NAME} wants it for tensor {name!r}. Fetch it again."
+                f"shard {shown(shard)[1:-1]} is missing; {INDEX_NAME} wants it for tensor {name!r}. Fetch it again."
             )
-    return pairs
+    return table

@@ -1,0 +1,138 @@
+"""What config.json may say, checked before anything is built from it: a number there can ask for any amount of memory."""
+
+from __future__ import annotations
+
+import copy
+import math
+import re
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from transformers import CONFIG_MAPPING, PreTrainedConfig
+
+from streamlap.errors import CheckpointError, shown, whole
+from streamlap.families import Family
+
+SIZES = {
+    "num_hidden_layers": 1_000,
+    "hidden_size": 1 << 18,
+    "intermediate_size": 1 << 20,
+    "num_attention_heads": 1 << 12,
+    "num_key_value_heads": 1 << 12,
+    "head_dim": 1 << 12,
+    "vocab_size": 1 << 24,
+    "max_position_embeddings": 1 << 30,
+}
+"""Key -> the most that it may be; no known model has a tenth of it."""
+Shapes = Mapping[str, tuple[int, int]]
+MAY_BE_NULL = {"num_key_value_heads", "head_dim"}
+ROPE_KEYS = ("rope_parameters", "rope_scaling", "rope_theta", "partial_rotary_factor")
+ROPE_MOST = 1e15
+
+UNUSED = {
+    "auto_map", "architectures", "quantization_config", "configuration_files", "attn_implementation", "experts_implementation",
+    "name_or_path", "num_labels", "id2label", "label2id", "problem_type", "task_specific_params", "transformers_version",
+}  # fmt: skip
+"""Keys that transformers would act on, by running code, fetching kernels, reading other files or filling tables, and that say
+nothing of the architecture."""
+DTYPES = {"float32", "float16", "bfloat16"}
+
+
+def native_config(raw: Mapping[str, Any], folder: Path) -> PreTrainedConfig:
+    """The transformers config of a parsed config.json with a known model_type; no code of the folder runs.
+
+    Raises CheckpointError for sizes out of bounds, and with transformers' reason for what it does not take.
+    """
+    check_sizes(raw.get, folder, raw)
+    _check_lists(raw, folder)
+    for key in ROPE_KEYS:
+        _check_rope(raw.get(key), key, folder)
+    kept = {key: value for key, value in raw.items() if key not in UNUSED and not key.startswith("_")}
+    kept = {k: v for k, v in kept.items() if k not in ("dtype", "torch_dtype") or (isinstance(v, str) and v in DTYPES)}
+    try:
+        config = CONFIG_MAPPING[raw["model_type"]].from_dict(copy.deepcopy(kept))
+        config.name_or_path = str(folder)
+    except Exception as error:  # whatever transformers makes of a config that is out of range
+        raise CheckpointError(f"{folder / 'config.json'} does not describe a model: {whole(error)}") from error
+    check_sizes(lambda key: getattr(config, key, None), folder, SIZES)  # the defaults of what config.json leaves out
+    return config
+
+
+def check_sizes(value_of: Callable[[str], Any], folder: Path, given: Iterable[str]) -> None:
+    """Raise CheckpointError unless those sizes that are `given` are whole numbers within bounds."""
+    for key in SIZES.keys() & set(given):
+        value = value_of(key)
+        if value is None and key in MAY_BE_NULL:
+            continue
+        if type(value) is not int or not 1 <= value <= SIZES[key]:
+            raise CheckpointError(
+                f"{folder / 'config.json'} has {key} {shown(value)}; wanted a whole number from 1 to {SIZES[key]:,}."
+            )
+    if (value_of("head_dim") or 0) % 2:
+        raise CheckpointError(
+            f"{folder / 'config.json'} has head_dim {value_of('head_dim')}; wanted an even number: it is turned in pairs."
+        )
+    heads, groups = value_of("num_attention_heads"), value_of("num_key_value_heads")
+    if heads and groups and heads % groups:
+        raise CheckpointError(
+            f"{folder / 'config.json'} has num_key_value_heads {groups}; wanted a divisor of num_attention_heads {heads}."
+        )
+
+
+def check_depth(depth: int, names: Iterable[str], family: Family, folder: Path) -> None:
+    """Raise CheckpointError unless the shards hold tensors of as many decoder layers as config.json wants."""
+    layer = re.compile(re.escape(family.layers) + r"\.(\d{1,9})\.")
+    found = {int(match[1]) for name in names if not name.endswith(family.ignored) and (match := layer.match(name))}
+    if len(found) != depth or max(found) + 1 != depth:
+        extent = f"{len(found)} decoder layers, the last numbered {max(found)}" if found else "no decoder layer"
+        raise CheckpointError(
+            f"{folder / 'config.json'} has num_hidden_layers {depth}, and the shards hold {extent}; wanted both to agree. "
+            "Fetch config.json, index and shards of one revision."
+        )
+
+
+def check_widths(stored: Shapes, dense: Shapes, family: Family, head_dim: int, name: str) -> None:
+    """Raise CheckpointError where the linears of the compressed layer `name` do not fit together.
+
+    Args: stored and dense, (out, in) of each linear as it is and as it was before any edit.
+    """
+    (q, k, v), (o,), (down,) = (family.sites[site] for site in ("attn_in", "attn_out", "ffn_mid"))
+    ends = all(stored[path][1] == dense[path][1] for site in ("attn_in", "ffn_in") for path in family.sites[site])
+    ends = ends and all(stored[path][0] == dense[path][0] for path in (o, down))
+    heads = stored[q][0] == stored[o][1] and stored[k][0] == stored[v][0] and stored[k][0] % head_dim == 0
+    groups = stored[q][0] * dense[k][0] == stored[k][0] * dense[q][0]
+    channels = {stored[path][0] for path in family.sites["ffn_in"]} == {stored[down][1]}
+    if not (ends and heads and groups and channels):
+        seen = ", ".join(f"{path} {list(shape)}" for path, shape in stored.items())
+        raise CheckpointError(
+            f"quantization_config.modules in config.json makes linears of {name} that do not fit together: {seen}; wanted "
+            "the widths of one layer."
+        )
+
+
+def _check_lists(raw: Mapping[str, Any], folder: Path) -> None:
+    for key, value in raw.items():
+        if key.endswith("layer_types") and value is not None:
+            depth = raw.get("num_hidden_layers")
+            if not isinstance(value, list) or len(value) > SIZES["num_hidden_layers"] or len(value) != depth:
+                raise CheckpointError(
+                    f"{folder / 'config.json'} has {shown(key)[1:-1]} {shown(value)}; wanted one word for "
+                    f"each of the {shown(depth)} layers."
+                )
+
+
+def _check_rope(value: Any, key: str, folder: Path, level: int = 0) -> None:
+    """Words, flags and finite numbers; lists of numbers as long as a head at most; one table within another at most."""
+    if isinstance(value, dict) and level < 2 and len(value) <= 64:
+        for name, inner in value.items():
+            _check_rope(inner, f"{key}.{name}", folder, level + 1)
+    elif isinstance(value, list) and level < 3 and len(value) <= SIZES["head_dim"]:
+        for inner in value:
+            _check_rope(inner, key, folder, 3)
+    elif isinstance(value, dict | list) or (
+        isinstance(value, int | float) and not (math.isfinite(value) and abs(value) <= ROPE_MOST)
+    ):
+        raise CheckpointError(
+            f"{folder / 'config.json'} has {shown(key)[1:-1]} {shown(value)}; wanted finite numbers and a short list of them."
+        )

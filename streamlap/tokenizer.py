@@ -1,0 +1,111 @@
+"""The tokenizer of a model folder, from transformers. Code that lies in the folder runs only where the caller says so.
+
+A chat template is text that is carried over, never rendered.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from transformers import AutoTokenizer
+from transformers.models.auto.tokenization_auto import tokenizer_class_from_name
+
+from streamlap.errors import CheckpointError, RecipeError, first_line, shown
+from streamlap.families import find_family
+from streamlap.families.bounds import native_config
+from streamlap.families.shell import read_config
+from streamlap.store.confine import CONFIG_BYTES, check_folder, read_object
+
+SETTINGS = "tokenizer_config.json"
+Result = TypeVar("Result")
+
+
+def tokenise(text: str, folder: Path, of: Path, trust_remote_code: bool = False) -> torch.Tensor:
+    """The ids of a text by the tokenizer in `folder`, [T] int64, without special tokens; `of` is what messages call the text.
+
+    Raises RecipeError where the folder has no tokenizer that loads and works, CheckpointError where its files may not be read.
+    """
+    tokenizer = load_tokenizer(folder, of, trust_remote_code)
+
+    def encode() -> torch.Tensor:
+        return torch.tensor(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"], dtype=torch.int64)
+
+    return _tried(encode, f"the tokenizer in {folder} fails", f"wanted token ids of {of}. Give them as .npy.")
+
+
+def load_tokenizer(folder: Path, of: Path, trust_remote_code: bool = False) -> Any:
+    """AutoTokenizer's, with the config of transformers' own class: `auto_map` in config.json is not heeded."""
+    check_folder(folder)
+    code = check_settings(folder, trust_remote_code)
+    raw = read_config(folder)
+    find_family(raw)
+    config = native_config(raw, folder)
+    return _tried(
+        lambda: AutoTokenizer.from_pretrained(folder, config=config, local_files_only=True, trust_remote_code=code),
+        f"{folder} has no tokenizer that loads",
+        f"wanted one to read {of}. Put its files there, or give token ids as .npy.",
+    )
+
+
+def check_settings(folder: Path, trust_remote_code: bool) -> bool:
+    """Whether code of the folder is to run: where it names some and the caller trusts it.
+
+    Raises RecipeError for a tokenizer that is neither transformers' own nor trusted, CheckpointError for names of files
+    outside the folder.
+    """
+    if not (folder / SETTINGS).is_file():
+        return False
+    settings = read_object(folder, SETTINGS, CONFIG_BYTES)
+    files = settings.get("fast_tokenizer_files") or []
+    if not isinstance(files, list) or not all(isinstance(file, str) and Path(file).name == file for file in files):
+        raise CheckpointError(
+            f"{SETTINGS} has fast_tokenizer_files {shown(files)}; wanted names of files inside {folder}."
+        )
+    if settings.get("gguf_file") is not None:
+        raise CheckpointError(
+            f"{SETTINGS} has gguf_file {shown(settings['gguf_file'])}; wanted a tokenizer of its own."
+        )
+    code, name = _code(settings.get("auto_map")), settings.get("tokenizer_class")
+    if code and trust_remote_code:
+        if any("--" in word for word in code):
+            raise CheckpointError(
+                f"{SETTINGS} has auto_map {shown(code)}, code of another repository; wanted code inside {folder}."
+            )
+        return True
+    known = name is None or (isinstance(name, str) and _known(name))
+    if not known:
+        why = (
+            f"its code is in the folder ({shown(', '.join(code))[1:-1]}) and is not run unless you say so. Read it, then give "
+            "--trust-remote-code (in Python trust_remote_code=True),"
+            if code
+            else "transformers has none of that name. Name a class that it has,"
+        )
+        raise RecipeError(
+            f"the tokenizer in {folder} is a {shown(name)[1:-1]}: {why} or give the text as token ids in an .npy file."
+        )
+    return False
+
+
+def _code(table: Any) -> list[str]:
+    """Where auto_map has the code of a tokenizer: `module.Class`, slow and fast."""
+    rows = table.get("AutoTokenizer") if isinstance(table, dict) else table
+    rows = rows if isinstance(rows, list) else [rows]
+    return [row for row in rows if isinstance(row, str)]
+
+
+def _known(name: str) -> bool:
+    return any(tokenizer_class_from_name(word) is not None for word in (name, f"{name}Fast", name.removesuffix("Fast")))
+
+
+def _tried(act: Callable[[], Result], seen: str, wanted: str) -> Result:
+    """What `act` gives. Raises RecipeError for whatever goes wrong in it."""
+    try:
+        return act()
+    except BaseException as error:
+        # A panic in the tokenizers library is no Exception; a Ctrl-C is none either, and goes on.
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
+        raise RecipeError(f"{seen} ({first_line(error)}); {wanted}") from error

@@ -1,0 +1,223 @@
+"""Code that lies in a model folder runs only where the user said so, and then the tokenizer's alone; no template is rendered."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jinja2
+import pytest
+import torch
+from conftest import TEXT, MakeModel
+from transformers import AutoTokenizer
+
+import streamlap
+from streamlap import cli
+from streamlap.errors import CheckpointError, RecipeError
+from streamlap.tokenizer import tokenise
+
+CODE = """
+import pathlib
+pathlib.Path({marker!r}).write_text("ran")
+from transformers import LlamaConfig as Config, LlamaForCausalLM as Model, PreTrainedTokenizerFast
+
+class Tokenizer(PreTrainedTokenizerFast):
+    pass
+"""
+SMALL = ("--samples", "4", "--length", "16")
+
+Change = Callable[..., None]
+
+
+def change(path: Path, **fields: Any) -> None:
+    table = json.loads(path.read_text()) if path.exists() else {}
+    path.write_text(json.dumps(table | fields))
+
+
+@pytest.fixture(autouse=True)
+def modules(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where transformers puts the code that it is about to run."""
+    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
+    monkeypatch.setattr(sys, "path", [*sys.path])
+
+
+@pytest.fixture
+def loaded(pico: MakeModel, tmp_path: Path) -> Path:
+    """A model whose config and tokenizer point at files that leave a mark when they are imported."""
+    folder = Path(shutil.copytree(pico("llama", tokenizer=True), tmp_path / "loaded"))
+    for name in ("config_code", "tokenizer_code"):
+        (folder / f"{name}.py").write_text(CODE.format(marker=str(tmp_path / f"{name} ran")))
+    change(
+        folder / "config.json",
+        auto_map={"AutoConfig": "config_code.Config", "AutoModelForCausalLM": "config_code.Model",
+                  "AutoTokenizer": ["tokenizer_code.Tokenizer", None]},
+    )  # fmt: skip
+    change(folder / "tokenizer_config.json", auto_map={"AutoTokenizer": ["tokenizer_code.Tokenizer", None]})
+    return folder
+
+
+def marks(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.parent.glob("* ran"))
+
+
+def run(capsys: pytest.CaptureFixture[str], *words: object) -> tuple[int, str]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", ["streamlap", *map(str, words)])
+        patch.setattr("builtins.input", lambda *_: pytest.fail("asked a question"))
+        with pytest.raises(SystemExit) as stop:
+            cli.main()
+    code = stop.value.code
+    return code if isinstance(code, int) else 0, capsys.readouterr().err
+
+
+COMMANDS = {
+    "compress": ("compress", "{model}", "{tmp}/out", "--calibration", "{text}", *SMALL),
+    "plan": ("plan", "{model}", "--calibration", "{text}", *SMALL),
+    "survey": ("survey", "{model}", "{tmp}/s.json", "--calibration", "{text}", *SMALL),
+    "eval": ("eval", "{model}", "--text", "{text}", "--length", "16", "--limit", "64"),
+    "inspect": ("inspect", "{model}"),
+    "verify": ("verify", "{model}"),
+    "export": ("export", "{model}", "{tmp}/dense", "--to", "dense"),
+}
+
+
+def words_of(command: str, model: Path, text: Path, tmp_path: Path) -> list[str]:
+    return [word.format(model=model, text=text, tmp=tmp_path) for word in COMMANDS[command]]
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_no_command_runs_code_of_the_folder(
+    loaded: Path, text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], command: str
+) -> None:
+    code, err = run(capsys, *words_of(command, loaded, text, tmp_path))
+    assert code == (3 if command == "export" else 0), err  # not compressed, so nothing to export
+    assert marks(loaded) == []
+
+
+def test_a_compressed_folder_with_code_is_exported_without_it(loaded: Path, tokens: Path, tmp_path: Path) -> None:
+    streamlap.compress(loaded, tmp_path / "out", files=(str(tokens),))
+    streamlap.export_dense(tmp_path / "out", tmp_path / "dense")
+    streamlap.load(tmp_path / "out")
+    assert marks(loaded) == []
+    assert not list((tmp_path / "dense").glob("*.py"))
+
+
+@pytest.mark.parametrize("command", ["compress", "plan", "survey", "eval"])
+def test_a_tokenizer_that_is_code_needs_the_flag(
+    loaded: Path, text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], command: str
+) -> None:
+    change(loaded / "tokenizer_config.json", tokenizer_class="Tokenizer")
+    words = words_of(command, loaded, text, tmp_path)
+    code, err = run(capsys, *words)
+    assert code == RecipeError.exit_code
+    for word in ("a Tokenizer", "tokenizer_code.Tokenizer", "--trust-remote-code", ".npy"):
+        assert word in err
+    assert err.count("\n") == 1
+    assert marks(loaded) == []
+    code, err = run(capsys, *words, "--trust-remote-code")
+    assert code == 0, err
+    assert marks(loaded) == ["tokenizer_code ran"]
+
+
+def test_the_tokenizer_of_code_gives_the_ids(loaded: Path, tmp_path: Path) -> None:
+    native = tokenise(TEXT, loaded, tmp_path)
+    assert marks(loaded) == []
+    assert torch.equal(tokenise(TEXT, loaded, tmp_path, trust_remote_code=True), native)
+    assert marks(loaded) == ["tokenizer_code ran"]
+
+
+def test_code_of_another_repository_is_not_fetched(loaded: Path, tmp_path: Path) -> None:
+    change(loaded / "tokenizer_config.json", auto_map={"AutoTokenizer": ["org/other--code.Tokenizer", None]})
+    with pytest.raises(CheckpointError, match="org/other--code"):
+        tokenise(TEXT, loaded, tmp_path, trust_remote_code=True)
+
+
+@pytest.mark.parametrize(
+    ("fields", "words"),
+    [
+        ({"tokenizer_class": "NoSuchTokenizer"}, "a NoSuchTokenizer: transformers has none of that name.*npy"),
+        ({"tokenizer_class": ["x"]}, "transformers has none"),
+        ({"tokenizer_class": "os.system"}, "transformers has none"),
+        ({"tokenizer_class": "x" * 10**6}, "xxx.*transformers has none"),
+        ({"fast_tokenizer_files": ["../tokenizer.5.0.0.json"]}, "fast_tokenizer_files .*inside"),
+        ({"gguf_file": "/etc/passwd"}, "gguf_file '/etc/passwd'"),
+    ],
+)
+def test_tokenizer_settings_that_lead_elsewhere(
+    pico: MakeModel, tmp_path: Path, fields: dict[str, Any], words: str
+) -> None:
+    folder = Path(shutil.copytree(pico("llama", tokenizer=True), tmp_path / "model"))
+    change(folder / "tokenizer_config.json", **fields)
+    with pytest.raises((RecipeError, CheckpointError), match=words) as caught:
+        tokenise(TEXT, folder, tmp_path)
+    assert len(str(caught.value)) < 1000
+
+
+@pytest.mark.parametrize("raw", [b"[" * 99_999, b"\xff", b'{"a":1,"a":2}', b"[]"])
+def test_tokenizer_settings_that_are_no_object(pico: MakeModel, tmp_path: Path, raw: bytes) -> None:
+    folder = Path(shutil.copytree(pico("llama", tokenizer=True), tmp_path / "model"))
+    (folder / "tokenizer_config.json").write_bytes(raw)
+    with pytest.raises(CheckpointError, match=r"tokenizer_config\.json"):
+        tokenise(TEXT, folder, tmp_path)
+
+
+BROKEN = {"no JSON": "{", "empty object": "{}", "no model": '{"model": {"type": "None"}}', "a list": "[]"}
+
+
+@pytest.mark.parametrize("case", BROKEN)
+def test_a_tokenizer_that_is_broken(pico: MakeModel, tmp_path: Path, case: str) -> None:
+    folder = Path(shutil.copytree(pico("llama", tokenizer=True), tmp_path / "model"))
+    (folder / "tokenizer.json").write_text(BROKEN[case])
+    with pytest.raises(RecipeError, match=r"no tokenizer that loads.*\.npy"):
+        tokenise(TEXT, folder, tmp_path)
+
+
+class PanicException(BaseException):
+    """What a panic in the tokenizers library looks like in Python."""
+
+
+@pytest.mark.parametrize(
+    ("raised", "seen"),
+    [
+        (PanicException("\x1b oh"), RecipeError),
+        (KeyboardInterrupt(), KeyboardInterrupt),
+        (SystemExit(), SystemExit),
+    ],
+)
+def test_a_panic_is_an_error_and_an_interrupt_is_none(
+    pico: MakeModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, raised: BaseException, seen: type[BaseException]
+) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise raised
+
+    monkeypatch.setattr(AutoTokenizer, "from_pretrained", fail)
+    with pytest.raises(seen):
+        tokenise(TEXT, pico("llama", tokenizer=True), tmp_path)
+
+
+def test_a_chat_template_is_carried_over_and_never_rendered(
+    pico: MakeModel, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = Path(shutil.copytree(pico("llama", tokenizer=True), tmp_path / "model"))
+    template = "{{ cycler.__init__.__globals__.os.system('touch " + str(tmp_path / "x ran") + "') }}"
+    (folder / "chat_template.jinja").write_text(template)
+    change(folder / "tokenizer_config.json", chat_template=template)
+    (folder / "additional_chat_templates").mkdir()
+    (folder / "additional_chat_templates" / "tool.jinja").write_text(template)
+
+    def fail(*_: object, **__: object) -> None:
+        pytest.fail("a template was compiled")
+
+    for name in ("compile", "parse", "from_string"):
+        monkeypatch.setattr(jinja2.Environment, name, fail)
+    monkeypatch.setattr(jinja2.Template, "render", fail)
+    out = tmp_path / "out"
+    streamlap.compress(folder, out, files=(str(text),), samples=4, length=16)
+    streamlap.evaluate(out, text, length=16, limit=64)
+    for name in ("chat_template.jinja", "tokenizer_config.json", "additional_chat_templates/tool.jinja"):
+        assert (out / name).read_bytes() == (folder / name).read_bytes()
+    assert marks(folder) == []
