@@ -90,8 +90,8 @@ def survey(
     Args: files, samples, length, seed, the calibration windows (default: 16 of 256 tokens); dtype, compute dtype; work, where
     hidden states go; max_ram, max_vram, caps as bytes or as text like 8GiB (default: what is free). Without `overlap` nothing
     runs beside the loop. After the time `stop_after` (seconds, or text like 3h50m) the sweep ends at its next commit.
-    `trust_remote_code` lets a tokenizer that is code in the model folder run. Raises a StreamlapError before the first layer for
-    what can be checked from headers, and Interrupted where it was stopped.
+    `trust_remote_code` lets a tokenizer that is code in the model folder run. Raises a StreamlapError before the first layer
+    for what can be checked from headers, and Interrupted where it was stopped.
     """
     deadline = time.monotonic() + parse_time(stop_after, "stop_after")
     folder, file, device = local_folder(str(model), trust_remote_code), Path(file), pick_device(device)
