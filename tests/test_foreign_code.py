@@ -1,4 +1,4 @@
-"""Code that lies in a model folder runs only where the user said so, and then the tokenizer's alone; no template is rendered."""
+"""Code that lies in a model folder runs only where the user said so, the tokenizer's alone; templates are never rendered."""
 
 from __future__ import annotations
 
