@@ -313,6 +313,7 @@ def test_links_of_the_hubs_cache_are_followed(sharded: Path, tokens: Path, tmp_p
 def test_what_can_run_code_is_not_copied(source: Path, tokens: Path, tmp_path: Path) -> None:
     for name in ("tokenizer.py", "tokenizer.pkl", "tokenizer.so", "tokenizer_extra.txt"):
         (source / name).write_text("x")
+    (source / "tokenizer").mkdir()
     streamlap.compress(source, tmp_path / "out", files=(str(tokens),))
     assert sorted(path.name for path in (tmp_path / "out").glob("tokenizer*")) == ["tokenizer_extra.txt"]
 
