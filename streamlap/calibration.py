@@ -142,7 +142,7 @@ def _read_text(path: Path) -> str:
         raise RecipeError(f"{path} cannot be read: {error.strerror}.") from error
     except UnicodeDecodeError as error:
         raise RecipeError(f"{path} is not UTF-8 text (byte {error.start}); convert it first.") from error
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise RecipeError(
             f"{path}: wanted one JSON object with a text field in each line, found {shown(error)}."
         ) from error
@@ -157,11 +157,11 @@ def _json_text(line: str) -> str:
 
 def _parquet_texts(path: Path) -> list[str]:
     try:
-        from pyarrow import ArrowInvalid, parquet
+        from pyarrow import ArrowException, parquet
     except ImportError as error:
         raise RecipeError(f"{path} needs pyarrow: pip install 'streamlap[parquet]'.") from error
     try:
         table = parquet.read_table(path, columns=["text"])
-    except (ArrowInvalid, OSError) as error:
+    except (ArrowException, OSError) as error:
         raise RecipeError(f"{path} is not a parquet file with a text column ({one_line(str(error))}).") from error
     return [str(value) for value in table["text"].to_pylist() if value is not None]

@@ -16,15 +16,19 @@ from streamlap.errors import one_line, shown
 MOST_VALUES = 2_000_000
 """In one text, brackets and commas in its strings counted too; the largest index known has a tenth of them."""
 MOST_DIGITS = 40
+PIECE_BYTES = 1 << 20
 
 
 def read_limited(path: Path, most: int) -> bytes:
     """The bytes of a file. Raises ValueError where there are more than `most`, and what the system raises."""
+    pieces, count = [], 0
     with path.open("rb") as file:
-        raw = file.read(most + 1)
-    if len(raw) > most:
-        raise ValueError(f"more than {most:,} bytes")
-    return raw
+        while piece := file.read(PIECE_BYTES):  # not `most` at once, for which Python would take all the memory first
+            pieces.append(piece)
+            count += len(piece)
+            if count > most:
+                raise ValueError(f"more than {most:,} bytes")
+    return b"".join(pieces)
 
 
 def parse_json(raw: bytes, most_values: int = MOST_VALUES) -> Any:

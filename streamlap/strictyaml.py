@@ -8,7 +8,7 @@ from typing import Any
 import yaml
 
 from streamlap.errors import one_line, shown
-from streamlap.strictjson import read_limited
+from streamlap.strictjson import MOST_DIGITS, read_limited
 
 MOST_BYTES = 1 << 18
 MOST_LEVELS = 16
@@ -41,6 +41,12 @@ class _PlainLoader(yaml.SafeLoader):
         self.levels -= 1
         return node
 
+    def construct_yaml_int(self, node: yaml.ScalarNode) -> int:
+        if len(node.value) > MOST_DIGITS:
+            raise ValueError(f"a whole number of {len(node.value)} characters in line {node.start_mark.line + 1}")
+        number: int = super().construct_yaml_int(node)
+        return number
+
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen: set[str] = set()
         for key, _ in node.value:
@@ -50,3 +56,6 @@ class _PlainLoader(yaml.SafeLoader):
             seen.add(key.value)
         table: dict[Any, Any] = super().construct_mapping(node, deep)
         return table
+
+
+_PlainLoader.add_constructor("tag:yaml.org,2002:int", _PlainLoader.construct_yaml_int)

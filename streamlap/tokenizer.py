@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from transformers.models.auto.tokenization_auto import tokenizer_class_from_name
 
 from streamlap.errors import CheckpointError, RecipeError, first_line, shown
@@ -39,10 +39,10 @@ def tokenise(text: str, folder: Path, of: Path, trust_remote_code: bool = False)
 def load_tokenizer(folder: Path, of: Path, trust_remote_code: bool = False) -> Any:
     """AutoTokenizer's, with the config of transformers' own class: `auto_map` in config.json is not heeded."""
     check_folder(folder)
-    code = check_settings(folder, trust_remote_code)
     raw = read_config(folder)
     find_family(raw)
     config = native_config(raw, folder)
+    code = check_settings(folder, raw.get("tokenizer_class"), trust_remote_code)
     return _tried(
         lambda: AutoTokenizer.from_pretrained(folder, config=config, local_files_only=True, trust_remote_code=code),
         f"{folder} has no tokenizer that loads",
@@ -50,15 +50,13 @@ def load_tokenizer(folder: Path, of: Path, trust_remote_code: bool = False) -> A
     )
 
 
-def check_settings(folder: Path, trust_remote_code: bool) -> bool:
-    """Whether code of the folder is to run: where it names some and the caller trusts it.
+def check_settings(folder: Path, default: Any, trust_remote_code: bool) -> bool:
+    """Whether code of the folder is to run: where it names some and the caller trusts it. `default` is config.json's class.
 
     Raises RecipeError for a tokenizer that is neither transformers' own nor trusted, CheckpointError for names of files
     outside the folder.
     """
-    if not (folder / SETTINGS).is_file():
-        return False
-    settings = read_object(folder, SETTINGS, CONFIG_BYTES)
+    settings = read_object(folder, SETTINGS, CONFIG_BYTES) if (folder / SETTINGS).exists() else {}
     files = settings.get("fast_tokenizer_files") or []
     if not isinstance(files, list) or not all(isinstance(file, str) and Path(file).name == file for file in files):
         raise CheckpointError(
@@ -68,23 +66,23 @@ def check_settings(folder: Path, trust_remote_code: bool) -> bool:
         raise CheckpointError(
             f"{SETTINGS} has gguf_file {shown(settings['gguf_file'])}; wanted a tokenizer of its own."
         )
-    code, name = _code(settings.get("auto_map")), settings.get("tokenizer_class")
+    code = _code(settings.get("auto_map"))
     if code and trust_remote_code:
         if any("--" in word for word in code):
             raise CheckpointError(
                 f"{SETTINGS} has auto_map {shown(code)}, code of another repository; wanted code inside {folder}."
             )
         return True
-    known = name is None or (isinstance(name, str) and _known(name))
-    if not known:
-        why = (
-            f"its code is in the folder ({shown(', '.join(code))[1:-1]}) and is not run unless you say so. Read it, then give "
-            "--trust-remote-code (in Python trust_remote_code=True),"
-            if code
-            else "transformers has none of that name. Name a class that it has,"
-        )
+    unknown = [name for name in (settings.get("tokenizer_class"), default) if name is not None and not _known(name)]
+    if unknown:
+        why = "transformers has no tokenizer of that name. Name one that it has,"
+        if code:
+            why = (
+                f"its code is in the folder ({shown(', '.join(code))[1:-1]}) and is not run unless you say so. Read it, then "
+                "give --trust-remote-code (in Python trust_remote_code=True),"
+            )
         raise RecipeError(
-            f"the tokenizer in {folder} is a {shown(name)[1:-1]}: {why} or give the text as token ids in an .npy file."
+            f"the tokenizer in {folder} is a {shown(unknown[0])}: {why} or give the text as token ids in an .npy file."
         )
     return False
 
@@ -96,8 +94,14 @@ def _code(table: Any) -> list[str]:
     return [row for row in rows if isinstance(row, str)]
 
 
-def _known(name: str) -> bool:
-    return any(tokenizer_class_from_name(word) is not None for word in (name, f"{name}Fast", name.removesuffix("Fast")))
+def _known(name: Any) -> bool:
+    """Whether transformers has a tokenizer of that name; it looks names up among all that it has, models included."""
+    if not isinstance(name, str):
+        return False
+    found = [tokenizer_class_from_name(word) for word in (name, f"{name}Fast", name.removesuffix("Fast"))]
+    kinds = [kind for kind in found if isinstance(kind, type)]
+    # What needs a package that is not installed has a stand-in with _backends, which says so when it is used.
+    return any(issubclass(kind, PreTrainedTokenizerBase) or hasattr(kind, "_backends") for kind in kinds)
 
 
 def _tried(act: Callable[[], Result], seen: str, wanted: str) -> Result:

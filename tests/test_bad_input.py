@@ -468,6 +468,7 @@ CALIBRATIONS: dict[str, tuple[str, Break, tuple[str, ...]]] = {
     "jsonl without text": ("c.jsonl", write('{"words": "a"}\n'), ("c.jsonl", "text field", "KeyError")),
     "jsonl of lists": ("c.jsonl", write("[1]\n"), ("c.jsonl", "text field")),
     "jsonl of null": ("c.jsonl", write('{"text": null}\n' * 99), ("c.jsonl", "text field")),
+    "deep jsonl": ("c.jsonl", write('{"text":' + "[" * 99_999), ("c.jsonl", "text field")),
     "not jsonl": ("c.jsonl", write(TEXT), ("c.jsonl", "text field")),
     "unknown suffix": ("c.pdf", write(TEXT), ("'.pdf'", ".txt")),
     "no suffix": ("corpus", write(TEXT), ("corpus", "''", ".txt")),

@@ -1,4 +1,4 @@
-"""Code that lies in a model folder runs only where the user said so, and then the tokenizer's alone; no template is rendered."""
+"""Code that lies in a model folder runs only where the user said so, the tokenizer's alone; templates are never rendered."""
 
 from __future__ import annotations
 
@@ -114,7 +114,7 @@ def test_a_tokenizer_that_is_code_needs_the_flag(
     words = words_of(command, loaded, text, tmp_path)
     code, err = run(capsys, *words)
     assert code == RecipeError.exit_code
-    for word in ("a Tokenizer", "tokenizer_code.Tokenizer", "--trust-remote-code", ".npy"):
+    for word in ("a 'Tokenizer'", "tokenizer_code.Tokenizer", "--trust-remote-code", ".npy"):
         assert word in err
     assert err.count("\n") == 1
     assert marks(loaded) == []
@@ -139,10 +139,15 @@ def test_code_of_another_repository_is_not_fetched(loaded: Path, tmp_path: Path)
 @pytest.mark.parametrize(
     ("fields", "words"),
     [
-        ({"tokenizer_class": "NoSuchTokenizer"}, "a NoSuchTokenizer: transformers has none of that name.*npy"),
-        ({"tokenizer_class": ["x"]}, "transformers has none"),
-        ({"tokenizer_class": "os.system"}, "transformers has none"),
-        ({"tokenizer_class": "x" * 10**6}, "xxx.*transformers has none"),
+        (
+            {"tokenizer_class": "NoSuchTokenizer"},
+            "a 'NoSuchTokenizer': transformers has no tokenizer of that name.*npy",
+        ),
+        ({"tokenizer_class": ["x"]}, "transformers has no tokenizer"),
+        ({"tokenizer_class": "os.system"}, "transformers has no tokenizer"),
+        ({"tokenizer_class": "pipeline"}, "transformers has no tokenizer"),
+        ({"tokenizer_class": "LlamaForCausalLM"}, "transformers has no tokenizer"),
+        ({"tokenizer_class": "x" * 10**6}, "xxx.*transformers has no tokenizer"),
         ({"fast_tokenizer_files": ["../tokenizer.5.0.0.json"]}, "fast_tokenizer_files .*inside"),
         ({"gguf_file": "/etc/passwd"}, "gguf_file '/etc/passwd'"),
     ],
@@ -162,6 +167,13 @@ def test_tokenizer_settings_that_are_no_object(pico: MakeModel, tmp_path: Path, 
     folder = Path(shutil.copytree(pico("llama", tokenizer=True), tmp_path / "model"))
     (folder / "tokenizer_config.json").write_bytes(raw)
     with pytest.raises(CheckpointError, match=r"tokenizer_config\.json"):
+        tokenise(TEXT, folder, tmp_path)
+
+
+def test_config_may_not_name_a_model_as_its_tokenizer(pico: MakeModel, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(pico("llama", tokenizer=True), tmp_path / "model"))
+    change(folder / "config.json", tokenizer_class="AutoModel")
+    with pytest.raises(RecipeError, match="'AutoModel': transformers has no tokenizer"):
         tokenise(TEXT, folder, tmp_path)
 
 

@@ -287,6 +287,11 @@ def test_a_file_out_of_bounds(source: Path, tokens: Path, tmp_path: Path, case: 
     assert streamlap.verify(source)["ok"] is False
 
 
+def test_a_folder_with_a_link_out_is_not_loaded(source: Path) -> None:
+    link("tokenizer.json", "/etc/hostname")(source)
+    refused_by(lambda: streamlap.load(source), CheckpointError, "tokenizer.json", "outside")
+
+
 def test_a_companion_that_is_too_large_is_said_at_the_start(source: Path, tokens: Path, tmp_path: Path) -> None:
     whole_file(b"{}", (256 << 20) + 1, "tokenizer.json")(source)
     words = ("compress", source, tmp_path / "out", "--calibration", tokens)
@@ -313,6 +318,7 @@ def test_links_of_the_hubs_cache_are_followed(sharded: Path, tokens: Path, tmp_p
 def test_what_can_run_code_is_not_copied(source: Path, tokens: Path, tmp_path: Path) -> None:
     for name in ("tokenizer.py", "tokenizer.pkl", "tokenizer.so", "tokenizer_extra.txt"):
         (source / name).write_text("x")
+    (source / "tokenizer").mkdir()
     streamlap.compress(source, tmp_path / "out", files=(str(tokens),))
     assert sorted(path.name for path in (tmp_path / "out").glob("tokenizer*")) == ["tokenizer_extra.txt"]
 
@@ -486,9 +492,10 @@ RECIPES: dict[str, tuple[bytes, tuple[str, ...]]] = {
     "UTF-16": ("ratio: 0.2".encode("utf-16"), ("not UTF-8",)),
     "nested": (b"[" * 100_000, ("more than 16 levels",)),
     "a date that is none": (b"ratio: 2026-99-99", ("cannot be read",)),
-    "a number of 60,000 digits": (b"ratio: 0x" + b"f" * 60_000, ("ratio is int of many digits",)),
-    "a key of 60,000 digits": (b"? 0x" + b"f" * 60_000 + b"\n: 1", ("unknown keys int of many digits",)),
+    "a number of 60,000 digits": (b"ratio: 0x" + b"f" * 60_000, ("number of 60002 characters in line 1",)),
+    "a key of 60,000 digits": (b"? 0x" + b"f" * 60_000 + b"\n: 1", ("number of 60002 characters",)),
     "an object": (b"!!python/object/apply:os.system [exit]", ("could not determine a constructor",)),
+    "a knob of 200 KB": (b"methods: [{method: ffn_anchored, storage: " + b"x" * 200_000 + b"}]", ("storage is 'xxx",)),
     "text of 200 KB": (b"preset: " + b"x" * 200_000, ("preset is 'xxx",)),
     "unknown keys of 200 KB": (b"? " + b"x" * 100_000 + b"\n: 1\n\"\\e[2J\": 2", ("unknown keys xxx",)),
     "ratio is not a number": (b"ratio: .nan", ("ratio is nan",)),
@@ -655,3 +662,4 @@ def test_messages_have_an_end() -> None:
     assert shown("a" * 10**6).endswith("'")
     assert len(shown({"a" * 10**6: ["b" * 10**6] * 99})) <= 120
     assert shown("\x1b\n") == "'\\x1b\\n'"
+    assert shown(1 << 99_999) == "int of many digits"

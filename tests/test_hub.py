@@ -17,6 +17,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import TEXT, MakeModel
+from huggingface_hub.utils import filter_repo_objects
 from safetensors.torch import save_file
 
 import streamlap
@@ -137,13 +138,14 @@ def test_a_hub_id_is_fetched_once_without_pickles_or_code(hub: tuple[str, list[s
     assert not [path for path in asked if path.endswith((".bin", ".py"))]
 
 
-def test_code_is_fetched_with_the_flag_alone_and_pickles_never(hub: tuple[str, list[str]], tmp_path: Path) -> None:
-    endpoint, asked = hub
-    words = ("--samples", "2", "--length", "16", "--trust-remote-code", "--json")
-    done = ask(endpoint, tmp_path / "home", "plan", "org/pico", *words)
-    assert done.returncode == 0, done.stderr
-    assert [path for path in asked if path.endswith("modeling_evil.py")]
-    assert not [path for path in asked if path.endswith(".bin")]
+@pytest.mark.parametrize("trust", [False, True])
+def test_code_is_fetched_with_the_flag_alone_and_pickles_never(monkeypatch: pytest.MonkeyPatch, trust: bool) -> None:
+    files = ["config.json", "model.safetensors", "tokenizer.json", "tokenizer.pkl", "tokenizer.py", "code.py", "x.bin"]
+    asked: dict[str, list[str]] = {}
+    monkeypatch.setattr("streamlap.store.hub.snapshot_download", lambda name, **options: asked.update(options) or "x")
+    local_folder("org/pico", trust)
+    kept = filter_repo_objects(files, allow_patterns=asked["allow_patterns"], ignore_patterns=asked["ignore_patterns"])
+    assert list(kept) == files[:3] + ["tokenizer.py", "code.py"] * trust
 
 
 def test_a_hub_data_set_is_calibration_text(hub: tuple[str, list[str]], text: Path, tmp_path: Path) -> None:

@@ -109,6 +109,13 @@ def test_only_rows_that_are_read_must_be_finite(tmp_path: Path) -> None:
         read_rows(info, [2, 3])
 
 
+@pytest.mark.parametrize("rows", [[-1, 2], [2, 10]])
+def test_rows_that_are_not_there_are_refused(tmp_path: Path, rows: list[int]) -> None:
+    save_file({"w": TENSORS["rows"], "z": torch.zeros(40)}, tmp_path / "model.safetensors")
+    with pytest.raises(CheckpointError, match=r"tensor 'w' has rows 0 to 9; asked for"):
+        read_rows(SafetensorsFolder(tmp_path).info("w"), rows)
+
+
 def test_rows_of_a_file_that_was_cut_are_refused(tmp_path: Path) -> None:
     save_file({"w": TENSORS["rows"]}, tmp_path / "model.safetensors")
     info = SafetensorsFolder(tmp_path).info("w")

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from streamlap.errors import RecipeError, UnsupportedModel
-from streamlap.export.folder import copy_companions, write_json
+from streamlap.export.folder import companions, copy_companions, write_json
 from streamlap.families.shell import check_orders, read_config
 from streamlap.families.stream import ModelStream
 from streamlap.inventory import count_parameters
@@ -36,6 +36,7 @@ def export_dense(out: str | Path, destination: str | Path) -> dict[str, int]:
             f"{folder} is not compressed by streamlap; wanted an output folder. It is dense already."
         )
     check_apart(folder, destination)
+    companions(folder)
     if destination.exists() and any(destination.iterdir()):
         raise RecipeError(f"destination {destination} is not empty; wanted a new folder.")
     config = dense_config(stream)

@@ -41,7 +41,7 @@ def companions(source: Path) -> list[Path]:
     Raises CheckpointError, before anything is opened, for a file out of bounds or larger than such a file is.
     """
     found = {path for pattern in COPIED for path in source.glob(pattern) if path.suffix.lower() not in NOT_COPIED}
-    files = [path for path in sorted(found) if checked(source, path).is_file()]
+    files = [path for path in sorted(found) if not path.is_dir() and checked(source, path).is_file()]
     for path in files:
         if path.stat().st_size > COMPANION_BYTES:
             raise CheckpointError(

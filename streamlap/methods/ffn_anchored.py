@@ -14,7 +14,7 @@ from typing import ClassVar
 
 import torch
 
-from streamlap.errors import RecipeError
+from streamlap.errors import RecipeError, shown
 from streamlap.families import Family
 from streamlap.families.layer import Edit
 from streamlap.linalg.budget import index_parameters
@@ -50,7 +50,7 @@ class FfnAnchored(Knobs):
     def __post_init__(self) -> None:
         super().__post_init__()
         if isinstance(self.share, str) or not 0 <= self.share <= 1:
-            raise RecipeError(f"ffn_anchored: share is {self.share!r}; wanted a number from 0 to 1.")
+            raise RecipeError(f"ffn_anchored: share is {shown(self.share)}; wanted a number from 0 to 1.")
 
     def layout(self, family: Family, shapes: Shapes, biased: Mapping[str, bool], budget: Budget) -> Layout:
         (gate, up), (down,) = family.sites["ffn_in"], family.sites["ffn_mid"]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from streamlap.errors import RecipeError
+from streamlap.errors import RecipeError, shown
 from streamlap.linalg.ranks import STORAGES, RankSite, share_ranks
 
 OUTPUTS = ("dense", "low_rank")
@@ -27,7 +27,7 @@ class Steps:
         for name, value in (("step", self.step), ("input_step", self.input_step)):
             if value is not None and (isinstance(value, str) or not 0 <= value <= 1):
                 raise RecipeError(
-                    f"{name} is {value!r}; wanted a number from 0 to 1, or nothing to choose it by held-out tokens."
+                    f"{name} is {shown(value)}; wanted a number from 0 to 1, or nothing to choose it by held-out tokens."
                 )
 
 
@@ -47,10 +47,10 @@ class Knobs(Steps):
     def __post_init__(self) -> None:
         super().__post_init__()
         if not isinstance(self.bias, bool):
-            raise RecipeError(f"bias is {self.bias!r}; wanted true or false.")
+            raise RecipeError(f"bias is {shown(self.bias)}; wanted true or false.")
         for name, value, choices in (("output", self.output, OUTPUTS), ("storage", self.storage, STORAGES)):
             if value not in choices:
-                raise RecipeError(f"{name} is {value!r}; wanted one of {', '.join(choices)}.")
+                raise RecipeError(f"{name} is {shown(value)}; wanted one of {', '.join(choices)}.")
 
     def ranks(self, others: Sequence[RankSite], last: RankSite, budget: int) -> dict[str, int | None]:
         """Of the linears of a half within what it may store; None, or no entry, stays dense."""

@@ -193,8 +193,8 @@ class Journal:
             )
         try:
             raw = read_limited(path, MOST_BYTES)
-            first, *lines = raw[: raw.rfind(b"\n") + 1].split(b"\n")[:-1]
-            start = parse_start(first)
+            lines = raw[: raw.rfind(b"\n") + 1].split(b"\n")[:-1]
+            start = parse_start(lines.pop(0) if lines else b"")
             for place, line in enumerate(lines):
                 check_line(line, place)
         except ValueError as error:
