@@ -12,6 +12,11 @@
 A message names the tensor or flag, the value seen, the value wanted, and the next step.
 """
 
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+
 
 class StreamlapError(Exception):
     """The base of all of them; `exit_code` is what the command line ends with."""
@@ -45,6 +50,15 @@ class NumericalError(StreamlapError):
 
 class Interrupted(StreamlapError):
     exit_code = 75
+
+
+@contextlib.contextmanager
+def located(where: str) -> Iterator[None]:
+    """Say `where` in what is raised in the block over its numbers: a solve knows of tensors, not of layers."""
+    try:
+        yield
+    except NumericalError as error:
+        raise NumericalError(f"{where}: {error}") from error
 
 
 def first_line(error: BaseException) -> str:

@@ -36,6 +36,11 @@ class LayerReport:
     """Of a refined layer: its loss on held-out tokens at the start and at the best, and the epochs that were done."""
     ladder: tuple[str, ...] = ()
     """What gave way because memory ran out."""
+    numerics: tuple[str, ...] = ()
+    """What took more than arithmetic: damping that had to grow, inputs that are dead, factors that were balanced, methods that
+    failed. Of all that was tried for the layer, applied or not."""
+    excluded_tokens: int = 0
+    """Calibration tokens whose numbers were NaN or infinite, in either stream or inside, and that were left out."""
     bytes_read: int = 0
     """By the whole process since the commit before, headers and hidden states included."""
     bytes_written: int = 0
@@ -49,7 +54,8 @@ class LayerReport:
     @classmethod
     def from_json(cls, line: Mapping[str, Any]) -> LayerReport:
         edits = tuple(EditReport(**edit) for edit in line["edits"])
-        return cls(**{**line, "edits": edits, "ladder": tuple(line["ladder"])})
+        texts = {name: tuple(line.get(name, ())) for name in ("ladder", "numerics")}
+        return cls(**{**line, "edits": edits, **texts})
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
