@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from streamlap.engine import Engine
-from streamlap.errors import NumericalError
+from streamlap.errors import NumericalError, located
 from streamlap.families.layer import Edit, StreamLayer
 from streamlap.forecast import plan_halves
 from streamlap.halves import Banks, HalfErrors, rebuild_layer
+from streamlap.linalg.notes import note
 from streamlap.linalg.statistics import all_finite
 from streamlap.meters import PhaseClock
 from streamlap.methods.base import Statistic
@@ -37,15 +38,25 @@ def edit_in_one_pass(
     methods, ratio = recipe.one_pass, recipe.ratio
 
     def capture() -> list[dict[str, Statistic]]:
-        stats = [method.wants(layer) for method in methods]  # anew on every attempt
-        pairs = [pair for wanted in stats for pair in wanted.items()]
-        if pairs:
-            with layer.observed(pairs):
-                engine.observe(layer, index)
+        for careful in (False, True):  # rows that go bad inside are searched for only where there are some
+            stats = [method.wants(layer) for method in methods]  # anew on every attempt
+            pairs = [pair for wanted in stats for pair in wanted.items()]
+            if pairs:
+                with layer.observed(pairs, careful):
+                    engine.observe(layer, index)
+            if all(statistic.finite for _, statistic in pairs):
+                break
+        else:
+            raise NumericalError(
+                f"{layer.prefix}: squares of activations overflow; wanted finite ones. Scale the model."
+            )
+        for site, count in {site: statistic.dead for site, statistic in pairs}.items():
+            if count:
+                note(layer.family.dead_inputs(site, count))
         return stats
 
     def solve() -> list[Edit]:
-        with layer.on(engine.ladder.solve_device):
+        with layer.on(engine.ladder.solve_device), located(layer.prefix):
             pairs = zip(methods, stats, strict=True)
             return [edit for method, seen in pairs for edit in method.edit(layer, seen, ratio)]
 

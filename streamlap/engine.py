@@ -19,6 +19,7 @@ from streamlap.errors import BudgetError, StreamlapError, first_line
 from streamlap.families.layer import StreamLayer
 from streamlap.families.stream import ModelStream, batch_of
 from streamlap.heap import KeptHeap
+from streamlap.linalg.rows import MOST_OUT, require_few, rows_out
 from streamlap.memory import Ladder, is_device_fault, is_out_of_memory, show_size
 from streamlap.meters import peak_ram_bytes, ram_bytes
 from streamlap.progress import Progress
@@ -48,10 +49,36 @@ class Engine:
     ladder: Ladder
     progress: Progress
     heap: KeptHeap
+    most_out: float = MOST_OUT
+    """Share of the tokens that may be out; see `linalg.rows`."""
+
+    def __post_init__(self) -> None:
+        self.out_NL = torch.zeros(self.hidden.shape_NLD[:2], dtype=torch.bool)
+        """Tokens that were left out of something in the layer in hand."""
 
     def layer(self, index: int, kwargs: Mapping[str, Any]) -> StreamLayer:
         """The layer, read ahead where that overlaps. It must be dropped before the next is asked for."""
         return self.stream.layer(index, kwargs, self.staging)
+
+    def leave_out(self, where: str, out_NL: torch.Tensor) -> None:
+        """Take down which tokens are left out there. Raises NumericalError where they are too many."""
+        self.out_NL |= out_NL
+        require_few(out_NL, self.most_out, where)
+
+    def enter(self, bank: HiddenBank, tokens_NL: torch.Tensor) -> None:
+        """Embed the tokens: generation 0."""
+        self._take(bank, 0, self.stream.embed(tokens_NL), self.stream.family.embedding)
+
+    def _take(self, bank: HiddenBank, generation: int, batches: Iterator[torch.Tensor], where: str) -> None:
+        """Write a generation, and take down which of its tokens are out."""
+        outs: list[torch.Tensor] = []
+
+        def noted(x_BLD: torch.Tensor) -> torch.Tensor:
+            outs.append(rows_out(x_BLD))
+            return x_BLD
+
+        bank.write(generation, map(noted, batches), self.writer)
+        self.leave_out(where, torch.cat(outs).cpu())
 
     def batches(self, generation: int, phase: str) -> Iterator[torch.Tensor]:
         """Hidden states on the device, the next batch under way while one is in use."""
@@ -77,9 +104,9 @@ class Engine:
 
     def observe(self, layer: StreamLayer, index: int) -> None:
         """Generation `index` through the layer, for those who look at its inputs; the outputs are dropped."""
-        for x_BLD in self.batches(index, "capture"):
-            for part in torch.split(x_BLD, self.ladder.micro):
-                layer(part)
+        batches = self.batches(index, "capture")
+        parts = (part for x_BLD in batches for part in torch.split(x_BLD, self.ladder.micro))
+        self.leave_out(layer.prefix, torch.cat([rows_out(layer(part)) for part in parts]).cpu())
 
     def advance(self, layer: StreamLayer, index: int) -> None:
         """Generation `index` through the layer into generation `index + 1`, a batch at a time."""
@@ -96,7 +123,7 @@ class Engine:
             return self.ladder.climb("propagate", index, lambda: self.forward(part, x_BLD))
 
         batches = self.together(source, phase="propagate")
-        target.write(generation, (step(x_BLD) for (x_BLD,) in batches), self.writer)
+        self._take(target, generation, (step(x_BLD) for (x_BLD,) in batches), self.stream.layer_name(index))
 
     def run(self, phase: str, index: int, attempt: Callable[[], T]) -> T:
         """`attempt` inside its claim, again where memory ran out and something could give way."""
@@ -141,10 +168,10 @@ class Engine:
 @contextlib.contextmanager
 def start_engine(
     stream: ModelStream, choice: Fit, hidden: HiddenBank, name: str, first: int = 0, seconds: tuple[float, ...] = (),
-    beside: tuple[HiddenBank, ...] = (),
+    beside: tuple[HiddenBank, ...] = (), most_out: float = MOST_OUT,
 ) -> Iterator[Engine]:  # fmt: skip
     """The engine for a run from layer `first`; `seconds` are those of the layers done before, `beside` the banks that go
-    with `hidden`. At the end all is written."""
+    with `hidden`, `most_out` the share of the tokens that may go bad. At the end all is written."""
     schedule, device = choice.schedule, stream.device
     limit_vram(choice, device)
     with contextlib.ExitStack() as stack:
@@ -161,7 +188,7 @@ def start_engine(
             yield Engine(
             stream=stream, fit=choice, hidden=hidden, fetcher=fetcher, writer=writer, progress=progress,
             staging=Staging(choice.work.staged, buffers(choice.work, schedule.overlap), device, reader),
-            ladder=Ladder(schedule.micro, device), heap=heap,
+            ladder=Ladder(schedule.micro, device), heap=heap, most_out=most_out,
         )  # fmt: skip
 
 

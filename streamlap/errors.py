@@ -13,7 +13,11 @@ A message names the tensor or flag, the value seen, the value wanted, and the ne
 wrote go through `shown`, so that no file can make a message long or put a line of its own into it.
 """
 
+from __future__ import annotations
+
+import contextlib
 import reprlib
+from collections.abc import Iterator
 
 LONGEST = 4000
 """Characters in the longest message."""
@@ -73,6 +77,15 @@ def one_line(text: str, limit: int = 400) -> str:
     """Foreign text on one line, its control characters escaped."""
     words = " ".join(text[: 8 * limit].split())
     return _cut("".join(char if char.isprintable() else repr(char)[1:-1] for char in words), limit)
+
+
+@contextlib.contextmanager
+def located(where: str) -> Iterator[None]:
+    """Say `where` in what is raised in the block over its numbers: a solve knows of tensors, not of layers."""
+    try:
+        yield
+    except NumericalError as error:
+        raise NumericalError(f"{where}: {error}") from error
 
 
 def first_line(error: BaseException) -> str:

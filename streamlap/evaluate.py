@@ -128,9 +128,12 @@ def token_losses(stream: ModelStream, tokens_NL: torch.Tensor, choice: Fit, work
 def stream_layers(
     stream: ModelStream, choice: Fit, hidden: HiddenBank, tokens_NL: torch.Tensor, kwargs: Sequence[Mapping[str, Any]]
 ) -> None:
-    """Every layer in turn. All that the loop needed is free again at the end."""
-    with start_engine(stream, choice, hidden, "evaluate") as engine:
-        hidden.write(0, stream.embed(tokens_NL), engine.writer)
+    """Every layer in turn. All that the loop needed is free again at the end.
+
+    A perplexity over part of the tokens would be another one, so none of them may go bad: NumericalError.
+    """
+    with start_engine(stream, choice, hidden, "evaluate", most_out=0.0) as engine:
+        engine.enter(hidden, tokens_NL)
         for index in range(stream.depth):
             propagate(engine, index, kwargs[index])
             engine.require_baseline(index)

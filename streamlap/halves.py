@@ -9,6 +9,7 @@ Shape suffixes: B batch, L length, D hidden.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,9 +17,10 @@ from pathlib import Path
 import torch
 
 from streamlap.engine import Engine, open_bank
-from streamlap.errors import NumericalError
+from streamlap.errors import NumericalError, located
 from streamlap.families.layer import Edit, StreamLayer
 from streamlap.families.stream import ModelStream
+from streamlap.linalg.notes import note, under
 from streamlap.meters import PhaseClock
 from streamlap.methods.base import Built, Candidates, Comparable, by_kin
 from streamlap.sizing import Schedule
@@ -88,7 +90,7 @@ def rebuild_layer(
             engine=engine, clock=clock, layer=layer, index=index, half=half, dense=dense, goal=goal,
             stream=Place(bank=bank, generation=index),
         )  # fmt: skip
-        with clock.phase("solve"), engine.claim("solve"):
+        with clock.phase("solve"), engine.claim("solve"), under(half), located(f"{layer.prefix} {half}"):
             built, errors[half] = rebuild(view, candidates[half])
         layer.apply(built.edits)
         edits += built.edits
@@ -103,20 +105,35 @@ def half_of(layer: StreamLayer, half: str) -> Callable[[torch.Tensor], torch.Ten
 
 
 def rebuild(view: View, candidates: Candidates) -> tuple[Built, dict[str, float]]:
-    """The best of the methods for a half, by its error on held-out tokens; and the errors of all, by name."""
+    """The best of the methods for a half, by its error on held-out tokens; and the errors of all, by name.
+
+    A method that fails on its numbers is passed over, with a note, as long as another does not. Raises NumericalError where
+    all fail.
+    """
     best: Built | None = None
     errors: dict[str, float] = {}
-    try:
-        for rivals in by_kin(candidates):
+    failed: NumericalError | None = None
+    for rivals in by_kin(candidates):
+        try:
             for name, (method, layout) in foremost(view, rivals, errors).items():
                 built = method.build(view, layout)
-                errors[name] = built.error
+                errors[name] = finite_error(built.error)
                 if best is None or built.error < best.error:
                     best = built
-    except NumericalError as error:
-        raise NumericalError(f"{view.layer.prefix} {view.half}: {error}") from error
-    assert best is not None, "no method for a half"
+        except NumericalError as error:
+            failed = error
+            note(f"{', '.join(rivals)} failed: {str(error).split(';')[0]}")
+    if best is None:
+        assert failed is not None, "no method for a half"
+        raise failed
     return best, errors
+
+
+def finite_error(error: float) -> float:
+    """The error itself. Raises NumericalError where it is none to choose by: NaN would win or lose by its place in a list."""
+    if not math.isfinite(error):
+        raise NumericalError(f"its error on held-out tokens is {error}; wanted a number. Try dtype float32.")
+    return error
 
 
 def foremost(view: View, rivals: Candidates, errors: dict[str, float]) -> Candidates:
@@ -125,6 +142,7 @@ def foremost(view: View, rivals: Candidates, errors: dict[str, float]) -> Candid
     if len(rivals) == 1 or not isinstance(method, Comparable):
         return rivals
     found = method.compare(view, {name: layout for name, (_, layout) in rivals.items()})
-    errors.update(found)
-    best = min(found, key=lambda name: found[name])
+    errors.update({name: error for name, error in found.items() if math.isfinite(error)})
+    best = min(found, key=lambda name: errors.get(name, math.inf))
+    finite_error(found[best])
     return {best: rivals[best]}

@@ -26,6 +26,7 @@ from streamlap.forecast import compression_workload, forecast, plan_layers
 from streamlap.halves import Banks, HalfErrors, half_of, open_banks
 from streamlap.heap import steady_heap
 from streamlap.inventory import count_parameters
+from streamlap.linalg.notes import collected
 from streamlap.memory import parse_size
 from streamlap.meters import (
     PhaseClock,
@@ -197,7 +198,7 @@ def compress_layers(job: Job) -> None:
         if first == 0:
             ShardFolder(job.out).write(shards[0], stream.outer_tensors())
             for bank in job.streams:
-                bank.write(0, stream.embed(job.tokens_NL), engine.writer)
+                engine.enter(bank, job.tokens_NL)
         else:
             for bank in job.streams:
                 bank.drop(first - 1)  # where the run died between the commit and this
@@ -230,9 +231,11 @@ def compress_layer(
 ) -> Future[None]:
     """One layer through memory. Its commit, which this returns, may still be under way while the next layer is computed."""
     clock = PhaseClock(engine.progress.phase)
+    engine.out_NL.zero_()
     with clock.phase("read"):
         layer = engine.layer(index, kwargs)
-    edits, errors = edit_layer(job, engine, layer, index, clock, before)  # what runs next is what is saved
+    with collected() as notes:
+        edits, errors = edit_layer(job, engine, layer, index, clock, before)  # what runs next is what is saved
     refined = refine(job, engine, layer, index, clock)
     with clock.phase("write"):
         digest = engine.writer.submit(ShardFolder(job.out).write, shard, layer.tensors())
@@ -240,7 +243,8 @@ def compress_layer(
         advance(job, engine, layer, index)
     report = LayerReport(
         index=index, edits=LayerReport.describe(edits), errors=errors, refinement=refined,
-        seconds=clock.seconds, ladder=engine.ladder.taken(index),
+        seconds=clock.seconds, ladder=engine.ladder.taken(index), numerics=tuple(notes),
+        excluded_tokens=int(engine.out_NL.sum()),
         peak_ram_bytes=peak_ram_bytes(), peak_vram_bytes=peak_vram_bytes(), baseline_ram_bytes=ram_bytes(),
     )  # fmt: skip
     return engine.writer.submit(commit, job, report, digest)

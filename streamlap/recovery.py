@@ -5,6 +5,7 @@ After each epoch all that the next one needs is on the disk. A run that dies reb
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,9 +13,10 @@ from pathlib import Path
 import torch
 
 from streamlap.engine import Engine
-from streamlap.errors import CheckpointError, Interrupted
+from streamlap.errors import CheckpointError, Interrupted, NumericalError
 from streamlap.families.layer import StreamLayer
 from streamlap.halves import Banks
+from streamlap.linalg.rows import paired
 from streamlap.linalg.statistics import all_finite
 from streamlap.methods.refine_block import Pair, Refinement, Refiner
 from streamlap.stopping import Stops
@@ -42,11 +44,12 @@ class Lessons:
         self.train = [number for number in range(sequences) if number not in set(self.held)] or self.held
 
     def pairs(self, numbers: Iterable[int]) -> Iterator[Pair]:
-        """The sequences of these numbers, one by one: no result depends on how many fit into a forward."""
+        """The sequences of these numbers, one by one: no result depends on how many fit into a forward. Tokens that are out of
+        either stream are so in the goal, and zero before the layer."""
         device = self.engine.stream.device
         for number in numbers:
             x_BLD = self.engine.hidden.pick(self.index, [number])
-            yield x_BLD.to(device), self.banks.dense.pick(self.index + 1, [number]).to(device)
+            yield paired(x_BLD.to(device), self.banks.dense.pick(self.index + 1, [number]).to(device))
 
 
 def refine_layer(
@@ -60,6 +63,11 @@ def refine_layer(
     refiner = Refiner(knobs, layer.stored_parameters(), layer.with_parameters, len(lessons.train))
     path = state_path(out, index)
     refiner.held.append(refiner.measure(lessons.pairs(lessons.held)))
+    if not math.isfinite(refiner.held[0]):
+        raise NumericalError(
+            f"{layer.prefix}: the loss on held-out tokens is {refiner.held[0]} before refinement; wanted a number. Take more "
+            "windows, or dtype float32."
+        )
     take_up(refiner, path)
     while not refiner.ends:
         train_epoch(refiner, lessons)

@@ -37,6 +37,11 @@ class LayerReport:
     """Of a refined layer: its loss on held-out tokens at the start and at the best, and the epochs that were done."""
     ladder: tuple[str, ...] = ()
     """What gave way because memory ran out."""
+    numerics: tuple[str, ...] = ()
+    """What took more than arithmetic: damping that had to grow, inputs that are dead, factors that were balanced, methods that
+    failed. Of all that was tried for the layer, applied or not."""
+    excluded_tokens: int = 0
+    """Calibration tokens whose numbers were NaN or infinite, in either stream or inside, and that were left out."""
     bytes_read: int = 0
     """By the whole process since the commit before, headers and hidden states included."""
     bytes_written: int = 0
@@ -52,7 +57,8 @@ class LayerReport:
         """Raises ResumeMismatch for a line that `to_json` did not write."""
         try:
             edits = tuple(EditReport(**edit) for edit in line["edits"])
-            return cls(**{**line, "edits": edits, "ladder": tuple(line["ladder"])})
+            texts = {name: tuple(line.get(name, ())) for name in ("ladder", "numerics")}
+            return cls(**{**line, "edits": edits, **texts})
         except (TypeError, KeyError) as error:
             raise ResumeMismatch(
                 f"the journal line of layer {shown(line.get('index'))} lacks something ({first_line(error)}); wanted the line "

@@ -26,10 +26,10 @@ from streamlap.calibration import calibration_tokens
 from streamlap.cuts import CUTTERS, LEVELS, Cut, all_cuts, cut_layout, disk_generations, survey_workload
 from streamlap.divergence import divergences
 from streamlap.engine import Engine, open_bank, start_engine
-from streamlap.errors import Interrupted, RecipeError, UnsupportedModel
+from streamlap.errors import Interrupted, RecipeError, UnsupportedModel, located
 from streamlap.families.layer import StreamLayer
 from streamlap.families.stream import ModelStream
-from streamlap.halves import half_of
+from streamlap.halves import finite_error, half_of
 from streamlap.heap import steady_heap, trim_heap
 from streamlap.memory import parse_size
 from streamlap.meters import PhaseClock, reset_peaks
@@ -168,7 +168,7 @@ def sweep_layers(sweep: Sweep) -> None:
     beside = (sweep.dense_middle, *sweep.copies.values())
     with start_engine(stream, sweep.fit, sweep.dense, "survey", first, (), beside) as engine:
         if first == 0:
-            sweep.dense.write(0, stream.embed(sweep.tokens_NL), engine.writer)
+            engine.enter(sweep.dense, sweep.tokens_NL)
         else:
             for bank in sweep.begun(first):
                 bank.drop(first - 1)  # where the run died between the commit and this
@@ -223,18 +223,19 @@ def cut_half(
 
     Args: ends, the dense stream before and after the half.
     """
-    with engine.claim("solve"):
+    with engine.claim("solve"), located(f"{layer.prefix} {half}"):
         view = View(
             engine=engine, clock=PhaseClock(engine.progress.phase), layer=layer, index=index, half=half,
             dense=ends[0], goal=ends[1], stream=ends[0],
         )  # fmt: skip
         made = {keep: CUTTERS[half].build(view, cut_layout(sweep.stream, index, half, keep)) for keep in LEVELS}
         del view  # and the sums that it holds
+        errors = [finite_error(built.error) for built in made.values()]
     for keep, built in made.items():
         copy = sweep.copies[Cut(index=index, half=half, keep=keep)]
         with engine.claim("propagate"), layer.tried(built.edits):
             engine.carry(rest, index, ends[0].read(), copy, index + 1)
-    return [built.error for built in made.values()]
+    return errors
 
 
 def points(sweep: Sweep) -> tuple[dict[str, tuple[Point, ...]], ...]:

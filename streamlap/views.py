@@ -5,6 +5,7 @@ Shape suffixes: B batch, L length, D hidden, I in, A anchor.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
@@ -12,9 +13,13 @@ from typing import Any, TypeVar
 import torch
 
 from streamlap.engine import Engine
+from streamlap.errors import NumericalError
+from streamlap.families import Half
 from streamlap.families.layer import Edit, StreamLayer
 from streamlap.linalg.anchor import working
 from streamlap.linalg.moments import Moments, Sample, take_means
+from streamlap.linalg.notes import note
+from streamlap.linalg.rows import any_out, blanked, finite_rows
 from streamlap.meters import PhaseClock
 from streamlap.methods.base import Seen
 from streamlap.methods.costs import HELD_TOKENS
@@ -56,23 +61,28 @@ class View:
     """The compressed stream before it."""
     _made: dict[Hashable, Any] = field(default_factory=dict)
 
+    @property
+    def _parts(self) -> Half:
+        return self.layer.family.halves[self.half]
+
     def inputs(self) -> Seen:
         normed = self.layer.normed
 
         def look(dense_BLD: torch.Tensor, x_BLD: torch.Tensor) -> Rows:
             return normed(self.half, x_BLD), normed(self.half, dense_BLD)
 
-        return self.once("inputs", lambda: self._collect(look, self.dense, self.stream))
+        return self.once("inputs", lambda: self._collect(look, self.dense, self.stream, site=self._parts.reads))
 
     def input_gram(self) -> torch.Tensor:
         def look(x_BLD: torch.Tensor) -> Rows:
             return self.layer.normed(self.half, x_BLD), x_BLD[..., :0]
 
-        return self.once("input gram", lambda: self._collect(look, self.stream).gram_II)
+        return self.once("input gram", lambda: self._collect(look, self.stream, site=self._parts.reads).gram_II)
 
     def middles(self, edits: Sequence[Edit], centred: bool = False) -> Seen:
         with self.layer.tried(edits):
-            return self._collect(self._middles_look(centred), self.goal, self.stream, centred=centred)
+            look = self._middles_look(centred)
+            return self._collect(look, self.goal, self.stream, site=self._parts.writes, centred=centred)
 
     def held_middles(self, edits: Sequence[Edit], centred: bool = False) -> Sample:
         with self.layer.tried(edits):
@@ -85,7 +95,7 @@ class View:
             return x_BLI, goal_BLD[..., :0]
 
         with self.layer.tried(edits):
-            return self._collect(look, self.goal, self.stream, centred=centred).gram_II
+            return self._collect(look, self.goal, self.stream, site=self._parts.writes, centred=centred).gram_II
 
     def _middles_look(self, centred: bool) -> Callable[..., Rows]:
         """Of the middle, with the weights of the tokens as a last column where means are to be taken off."""
@@ -106,6 +116,12 @@ class View:
         weight_BL1 = evenly(goal_BLD)
         return self.layer.middle(self.half, x_BLD).float() * weight_BL1, missing_BLD * weight_BL1
 
+    def _note_dead(self, site: str, gram_II: torch.Tensor) -> None:
+        """Inputs that no token ever moved from zero: they draw no rank, and channels of them go first. What is not cut keeps
+        its weight for them, of which the calibration says nothing."""
+        if dead := int((gram_II.diagonal() == 0).sum()):
+            note(self.layer.family.dead_inputs(site, dead))
+
     def remember(self, name: Hashable, made: object) -> None:
         self._made[name] = made
 
@@ -115,10 +131,11 @@ class View:
         made: T = self._made[name]
         return made
 
-    def _collect(self, look: Callable[..., Rows], *places: Place, centred: bool = False) -> Seen:
+    def _collect(self, look: Callable[..., Rows], *places: Place, site: str, centred: bool = False) -> Seen:
         """Sums over the tokens that are fitted to, and rows of those that are held out; means taken off both where the last
-        column of x is the weight of a token."""
+        column of x is the weight of a token. `site` is what reads x."""
         moments, sample = self._gather(look, *places)
+        self.once(("dead", site), lambda: self._note_dead(site, moments.gram_II))
         if not centred:
             gram_II, cross_AI = working(moments.gram_II, moments.cross_AI)
             return Seen(gram_II=gram_II, cross_AI=cross_AI, held=sample)
@@ -127,29 +144,54 @@ class View:
         return Seen(gram_II=gram_II, cross_AI=cross_AI, held=sample.less(*means), means=means)
 
     def _gather(self, look: Callable[..., Rows], *places: Place, fitted: bool = True) -> tuple[Moments, Sample]:
-        """Sums over (x, anchor) of every sequence, or where its turn comes its rows; without `fitted` these alone."""
+        """Sums over (x, anchor) of every sequence, or where its turn comes its rows; without `fitted` these alone.
 
-        def attempt() -> tuple[Moments, Sample]:
-            self.engine.heap.trim()
-            moments, sample, number = Moments(), Sample(HELD_TOKENS), 0
-            total = self.stream.bank.shape_NLD[0]
-            for batches in self.engine.together(*(place.read() for place in places), phase="capture"):
-                for parts in zip(*(torch.split(x_BLD, self.engine.ladder.micro) for x_BLD in batches), strict=True):
-                    turns = [is_held(number + turn, total) for turn in range(1, len(parts[0]) + 1)]
-                    number += len(turns)
-                    if not fitted:
-                        parts = tuple(x_BLD[turns] for x_BLD in parts)
-                        turns = [held for held in turns if held]
-                    if not turns or (sample.full and not fitted):
-                        continue
-                    for held, x_LI, anchor_LA in zip(turns, *look(*parts), strict=True):
-                        (sample if held and not sample.full else moments).update(x_LI, anchor_LA)
-            if fitted and not moments.tokens:  # a single sequence: nothing is left to hold out
-                moments.update(sample.x_TI, sample.anchor_TA)
-            return moments, sample
-
+        Tokens that are out in one of the streams are left out, and so are those that `look` makes something of that is not
+        finite. These are searched for only where the sums show that there are some, which is nearly never.
+        """
         with self.clock.phase("capture"):
-            return self.engine.ladder.climb("capture", self.index, attempt)
+            for careful in (False, True):
+                attempt = functools.partial(self._sums, look, places, fitted, careful)
+                moments, sample, out_NL = self.engine.ladder.climb("capture", self.index, attempt)
+                if moments.finite and sample.finite:
+                    break
+        self.engine.leave_out("what is fitted to", out_NL)
+        if not sample.tokens:
+            raise NumericalError(
+                "no token of the windows that are held out is finite; wanted some to choose by. Take more windows, or dtype "
+                "float32."
+            )
+        return moments, sample
+
+    def _sums(
+        self, look: Callable[..., Rows], places: Sequence[Place], fitted: bool, careful: bool
+    ) -> tuple[Moments, Sample, torch.Tensor]:
+        """One attempt at `_gather`, and the tokens [N, L] that it left out; `careful`, whether it looks at every row."""
+        self.engine.heap.trim()
+        moments, sample, number = Moments(), Sample(HELD_TOKENS), 0
+        total, out_NL = self.stream.bank.shape_NLD[0], torch.zeros_like(self.engine.out_NL)
+        for batches in self.engine.together(*(place.read() for place in places), phase="capture"):
+            for parts in zip(*(torch.split(x_BLD, self.engine.ladder.micro) for x_BLD in batches), strict=True):
+                first, number = number, number + len(parts[0])
+                numbers = [n for n in range(first, number) if fitted or is_held(n + 1, total)]
+                if not numbers or (sample.full and not fitted):
+                    continue
+                if not fitted:
+                    parts = tuple(x_BLD[[n - first for n in numbers]] for x_BLD in parts)
+                out_BL = any_out(*parts)
+                x_BLI, anchor_BLA = look(*(blanked(x_BLD, out_BL) for x_BLD in parts))
+                if careful:
+                    bad_BL = ~(finite_rows(x_BLI) & finite_rows(anchor_BLA))
+                    out_BL = bad_BL if out_BL is None else out_BL | bad_BL
+                if out_BL is not None:
+                    out_NL[numbers] = out_BL.cpu()
+                for place, n in enumerate(numbers):
+                    good = slice(None) if out_BL is None else ~out_BL[place]
+                    into = sample if is_held(n + 1, total) and not sample.full else moments
+                    into.update(x_BLI[place][good], anchor_BLA[place][good])
+        if fitted and not moments.tokens and sample.tokens:  # a single sequence: nothing is left to hold out
+            moments.update(sample.x_TI, sample.anchor_TA)
+        return moments, sample, out_NL
 
 
 def evenly(goal_BLD: torch.Tensor) -> torch.Tensor:

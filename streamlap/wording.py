@@ -49,8 +49,23 @@ def describe_report(report: Report) -> list[str]:
     return [
         f"{report.out}: {len(report.layers)} layers in {report.seconds:.1f} s, peak RAM {show_size(report.peak_ram_bytes)}",
         *describe_parameters(report.parameters.to_json()),
+        *describe_numerics(report),
         f"load it with: import streamlap; AutoModelForCausalLM.from_pretrained({report.out!r})",
     ]
+
+
+def describe_numerics(report: Report) -> list[str]:
+    """What went bad on the way, where something did; the report has it layer by layer."""
+    lines, (sequences, length) = [], report.calibration_tokens
+    worst = max(report.layers, key=lambda layer: layer.excluded_tokens)
+    if worst.excluded_tokens:
+        lines.append(
+            f"left out of the fit as NaN or infinite: up to {worst.excluded_tokens:,} of {sequences * length:,} calibration "
+            f"tokens (layer {worst.index})"
+        )
+    if noted := [layer.index for layer in report.layers if layer.numerics]:
+        lines.append(f"numbers that took special care in {len(noted)} layers, see `numerics` in the report")
+    return lines
 
 
 def describe_survey(found: Survey) -> list[str]:

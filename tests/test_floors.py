@@ -37,8 +37,8 @@ FLOORS = {
     },
     0: {
         "linalg", "linalg.allocation", "linalg.anchor", "linalg.budget", "linalg.channels", "linalg.heads", "linalg.lowrank",
-        "linalg.moments", "linalg.obs", "linalg.pivot", "linalg.products", "linalg.ranks",
-        "linalg.statistics", "linalg.subspace",
+        "linalg.moments", "linalg.notes", "linalg.obs", "linalg.pivot", "linalg.products", "linalg.ranks", "linalg.rows",
+        "linalg.statistics", "linalg.storage", "linalg.subspace",
         "linears", "modules", "memory", "cgroups", "meters", "heap", "machine", "progress", "errors", "hf_plugin",
         "modeling_streamlap", "shim", "stopping", "strictjson", "strictyaml", "version",
     },

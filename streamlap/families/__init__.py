@@ -63,6 +63,10 @@ class Family:
         """Every linear of a decoder layer that counts as a decoder parameter, in order."""
         return tuple(path for paths in self.sites.values() for path in paths)
 
+    def dead_inputs(self, site: str, count: int) -> str:
+        """What a report says of inputs of a site that no token ever moved from zero."""
+        return f"{count} dead input{'s' * (count > 1)} of {', '.join(self.sites[site])}"
+
     def last(self, half: str) -> str:
         """The linear at the end of a half."""
         (path,) = self.sites[self.halves[half].writes]

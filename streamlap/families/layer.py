@@ -14,9 +14,8 @@ from typing import Any, Protocol
 import torch
 from torch import nn
 
-from streamlap.errors import NumericalError
 from streamlap.families import Family
-from streamlap.linalg.statistics import all_finite
+from streamlap.linalg.rows import any_out, carried, finite_rows
 from streamlap.modules import carriers, disk_name, module_row
 from streamlap.store.header import TensorInfo
 from streamlap.store.sink import TensorEntry
@@ -65,6 +64,8 @@ class StreamLayer:
         self._kwargs, self._stored = kwargs, stored
         self._edited: dict[str, nn.Module] = {}
         self._replaced: dict[str, torch.Tensor] = {}
+        self._out_BL: torch.Tensor | None = None
+        """Rows of the batch in hand that are out."""
 
     def linear(self, path: str) -> nn.Linear:
         linear = self.module.get_submodule(path)
@@ -87,15 +88,14 @@ class StreamLayer:
 
     @torch.no_grad()
     def __call__(self, x_BLD: torch.Tensor) -> torch.Tensor:
-        """Run the layer with the mask and position embeddings that the whole model would give it."""
-        parameter = next(self.module.parameters())
-        y = self.module(x_BLD.to(parameter.device, parameter.dtype), **self._kwargs)
-        y_BLD: torch.Tensor = y[0] if isinstance(y, tuple) else y
-        if not all_finite(y_BLD):
-            raise NumericalError(
-                f"{self.prefix} gave NaN or infinite hidden states; wanted finite ones. Try dtype float32 in the recipe."
-            )
-        return y_BLD
+        """Run the layer with the mask and position embeddings that the whole model would give it.
+
+        Rows that are out stay so and are seen by no other; rows that become NaN or infinite are out behind it, see
+        `linalg.rows`.
+        """
+        x_BLD = self._here(x_BLD)
+        self._out_BL = any_out(x_BLD)
+        return carried(self._whole, x_BLD, self._out_BL)
 
     @torch.no_grad()
     def normed(self, half: str, x_BLD: torch.Tensor) -> torch.Tensor:
@@ -105,14 +105,10 @@ class StreamLayer:
 
     @torch.no_grad()
     def run_half(self, half: str, x_BLD: torch.Tensor) -> torch.Tensor:
-        """x and what the half adds to it. Both halves in their order give, bit by bit, what the layer gives."""
+        """x and what the half adds to it. Both halves in their order give, bit by bit, what the layer gives; of rows that are
+        out, too."""
         x_BLD = self._here(x_BLD)
-        y_BLD = x_BLD + self._half(half, x_BLD)
-        if not all_finite(y_BLD):
-            raise NumericalError(
-                f"{self.prefix} {half} gave NaN or infinite hidden states; wanted finite ones. Try dtype float32 in the recipe."
-            )
-        return y_BLD
+        return carried(lambda x_BLD: x_BLD + self._half(half, x_BLD), x_BLD, any_out(x_BLD))
 
     @torch.no_grad()
     def middle(self, half: str, x_BLD: torch.Tensor) -> torch.Tensor:
@@ -128,6 +124,11 @@ class StreamLayer:
     def _here(self, x_BLD: torch.Tensor) -> torch.Tensor:
         parameter = next(self.module.parameters())
         return x_BLD.to(parameter.device, parameter.dtype)
+
+    def _whole(self, x_BLD: torch.Tensor) -> torch.Tensor:
+        y = self.module(x_BLD, **self._kwargs)
+        y_BLD: torch.Tensor = y[0] if isinstance(y, tuple) else y
+        return y_BLD
 
     def _norm(self, half: str) -> nn.Module:
         return self.module.get_submodule(self.family.halves[half].norm)
@@ -153,10 +154,11 @@ class StreamLayer:
                 self.module.set_submodule(path, module)
 
     @contextlib.contextmanager
-    def observed(self, collectors: Iterable[tuple[str, Collector]]) -> Iterator[None]:
-        """While the block lasts, each collector sees the input of its site, sequence by sequence as x_LI."""
+    def observed(self, collectors: Iterable[tuple[str, Collector]], careful: bool = False) -> Iterator[None]:
+        """While the block lasts, each collector sees the input of its site, sequence by sequence as x_LI, without the rows that
+        are out before the layer; with `careful` also without those that are not finite at the site."""
         hooks = [
-            self.linear(self.family.sites[site][0]).register_forward_pre_hook(_feed(collector))
+            self.linear(self.family.sites[site][0]).register_forward_pre_hook(self._feed(collector, careful))
             for site, collector in collectors
         ]
         try:
@@ -164,6 +166,15 @@ class StreamLayer:
         finally:
             for hook in hooks:
                 hook.remove()
+
+    def _feed(self, collector: Collector, careful: bool) -> Callable[[nn.Module, tuple[torch.Tensor, ...]], None]:
+        def feed(_: nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
+            for place, x_LI in enumerate(inputs[0]):  # one after another, so that the sums do not depend on the batch
+                if self._out_BL is not None:
+                    x_LI = x_LI[~self._out_BL[place]]
+                collector.update(x_LI[finite_rows(x_LI)] if careful else x_LI)
+
+        return feed
 
     @contextlib.contextmanager
     def on(self, device: torch.device) -> Iterator[None]:
@@ -251,11 +262,3 @@ def _cast(value: Any, dtype: torch.dtype) -> Any:
 def _set_parameter(root: nn.Module, name: str, tensor: torch.Tensor) -> None:
     path, _, leaf = name.rpartition(".")
     setattr(root.get_submodule(path), leaf, nn.Parameter(tensor, requires_grad=False))
-
-
-def _feed(collector: Collector) -> Callable[[nn.Module, tuple[torch.Tensor, ...]], None]:
-    def feed(_: nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
-        for x_LI in inputs[0]:  # one sequence after another, so that the sums do not depend on the batch
-            collector.update(x_LI)
-
-    return feed

@@ -30,6 +30,7 @@ from streamlap.families.shell import (
     read_config,
     swapped,
 )
+from streamlap.linalg.rows import marked
 from streamlap.modules import carriers, disk_name
 from streamlap.store.confine import check_folder
 from streamlap.store.header import TensorInfo
@@ -178,12 +179,13 @@ class ModelStream:
 
     @torch.no_grad()
     def embed(self, tokens_NL: torch.Tensor) -> Iterator[torch.Tensor]:
-        """Hidden states before the first layer, in batches x_BLD. Of the table only the rows of a batch are in memory."""
+        """Hidden states before the first layer, in batches x_BLD; rows that the compute dtype cannot hold are out, see
+        `linalg.rows`. Of the table only the rows of a batch are in memory."""
         info = self.source.info(f"{self.family.embedding}.weight")
         for tokens_BL in torch.split(tokens_NL, batch_of(tokens_NL.shape[1])):
             ids, places_BL = torch.unique(tokens_BL, return_inverse=True)
             table: Any = copy.deepcopy(self.model.get_submodule(self.family.embedding))
-            weight = read_rows(info, ids.tolist()).to(self.device, self.dtype)
+            weight = marked(read_rows(info, ids.tolist()).to(self.device, self.dtype))
             table.weight, table.padding_idx = nn.Parameter(weight, requires_grad=False), None
             yield table(places_BL.to(self.device))
 

@@ -9,10 +9,14 @@ import torch
 
 from streamlap.errors import NumericalError
 from streamlap.linalg.lowrank import solver_threads
+from streamlap.linalg.notes import note
 from streamlap.linalg.products import product
 
 DAMPING = 1e-3
 """Share of the mean diagonal that is added to a Gram before it is inverted."""
+
+MOST_DAMPING = 1e-1
+"""Where that is not enough it grows tenfold up to this. A Gram that is indefinite then is no sum of squares."""
 
 RIDGES = (1e-12, 1e-10, 1e-8, 1e-6, 1e-4, 1e-2)
 """The same where only a root is wanted: the first with which it exists. A Gram of fewer tokens than inputs, summed from float32
@@ -48,26 +52,61 @@ def damped(gram_II: torch.Tensor, damping: float = DAMPING) -> torch.Tensor:
 
 
 def level(gram_II: torch.Tensor) -> float:
-    """Mean of the diagonal, what a share of damping is a share of; 1 where every input is dead."""
-    return float(gram_II.diagonal().mean()) or 1.0
+    """Mean of the diagonal, what a share of damping is a share of; 1 where every input is dead, or less than that: power that
+    is negative is the rounding of none."""
+    mean = float(gram_II.diagonal().mean())
+    return 1.0 if mean <= 0 else mean
 
 
 def cholesky(gram_II: torch.Tensor, damping: float = DAMPING) -> torch.Tensor:
-    """Lower factor of the damped Gram. Raises NumericalError where even damping leaves it indefinite."""
-    factor_II = _factor(gram_II, damping)
+    """Lower factor of the damped Gram, with more damping than asked for where it needs that, and a note then.
+
+    Raises NumericalError where even MOST_DAMPING leaves it indefinite.
+    """
+    return enough(gram_II, damping)[0]
+
+
+def enough(gram_II: torch.Tensor, damping: float) -> tuple[torch.Tensor, float]:
+    """The factor of `cholesky`, and the damping that it took."""
+    factor_II, used = _grow(gram_II, damping)
     if factor_II is None:
         raise NumericalError(
-            f"a Gram of size {len(gram_II)} is not positive definite after damping of {damping}; wanted finite statistics "
+            f"a Gram of size {len(gram_II)} is not positive definite after damping of {used:g}; wanted finite statistics "
             "of the inputs. Take more calibration text, or dtype float32."
         )
-    return factor_II
+    if used > damping:
+        _note_damping(gram_II, used, damping)
+    return factor_II, used
 
 
 def root(gram_II: torch.Tensor) -> torch.Tensor:
     """L of L L' = S, lower, with no more damping than it needs. Raises NumericalError as `cholesky` does."""
+    found_II = root_if_any(gram_II)
+    return cholesky(gram_II.double(), RIDGES[-1]).to(gram_II.dtype) if found_II is None else found_II
+
+
+def root_if_any(gram_II: torch.Tensor) -> torch.Tensor | None:
+    """The same, or None where even MOST_DAMPING leaves S indefinite.
+
+    Singular Grams are common here, so that only more than the damping of a solve is worth a note.
+    """
     wide_II = gram_II.double()
     ridge = next((ridge for ridge in RIDGES if _factor(wide_II, ridge / MARGIN) is not None), RIDGES[-1])
-    return cholesky(wide_II, ridge).to(gram_II.dtype)
+    factor_II, used = _grow(wide_II, ridge)
+    if factor_II is not None and used > DAMPING:
+        _note_damping(gram_II, used, DAMPING)
+    return None if factor_II is None else factor_II.to(gram_II.dtype)
+
+
+def _grow(gram_II: torch.Tensor, damping: float) -> tuple[torch.Tensor | None, float]:
+    """The factor with the first damping that does, from this one on tenfold; None where none does up to MOST_DAMPING."""
+    while (factor_II := _factor(gram_II, damping)) is None and damping < MOST_DAMPING:
+        damping = min(max(10 * damping, RIDGES[0]), MOST_DAMPING)
+    return factor_II, damping
+
+
+def _note_damping(gram_II: torch.Tensor, used: float, asked: float) -> None:
+    note(f"damping {used:g} where {asked:g} was not enough for a Gram of size {len(gram_II)}")
 
 
 def _factor(gram_II: torch.Tensor, damping: float) -> torch.Tensor | None:
@@ -132,8 +171,8 @@ def anchored(
     The full-rank minimiser of sum |t - W' x|^2, with a ridge that pulls towards W itself: with few tokens it keeps W where they
     say nothing.
     """
-    pull = damping * level(gram_II)
-    return solve_right(cholesky(gram_II, damping), torch.add(cross_OI, w_OI, alpha=pull))
+    factor_II, used = enough(gram_II, damping)
+    return solve_right(factor_II, torch.add(cross_OI, w_OI, alpha=used * level(gram_II)))
 
 
 def best_step(w_OI: torch.Tensor, delta_OI: torch.Tensor, x_TI: torch.Tensor, target_TO: torch.Tensor) -> float:

@@ -14,6 +14,8 @@ from collections.abc import Iterator
 
 import torch
 
+from streamlap.errors import NumericalError
+
 SOLVER_THREADS = 2
 """CPU threads of every decomposition and triangular solve. LAPACK's last bits depend on their number, and equal input shall
 give equal output on any number; half of the work is bound by memory, which two threads nearly use up."""
@@ -69,9 +71,18 @@ def awsvd_flops(rows: int, columns: int, rank: int) -> int:
 
 
 def eigh(gram_MM: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Eigenvalues, ascending, and eigenvectors; the same bits for any number of torch's threads."""
-    with solver_threads(gram_MM.device):
-        values_M, vectors_MM = torch.linalg.eigh(gram_MM)
+    """Eigenvalues, ascending, and eigenvectors; the same bits for any number of torch's threads.
+
+    Raises NumericalError where the decomposition fails, as it does on NaN.
+    """
+    try:
+        with solver_threads(gram_MM.device):
+            values_M, vectors_MM = torch.linalg.eigh(gram_MM)
+    except torch.linalg.LinAlgError as error:  # type: ignore[attr-defined]
+        raise NumericalError(
+            f"a symmetric matrix of size {len(gram_MM)} has no eigenvalues ({error}); wanted finite statistics of the inputs. "
+            "Try dtype float32 in the recipe."
+        ) from error
     return values_M, vectors_MM
 
 

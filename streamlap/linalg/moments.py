@@ -13,9 +13,13 @@ import functools
 import torch
 
 from streamlap.linalg.products import product
+from streamlap.linalg.statistics import all_finite
 
 CHUNK_TOKENS = 4096
 """Tokens in one product. Fixed, and counted across updates: the bits do not depend on the batches."""
+
+DROWNED = 1e-4
+"""Share of an input's power below which what is left beside its mean may be the rounding of products in float32."""
 
 ROW_BLOCK = 2048
 """Rows of a sum that are computed at a time: beside the sum itself, memory holds one such block."""
@@ -77,6 +81,11 @@ class Moments:
         assert self._cross_AI is not None, "no tokens were seen"
         return self._cross_AI
 
+    @property
+    def finite(self) -> bool:
+        """Whether all that came was, as far as sums of it in float32 are; one bad number shows in every sum of its row."""
+        return not self.tokens or all(map(all_finite, (self.gram_II.diagonal(), self.cross_AI[:, 0])))
+
     def _flush(self) -> None:
         """Sum what waits, and let go of the memory that it waited in."""
         if self._waiting:
@@ -100,13 +109,21 @@ class Moments:
 def take_means(moments: Moments) -> tuple[torch.Tensor, torch.Tensor]:
     """The means [I] of the inputs and [A] of the anchors, taken off the sums, in place.
 
-    The last column of x is the weight of its token, by which both x and t have been multiplied, and stays as it is.
+    The last column of x is the weight of its token, by which both x and t have been multiplied, and stays as it is. Where all
+    of an input's power was its mean, what is left is rounding, whose sign means nothing; its diagonal is raised above that.
     """
     gram_II, cross_AI = moments.gram_II, moments.cross_AI
     weight = float(gram_II[-1, -1])
     total_I, total_A = gram_II[:-1, -1].clone(), cross_AI[:, -1].clone()
+    rounding_I = gram_II.diagonal()[:-1] * DROWNED
     gram_II[:-1, :-1].addr_(total_I, total_I, alpha=-1 / weight)
     cross_AI[:, :-1].addr_(total_A, total_I, alpha=-1 / weight)
+    left_I = gram_II.diagonal()[:-1]
+    drowned_I = left_I < rounding_I
+    if bool(drowned_I.any()):
+        left_I += (
+            rounding_I * drowned_I * int(drowned_I.sum())
+        )  # tokens that are alike are rounded alike, so it adds up
     return total_I / weight, total_A / weight
 
 
@@ -165,6 +182,16 @@ class Sample:
         if self._power is None:
             self._power = float(self.anchor_TA.double().square().sum(dim=1).mean())
         return self._power
+
+    @property
+    def tokens(self) -> int:
+        """Rows that are kept."""
+        return self._count
+
+    @property
+    def finite(self) -> bool:
+        """Whether all of them are."""
+        return all(all_finite(rows) for pair in self._rows for rows in pair)
 
     @property
     def full(self) -> bool:

@@ -45,6 +45,17 @@ class Energy:
             self.sum_I = other.sum_I if self.sum_I is None else self.sum_I + other.sum_I.to(self.sum_I)
         self.tokens += other.tokens
 
+    @property
+    def finite(self) -> bool:
+        """Whether all that came was: one bad number shows in the sum of its channel."""
+        return self.sum_I is not None and all_finite(self.sum_I)
+
+    @property
+    def dead(self) -> int:
+        """Channels that were never active. At least one update must have come."""
+        assert self.sum_I is not None, "no tokens were seen"
+        return int((self.sum_I == 0).sum())
+
     def scale(self) -> torch.Tensor:
         """d_j = sqrt(mean x_j^2), [I] float64; a dead channel weighs `ZERO_SCALE`. At least one update must have come."""
         assert self.sum_I is not None, "no tokens were seen"

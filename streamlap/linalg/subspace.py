@@ -14,10 +14,12 @@ from dataclasses import dataclass
 import torch
 
 from streamlap.errors import NumericalError
-from streamlap.linalg.anchor import level, root, solve_right
+from streamlap.linalg.anchor import MOST_DAMPING, level, root, root_if_any, solve_right
 from streamlap.linalg.lowrank import eigh, orthonormal
 from streamlap.linalg.moments import squares
+from streamlap.linalg.notes import note
 from streamlap.linalg.products import product
+from streamlap.linalg.storage import as_stored, balanced
 
 DROWNED = {torch.float32: 2e-6, torch.float64: 2e-12}
 """Share of the largest eigenvalue below which a dtype no longer tells one from another."""
@@ -111,33 +113,50 @@ def symmetric(gram: torch.Tensor) -> torch.Tensor:
 
 
 def two_factors(
-    found: Subspace, gram_II: torch.Tensor, t_OI: torch.Tensor, dtype: torch.dtype
+    found: Subspace, gram_II: torch.Tensor, t_OI: torch.Tensor, dtype: torch.dtype, what: str = "a low-rank map"
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """up_OR and down_RI in `dtype`, their scale shared; after `down` is rounded, `up` is fitted again to what it became."""
+    """up_OR and down_RI in `dtype`, their scale shared; after `down` is rounded, `up` is fitted again to what it became.
+
+    Raises NumericalError, naming `what`, where there are no such factors in `dtype`.
+    """
     norm_R = found.map_RI.norm(dim=1)
     scale_R = norm_R.clamp_min(float(norm_R.max()) * 1e-12).clamp_min(torch.finfo(norm_R.dtype).tiny).rsqrt()
-    down_RI = (found.map_RI * scale_R[:, None]).to(dtype)
-    return refit(t_OI, down_RI, gram_II).to(dtype), down_RI
+    down_RI = as_stored(found.map_RI * scale_R[:, None], dtype, what)
+    return balanced(refit(t_OI, down_RI, gram_II), down_RI, dtype, what)
 
 
 def refit(t_NI: torch.Tensor, base_RI: torch.Tensor, gram_II: torch.Tensor) -> torch.Tensor:
-    """The C [N, R] for which C base is nearest to T in the metric of S: T S base' (base S base')^-1."""
-    if not bool(torch.isfinite(base_RI).all()):
-        raise NumericalError(
-            f"rows of a low-rank map are not finite in {base_RI.dtype}; wanted numbers that {base_RI.dtype} can hold. "
-            "Convert the checkpoint to bfloat16 or float32 and compress that."
-        )
-    base_RI = base_RI.to(gram_II.dtype)
-    half_IR = product(gram_II, base_RI.T).add_(base_RI.T, alpha=PULL * level(gram_II))
-    # Rows of a low-rank map are far from orthogonal: their own Gram has to be float64.
-    gram_RR = symmetric(product(base_RI.double(), half_IR.double()))
-    # A ridge should weigh as much for a small row as for a large one.
-    scale_R = gram_RR.diagonal().clamp_min(torch.finfo(half_IR.dtype).tiny).rsqrt()
-    factor_RR = root(gram_RR * scale_R * scale_R[:, None]).to(half_IR.dtype)
-    scale_R = scale_R.to(half_IR.dtype)
+    """The C [N, R] for which C base is nearest to T in the metric of S: T S base' (base S base')^-1.
+
+    Raises NumericalError where S is so far from a sum of squares that no pull towards T itself makes up for it.
+    """
+    base_RI, pull = base_RI.to(gram_II.dtype), PULL
+    while (found := _metric(base_RI, gram_II, pull)) is None:
+        if pull >= MOST_DAMPING:
+            raise NumericalError(
+                f"a Gram of size {len(gram_II)} is not positive definite on {len(base_RI)} rows; wanted finite statistics of "
+                "the inputs. Take more calibration text, or dtype float32."
+            )
+        pull *= 10  # what float32 sums of few tokens, or of equal ones, have below zero
+    half_IR, gram_RR, scale_R, factor_RR = found
+    if pull > PULL:
+        note(f"pull {pull:.0e} where {PULL:.0e} was not enough for a Gram of size {len(gram_II)}")
     wanted_NR = product(t_NI.to(half_IR.dtype), half_IR)
     fitted_NR = solve_right(factor_RR, wanted_NR * scale_R) * scale_R
     if fitted_NR.dtype == torch.float64:
         # The ridge pulled this towards 0; solving again for what it left out takes that back, where it is not all rounding.
         fitted_NR += solve_right(factor_RR, (wanted_NR - product(fitted_NR, gram_RR)) * scale_R) * scale_R
     return fitted_NR
+
+
+def _metric(
+    base_RI: torch.Tensor, gram_II: torch.Tensor, pull: float
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor] | None:
+    """S base', base S base', the scale of its rows and the root of what is scaled by it; None where that is indefinite."""
+    half_IR = product(gram_II, base_RI.T).add_(base_RI.T, alpha=pull * level(gram_II))
+    # Rows of a low-rank map are far from orthogonal: their own Gram has to be float64.
+    gram_RR = symmetric(product(base_RI.double(), half_IR.double()))
+    # A ridge should weigh as much for a small row as for a large one.
+    scale_R = gram_RR.diagonal().clamp_min(torch.finfo(half_IR.dtype).tiny).rsqrt()
+    factor_RR = root_if_any(gram_RR * scale_R * scale_R[:, None])
+    return None if factor_RR is None else (half_IR, gram_RR, scale_R.to(half_IR.dtype), factor_RR.to(half_IR.dtype))

@@ -13,6 +13,7 @@ from streamlap.families.layer import Edit, StreamLayer
 from streamlap.linalg.budget import lorap_pair_ranks
 from streamlap.linalg.lowrank import awsvd, awsvd_bytes, awsvd_flops
 from streamlap.linalg.statistics import Energy
+from streamlap.linalg.storage import balanced
 from streamlap.methods.base import Cost, Layout, Shapes, Statistic
 from streamlap.modules import LowRankLinear
 
@@ -65,6 +66,7 @@ def factor(layer: StreamLayer, path: str, scale_I: torch.Tensor, rank: int) -> E
     """The edit that replaces the linear at `path` by its activation-weighted factors. Its bias stays as it is."""
     dense, dtype = layer.linear(path), layer.storage_dtype(path)
     up_OR, down_RI, error = awsvd(dense.weight, scale_I, rank)
+    up_OR, down_RI = balanced(up_OR, down_RI, dtype, path)
     bias = None if dense.bias is None else dense.bias.to(dtype)
-    module = LowRankLinear.from_factors(up_OR.to(dtype).contiguous(), down_RI.to(dtype).contiguous(), bias)
+    module = LowRankLinear.from_factors(up_OR.contiguous(), down_RI.contiguous(), bias)
     return Edit(path=path, module=module, of=(dense.out_features, dense.in_features), error=error)

@@ -16,6 +16,7 @@ from streamlap.linalg.anchor import anchored, best_step, working
 from streamlap.linalg.moments import Sample
 from streamlap.linalg.pivot import folded_order, others, output_order, pivot_rows
 from streamlap.linalg.products import product
+from streamlap.linalg.storage import as_stored, balanced
 from streamlap.linalg.subspace import Subspace, refit, subspace, two_factors
 from streamlap.linears import LowRankLinear, PivotedLinear, StoredLinear
 from streamlap.methods.base import HalfView, Seen
@@ -107,9 +108,9 @@ def dense_edit(layer: StreamLayer, aim: Aim, of: tuple[int, int], kept: torch.Te
     """A plain linear, of fewer channels where `kept` says so."""
     dtype = layer.storage_dtype(aim.path)
     module = nn.Linear(aim.t_OI.shape[1], aim.t_OI.shape[0], bias=aim.bias_O is not None, device="meta")
-    module.weight = nn.Parameter(aim.t_OI.to(dtype), requires_grad=False)
+    module.weight = nn.Parameter(as_stored(aim.t_OI, dtype, aim.path), requires_grad=False)
     if aim.bias_O is not None:
-        module.bias = nn.Parameter(aim.bias_O.to(dtype), requires_grad=False)
+        module.bias = nn.Parameter(as_stored(aim.bias_O, dtype, f"{aim.path}.bias"), requires_grad=False)
     return Edit(path=aim.path, module=module, of=of, error=0.0, kept=as_kept(kept))
 
 
@@ -134,7 +135,7 @@ def truncated_edit(layer: StreamLayer, aim: Aim, found: Subspace) -> Edit:
     """The factors of a subspace as they are: to be looked at, not to be stored."""
     dtype, bias_O = layer.storage_dtype(aim.path), aim.bias_O
     scale_R = found.map_RI.norm(dim=1).clamp_min(torch.finfo(found.map_RI.dtype).tiny)
-    up_OR, down_RI = (found.basis_OR * scale_R).to(dtype), (found.map_RI / scale_R[:, None]).to(dtype)
+    up_OR, down_RI = balanced(found.basis_OR * scale_R, found.map_RI / scale_R[:, None], dtype, aim.path)
     module = LowRankLinear.from_factors(up_OR, down_RI, None if bias_O is None else bias_O.to(dtype))
     return Edit(
         path=aim.path, module=module, of=(aim.t_OI.shape[0], aim.t_OI.shape[1]), error=found.error(len(down_RI))
@@ -146,7 +147,7 @@ def factored(
 ) -> Edit:
     """Two factors."""
     dtype = layer.storage_dtype(aim.path)
-    up_OR, down_RI = two_factors(found, aim.gram_II, aim.t_OI, dtype)
+    up_OR, down_RI = two_factors(found, aim.gram_II, aim.t_OI, dtype, aim.path)
     bias = None if aim.bias_O is None else aim.bias_O.to(dtype)
     module = LowRankLinear.from_factors(up_OR.contiguous(), down_RI.contiguous(), bias)
     return Edit(path=aim.path, module=module, of=of, error=found.error(down_RI.shape[0]), kept=as_kept(kept))
@@ -158,10 +159,10 @@ def pivoted(
 ) -> tuple[Edit, torch.Tensor | None]:  # fmt: skip
     """Pivot rows as they are, rounded, and the other rows fitted again to what the rounding made of them."""
     dtype, rows = layer.storage_dtype(aim.path), aim.t_OI.shape[0]
-    base_RI = product(found.basis_OR[pivots_R], found.map_RI).to(dtype)
+    base_RI = as_stored(product(found.basis_OR[pivots_R], found.map_RI), dtype, aim.path)
     order_O = None if groups is None else folded_order(pivots_R, rows, groups)
     rest_N = others(pivots_R, rows)
-    rest_NR = refit(aim.t_OI[rest_N], base_RI, aim.gram_II).to(dtype)
+    rest_NR = as_stored(refit(aim.t_OI[rest_N], base_RI, aim.gram_II), dtype, f"{aim.path}.rest")
     bias_O = aim.bias_O if aim.bias_O is None or order_O is None else aim.bias_O[order_O]
     module = PivotedLinear.from_parts(
         base_RI.contiguous(), rest_NR.contiguous(), None if bias_O is None else bias_O.to(dtype),
@@ -206,4 +207,4 @@ def map_error(w_OI: torch.Tensor, held: Sample) -> float:
     x_TI, w_OI, target_TO = working(held.x_TI, w_OI, held.anchor_TA)
     y_TO = product(x_TI, w_OI.T)
     missed = float((target_TO - y_TO).square().sum(dim=1).square().mean().sqrt())
-    return missed / held.power if held.power > 0 else 0.0
+    return 0.0 if held.power == 0 else missed / held.power

@@ -14,8 +14,10 @@ from dataclasses import dataclass
 
 import torch
 
+from streamlap.linalg.rows import rows_out
+
 Pair = tuple[torch.Tensor, torch.Tensor]
-"""x_BLD, the compressed stream before the layer, and goal_BLD, the dense one after it."""
+"""x_BLD, the compressed stream before the layer, and goal_BLD, the dense one after it; see `linalg.rows.paired`."""
 Run = Callable[[Mapping[str, torch.Tensor], torch.Tensor], torch.Tensor]
 """The layer as a function of its parameters by name, in float32, and of x_BLD."""
 
@@ -56,12 +58,15 @@ class Refinement:
 
 
 def distances(goal_BLD: torch.Tensor, y_BLD: torch.Tensor) -> torch.Tensor:
-    """Mean squared distance of each token, over the mean square of the goal there [B, L - 1].
+    """Mean squared distance of each token, over the mean square of the goal there [B, L - 1]; [T] of those that are not out of
+    the goal, where some are.
 
     What follows is a norm, so an error counts by its share of the stream. The first token of a window is left out: models
     park attention on it, in numbers far larger than any other.
     """
     goal_BLD, y_BLD = goal_BLD[:, 1:].float(), y_BLD[:, 1:].float()
+    if bool((out_BL := rows_out(goal_BLD)).any()):
+        goal_BLD, y_BLD = goal_BLD[~out_BL], y_BLD[~out_BL]
     size_BL = goal_BLD.square().mean(dim=-1).clamp_min(1e-12)
     return (goal_BLD - y_BLD).square().mean(dim=-1) / size_BL
 
@@ -118,6 +123,8 @@ class Refiner:
             missed += float(distances(goal_BLD, self._run(values, x_BLD)).double().sum())
             before_BL = distances(goal_BLD, x_BLD)
             wanted, tokens = wanted + float(before_BL.double().sum()), tokens + before_BL.numel()
+        if not tokens:
+            return math.nan
         self._update = wanted / tokens or 1.0
         return missed / (self._update * tokens)
 
@@ -125,7 +132,8 @@ class Refiner:
         """The step of that number in this epoch, along the gradients of the loss on `pair`."""
         x_BLD, goal_BLD = pair
         self._adam.zero_grad()
-        loss = distances(goal_BLD, self._run(self.masters, x_BLD)).mean() / self._update
+        found = distances(goal_BLD, self._run(self.masters, x_BLD))
+        loss = (found.mean() if found.numel() else found.sum()) / self._update
         loss.backward()  # type: ignore[no-untyped-call]
         rate = self.knobs.rate(self.epoch * self._steps + step, self.knobs.epochs * self._steps)
         for group in self._adam.param_groups:
