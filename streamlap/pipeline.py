@@ -43,7 +43,7 @@ from streamlap.stopping import stop_requests
 from streamlap.store.hidden import HiddenBank
 from streamlap.store.hub import local_folder, model_name
 from streamlap.store.journal import Journal, OutputLock, save_tokens, saved_tokens
-from streamlap.store.sink import ShardFolder, file_hash, shard_names
+from streamlap.store.sink import ShardFolder, file_hash, remove_file, shard_names
 from streamlap.target import meet, parse_target
 
 
@@ -188,7 +188,7 @@ def compress_layers(job: Job, stopped: Callable[[], bool]) -> None:
         else:
             for bank in job.streams:
                 bank.drop(first - 1)  # where the run died between the commit and this
-            state_path(job.out, first - 1).unlink(missing_ok=True)
+            remove_file(state_path(job.out, first - 1))
         committed: Future[None] | None = None
         try:
             for index in range(first, stream.depth):
@@ -279,7 +279,7 @@ def commit(job: Job, report: LayerReport, digest: Future[str]) -> None:
     read, written = (after - before for after, before in zip(now, job.moved, strict=True))
     job.moved = now
     job.journal.append(replace(report, sha256=sha256, bytes_read=read, bytes_written=written).to_json())
-    state_path(job.out, report.index).unlink(missing_ok=True)
+    remove_file(state_path(job.out, report.index))
     for bank in job.streams:
         bank.drop(report.index)
 

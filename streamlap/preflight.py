@@ -19,7 +19,7 @@ from streamlap.families.stream import ModelStream
 from streamlap.memory import existing_ancestor, require_disk
 from streamlap.recipe import Recipe
 from streamlap.store.journal import JOURNAL_NAME, STATE_FOLDER, Journal, OutputLock
-from streamlap.store.sink import file_hash
+from streamlap.store.sink import file_hash, fsync_folder, remove_file
 from streamlap.version import __version__
 
 COMPANION_BYTES = 64 << 20
@@ -74,8 +74,9 @@ def check_apart(folder: Path, out: Path) -> None:
 def empty_output(out: Path) -> None:
     """Remove an earlier result. Cut short, what is left is no model and no run to resume, and is still known as ours."""
     with OutputLock(out):
-        for name in ("config.json", f"{STATE_FOLDER}/{JOURNAL_NAME}"):
-            (out / name).unlink(missing_ok=True)
+        for mark in (out / "config.json", out / STATE_FOLDER / JOURNAL_NAME):
+            remove_file(mark)
+            fsync_folder(mark.parent)
         for path in out.iterdir():
             if path.is_dir() and not path.is_symlink():
                 shutil.rmtree(path) if path.name != STATE_FOLDER else None

@@ -14,9 +14,10 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -39,7 +40,7 @@ from streamlap.stopping import stop_requests
 from streamlap.store.hidden import HiddenBank
 from streamlap.store.hub import local_folder
 from streamlap.store.journal import Journal, OutputLock
-from streamlap.store.sink import write_durably
+from streamlap.store.sink import fsync_folder, remove_file, write_durably
 from streamlap.views import Place, View
 
 DEFAULT_SAMPLES = 16
@@ -116,7 +117,8 @@ def check_file(file: Path, state: Path, overwrite: bool) -> None:
     if overwrite:
         if file.exists():
             Survey.read(file)  # nothing else is ours to replace
-            file.unlink()
+            remove_file(file)
+            fsync_folder(file.parent)  # or a power cut could bring it back beside a new run, as that one's result
         if state.exists():
             with OutputLock(state):
                 shutil.rmtree(state)
@@ -139,16 +141,27 @@ def run(stream: ModelStream, tokens_NL: torch.Tensor, file: Path, state: Path, c
             dense=opened.pop(None), dense_middle=open_bank(stream, tokens_NL, choice.schedule, between, "dense-middle"),
             copies={cut: bank for cut, bank in opened.items() if cut},
         )  # fmt: skip
-        sweep_layers(sweep, stopped)
-        result = Survey(
-            model=model_digest(stream), calibration=marks["calibration tokens"], compute=marks["compute"],
-            layers=points(sweep),
-        )  # fmt: skip
+        result = written(sweep, file, marks) if file.exists() else None
+        if result is None:
+            sweep_layers(sweep, stopped)
+            result = Survey(**identity(stream, marks), layers=points(sweep))
         write_durably(file, (json.dumps(result.to_json(), indent=1) + "\n").encode())
-        sweep.journal.remove()
         sweep.dense.remove()
+        sweep.journal.remove()
     shutil.rmtree(state, ignore_errors=True)
     return result
+
+
+def identity(stream: ModelStream, marks: Mapping[str, Any]) -> dict[str, str]:
+    """What a survey was measured on, as its file says it."""
+    return {"model": model_digest(stream), "calibration": marks["calibration tokens"], "compute": marks["compute"]}
+
+
+def written(sweep: Sweep, file: Path, marks: Mapping[str, Any]) -> Survey | None:
+    """The result of a run that died while it tidied up, with no hidden states left to make it of again."""
+    found = Survey.read(file)
+    same = all(getattr(found, key) == value for key, value in identity(sweep.stream, marks).items())
+    return found if same and sweep.journal.next_layer == sweep.stream.depth else None
 
 
 def sweep_layers(sweep: Sweep, stopped: Callable[[], bool]) -> None:
