@@ -13,10 +13,10 @@ import torch
 import typer
 
 import streamlap
+from streamlap.allocate import Survey
 from streamlap.cgroups import usable_cpus
 from streamlap.demo import run_demo
 from streamlap.errors import BudgetError, StreamlapError
-from streamlap.memory import show_size
 from streamlap.options import (
     CalibrationFiles,
     Device,
@@ -42,6 +42,7 @@ from streamlap.recipe import Recipe
 from streamlap.wording import (
     describe_demo,
     describe_evaluation,
+    describe_export,
     describe_inventory,
     describe_plan,
     describe_report,
@@ -169,14 +170,19 @@ def survey(
 
 @app.command()
 def resume(
-    out: Annotated[Path, typer.Argument(metavar="OUT", help="Folder of an interrupted run.")],
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="Folder of an interrupted run, or file of a survey.")],
     max_ram: MaxRam = None,
     max_vram: MaxVram = None,
     as_json: Json = False,
 ) -> None:
-    """Go on with an interrupted compress; OUT knows everything that is needed, the caps included."""
-    report = streamlap.resume(out, max_ram=max_ram, max_vram=max_vram)
-    emit(as_json, report.to_json(), describe_report(report))
+    """Go on with an interrupted compress, survey or export; OUT knows everything that is needed, the caps included."""
+    result = streamlap.resume(out, max_ram=max_ram, max_vram=max_vram)
+    if isinstance(result, dict):
+        emit(as_json, result, describe_export(out, result))
+    elif isinstance(result, Survey):
+        emit(as_json, result.to_json(), describe_survey(result))
+    else:
+        emit(as_json, result.to_json(), describe_report(result))
 
 
 @app.command("eval")
@@ -241,11 +247,7 @@ def export(
     if to != "dense":
         raise typer.BadParameter(f"{to!r} is not known; wanted dense", param_hint="--to")
     result = streamlap.export_dense(out, destination)
-    emit(
-        as_json,
-        result,
-        [f"{destination}: {result['shards']} shards, {show_size(result['bytes'])}, for comparison only"],
-    )
+    emit(as_json, result, describe_export(destination, result))
 
 
 @app.command()

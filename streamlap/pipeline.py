@@ -104,6 +104,7 @@ def compress(
     plan_layers(stream, recipe)
     tokens_NL = calibration_tokens(recipe.calibration, folder, stream.vocabulary, stream.context)
     arguments = {
+        "command": "compress",
         "model": str(folder.resolve()) if Path(model).is_dir() else str(model),
         "recipe": recipe.to_dict() | {"survey": recipe.survey and str(Path(recipe.survey).resolve())},
         "device": device,

@@ -85,22 +85,33 @@ def empty_output(out: Path) -> None:
         shutil.rmtree(out / STATE_FOLDER)
 
 
-def fingerprint(stream: ModelStream, recipe: Recipe, tokens_NL: torch.Tensor) -> dict[str, Any]:
-    """All that the bytes of the output depend on."""
+def source_marks(stream: ModelStream) -> dict[str, Any]:
+    """What tells a checkpoint, and the programs that read it, from others."""
     shards = {
         f"source {name}": f"{h.file_bytes} bytes, header {h.digest[:16]}" for name, h in stream.source.headers.items()
     }
+    config = json.dumps(stream.raw_config, sort_keys=True).encode()
+    return {
+        **shards, "source config.json": hashlib.sha256(config).hexdigest()[:16],
+        "versions": f"streamlap {__version__}, torch {torch.__version__}, transformers {transformers.__version__}",
+    }  # fmt: skip
+
+
+def stream_marks(stream: ModelStream, tokens_NL: torch.Tensor) -> dict[str, Any]:
+    """All that the hidden states of a dense model depend on."""
+    return {
+        **source_marks(stream), "calibration tokens": f"{list(tokens_NL.shape)} {token_hash(tokens_NL)[:16]}",
+        "compute": f"{stream.dtype} on {stream.device.type}",
+    }  # fmt: skip
+
+
+def fingerprint(stream: ModelStream, recipe: Recipe, tokens_NL: torch.Tensor) -> dict[str, Any]:
+    """All that the bytes of the output depend on."""
     # Not the names of files: the tokens that came out of them, or what a survey says, is what counts, however they are spelt.
     rows = recipe.to_dict().items()
     recipe_rows = {f"recipe {key}": value for key, value in rows if key not in ("calibration", "survey")}
     survey = file_hash(Path(recipe.survey))[:16] if recipe.survey else None
-    config = json.dumps(stream.raw_config, sort_keys=True).encode()
-    return {
-        **recipe_rows, **shards, "source config.json": hashlib.sha256(config).hexdigest()[:16],
-        "calibration tokens": f"{list(tokens_NL.shape)} {token_hash(tokens_NL)[:16]}",
-        "compute": f"{stream.dtype} on {stream.device.type}", "survey": survey,
-        "versions": f"streamlap {__version__}, torch {torch.__version__}, transformers {transformers.__version__}",
-    }  # fmt: skip
+    return {**recipe_rows, **stream_marks(stream, tokens_NL), "survey": survey}
 
 
 def hidden_folder(out: Path, work: str | Path | None) -> Path:

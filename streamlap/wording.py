@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
@@ -51,6 +52,10 @@ def describe_report(report: Report) -> list[str]:
         *describe_parameters(report.parameters.to_json()),
         f"load it with: import streamlap; AutoModelForCausalLM.from_pretrained({report.out!r})",
     ]
+
+
+def describe_export(out: Path, result: dict[str, int]) -> list[str]:
+    return [f"{out}: {result['shards']} shards, {show_size(result['bytes'])}, for comparison only"]
 
 
 def describe_survey(found: Survey) -> list[str]:

@@ -99,6 +99,7 @@ def commands(pico: MakeModel, tmp_path_factory: pytest.TempPathFactory) -> dict[
         "survey elsewhere": Survey(
             run=lambda out, **options: streamlap.survey(source, out, files=files, work=out.parent / "work", **options)
         ),
+        "export": Command(run=lambda out: streamlap.export_dense(folder / "best", out)),
     }
     for name, command in made.items():
         command.run(folder / name)
@@ -110,7 +111,7 @@ def go_on(command: Command, out: Path, by_resume: bool) -> None:
     """To the end, from whatever a death has left."""
     assert command.is_whole(out) == command.is_finished(out)
     if not command.is_finished(out):
-        if by_resume and command.is_begun(out) and not isinstance(command, Survey):
+        if by_resume and command.is_begun(out):
             streamlap.resume(out)
         else:
             command.run(out)
@@ -157,24 +158,30 @@ def test_death_at_every_step(
     assert 0 < ended < 10, "only tidying up comes after the journal is gone"
 
 
-@pytest.mark.parametrize("name", ["lorap", "refined", "survey"])
+@pytest.mark.parametrize("name", ["lorap", "refined", "survey", "export"])
 def test_death_at_some_steps(commands: dict[str, Command], tmp_path: Path, name: str) -> None:
     """Writes among them, of which half is done."""
     steps, _ = die_at_every(commands[name], tmp_path / "out", stride=11, begin=3, kinds=CHANGES, half=True)
-    assert steps > 100
+    assert steps > 50
+
+
+EVERY = [("export", True)] + [
+    (name, overlap)
+    for name in ("lorap", "best", "refined", "elsewhere", "survey", "survey elsewhere")
+    for overlap in (True, False)
+]
 
 
 @pytest.mark.nightly
 @pytest.mark.timeout(3600)
-@pytest.mark.parametrize("overlap", [True, False])
-@pytest.mark.parametrize("name", ["lorap", "best", "refined", "survey"])
+@pytest.mark.parametrize(("name", "overlap"), EVERY)
 def test_death_at_every_write_too(
     commands: dict[str, Command], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, overlap: bool
 ) -> None:
     command = commands[name] if overlap else read_from_disk(commands[name], monkeypatch)
     steps, ended = die_at_every(command, tmp_path / "out", kinds=CHANGES, half=True)
     print(json.dumps({"command": name, "overlap": overlap, "boundaries": steps, "after the end": ended}))
-    assert steps > 100
+    assert steps > 50
 
 
 # --- power cuts ----------------------------------------------------------------------------------------------------------
@@ -202,7 +209,7 @@ def survive(command: Command, root: Path, states: Iterator[tuple[int, power.Tree
 
 
 @pytest.mark.parametrize("cut", power.CUTS)
-@pytest.mark.parametrize("name", ["best", "survey elsewhere"])
+@pytest.mark.parametrize("name", ["best", "survey elsewhere", "export"])
 def test_power_cuts_at_some_steps(commands: dict[str, Command], tmp_path: Path, name: str, cut: str) -> None:
     root = tmp_path / "disk"
     root.mkdir()
@@ -235,7 +242,7 @@ def test_a_power_cut_after_a_death_at_any_step(commands: dict[str, Command], tmp
 @pytest.mark.nightly
 @pytest.mark.timeout(3600)
 @pytest.mark.parametrize("cut", [*power.CUTS, "mixed"])
-@pytest.mark.parametrize("name", ["lorap", "best", "refined", "elsewhere", "survey", "survey elsewhere"])
+@pytest.mark.parametrize("name", sorted({name for name, _ in EVERY}))
 def test_power_cuts_at_every_step(commands: dict[str, Command], tmp_path: Path, name: str, cut: str) -> None:
     root = tmp_path / "disk"
     root.mkdir()

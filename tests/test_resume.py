@@ -276,7 +276,7 @@ def test_damaged_tokens_are_made_anew_by_compress(
 ) -> None:
     path = broken / STATE / "tokens.npy"
     path.unlink() if data is None else path.write_bytes(data)
-    with pytest.raises(ResumeMismatch, match=r"tokens.npy cannot be read .* compress command again"):
+    with pytest.raises(ResumeMismatch, match=r"tokens.npy cannot be read .* first command again"):
         streamlap.resume(broken)
     compress(broken)
     assert contents(broken) == whole

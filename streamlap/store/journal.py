@@ -42,7 +42,7 @@ def saved_tokens(out: Path) -> torch.Tensor:
             return torch.from_numpy(np.lib.format.read_array(file, allow_pickle=False))
     except Exception as error:  # numpy raises a different one for every way to damage a header
         raise ResumeMismatch(
-            f"{path} cannot be read ({first_line(error)}); wanted this run's tokens. Give the compress command again."
+            f"{path} cannot be read ({first_line(error)}); wanted this run's tokens. Give the first command again."
         ) from error
 
 
