@@ -122,7 +122,7 @@ def under_cap(
         row["identical"] = bool(whole) and shared.hashes(out) == whole
         if args.eval_cap and row["completed"]:
             shared.drop_cache(out)
-            row["eval"] = capped_run(args, work, cap, "eval", out, "--text", tokens)
+            row["eval"] = capped_run(args, work, cap, "eval", out, "--text", tokens, "--work", work / "hidden")
     return row
 
 

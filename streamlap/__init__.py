@@ -11,10 +11,11 @@ from streamlap.evaluate import Evaluation, evaluate
 from streamlap.export.dense import export_dense
 from streamlap.inventory import inspect
 from streamlap.loading import load
-from streamlap.pipeline import compress, resume
+from streamlap.pipeline import compress
 from streamlap.plan import Plan, plan
 from streamlap.recipe import Calibration, Recipe
 from streamlap.report import Report
+from streamlap.resuming import resume
 from streamlap.survey import survey
 from streamlap.verification import verify
 from streamlap.version import __version__

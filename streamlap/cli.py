@@ -13,10 +13,11 @@ import torch
 import typer
 
 import streamlap
+from streamlap.allocate import Survey
 from streamlap.cgroups import usable_cpus
 from streamlap.demo import run_demo
 from streamlap.errors import BudgetError, Interrupted, StreamlapError, first_line
-from streamlap.memory import is_out_of_memory, show_size
+from streamlap.memory import is_out_of_memory
 from streamlap.options import (
     CalibrationFiles,
     Device,
@@ -45,6 +46,7 @@ from streamlap.stopping import Stopped, stops_at_once
 from streamlap.wording import (
     describe_demo,
     describe_evaluation,
+    describe_export,
     describe_inventory,
     describe_plan,
     describe_report,
@@ -179,15 +181,20 @@ def survey(
 
 @app.command()
 def resume(
-    out: Annotated[Path, typer.Argument(metavar="OUT", help="Folder of an interrupted run.")],
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="Folder of an interrupted run, or file of a survey.")],
     max_ram: MaxRam = None,
     max_vram: MaxVram = None,
     stop_after: StopAfter = None,
     as_json: Json = False,
 ) -> None:
-    """Go on with an interrupted compress; OUT knows everything that is needed, the caps included."""
-    report = streamlap.resume(out, max_ram=max_ram, max_vram=max_vram, stop_after=stop_after)
-    emit(as_json, report.to_json(), describe_report(report))
+    """Go on with an interrupted compress, survey or export; OUT knows everything that is needed, the caps included."""
+    result = streamlap.resume(out, max_ram=max_ram, max_vram=max_vram, stop_after=stop_after)
+    if isinstance(result, dict):
+        emit(as_json, result, describe_export(out, result))
+    elif isinstance(result, Survey):
+        emit(as_json, result.to_json(), describe_survey(result))
+    else:
+        emit(as_json, result.to_json(), describe_report(result))
 
 
 @app.command("eval")
@@ -247,17 +254,14 @@ def export(
     out: Annotated[Path, typer.Argument(metavar="OUT", help="Folder that streamlap wrote.")],
     destination: Annotated[Path, typer.Argument(metavar="DEST", help="New folder.")],
     to: Annotated[str, typer.Option(help="dense: factors multiplied back, removed channels as zeros.")],
+    stop_after: StopAfter = None,
     as_json: Json = False,
 ) -> None:
     """Write a compressed model in another container."""
     if to != "dense":
         raise typer.BadParameter(f"{to!r} is not known; wanted dense", param_hint="--to")
-    result = streamlap.export_dense(out, destination)
-    emit(
-        as_json,
-        result,
-        [f"{destination}: {result['shards']} shards, {show_size(result['bytes'])}, for comparison only"],
-    )
+    result = streamlap.export_dense(out, destination, stop_after=stop_after)
+    emit(as_json, result, describe_export(destination, result))
 
 
 @app.command()

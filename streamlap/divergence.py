@@ -11,7 +11,7 @@ from collections.abc import Mapping
 import torch
 
 from streamlap.cuts import Cut
-from streamlap.errors import Interrupted, NumericalError
+from streamlap.errors import NumericalError
 from streamlap.families.stream import HEAD_TOKENS, ModelStream
 from streamlap.linalg.rows import any_out
 from streamlap.stopping import Stops
@@ -31,7 +31,7 @@ def divergences(
     found = {}
     for cut, bank in copies.items():
         if stops.due():
-            raise Interrupted("stopped at the head, with all layers done; give the same command again to resume")
+            raise stops.stopped("at the head, with all layers done")
         total, tokens = 0.0, 0
         for batches in zip(dense.read(depth), bank.read(depth), strict=True):
             out_BL = any_out(*batches)

@@ -8,10 +8,11 @@ Shape suffixes: N windows, L length.
 
 from __future__ import annotations
 
+import contextlib
 import math
 import tempfile
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,7 @@ from streamlap.preflight import pick_device
 from streamlap.sizing import Caps, Fit, Schedule, fit, require_fit
 from streamlap.store.hidden import HiddenBank
 from streamlap.store.hub import local_folder
+from streamlap.store.sink import make_folder
 from streamlap.workload import evaluation_workload
 
 
@@ -71,7 +73,7 @@ def evaluate(
 
     Args: length, tokens a window (default 2048, the model's context, or the rows of an .npy); limit, tokens to use at
     most, windows times length; dtype, compute dtype, auto is float32 on a CPU; work, where hidden states go when memory is
-    short; max_ram, max_vram, caps as bytes or as text like 8GiB (default: what is free);
+    short, and without which they stay in memory; max_ram, max_vram, caps as bytes or as text like 8GiB (default: what is free);
     trust_remote_code, whether a tokenizer that is code in the model folder may run.
     """
     start, device = time.perf_counter(), pick_device(device)
@@ -82,7 +84,8 @@ def evaluate(
     stream = ModelStream(folder, device, "float32" if (device, dtype) == ("cpu", "auto") else dtype)
     files = (text,) if isinstance(text, str | Path) else tuple(text or bundled_text("validation"))
     tokens_NL = choose_windows(stream, [str(file) for file in files], length, stride, limit, trust_remote_code)
-    choice = fit(evaluation_workload(stream, *tokens_NL.shape), caps, overlap)
+    windows, window = tokens_NL.shape
+    choice = fit(evaluation_workload(stream, windows, window, disk=work is not None), caps, overlap)
     require_fit(choice, caps)
     nll_NL = token_losses(stream, tokens_NL, choice, Path(work) if work else None)
     scored_NL = nll_NL if stride is None else nll_NL[:, -stride:]
@@ -116,10 +119,7 @@ def choose_windows(
 def token_losses(stream: ModelStream, tokens_NL: torch.Tensor, choice: Fit, work: Path | None = None) -> torch.Tensor:
     """NLL of every predicted position, [N, L - 1] float32."""
     kwargs = stream.layer_kwargs(tokens_NL.shape[1])
-    if work is not None:
-        work.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix="streamlap-eval-", dir=work) as scratch:
-        hidden = scratch_bank(stream, tokens_NL, choice.schedule, Path(scratch))
+    with scratch_bank(stream, tokens_NL, choice.schedule, work) as hidden:
         stream_layers(stream, choice, hidden, tokens_NL, kwargs)
         with choice.ram.claim(choice.schedule.ram["head"]), choice.vram.claim(choice.schedule.vram.get("head", {})):
             return head_losses(stream, hidden.read(stream.depth), tokens_NL)
@@ -161,9 +161,17 @@ def head_losses(stream: ModelStream, batches: Iterable[torch.Tensor], tokens_NL:
     return torch.stack(rows)
 
 
-def scratch_bank(stream: ModelStream, tokens_NL: torch.Tensor, schedule: Schedule, scratch: Path) -> HiddenBank:
-    """Memory where the schedule says so, else files in `scratch`. The numbers are the same."""
-    bank = open_bank(stream, tokens_NL, schedule, scratch if schedule.tier == "disk" else None)
-    if schedule.tier == "disk":
-        require_disk(scratch, 2 * bank.nbytes, "hidden states")
-    return bank
+@contextlib.contextmanager
+def scratch_bank(
+    stream: ModelStream, tokens_NL: torch.Tensor, schedule: Schedule, work: Path | None
+) -> Iterator[HiddenBank]:
+    """Memory where the schedule says so, else files in a folder of its own under `work`. The numbers are the same."""
+    if schedule.tier != "disk":
+        yield open_bank(stream, tokens_NL, schedule, None)
+        return
+    assert work is not None, "a schedule with the disk and no folder for it"
+    make_folder(work)
+    with tempfile.TemporaryDirectory(prefix="streamlap-eval-", dir=work) as scratch:
+        bank = open_bank(stream, tokens_NL, schedule, Path(scratch))
+        require_disk(work, 2 * bank.nbytes, "hidden states")
+        yield bank

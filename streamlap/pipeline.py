@@ -18,7 +18,6 @@ import torch
 from streamlap.calibration import calibration_tokens
 from streamlap.editing import edit_by_halves, edit_in_one_pass
 from streamlap.engine import Engine, open_bank, start_engine
-from streamlap.errors import Interrupted
 from streamlap.export.folder import KEPT_NAME, finish_folder, module_rows
 from streamlap.families.layer import Edit, StreamLayer
 from streamlap.families.stream import ModelStream
@@ -45,7 +44,7 @@ from streamlap.stopping import Stops, parse_time, stop_requests
 from streamlap.store.hidden import HiddenBank
 from streamlap.store.hub import local_folder, model_name
 from streamlap.store.journal import Journal, OutputLock, save_tokens, saved_tokens
-from streamlap.store.sink import ShardFolder, file_hash, shard_names
+from streamlap.store.sink import ShardFolder, file_hash, remove_file, shard_names
 from streamlap.target import meet, parse_target
 
 
@@ -113,6 +112,7 @@ def compress(
     plan_layers(stream, recipe)
     tokens_NL = calibration_tokens(recipe.calibration, folder, stream.vocabulary, stream.context, trust_remote_code)
     arguments = {
+        "command": "compress",
         "model": str(folder.resolve()) if Path(model).is_dir() else str(model),
         "recipe": recipe.to_dict() | {"survey": recipe.survey and str(Path(recipe.survey).resolve())},
         "device": device,
@@ -202,14 +202,12 @@ def compress_layers(job: Job) -> None:
         else:
             for bank in job.streams:
                 bank.drop(first - 1)  # where the run died between the commit and this
-            state_path(job.out, first - 1).unlink(missing_ok=True)
+            remove_file(state_path(job.out, first - 1))
         committed: Future[None] | None = None
         try:
             for index in range(first, stream.depth):
                 if job.stops.due(moved=index > first):
-                    raise Interrupted(
-                        f"stopped at layer {index} of {stream.depth}; go on with: streamlap resume {job.out}"
-                    )
+                    raise job.stops.stopped(f"at layer {index} of {stream.depth}")
                 committed = compress_layer(job, engine, index, kwargs[index], shards[index + 1], committed)
                 engine.require_baseline(index)
                 engine.progress.next()
@@ -296,7 +294,7 @@ def commit(job: Job, report: LayerReport, digest: Future[str]) -> None:
     read, written = (after - before for after, before in zip(now, job.moved, strict=True))
     job.moved = now
     job.journal.append(replace(report, sha256=sha256, bytes_read=read, bytes_written=written).to_json())
-    state_path(job.out, report.index).unlink(missing_ok=True)
+    remove_file(state_path(job.out, report.index))
     for bank in job.streams:
         bank.drop(report.index)
 

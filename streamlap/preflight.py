@@ -19,7 +19,7 @@ from streamlap.families.stream import ModelStream
 from streamlap.memory import existing_ancestor, require_disk
 from streamlap.recipe import Recipe
 from streamlap.store.journal import JOURNAL_NAME, STATE_FOLDER, Journal, OutputLock
-from streamlap.store.sink import file_hash
+from streamlap.store.sink import file_hash, fsync_folder, remove_file
 from streamlap.store.source import data_digest
 from streamlap.version import __version__
 
@@ -76,8 +76,9 @@ def check_apart(folder: Path, out: Path) -> None:
 def empty_output(out: Path) -> None:
     """Remove an earlier result. Cut short, what is left is no model and no run to resume, and is still known as ours."""
     with OutputLock(out):
-        for name in ("config.json", f"{STATE_FOLDER}/{JOURNAL_NAME}"):
-            (out / name).unlink(missing_ok=True)
+        for mark in (out / "config.json", out / STATE_FOLDER / JOURNAL_NAME):
+            remove_file(mark)
+            fsync_folder(mark.parent)
         for path in out.iterdir():
             if path.is_dir() and not path.is_symlink():
                 shutil.rmtree(path) if path.name != STATE_FOLDER else None
@@ -86,23 +87,34 @@ def empty_output(out: Path) -> None:
         shutil.rmtree(out / STATE_FOLDER)
 
 
-def fingerprint(stream: ModelStream, recipe: Recipe, tokens_NL: torch.Tensor) -> dict[str, Any]:
-    """All that the bytes of the output depend on."""
+def source_marks(stream: ModelStream) -> dict[str, Any]:
+    """What tells a checkpoint, and the programs that read it, from others."""
     shards = {
         f"source {name}": f"{h.file_bytes} bytes, header {h.digest[:16]}, data {data_digest(h)[:16]}"
         for name, h in stream.source.headers.items()
     }
+    config = json.dumps(stream.raw_config, sort_keys=True).encode()
+    return {
+        **shards, "source config.json": hashlib.sha256(config).hexdigest()[:16],
+        "versions": f"streamlap {__version__}, torch {torch.__version__}, transformers {transformers.__version__}",
+    }  # fmt: skip
+
+
+def stream_marks(stream: ModelStream, tokens_NL: torch.Tensor) -> dict[str, Any]:
+    """All that the hidden states of a dense model depend on."""
+    return {
+        **source_marks(stream), "calibration tokens": f"{list(tokens_NL.shape)} {token_hash(tokens_NL)[:16]}",
+        "compute": f"{stream.dtype} on {stream.device.type}",
+    }  # fmt: skip
+
+
+def fingerprint(stream: ModelStream, recipe: Recipe, tokens_NL: torch.Tensor) -> dict[str, Any]:
+    """All that the bytes of the output depend on."""
     # Not the names of files: the tokens that came out of them, or what a survey says, is what counts, however they are spelt.
     rows = recipe.to_dict().items()
     recipe_rows = {f"recipe {key}": value for key, value in rows if key not in ("calibration", "survey")}
     survey = file_hash(Path(recipe.survey))[:16] if recipe.survey else None
-    config = json.dumps(stream.raw_config, sort_keys=True).encode()
-    return {
-        **recipe_rows, **shards, "source config.json": hashlib.sha256(config).hexdigest()[:16],
-        "calibration tokens": f"{list(tokens_NL.shape)} {token_hash(tokens_NL)[:16]}",
-        "compute": f"{stream.dtype} on {stream.device.type}", "survey": survey,
-        "versions": f"streamlap {__version__}, torch {torch.__version__}, transformers {transformers.__version__}",
-    }  # fmt: skip
+    return {**recipe_rows, **stream_marks(stream, tokens_NL), "survey": survey}
 
 
 def hidden_folder(out: Path, work: str | Path | None) -> Path:

@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 
 from streamlap.engine import Engine
-from streamlap.errors import CheckpointError, Interrupted, NumericalError
+from streamlap.errors import CheckpointError, NumericalError
 from streamlap.families.layer import StreamLayer
 from streamlap.halves import Banks
 from streamlap.linalg.rows import paired
@@ -74,10 +74,7 @@ def refine_layer(
         refiner.close_epoch(refiner.measure(lessons.pairs(lessons.held)))
         ShardFolder(path.parent).write(path.name, refiner.state())
         if stops.due() and not refiner.ends:
-            raise Interrupted(
-                f"stopped in layer {index} after {refiner.epoch} of {knobs.epochs} epochs; "
-                f"go on with: streamlap resume {out}"
-            )
+            raise stops.stopped(f"in layer {index} after {refiner.epoch} of {knobs.epochs} epochs")
     if all(map(all_finite, refiner.best.values())):
         layer.replace(refiner.best)
     return {"start": refiner.held[0], "best": min(refiner.held), "epochs": refiner.epoch}

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from streamlap.errors import BudgetError
 from streamlap.families.stream import batch_of
@@ -138,15 +138,15 @@ def schedules(work: Workload, overlap: bool) -> Iterator[Schedule]:
     if work.device.type == "cpu" and work.capture and CAN_KEEP:
         for keeps in KEEPS:
             yield make_schedule(work, overlap, "ram", full, keeps)
-    fast = ["vram", "ram"] if work.device.type == "cuda" else ["ram"]
-    for tier in (*fast, "disk"):
+    tiers = ["vram"] * (work.device.type == "cuda") + ["ram"] + ["disk"] * work.disk
+    for tier in tiers:
         yield make_schedule(work, overlap, tier, full)
     if overlap:
-        yield make_schedule(work, False, "disk", full)
+        yield make_schedule(work, False, tiers[-1], full)
     micro = full
     while micro > 1:
         micro = -(-micro // 2)
-        yield make_schedule(work, False, "disk", micro)
+        yield make_schedule(work, False, tiers[-1], micro)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -216,8 +216,15 @@ def advice(choice: Fit, caps: Caps) -> Iterator[str]:
             parts = ", ".join(f"{what} {show_size(count)}" for what, count in largest(phases, budget.base))
             way = f"give {flag} {least_cap(wanted)}" if asked else "free some, or take a larger machine"
             yield f"{seen}; the leanest way through this model takes {show_size(wanted)} ({parts}): {way}."
+    if not choice.work.disk and (needed := least_ram_with_disk(choice)) < choice.peak_ram:
+        yield f"With --work FOLDER hidden states go to the disk there, and {least_cap(needed)} of RAM will do."
     if not choice.fits:
         yield "A shorter --length takes less too."
+
+
+def least_ram_with_disk(choice: Fit) -> int:
+    """What the leanest schedule would take if hidden states could lie on the disk."""
+    return choice.ram.base + min(peak(row.ram) for row in schedules(replace(choice.work, disk=True), False))
 
 
 def least_cap(wanted: int) -> str:

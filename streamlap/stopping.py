@@ -39,8 +39,8 @@ def parse_time(text: str | float | None, what: str) -> float:
 class Stops:
     """What a run asks between two commits. Made by `stop_requests`."""
 
-    def __init__(self, deadline: float = math.inf) -> None:
-        self._deadline = deadline
+    def __init__(self, deadline: float, again: str) -> None:
+        self._deadline, self._again = deadline, again
         self.asked: list[int] = []
         """The signals that came so far."""
 
@@ -49,16 +49,20 @@ class Stops:
         again and again, would never end."""
         return bool(self.asked) or (moved and time.monotonic() >= self._deadline)
 
+    def stopped(self, where: str) -> Interrupted:
+        """What to raise then."""
+        return Interrupted(f"stopped {where}; go on with: {self._again}")
+
 
 @contextmanager
-def stop_requests(deadline: float = math.inf, again: str = "give the same command again") -> Iterator[Stops]:
+def stop_requests(deadline: float, again: str) -> Iterator[Stops]:
     """Notes SIGINT and SIGTERM for the block; the old handlers return at its end.
 
     Outside the main thread, where Python allows no handlers, only the deadline counts.
 
-    Args: deadline, on the clock of `time.monotonic`, which no change of the system's time moves; again, how to go on.
+    Args: deadline, on the clock of `time.monotonic`, which no change of the system's time moves; again, the command that goes on.
     """
-    stops = Stops(deadline)
+    stops = Stops(deadline, again)
     if threading.current_thread() is not threading.main_thread():
         yield stops
         return

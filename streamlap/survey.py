@@ -15,9 +15,10 @@ from __future__ import annotations
 import json
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -33,14 +34,14 @@ from streamlap.halves import finite_error, half_of
 from streamlap.heap import steady_heap, trim_heap
 from streamlap.memory import parse_size
 from streamlap.meters import PhaseClock, reset_peaks
-from streamlap.preflight import check_apart, fingerprint, forecast_disk, hidden_folder, pick_device
-from streamlap.recipe import Calibration, Recipe
+from streamlap.preflight import check_apart, forecast_disk, hidden_folder, pick_device, stream_marks
+from streamlap.recipe import Calibration
 from streamlap.sizing import Caps, Fit, fit, require_fit
 from streamlap.stopping import Stops, parse_time, stop_requests
 from streamlap.store.hidden import HiddenBank
 from streamlap.store.hub import local_folder
-from streamlap.store.journal import Journal, OutputLock
-from streamlap.store.sink import write_durably
+from streamlap.store.journal import STATE_FOLDER, Journal, OutputLock, save_tokens, saved_tokens
+from streamlap.store.sink import fsync_folder, remove_file, write_durably
 from streamlap.views import Place, View
 
 DEFAULT_SAMPLES = 16
@@ -53,6 +54,7 @@ class Sweep:
 
     stream: ModelStream
     tokens_NL: torch.Tensor
+    file: Path
     journal: Journal
     fit: Fit
     dense: HiddenBank
@@ -85,7 +87,7 @@ def survey(
 ) -> Survey:
     """Measure what each half of each layer of a checkpoint loses by being cut, write it into the new JSON `file`.
 
-    A killed run goes on when it is called again; till then its state is in the folder `file` + ".streamlap".
+    A killed run goes on when it is called again, or by `resume`; till then its state is in the folder `file` + ".streamlap".
 
     Args: files, samples, length, seed, the calibration windows (default: 16 of 256 tokens); dtype, compute dtype; work, where
     hidden states go; max_ram, max_vram, caps as bytes or as text like 8GiB (default: what is free). Without `overlap` nothing
@@ -95,7 +97,7 @@ def survey(
     """
     deadline = time.monotonic() + parse_time(stop_after, "stop_after")
     folder, file, device = local_folder(str(model), trust_remote_code), Path(file), pick_device(device)
-    state = file.with_name(file.name + ".streamlap")
+    state = state_of(file)
     steady_heap()
     reset_peaks()
     stream = ModelStream(folder, device, dtype)
@@ -103,12 +105,49 @@ def survey(
         raise UnsupportedModel(f"{folder} is already compressed by streamlap; wanted the original checkpoint.")
     settings = Calibration(files=files, samples=samples, length=length, seed=seed)
     tokens_NL = survey_windows(stream, settings, trust_remote_code)
-    caps = Caps(ram=parse_size(max_ram, "max_ram"), vram=parse_size(max_vram, "max_vram"))
-    choice = fit(survey_workload(stream, *tokens_NL.shape), caps, overlap)
-    require_fit(choice, caps)
+    arguments = {
+        "command": "survey",
+        "model": str(folder.resolve()) if Path(model).is_dir() else str(model),
+        "dtype": dtype,
+        "device": device,
+        "work": work and str(Path(work).resolve()),
+        "max_ram": parse_size(max_ram, "max_ram"),
+        "max_vram": parse_size(max_vram, "max_vram"),
+        "overlap": overlap,
+    }
+    choice = choose_schedule(stream, tokens_NL, arguments)
     check_apart(folder, state)
     check_file(file, state, overwrite)
-    return run(stream, tokens_NL, file, state, choice, hidden_folder(state, work), deadline)
+    return run(stream, tokens_NL, file, arguments, choice, deadline)
+
+
+def resume_survey(
+    file: Path, *, max_ram: int | str | None = None, max_vram: int | str | None = None,
+    stop_after: float | str | None = None,
+) -> Survey:  # fmt: skip
+    """Go on with a stopped survey into `file`: its state knows everything that is needed. Other caps may be given."""
+    deadline = time.monotonic() + parse_time(stop_after, "stop_after")
+    steady_heap()
+    reset_peaks()
+    arguments = Journal.load(state_of(file)).arguments
+    caps = {"max_ram": parse_size(max_ram, "max_ram"), "max_vram": parse_size(max_vram, "max_vram")}
+    stream = ModelStream(local_folder(arguments["model"]), pick_device(arguments["device"]), arguments["dtype"])
+    tokens_NL = saved_tokens(state_of(file))
+    choice = choose_schedule(stream, tokens_NL, arguments | {key: cap for key, cap in caps.items() if cap})
+    return run(stream, tokens_NL, file, arguments, choice, deadline)
+
+
+def state_of(file: Path) -> Path:
+    """The folder beside the file in which its run keeps what it needs to go on."""
+    return file.with_name(file.name + STATE_FOLDER)
+
+
+def choose_schedule(stream: ModelStream, tokens_NL: torch.Tensor, arguments: Mapping[str, Any]) -> Fit:
+    """How to go about it inside the caps. Raises BudgetError, with the smallest caps that would do, where nothing fits."""
+    caps = Caps(ram=arguments["max_ram"], vram=arguments["max_vram"])
+    choice = fit(survey_workload(stream, *tokens_NL.shape), caps, arguments["overlap"])
+    require_fit(choice, caps)
+    return choice
 
 
 def survey_windows(stream: ModelStream, settings: Calibration, trust_remote_code: bool = False) -> torch.Tensor:
@@ -124,7 +163,8 @@ def check_file(file: Path, state: Path, overwrite: bool) -> None:
     if overwrite:
         if file.exists():
             Survey.read(file)  # nothing else is ours to replace
-            file.unlink()
+            remove_file(file)
+            fsync_folder(file.parent)  # or a power cut could bring it back beside a new run, as that one's result
         if state.exists():
             with OutputLock(state):
                 shutil.rmtree(state)
@@ -133,32 +173,50 @@ def check_file(file: Path, state: Path, overwrite: bool) -> None:
 
 
 def run(
-    stream: ModelStream, tokens_NL: torch.Tensor, file: Path, state: Path, choice: Fit, folder: Path, deadline: float
+    stream: ModelStream, tokens_NL: torch.Tensor, file: Path, arguments: dict[str, Any], choice: Fit, deadline: float
 ) -> Survey:
     """The checked sweep, from its next layer to the finished file."""
+    state, marks = state_of(file), stream_marks(stream, tokens_NL)
     if not Journal.exists(state):
-        forecast_disk(0, disk_generations(stream.depth) * choice.work.generation, state, folder)
-    marks = fingerprint(stream, Recipe(), tokens_NL)
-    marks = {key: value for key, value in marks.items() if not key.startswith("recipe ")}
-    with OutputLock(state), stop_requests(deadline) as stops:
+        disk_bytes = disk_generations(stream.depth) * choice.work.generation
+        forecast_disk(0, disk_bytes, state, hidden_folder(state, arguments["work"]))
+    with OutputLock(state), stop_requests(deadline, f"streamlap resume {file}") as stops:
+        check_file(file, state, overwrite=False)  # again, now that nobody else can write there
+        if not Journal.exists(state):
+            save_tokens(state, tokens_NL)
+        journal = Journal.open(state, marks, arguments)
+        folder = hidden_folder(
+            state, journal.start["arguments"].get("work", arguments["work"])
+        )  # of the run that began
         banks = [(None, "dense"), *((cut, f"{cut.half}-{cut.index:05d}-{cut.keep}") for cut in all_cuts(stream))]
         opened = {cut: open_bank(stream, tokens_NL, choice.schedule, folder, name) for cut, name in banks}
         between = folder if choice.schedule.tier == "disk" else None
         sweep = Sweep(
-            stream=stream, tokens_NL=tokens_NL, journal=Journal.open(state, marks, {}), fit=choice,
+            stream=stream, tokens_NL=tokens_NL, file=file, journal=journal, fit=choice,
             dense=opened.pop(None), dense_middle=open_bank(stream, tokens_NL, choice.schedule, between, "dense-middle"),
             copies={cut: bank for cut, bank in opened.items() if cut}, stops=stops,
         )  # fmt: skip
-        sweep_layers(sweep)
-        result = Survey(
-            model=model_digest(stream), calibration=marks["calibration tokens"], compute=marks["compute"],
-            layers=points(sweep),
-        )  # fmt: skip
+        result = written(sweep, marks) if file.exists() else None
+        if result is None:
+            sweep_layers(sweep)
+            result = Survey(**identity(stream, marks), layers=points(sweep))
         write_durably(file, (json.dumps(result.to_json(), indent=1) + "\n").encode())
-        sweep.journal.remove()
         sweep.dense.remove()
+        sweep.journal.remove()
     shutil.rmtree(state, ignore_errors=True)
     return result
+
+
+def identity(stream: ModelStream, marks: Mapping[str, Any]) -> dict[str, str]:
+    """What a survey was measured on, as its file says it."""
+    return {"model": model_digest(stream), "calibration": marks["calibration tokens"], "compute": marks["compute"]}
+
+
+def written(sweep: Sweep, marks: Mapping[str, Any]) -> Survey | None:
+    """The result of a run that died while it tidied up, with no hidden states left to make it of again."""
+    found = Survey.read(sweep.file)
+    same = all(getattr(found, key) == value for key, value in identity(sweep.stream, marks).items())
+    return found if same and sweep.journal.next_layer == sweep.stream.depth else None
 
 
 def sweep_layers(sweep: Sweep) -> None:
@@ -174,7 +232,7 @@ def sweep_layers(sweep: Sweep) -> None:
                 bank.drop(first - 1)  # where the run died between the commit and this
         for index in range(first, stream.depth):
             if sweep.stops.due(moved=index > first):
-                raise Interrupted(f"stopped at layer {index} of {stream.depth}; give the same command again to resume")
+                raise sweep.stops.stopped(f"at layer {index} of {stream.depth}")
             layer = engine.layer(index, kwargs[index])
             errors = carry_through(sweep, engine, layer, index)
             del layer

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
@@ -66,6 +67,10 @@ def describe_numerics(report: Report) -> list[str]:
     if noted := [layer.index for layer in report.layers if layer.numerics]:
         lines.append(f"numbers that took special care in {len(noted)} layers, see `numerics` in the report")
     return lines
+
+
+def describe_export(out: Path, result: dict[str, int]) -> list[str]:
+    return [f"{out}: {result['shards']} shards, {show_size(result['bytes'])}, for comparison only"]
 
 
 def describe_survey(found: Survey) -> list[str]:

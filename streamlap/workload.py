@@ -55,6 +55,8 @@ class Workload:
     """Parameters of a layer that is refined; none where no layer is."""
     copied: int = 0
     """The piece in which a tensor that stays as it is goes from the source to the shard."""
+    disk: bool = True
+    """Whether hidden states may lie on the disk: there is a folder for them."""
 
     @property
     def generation(self) -> int:
@@ -118,11 +120,11 @@ def computed_bytes(info: TensorInfo, dtype: torch.dtype) -> int:
     return info.numel * dtype.itemsize if info.dtype.is_floating_point else info.nbytes
 
 
-def evaluation_workload(stream: ModelStream, sequences: int, length: int) -> Workload:
+def evaluation_workload(stream: ModelStream, sequences: int, length: int, disk: bool = True) -> Workload:
     """Sizes of `eval`: layers without edits, then the head on pieces of a sequence."""
     stored = stream.source.info(stream.head_name)
     tokens = min(length, HEAD_TOKENS)
     work = stored.numel * stream.dtype.itemsize * (stored.dtype != stream.dtype) + stored.nbytes
     logits = tokens * stream.vocabulary * (stream.dtype.itemsize + 8)
     layers = layer_workload(stream, sequences, length)
-    return Workload(**layers, inner_after=layers["inner"], head=work + logits, head_stored=stored.nbytes)
+    return Workload(**layers, inner_after=layers["inner"], head=work + logits, head_stored=stored.nbytes, disk=disk)

@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import MakeModel
+from faults import Disk
 from outputs import contents
 
 import streamlap
@@ -85,28 +86,8 @@ def test_a_full_work_disk_is_seen_before_anything_is_made(
 # --- full during the run ---------------------------------------------------------------------------------------------
 
 
-def fail_from(step: int, number: int, patch: pytest.MonkeyPatch) -> list[None]:
-    """Of all writes to files, that of number `step` and the later ones come half through, then fail with errno `number`."""
-    seen: list[None] = []
-    real_open = Path.open
-
-    def open_counted(path: Path, mode: str = "r", *args: Any, **kwargs: Any) -> Any:
-        file = real_open(path, mode, *args, **kwargs)
-        if mode[0] in "wa":
-            write = file.write
-
-            def counted(data: Any) -> int:
-                seen.append(None)
-                if len(seen) >= step:
-                    write(data[: len(data) // 2])
-                    raise OSError(number, os.strerror(number))
-                return int(write(data))
-
-            file.write = counted
-        return file
-
-    patch.setattr(Path, "open", open_counted)
-    return seen
+WRITES: dict[str, Any] = {"kinds": {"write"}, "half": True, "lasting": True}
+"""The write of number `at` and the later ones come half through, then fail."""
 
 
 def test_a_disk_that_fills_at_any_write(
@@ -114,19 +95,19 @@ def test_a_disk_that_fills_at_any_write(
 ) -> None:
     out = tmp_path / "out"
     with monkeypatch.context() as patch:
-        writes = fail_from(10**6, errno.ENOSPC, patch)
+        disk = Disk(patch, tmp_path, **WRITES)
         compress(out)
     assert contents(out) == whole
-    for step in range(1, len(writes) + 1):
+    for step in range(1, disk.counted + 1):
         shutil.rmtree(out)
         with monkeypatch.context() as patch:
-            fail_from(step, errno.ENOSPC, patch)
+            Disk(patch, tmp_path, at=step, error=errno.ENOSPC, **WRITES)
             with pytest.raises(BudgetError, match=r"is full while writing .* run the same command again"):
                 compress(out)
         assert_unfinished(out)
         compress(out)
         assert contents(out) == whole, step
-    assert len(writes) > 40
+    assert disk.counted > 40
 
 
 def test_a_disk_that_gets_space_bit_by_bit(
@@ -136,7 +117,7 @@ def test_a_disk_that_gets_space_bit_by_bit(
     step = 10
     while step:
         with monkeypatch.context() as patch:
-            fail_from(step, errno.EDQUOT, patch)
+            Disk(patch, tmp_path, at=step, error=errno.EDQUOT, **WRITES)
             try:
                 compress(tmp_path / "out")
                 break
@@ -182,40 +163,21 @@ def test_a_real_disk_that_fills(
 # --- a disk that fails -----------------------------------------------------------------------------------------------
 
 
-def file_of(place: Any) -> str:
-    """Name of the file behind a handle or path."""
-    return Path(os.readlink(f"/proc/self/fd/{place}") if isinstance(place, int) else place).name
-
-
-def fail_call(name: str, file: str, patch: pytest.MonkeyPatch, offset: int | None = None, step: int = 1) -> None:
-    """Of the calls of `os.name` on `file`, at `offset` where there is one, that of number `step` fails with EIO."""
-    real, seen = getattr(os, name), []
-
-    def call(*args: Any) -> Any:
-        if file_of(args[0]) == file and offset in (None, args[-1]):
-            seen.append(None)
-            if len(seen) == step:
-                raise OSError(errno.EIO, os.strerror(errno.EIO))
-        return real(*args)
-
-    patch.setattr(os, name, call)
-
-
 FAILS: dict[str, tuple[str, str, type[StreamlapError], str]] = {
-    "hidden states": ("preadv", "hidden-00000.bin", StreamlapError, "hidden-00000.bin cannot be read: Input/output"),
-    "fsync of tokens": ("fsync", "tokens.npy.tmp", StreamlapError, "cannot write .*tokens.npy: Input/output error"),
+    "hidden states": ("read", "hidden-00000.bin", StreamlapError, "hidden-00000.bin cannot be read: Input/output"),
+    "fsync of tokens": ("sync", "tokens.npy.tmp", StreamlapError, "cannot write .*tokens.npy: Input/output error"),
     "fsync of the first shard": (
-        "fsync", "model-00001-of-00003.safetensors.tmp",
+        "sync", "model-00001-of-00003.safetensors.tmp",
         StreamlapError, "cannot write .*model-00001-of-00003.safetensors: Input/output",
     ),
     "fsync of a layer's shard": (
-        "fsync", "model-00002-of-00003.safetensors.tmp",
+        "sync", "model-00002-of-00003.safetensors.tmp",
         StreamlapError, "cannot write .*model-00002-of-00003.safetensors: Input/output",
     ),
-    "fsync of the journal": ("fsync", "journal.jsonl", StreamlapError, "cannot write .*journal.jsonl: Input/output"),
-    "rename": ("replace", "hidden-00000.bin.tmp", StreamlapError, "cannot write .*hidden-00000.bin: Input/output"),
+    "fsync of the journal": ("sync", "journal.jsonl", StreamlapError, "cannot write .*journal.jsonl: Input/output"),
+    "rename": ("rename", "hidden-00000.bin.tmp", StreamlapError, "cannot write .*hidden-00000.bin: Input/output"),
     "rename beside the loop": (
-        "replace", "hidden-00001.bin.tmp", StreamlapError, "cannot write .*hidden-00001.bin: Input/output",
+        "rename", "hidden-00001.bin.tmp", StreamlapError, "cannot write .*hidden-00001.bin: Input/output",
     ),
 }  # fmt: skip
 
@@ -231,10 +193,10 @@ def test_a_disk_that_fails(
     compress: Compress, whole: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
     case: str, overlap: bool,
 ) -> None:  # fmt: skip
-    name, file, kind, words = FAILS[case]
+    operation, file, kind, words = FAILS[case]
     monkeypatch.setattr(sizing, "schedules", on_disk)
     with monkeypatch.context() as patch:
-        fail_call(name, file, patch)
+        Disk(patch, at=1, kinds={operation}, name=file, error=errno.EIO)
         with pytest.raises(StreamlapError, match=words) as failure:
             compress(tmp_path / "out", overlap=overlap)
     assert type(failure.value) is kind
@@ -263,7 +225,7 @@ def test_a_source_that_fails(
     tensor, step = UNREADABLE[case]
     info = SafetensorsFolder(pico("llama", tokenizer=True, num_hidden_layers=2)).info(tensor)
     with monkeypatch.context() as patch:
-        fail_call("preadv", info.path.name, patch, info.begin, step)
+        Disk(patch, at=step, kinds={"read"}, name=info.path.name, offset=info.begin, error=errno.EIO)
         with pytest.raises(
             CheckpointError, match=f"model.safetensors: .*/output error while reading tensor '{tensor}'"
         ):
@@ -278,7 +240,7 @@ def test_an_embedding_row_that_cannot_be_read(pico: MakeModel, tokens: Path, mon
     source = pico("llama")
     info = SafetensorsFolder(source).info("model.embed_tokens.weight")
     lowest = int(np.load(tokens).min()) * info.nbytes // info.shape[0]
-    fail_call("preadv", info.path.name, monkeypatch, info.begin + lowest)
+    Disk(monkeypatch, at=1, kinds={"read"}, name=info.path.name, offset=info.begin + lowest, error=errno.EIO)
     with pytest.raises(CheckpointError, match=r"Input/output error while reading tensor 'model.embed_tokens.weight'"):
         streamlap.evaluate(source, tokens)
 
@@ -287,30 +249,19 @@ def test_an_embedding_row_that_cannot_be_read(pico: MakeModel, tokens: Path, mon
 def test_a_checkpoint_that_cannot_be_opened(
     compress: Compress, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int
 ) -> None:
-    real = Path.open
-
-    def deny(path: Path, *args: Any, **kwargs: Any) -> Any:
-        if path.suffix == ".safetensors":
-            raise OSError(number, os.strerror(number), str(path))
-        return real(path, *args, **kwargs)
-
-    monkeypatch.setattr(Path, "open", deny)
+    Disk(monkeypatch, at=1, kinds={"open"}, name="model.safetensors", error=number, lasting=True)
     with pytest.raises(CheckpointError, match=rf"model.safetensors: cannot be read \({os.strerror(number)}\)"):
         compress(tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("denied", [(os, "mkdir"), (os, "open"), (Path, "write_text")])
+@pytest.mark.parametrize("denied", [("mkdir", "out"), ("create", "lock"), ("create", "holder")])
 def test_an_output_without_permission(
-    compress: Compress, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, denied: tuple[Any, str]
+    compress: Compress, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, denied: tuple[str, str]
 ) -> None:
-    def deny(*_: Any, **__: Any) -> None:
-        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
-
-    if denied[1] == "open":
-        (tmp_path / "out" / ".streamlap").mkdir(parents=True)
+    kind, name = denied
     with monkeypatch.context() as patch:
-        patch.setattr(*denied, deny)
+        Disk(patch, tmp_path, at=1, kinds={kind}, name=name, error=errno.EACCES, lasting=True)
         with pytest.raises(StreamlapError, match=r"cannot write .*out.*: Permission denied") as failure:
             compress(tmp_path / "out")
     assert not (tmp_path / "out" / "config.json").exists()

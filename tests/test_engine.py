@@ -607,7 +607,7 @@ def test_too_small_a_cap_is_refused_by_an_evaluation(source: Path, windows: Path
         streamlap.evaluate(source, windows, dtype="bfloat16", max_ram=500_000, work=tmp_path / "work")
     assert not (tmp_path / "work").exists()
     named = least(refusal.value)
-    nll = streamlap.evaluate(source, windows, dtype="bfloat16", max_ram=named).nll
+    nll = streamlap.evaluate(source, windows, dtype="bfloat16", max_ram=named, work=tmp_path / "work").nll
     assert nll == streamlap.evaluate(source, windows, dtype="bfloat16").nll
 
 

@@ -23,7 +23,8 @@ FLOORS = {
     3: {
         "pipeline", "editing", "recovery", "halves", "views",
         "allocate", "survey", "cuts", "divergence", "preflight", "evaluate", "engine", "forecast", "sizing", "workload", "plan",
-        "inventory", "verification", "loading", "report", "target", "export", "export.dense", "export.folder", "demo",
+        "inventory", "verification", "loading", "report", "resuming", "target", "export", "export.dense",
+        "export.folder", "demo",
     },
     2: {
         "methods", "methods.base", "methods.attention_anchored", "methods.attention_heads", "methods.attention_groups",

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import MakeModel
-from crashes import Crash
+from faults import Crash
 from outputs import STATE, contents
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM

@@ -17,16 +17,14 @@ from typing import Any
 import numpy as np
 import pytest
 from conftest import MakeModel
-from crashes import Crash, crash_after
+from crashes import crash_after
+from faults import STEPS, dies
 from outputs import STATE, contents, is_begun
 
 import streamlap
-from streamlap import pipeline, preflight, sizing
+from streamlap import pipeline, preflight
 from streamlap.errors import NumericalError, RecipeError, ResumeMismatch
-from streamlap.families.stream import batch_of
-from streamlap.sizing import Schedule, make_schedule
 from streamlap.store.journal import Journal, OutputLock
-from streamlap.workload import Workload
 
 ROOT = Path(__file__).parents[1]
 JOURNAL = f"{STATE}/journal.jsonl"
@@ -61,102 +59,38 @@ def broken(compress: Compress, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     return tmp_path / "out"
 
 
-# --- death at every step -----------------------------------------------------------------------------------------------
-
-STEPS = ((os, "fsync"), (os, "replace"), (os, "unlink"), (os, "rmdir"), (Journal, "append"))
-"""The calls by which a run moves on. Between two of them only a temporary file grows, or the journal by its last line."""
+# --- death at a step -----------------------------------------------------------------------------------------------------
 
 
-def die_at(step: int, patch: pytest.MonkeyPatch) -> list[str]:
-    """From the step of that number on, every step raises, as none would come to pass. Returns the names of all seen."""
-    seen: list[str] = []
-
-    def guard(owner: Any, name: str) -> Callable[..., Any]:
-        real = getattr(owner, name)
-
-        def call(*args: Any, **kwargs: Any) -> Any:
-            seen.append(name)
-            if len(seen) >= step:
-                raise Crash
-            return real(*args, **kwargs)
-
-        return call
-
-    for owner, name in STEPS:
-        patch.setattr(owner, name, guard(owner, name))
-    return seen
-
-
-def crashes(step: int, monkeypatch: pytest.MonkeyPatch, run: Callable[[], object]) -> bool:
-    with monkeypatch.context() as patch:
-        seen = die_at(step, patch)
-        try:
-            run()
-        except Crash:
-            return True
-    assert len(seen) == step - 1
-    return False
-
-
-def on_disk(work: Workload, overlap: bool) -> list[Schedule]:
-    """In place of `schedules`: hidden states are read from the disk, however much memory there is."""
-    return [make_schedule(work, overlap, "disk", batch_of(work.length))]
-
-
-@pytest.mark.parametrize("overlap", [True, False])
-def test_death_at_every_step(
-    compress: Compress, whole: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, overlap: bool
-) -> None:
-    """With overlap most steps are in a thread beside the loop, and a death there is the death of the run."""
-    if not overlap:
-        monkeypatch.setattr(sizing, "schedules", on_disk)
-    step, ended = 1, 0
-    while crashes(step, monkeypatch, lambda: compress(tmp_path / str(step), overlap=overlap)):  # noqa: B023
-        out = tmp_path / str(step)
-        looks_finished = (out / "config.json").exists() and not is_begun(out)
-        assert streamlap.verify(out)["ok"] == looks_finished, step
-        if not looks_finished:
-            streamlap.resume(out) if is_begun(out) and step % 2 else compress(out)
-        else:
-            ended += 1
-            shutil.rmtree(out / STATE)
-        assert contents(out) == whole, step
-        shutil.rmtree(out)
-        step += 1
-    assert contents(tmp_path / str(step)) == whole
-    assert step > 60, "the steps were not seen"
-    assert 0 < ended < 8, "only tidying up comes after the journal is gone"
-
-
-def test_death_twice(
-    compress: Compress, whole: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_death_twice(compress: Compress, whole: dict[str, Any], tmp_path: Path) -> None:
     """The resumed run dies too, and the next, each five steps later than the one before."""
-    out, step = tmp_path / "out", 10
-    assert crashes(step, monkeypatch, lambda: compress(out))
-    while crashes(step, monkeypatch, lambda: streamlap.resume(out)):
+    out, step = tmp_path / "out", 20
+    assert dies(lambda: compress(out), tmp_path, at=step, kinds=STEPS)
+    while dies(lambda: streamlap.resume(out), tmp_path, at=step, kinds=STEPS):
         step += 5
         if not is_begun(out):
             break
         assert not streamlap.verify(out)["ok"]
-    assert step > 30
+    assert step > 40
     shutil.rmtree(out / STATE, ignore_errors=True)
     assert contents(out) == whole
 
 
-def test_death_while_an_old_result_is_replaced(
-    compress: Compress, whole: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_death_while_an_old_result_is_replaced(compress: Compress, whole: dict[str, Any], tmp_path: Path) -> None:
     """With --overwrite: at no step do the remains of the old result pass for a model or for a run to resume."""
     compress(tmp_path / "old", ratio=0.5)
-    for step in range(1, 30):
+    begun = 0
+    for step in range(1, 45):
         out = Path(shutil.copytree(tmp_path / "old", tmp_path / str(step)))
-        assert crashes(step, monkeypatch, lambda out=out: compress(out, overwrite=True))
-        assert (out / "config.json").exists() == (step == 1)
-        assert not is_begun(out) or step > 20
+        assert dies(lambda out=out: compress(out, overwrite=True), out, at=step, kinds=STEPS)
+        kept = (out / "config.json").exists()
+        assert kept == (step <= 5), "a lock in a folder of its own, and then it is the first to go"
+        begun += is_begun(out)
+        assert not (kept and is_begun(out))
         compress(out, overwrite=True)
         assert contents(out) == whole
         shutil.rmtree(out)
+    assert begun < 10, "only the last steps are those of the new run"
 
 
 @pytest.mark.parametrize("overlap", [True, False])
@@ -340,7 +274,7 @@ def test_damaged_tokens_are_made_anew_by_compress(
 ) -> None:
     path = broken / STATE / "tokens.npy"
     path.unlink() if data is None else path.write_bytes(data)
-    with pytest.raises(ResumeMismatch, match=r"tokens.npy cannot be read .* compress command again"):
+    with pytest.raises(ResumeMismatch, match=r"tokens.npy cannot be read .* first command again"):
         streamlap.resume(broken)
     compress(broken)
     assert contents(broken) == whole
@@ -465,8 +399,12 @@ def test_a_stale_generation_goes_at_once(broken: Path, compress: Compress, monke
 
 @pytest.mark.nightly
 def test_sigkill_at_random_moments(tmp_path: Path) -> None:
-    command = [sys.executable, ROOT / "scripts" / "bench_resume.py", "--kills", "3", "--layers", "4"]
+    """One family and every command; the script without --only has the others."""
+    only = ["llama-tied", "lorap", "best", "best --refine 2", "survey", "export"]
+    command = [sys.executable, ROOT / "scripts" / "bench_resume.py", "--kills", "30", "--only", *only]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     result = json.loads(done.stdout)
     assert result["differing_bytes"] == 0
-    assert result["kills"] == 3 + 4
+    assert len(result["cases"]) == 5
+    assert result["kills"] >= 30
+    assert result["unfinished"] > 20

@@ -15,7 +15,8 @@ import numpy as np
 import pytest
 import torch
 from conftest import MakeModel
-from crashes import Crash, crash_after
+from crashes import crash_after
+from faults import Crash
 from torch import nn
 from transformers import AutoModelForCausalLM
 

@@ -1,11 +1,13 @@
 """A compressed folder as a plain dense one: every matrix multiplied back, removed channels as zeros. For comparison only.
 
-It has the size and the speed of the original and the quality of the compressed model, and loads anywhere.
+It has the size and the speed of the original and the quality of the compressed model, and loads anywhere. A run that dies
+goes on after the last shard that its journal has.
 """
 
 from __future__ import annotations
 
 import copy
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -19,16 +21,20 @@ from streamlap.families.stream import ModelStream
 from streamlap.inventory import count_parameters
 from streamlap.memory import require_disk
 from streamlap.modules import dense_linear
-from streamlap.preflight import check_apart
+from streamlap.preflight import check_apart, source_marks
+from streamlap.stopping import Stops, parse_time, stop_requests
+from streamlap.store.journal import STATE_FOLDER, Journal, OutputLock
 from streamlap.store.sink import ShardFolder, TensorEntry, shard_names
 
 
-def export_dense(out: str | Path, destination: str | Path) -> dict[str, int]:
-    """Write the dense twin of the output folder `out` into the new folder `destination`, one layer at a time.
+def export_dense(out: str | Path, destination: str | Path, *, stop_after: float | str | None = None) -> dict[str, int]:
+    """Write the dense twin of the output folder `out` into the new folder `destination`, one layer at a time, or go on where a
+    killed run stopped. After the time `stop_after` (seconds, or text like 3h50m) it ends at its next shard.
 
-    Returns {"shards", "bytes"}. Raises RecipeError for a destination that is not empty, UnsupportedModel for a source that is
+    Returns {"shards", "bytes"}. Raises Interrupted where it was stopped, RecipeError for a destination that is not empty, UnsupportedModel for a source that is
     not compressed or has a bias that the architecture does not know.
     """
+    deadline = time.monotonic() + parse_time(stop_after, "stop_after")
     folder, destination = Path(out), Path(destination)
     stream = ModelStream(folder)
     if not stream.rows:
@@ -37,21 +43,43 @@ def export_dense(out: str | Path, destination: str | Path) -> dict[str, int]:
         )
     check_apart(folder, destination)
     companions(folder)
-    if destination.exists() and any(destination.iterdir()):
-        raise RecipeError(f"destination {destination} is not empty; wanted a new folder.")
+    check_destination(destination)
     config = dense_config(stream)
-    stored = stream.source.info(f"{stream.family.embedding}.weight").dtype
-    dense_bytes = stored.itemsize * count_parameters(stream, stream.rows).total_before
-    require_disk(destination, dense_bytes, "the dense checkpoint")
-    destination.mkdir(parents=True, exist_ok=True)
-    sink, shards = ShardFolder(destination), shard_names(stream.depth)
-    sink.write(shards[0], stream.outer_tensors())
-    for index in range(stream.depth):
-        sink.write(shards[index + 1], dense_layer(stream, index, config))
-    sink.seal(shards)
-    copy_companions(folder, destination)
-    write_json(destination / "config.json", config)
+    if not Journal.exists(destination):
+        stored = stream.source.info(f"{stream.family.embedding}.weight").dtype
+        dense_bytes = stored.itemsize * count_parameters(stream, stream.rows).total_before
+        require_disk(destination, dense_bytes, "the dense checkpoint")
+    with OutputLock(destination), stop_requests(deadline, f"streamlap resume {destination}") as stops:
+        check_destination(destination)  # again, now that nobody else can write there
+        arguments = {"command": "export", "model": str(folder.resolve())}
+        journal = Journal.open(destination, {"command": "export", **source_marks(stream)}, arguments)
+        write_shards(stream, destination, config, journal, stops)
+        copy_companions(folder, destination)
+        write_json(destination / "config.json", config)
+        journal.remove()
+    shards = shard_names(stream.depth)
     return {"shards": len(shards), "bytes": sum((destination / shard).stat().st_size for shard in shards)}
+
+
+def check_destination(destination: Path) -> None:
+    """Refuse a folder that holds anything but an unfinished run."""
+    entries = {path.name for path in destination.iterdir()} if destination.exists() else set()
+    if entries and not Journal.exists(destination) and entries != {STATE_FOLDER}:
+        raise RecipeError(f"destination {destination} is not empty ({min(entries)}, ...); wanted a new folder.")
+
+
+def write_shards(
+    stream: ModelStream, destination: Path, config: Mapping[str, Any], journal: Journal, stops: Stops
+) -> None:
+    """Every shard that the journal does not have, each with its line there once it is on the disk; then the index."""
+    sink, shards = ShardFolder(destination), shard_names(stream.depth)
+    first = journal.next_layer
+    for place in range(first, len(shards)):
+        if stops.due(moved=place > first):
+            raise stops.stopped(f"at shard {place} of {len(shards)}")
+        entries = dense_layer(stream, place - 1, config) if place else stream.outer_tensors()
+        journal.append({"index": place, "sha256": sink.write(shards[place], entries)})
+    sink.seal(shards)
 
 
 def dense_config(stream: ModelStream) -> dict[str, Any]:

@@ -7,6 +7,7 @@ stored as it was computed, because computing it again on resume need not give th
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 from collections import deque
@@ -18,7 +19,7 @@ import torch
 
 from streamlap.errors import ResumeMismatch, StreamlapError
 from streamlap.store.header import byte_view
-from streamlap.store.sink import DurableFile, disk_error
+from streamlap.store.sink import DurableFile, fsync_folder, make_folder, remove_file
 from streamlap.store.transfer import Download
 from streamlap.store.worker import Worker
 
@@ -45,6 +46,7 @@ class HiddenBank:
         self.folder, self._cache, self._pinned, self._name = folder, cache, pinned, name
         self._kept: list[torch.Tensor | Download] = []
         self._kept_generation = -1
+        self._made = False  # the folder, by this process
         self._file: DurableFile | None = None
         self._sealed: Future[None] | None = None
 
@@ -125,12 +127,15 @@ class HiddenBank:
         if generation == self._kept_generation:
             self._kept, self._kept_generation = [], -1
         if self.folder is not None:
-            self._path(generation).unlink(missing_ok=True)
+            remove_file(self._path(generation))
 
     def remove(self) -> None:
-        """No generation is needed any more."""
-        if self.folder is not None:
+        """No generation is needed any more, of any bank in this folder. To be called before the journal goes, which alone
+        knows where they are."""
+        if self.folder is not None and self.folder.exists():
             shutil.rmtree(self.folder, ignore_errors=True)
+            with contextlib.suppress(OSError):
+                fsync_folder(self.folder.parent)
 
     def _path(self, generation: int) -> Path:
         assert self.folder is not None
@@ -138,10 +143,9 @@ class HiddenBank:
 
     def _create(self, generation: int) -> DurableFile:
         assert self.folder is not None
-        try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise disk_error(error, self.folder) from error
+        if not self._made:
+            make_folder(self.folder)
+            self._made = True
         return DurableFile(self._path(generation), self.nbytes)
 
     def _seal(self, file: DurableFile) -> None:

@@ -24,7 +24,7 @@ import torch
 
 from streamlap.errors import ResumeMismatch, first_line, shown
 from streamlap.store.npy import read_integers
-from streamlap.store.sink import disk_error, fsync_folder, write_durably
+from streamlap.store.sink import disk_error, fsync_folder, make_folder, remove_file, write_durably
 from streamlap.strictjson import parse_json, read_limited
 
 STATE_FOLDER = ".streamlap"
@@ -55,7 +55,7 @@ def saved_tokens(out: Path) -> torch.Tensor:
         return tokens_NL
     except Exception as error:  # numpy raises a different one for every way to damage a header
         raise ResumeMismatch(
-            f"{path} cannot be read ({first_line(error)}); wanted this run's tokens. Give the compress command again."
+            f"{path} cannot be read ({first_line(error)}); wanted this run's tokens. Give the first command again."
         ) from error
 
 
@@ -96,7 +96,8 @@ class OutputLock:
 
     def __enter__(self) -> OutputLock:
         try:
-            self._holder.parent.mkdir(parents=True, exist_ok=True)
+            for folder in (self._out, self._holder.parent):
+                make_folder(folder)
             self._acquire()
             self._holder.write_text(f"{os.getpid()} on {os.uname().nodename}")
         except filelock.Timeout as error:
@@ -153,11 +154,9 @@ class Journal:
 
     @property
     def arguments(self) -> dict[str, Any]:
-        """What the run was begun with. Raises ResumeMismatch for that of a survey, which has none."""
-        if not self.start["arguments"]:
-            raise ResumeMismatch(
-                f"{self.state.parent} is the state of a survey; wanted that of a compress run. Give the survey command again."
-            )
+        """What the run was begun with. Raises ResumeMismatch where its first line does not say."""
+        if "model" not in self.start["arguments"]:
+            raise ResumeMismatch(f"{self.state.parent} does not say how it was begun. Give the first command again.")
         return dict(self.start["arguments"])
 
     @staticmethod
@@ -171,7 +170,7 @@ class Journal:
             return cls.create(out, fingerprint, arguments)
         journal = cls.load(out)
         journal.check(fingerprint)
-        journal.cut_torn_line()
+        journal.settle()
         return journal
 
     @classmethod
@@ -219,14 +218,21 @@ class Journal:
                 "or start over with --overwrite, or choose another folder."
             )
 
-    def cut_torn_line(self) -> None:
-        """Take off what follows the last whole line, so that the next one begins a line of its own."""
+    def settle(self) -> None:
+        """What is read from now on is what a power cut would leave: whoever wrote it may have died before its fsync.
+
+        What follows the last whole line is taken off, so that the next one begins a line of its own.
+        """
         path = self.state / JOURNAL_NAME
-        raw = path.read_bytes()
-        if not raw.endswith(b"\n"):
+        try:
             with path.open("r+b") as file:
-                file.truncate(raw.rfind(b"\n") + 1)
+                raw = file.read()
+                if not raw.endswith(b"\n"):
+                    file.truncate(raw.rfind(b"\n") + 1)
                 os.fsync(file.fileno())
+            fsync_folder(self.state)
+        except OSError as error:
+            raise disk_error(error, path) from error
 
     def append(self, layer: Mapping[str, Any]) -> None:
         """Commit one layer."""
@@ -242,7 +248,13 @@ class Journal:
         self._lines.append(line)
 
     def remove(self) -> None:
-        """The run is complete: nothing of its state stays. The journal goes first; from then on the folder is finished."""
-        (self.state / JOURNAL_NAME).unlink()
+        """The run is complete: nothing of its state stays.
+
+        The journal goes first, durably: from then on the folder is finished, for whoever looks, and a death in what follows
+        leaves a lock and tokens that nobody reads. With the journal last, or with the state renamed, there would be no
+        fewer remains, but a moment at which the journal has no tokens, or a second process no lock to find.
+        """
+        remove_file(self.state / JOURNAL_NAME)
         fsync_folder(self.state)
-        shutil.rmtree(self.state)
+        shutil.rmtree(self.state, ignore_errors=True)
+        fsync_folder(self.state.parent)

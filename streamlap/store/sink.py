@@ -60,7 +60,8 @@ class DurableFile:
         """Take away what has no name yet; nothing after `seal`."""
         with contextlib.suppress(OSError):  # what is in the way was raised where it was first met
             self._file.close()
-        self._temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # the run that goes on writes over it
+            self._temporary.unlink(missing_ok=True)
 
     @contextlib.contextmanager
     def _faults(self) -> Iterator[None]:
@@ -97,6 +98,29 @@ def fsync_folder(folder: Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
+
+
+def make_folder(folder: Path) -> None:
+    """Make a folder, with those above it, so that its name is on the disk before anything is put into it.
+
+    The name of a folder that is there is synced too: who made it may have died before. Raises StreamlapError or BudgetError.
+    """
+    if not folder.parent.exists():
+        make_folder(folder.parent)
+    try:
+        folder.mkdir(exist_ok=True)
+        with contextlib.suppress(PermissionError):  # of a parent that may be gone through but not read
+            fsync_folder(folder.parent)
+    except OSError as error:
+        raise disk_error(error, folder) from error
+
+
+def remove_file(path: Path) -> None:
+    """Take a file away if it is there; on the disk its name may stay until its folder is synced."""
+    try:
+        path.unlink(missing_ok=True)
+    except OSError as error:
+        raise disk_error(error, path) from error
 
 
 def file_hash(path: Path) -> str:

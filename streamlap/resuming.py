@@ -1,0 +1,37 @@
+"""Goes on with whatever was stopped: the first line of its journal says which command it was."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from streamlap import pipeline
+from streamlap.allocate import Survey
+from streamlap.errors import ResumeMismatch
+from streamlap.export.dense import export_dense
+from streamlap.report import Report
+from streamlap.store.journal import Journal
+from streamlap.survey import resume_survey, state_of
+
+
+def resume(
+    path: str | Path, *, max_ram: int | str | None = None, max_vram: int | str | None = None,
+    stop_after: float | str | None = None,
+) -> Report | Survey | dict[str, int]:  # fmt: skip
+    """Go on with an interrupted `compress`, `survey` or `export_dense`; gives what that command gives.
+
+    Args: path, the output folder, or the file of a survey; what else is needed is known there. max_ram, max_vram, other caps
+    than the run began with, as bytes or as text like 8GiB; stop_after, as for `compress`.
+    Raises ResumeMismatch where there is nothing to go on with.
+    """
+    path = Path(path)
+    surveyed = Journal.exists(state_of(path))
+    state = state_of(path) if surveyed else path
+    arguments = Journal.load(state).arguments
+    command = arguments.get("command", "compress")  # the only one whose journal did not say
+    if (command == "survey") != surveyed:
+        raise ResumeMismatch(f"{state} does not say how it was begun. Give the first command again.")
+    if surveyed:
+        return resume_survey(path, max_ram=max_ram, max_vram=max_vram, stop_after=stop_after)
+    if command == "export":
+        return export_dense(arguments["model"], path, stop_after=stop_after)
+    return pipeline.resume(path, max_ram=max_ram, max_vram=max_vram, stop_after=stop_after)
