@@ -60,7 +60,8 @@ def stop_requests(deadline: float, again: str) -> Iterator[Stops]:
 
     Outside the main thread, where Python allows no handlers, only the deadline counts.
 
-    Args: deadline, on the clock of `time.monotonic`, which no change of the system's time moves; again, the command that goes on.
+    Args: deadline, on the clock of `time.monotonic`, which no change of the system's time moves; again, the command that goes
+    on.
     """
     stops = Stops(deadline, again)
     if threading.current_thread() is not threading.main_thread():

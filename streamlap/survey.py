@@ -27,7 +27,7 @@ from streamlap.calibration import calibration_tokens
 from streamlap.cuts import CUTTERS, LEVELS, Cut, all_cuts, cut_layout, disk_generations, survey_workload
 from streamlap.divergence import divergences
 from streamlap.engine import Engine, open_bank, start_engine
-from streamlap.errors import Interrupted, RecipeError, UnsupportedModel, located
+from streamlap.errors import RecipeError, UnsupportedModel, located
 from streamlap.families.layer import StreamLayer
 from streamlap.families.stream import ModelStream
 from streamlap.halves import finite_error, half_of

@@ -31,8 +31,8 @@ def export_dense(out: str | Path, destination: str | Path, *, stop_after: float 
     """Write the dense twin of the output folder `out` into the new folder `destination`, one layer at a time, or go on where a
     killed run stopped. After the time `stop_after` (seconds, or text like 3h50m) it ends at its next shard.
 
-    Returns {"shards", "bytes"}. Raises Interrupted where it was stopped, RecipeError for a destination that is not empty, UnsupportedModel for a source that is
-    not compressed or has a bias that the architecture does not know.
+    Returns {"shards", "bytes"}. Raises Interrupted where it was stopped, RecipeError for a destination that is not empty,
+    UnsupportedModel for a source that is not compressed or has a bias that the architecture does not know.
     """
     deadline = time.monotonic() + parse_time(stop_after, "stop_after")
     folder, destination = Path(out), Path(destination)

@@ -34,8 +34,12 @@ NO_LOCKS = (errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK)
 """What file systems say that cannot lock."""
 
 MOST_BYTES = 1 << 30
-ARGUMENTS = {"model": (str,), "recipe": (dict,), "device": (str,), "work": (str, type(None))}
-"""What a run that can be resumed was begun with; further ones may be there."""
+PLACES = {"model": (str,), "device": (str,), "work": (str, type(None))}
+CAPS = {"max_ram": (int, type(None)), "max_vram": (int, type(None)), "overlap": (bool,)}
+ARGUMENTS: dict[str, dict[str, tuple[type, ...]]] = {
+    "compress": PLACES | {"recipe": (dict,)}, "survey": PLACES | CAPS | {"dtype": (str,)}, "export": {"model": (str,)},
+}  # fmt: skip
+"""Command -> what a run of it was begun with; further ones may be there."""
 
 
 def save_tokens(out: Path, tokens_NL: torch.Tensor) -> None:
@@ -66,7 +70,10 @@ def parse_start(line: bytes) -> dict[str, Any]:
     if not isinstance(start, dict) or not all(isinstance(start.get(part), dict) for part in parts):
         raise ValueError(f"its first line is {shown(start)}; wanted {' and '.join(parts)}")
     arguments: dict[str, Any] = start["arguments"]
-    for key, kinds in ARGUMENTS.items() if arguments else ():
+    command = arguments.get("command", "compress")  # the only one whose journal did not say
+    if command not in list(ARGUMENTS):
+        raise ValueError(f"command is {shown(command)}; wanted one of {', '.join(ARGUMENTS)}")
+    for key, kinds in ARGUMENTS[command].items() if arguments else ():
         if not isinstance(arguments.get(key), kinds):
             raise ValueError(f"argument {key} is {shown(arguments.get(key))}")
     return start
