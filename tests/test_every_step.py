@@ -215,20 +215,30 @@ def test_power_cuts_at_some_steps(commands: dict[str, Command], tmp_path: Path, 
     root.mkdir()
     operations = recorded(lambda: commands[name].run(root / "out"), root)
     states = power.trees(root, operations, power.CUTS[cut])
-    assert survive(commands[name], root, states, stride=5) > 20
+    assert survive(commands[name], root, states, stride=6) > 15
 
 
-@pytest.mark.parametrize("step", range(5, 100, 25))
-def test_a_power_cut_after_a_death(commands: dict[str, Command], tmp_path: Path, step: int) -> None:
-    """What the first process wrote and did not come to sync, the second builds upon."""
-    death_then_cut(commands["best"], tmp_path / "disk", step, stride=9)
+UNSYNCED: dict[str, dict[str, Any]] = {
+    "output folder": {"kinds": {"sync folder"}, "name": "disk"},
+    "state folder": {"kinds": {"sync folder"}, "name": "out"},
+    "journal": {"kinds": {"sync folder"}, "name": STATE, "at": 2},
+    "hidden folder": {"kinds": {"sync folder"}, "name": STATE, "at": 3},
+    "line of a layer": {"kinds": {"sync"}, "name": "journal.jsonl"},
+}
+"""Syncs before which the first process dies."""
 
 
-def death_then_cut(command: Command, root: Path, step: int, stride: int) -> int:
+@pytest.mark.parametrize("what", UNSYNCED)
+def test_a_power_cut_after_a_death(commands: dict[str, Command], tmp_path: Path, what: str) -> None:
+    """What the first process made and did not come to sync, the second builds upon."""
+    death_then_cut(commands["best"], tmp_path / "disk", stride=6, **({"at": 1} | UNSYNCED[what]))
+
+
+def death_then_cut(command: Command, root: Path, stride: int, **death: Any) -> int:
     root.mkdir()
-    before = recorded(lambda: dies(lambda: command.run(root / "out"), root, at=step, kinds=STEPS), root)
+    before = recorded(lambda: dies(lambda: command.run(root / "out"), root, **death), root)
     after = recorded(lambda: go_on(command, root / "out", by_resume=True), root)
-    survivors = power.trees(root, [*before, *after], power.CUTS["nothing but what was synced"])
+    survivors = power.trees(root, [*before, *after], power.CUTS["nothing but what was synced"], len(before))
     return survive(command, root, survivors, stride)
 
 
@@ -236,7 +246,26 @@ def death_then_cut(command: Command, root: Path, step: int, stride: int) -> int:
 @pytest.mark.timeout(7200)
 def test_a_power_cut_after_a_death_at_any_step(commands: dict[str, Command], tmp_path: Path) -> None:
     for step in range(1, 120):
-        death_then_cut(commands["elsewhere"], tmp_path / str(step), step, stride=3)
+        death_then_cut(commands["elsewhere"], tmp_path / str(step), stride=3, at=step, kinds=STEPS)
+
+
+@pytest.mark.parametrize("cut", ["nothing but what was synced", "mixed"])
+def test_power_cuts_while_an_old_result_is_replaced(commands: dict[str, Command], tmp_path: Path, cut: str) -> None:
+    """It is the old one, whole, or nothing, or the new one."""
+    command, root = commands["best"], tmp_path / "disk"
+    root.mkdir()
+    before = recorded(lambda: command.run(root / "out", ratio=0.5), root)
+    old = command.result(root / "out")
+    after = recorded(lambda: command.run(root / "out", overwrite=True), root)
+    how = power.mixed(0) if cut == "mixed" else power.CUTS[cut]
+    for number, (_, tree) in enumerate(power.trees(root, [*before, *after], how, len(before))):
+        if number % 15 == 0 or number < 12:
+            shutil.rmtree(root)
+            power.write(tree, root)
+            assert command.is_whole(root / "out") == command.is_finished(root / "out"), number
+            if not command.is_finished(root / "out") or command.result(root / "out") == old:
+                command.run(root / "out", overwrite=True)
+            assert command.result(root / "out") == command.whole, number
 
 
 @pytest.mark.nightly
