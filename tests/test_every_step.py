@@ -195,8 +195,8 @@ def recorded(run: Callable[[], object], root: Path, **settings: Any) -> list[Any
 
 
 def survive(command: Command, root: Path, states: Iterator[tuple[int, power.Tree]], stride: int = 1) -> int:
-    """Every `stride`th of these states on the disk, gone on with; also those at which a line of the journal became safe, and the
-    last. Gives the number of all."""
+    """Every `stride`th of these states on the disk, gone on with; also those at which a line of the journal became safe, and
+    the last. Gives the number of all."""
     found = list(states)
     for number, (lines, tree) in enumerate(found):
         safe = number and lines != found[number - 1][0]
