@@ -41,7 +41,7 @@ from streamlap.stopping import Stops, parse_time, stop_requests
 from streamlap.store.hidden import HiddenBank
 from streamlap.store.hub import local_folder
 from streamlap.store.journal import STATE_FOLDER, Journal, OutputLock, save_tokens, saved_tokens
-from streamlap.store.sink import fsync_folder, remove_file, write_durably
+from streamlap.store.sink import remove_file, write_durably
 from streamlap.views import Place, View
 
 DEFAULT_SAMPLES = 16
@@ -164,7 +164,6 @@ def check_file(file: Path, state: Path, overwrite: bool) -> None:
         if file.exists():
             Survey.read(file)  # nothing else is ours to replace
             remove_file(file)
-            fsync_folder(file.parent)  # or a power cut could bring it back beside a new run, as that one's result
         if state.exists():
             with OutputLock(state):
                 shutil.rmtree(state)

@@ -100,15 +100,18 @@ class Replay:
         return tree
 
 
-def trees(root: Path, operations: Iterable[Operation], cut: tuple[Names, Bytes]) -> Iterator[tuple[int, Tree]]:
-    """Where a cut after each operation leaves the disk, and how many lines of the journal were safe by then; no state twice."""
+def trees(
+    root: Path, operations: Iterable[Operation], cut: tuple[Names, Bytes], after: int = 0
+) -> Iterator[tuple[int, Tree]]:
+    """Where a cut after each operation but the first `after` leaves the disk, and how many lines of the journal were safe by
+    then; no state twice."""
     replay, lines, before = Replay(root), 0, None
-    for done in operations:
+    for number, done in enumerate(operations, 1):
         replay.apply(done)
         if done.path.name == "journal.jsonl" and done.kind in ("sync", "unlink"):
             file = replay.at(done.path.parent).live.get(done.path.name)
             lines = file.synced.count(b"\n") if isinstance(file, File) else 0
-        if (state := (lines, replay.tree(cut))) != before:
+        if number > after and (state := (lines, replay.tree(cut))) != before:
             yield state
             before = state
 

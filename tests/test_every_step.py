@@ -195,17 +195,19 @@ def recorded(run: Callable[[], object], root: Path, **settings: Any) -> list[Any
 
 
 def survive(command: Command, root: Path, states: Iterator[tuple[int, power.Tree]], stride: int = 1) -> int:
-    """Every `stride`th of these states on the disk, gone on with. Gives the number of all."""
-    number = -1
-    for number, (lines, tree) in enumerate(states):
-        if number % stride == 0:
+    """Every `stride`th of these states on the disk, gone on with; also those at which a line of the journal became safe, and
+    the last. Gives the number of all."""
+    found = list(states)
+    for number, (lines, tree) in enumerate(found):
+        safe = number and lines != found[number - 1][0]
+        if number % stride == 0 or safe or number >= len(found) - 3:
             shutil.rmtree(root, ignore_errors=True)
             power.write(tree, root)
             if lines and not command.is_finished(root / "out"):
                 assert command.is_begun(root / "out"), f"state {number}: a journal of {lines} lines is lost"
                 assert command.layers_done(root / "out") >= lines - 1, f"state {number}: a commit is lost"
             go_on(command, root / "out", by_resume=number % 2 == 0)
-    return number + 1
+    return len(found)
 
 
 @pytest.mark.parametrize("cut", power.CUTS)
@@ -215,20 +217,30 @@ def test_power_cuts_at_some_steps(commands: dict[str, Command], tmp_path: Path, 
     root.mkdir()
     operations = recorded(lambda: commands[name].run(root / "out"), root)
     states = power.trees(root, operations, power.CUTS[cut])
-    assert survive(commands[name], root, states, stride=5) > 20
+    assert survive(commands[name], root, states, stride=9) > 15
 
 
-@pytest.mark.parametrize("step", range(5, 100, 25))
-def test_a_power_cut_after_a_death(commands: dict[str, Command], tmp_path: Path, step: int) -> None:
-    """What the first process wrote and did not come to sync, the second builds upon."""
-    death_then_cut(commands["best"], tmp_path / "disk", step, stride=9)
+UNSYNCED: dict[str, dict[str, Any]] = {
+    "output folder": {"kinds": {"sync folder"}, "name": "disk"},
+    "state folder": {"kinds": {"sync folder"}, "name": "out"},
+    "journal": {"kinds": {"sync folder"}, "name": STATE, "at": 2},
+    "hidden folder": {"kinds": {"sync folder"}, "name": STATE, "at": 3},
+    "line of a layer": {"kinds": {"sync"}, "name": "journal.jsonl"},
+}
+"""Syncs before which the first process dies."""
 
 
-def death_then_cut(command: Command, root: Path, step: int, stride: int) -> int:
+@pytest.mark.parametrize("what", UNSYNCED)
+def test_a_power_cut_after_a_death(commands: dict[str, Command], tmp_path: Path, what: str) -> None:
+    """What the first process made and did not come to sync, the second builds upon."""
+    death_then_cut(commands["best"], tmp_path / "disk", stride=20, **({"at": 1} | UNSYNCED[what]))
+
+
+def death_then_cut(command: Command, root: Path, stride: int, **death: Any) -> int:
     root.mkdir()
-    before = recorded(lambda: dies(lambda: command.run(root / "out"), root, at=step, kinds=STEPS), root)
+    before = recorded(lambda: dies(lambda: command.run(root / "out"), root, **death), root)
     after = recorded(lambda: go_on(command, root / "out", by_resume=True), root)
-    survivors = power.trees(root, [*before, *after], power.CUTS["nothing but what was synced"])
+    survivors = power.trees(root, [*before, *after], power.CUTS["nothing but what was synced"], len(before))
     return survive(command, root, survivors, stride)
 
 
@@ -236,7 +248,28 @@ def death_then_cut(command: Command, root: Path, step: int, stride: int) -> int:
 @pytest.mark.timeout(7200)
 def test_a_power_cut_after_a_death_at_any_step(commands: dict[str, Command], tmp_path: Path) -> None:
     for step in range(1, 120):
-        death_then_cut(commands["elsewhere"], tmp_path / str(step), step, stride=3)
+        death_then_cut(commands["elsewhere"], tmp_path / str(step), stride=3, at=step, kinds=STEPS)
+
+
+@pytest.mark.parametrize("cut", ["nothing but what was synced", "mixed"])
+def test_power_cuts_while_an_old_result_is_replaced(commands: dict[str, Command], tmp_path: Path, cut: str) -> None:
+    """It is the old one, whole, or nothing, or the new one."""
+    command, root = commands["best"], tmp_path / "disk"
+    root.mkdir()
+    before = recorded(lambda: command.run(root / "out", ratio=0.5), root)
+    old = command.result(root / "out")
+    after = recorded(lambda: command.run(root / "out", overwrite=True), root)
+    marks = [(done.kind, done.path.name) for done in after if done.kind in ("unlink", "sync folder")]
+    assert marks[marks.index(("unlink", "config.json")) + 1] == ("sync folder", "out"), "before anything else goes"
+    how = power.mixed(0) if cut == "mixed" else power.CUTS[cut]
+    for number, (_, tree) in enumerate(power.trees(root, [*before, *after], how, len(before))):
+        if number % 15 == 0 or number < 12:
+            shutil.rmtree(root)
+            power.write(tree, root)
+            assert command.is_whole(root / "out") == command.is_finished(root / "out"), number
+            if not command.is_finished(root / "out") or command.result(root / "out") == old:
+                command.run(root / "out", overwrite=True)
+            assert command.result(root / "out") == command.whole, number
 
 
 @pytest.mark.nightly
