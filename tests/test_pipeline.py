@@ -22,7 +22,7 @@ from streamlap.families.stream import ModelStream
 from streamlap.linalg.budget import lorap_pair_ranks, lorap_removal
 from streamlap.linalg.channels import kept_channels, lorap_scores
 from streamlap.linalg.lowrank import awsvd
-from streamlap.methods import PRESETS
+from streamlap.methods import PRESETS, attention_awsvd
 from streamlap.store.journal import Journal
 
 
@@ -206,28 +206,44 @@ def test_dense_export_is_a_plain_model_with_the_same_logits(
     assert streamlap.verify(dense)["ok"]
 
 
-@pytest.mark.parametrize(
-    ("preset", "words"),
-    [
-        ("lorap", r"model.layers.2.self_attn.o_proj: down.weight is not finite in torch.float16"),
-        ("best", r"model.layers.2 attention: rows of a low-rank map are not finite in torch.float16"),
-    ],
-)
-def test_factors_that_the_storage_dtype_cannot_hold_are_refused(
-    pico: MakeModel, tokens: Path, tmp_path: Path, preset: str, words: str
-) -> None:
-    """In the last layer too, whose output nobody looks at: the inputs of o are tiny, its weights large, float16 overflows."""
+def tiny_inputs_of_large_weights(pico: MakeModel, folder: Path) -> Path:
+    """In the last layer, whose output nobody looks at: the inputs of o are tiny, its weights near the end of float16."""
     from safetensors.torch import save_file
 
-    source, out = tmp_path / "source", tmp_path / "out"
-    shutil.copytree(pico("llama", dtype=torch.float16), source)
-    weights = load_file(source / "model.safetensors")
+    shutil.copytree(pico("llama", dtype=torch.float16), folder)
+    weights = load_file(folder / "model.safetensors")
     weights["model.layers.2.self_attn.v_proj.weight"][:] = 6e-8
     weights["model.layers.2.self_attn.o_proj.weight"] *= 20000
-    save_file(weights, source / "model.safetensors", {"format": "pt"})
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+    return folder
+
+
+def test_what_the_storage_dtype_cannot_hold_is_refused(pico: MakeModel, tokens: Path, tmp_path: Path) -> None:
+    """Rows of a matrix are stored as they are: no other factor can take from them."""
+    source, out = tiny_inputs_of_large_weights(pico, tmp_path / "source"), tmp_path / "out"
+    words = r"model.layers.2 attention: self_attn.o_proj: the largest number is 6.58\d*e\+04; wanted at most 65504"
     with pytest.raises(NumericalError, match=words):
-        streamlap.compress(source, out, ratio=0.4, preset=preset, files=(str(tokens),))
+        streamlap.compress(source, out, ratio=0.4, files=(str(tokens),))
     assert not (out / "config.json").exists()
+
+
+def test_factors_that_the_storage_dtype_cannot_hold_are_balanced(pico: MakeModel, tokens: Path, tmp_path: Path) -> None:
+    source, out = tiny_inputs_of_large_weights(pico, tmp_path / "source"), tmp_path / "out"
+    report = streamlap.compress(source, out, ratio=0.4, preset="lorap", files=(str(tokens),))
+    assert [layer.numerics for layer in report.layers[:2]] == [(), ()]
+    assert report.layers[2].numerics == ("self_attn.o_proj: 13 ranks balanced for torch.float16",)
+    assert streamlap.verify(out)["ok"]
+
+
+def test_an_edit_that_is_not_finite_is_refused(
+    pico: MakeModel, tokens: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever a method of one's own may do."""
+    monkeypatch.setattr(attention_awsvd, "balanced", lambda up_OR, down_RI, *_: (up_OR.float(), down_RI.float() / 0))
+    with pytest.raises(
+        NumericalError, match=r"model.layers.0.self_attn.q_proj: down.weight is not finite in torch.float32"
+    ):
+        compressed(pico, tokens, tmp_path / "out", preset="lorap")
 
 
 def test_calibration_files_may_be_spelt_otherwise_on_resume(

@@ -19,8 +19,8 @@ def as_stored(x: torch.Tensor, dtype: torch.dtype, what: str) -> torch.Tensor:
     stored = x.to(dtype)
     if not all_finite(stored):
         raise NumericalError(
-            f"{what}: the largest number is {float(x.abs().max()):.3g}; wanted at most "
-            f"{torch.finfo(dtype).max:.5g}, as {dtype} holds. Convert the checkpoint to bfloat16 or float32 and compress that."
+            f"{what}: the largest number is {float(x.abs().max()):.4g}; wanted at most {torch.finfo(dtype).max:.5g}, as "
+            f"{dtype} has it. Convert the checkpoint to bfloat16 or float32 and compress that."
         )
     return stored
 
