@@ -19,6 +19,7 @@ from safetensors.torch import load_file, save_file
 
 import streamlap
 from streamlap.cli import main
+from streamlap.cli.wording import describe_report
 from streamlap.cuts import Cut
 from streamlap.divergence import divergence, divergences
 from streamlap.errors import NumericalError
@@ -33,7 +34,6 @@ from streamlap.recipe import Recipe
 from streamlap.report import LayerReport
 from streamlap.store.hidden import HiddenBank
 from streamlap.store.journal import Journal
-from streamlap.wording import describe_report
 
 BAD_ID = 299
 LOUD = 5  # a channel of the stream that only the bad token uses
@@ -309,7 +309,7 @@ def test_too_many_are_an_error(
 
 def test_too_many_from_the_start(sources: dict[str, Path], tmp_path: Path) -> None:
     many = windows([(n, at) for n in range(5) for at in range(0, 10, 2)], tmp_path)
-    with pytest.raises(NumericalError, match="model.embed_tokens: the numbers of 25 of 192"):
+    with pytest.raises(NumericalError, match=r"model.embed_tokens: the numbers of 25 of 192"):
         compress(sources["embedding"], tmp_path / "out", many)
 
 

@@ -19,7 +19,7 @@ ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "streamlap"
 
 FLOORS = {
-    4: {"", "cli", "options", "wording"},
+    4: {"", "cli", "cli.__main__", "cli.jobs", "cli.options", "cli.results", "cli.wording"},
     3: {
         "pipeline", "editing", "recovery", "halves", "views",
         "allocate", "survey", "cuts", "divergence", "preflight", "evaluate", "engine", "forecast", "sizing", "workload", "plan",
@@ -132,7 +132,9 @@ def test_only_the_command_line_talks_or_exits() -> None:
         f"{module}:{node.lineno}: {ast.unparse(node.func)}"
         for module, tree in TREES.items()
         for node in ast.walk(tree)
-        if isinstance(node, ast.Call) and ast.unparse(node.func) in TALKERS | {"SystemExit"} and module != "cli"
+        if isinstance(node, ast.Call)
+        and ast.unparse(node.func) in TALKERS | {"SystemExit"}
+        and module.split(".")[0] != "cli"
     }
     assert not found
 

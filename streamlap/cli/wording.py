@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
+import typer
 from tqdm import tqdm
 
 from streamlap.allocate import Survey
@@ -107,3 +109,8 @@ def describe_demo(result: DemoResult) -> list[str]:
     lines = [f"{label:<28}{before:>16}{after:>16}" for label, before, after in rows]
     samples = [f"\n{name} goes on from {result.prompt!r}:\n  {text}" for name, text in result.samples.items()]
     return [*lines, *samples, f"\ncompressed model and its report: {result.out} ({result.seconds:.0f} s in all)"]
+
+
+def emit(as_json: bool, value: dict[str, Any], lines: list[str]) -> None:
+    """Print a result: one JSON object, or the lines."""
+    typer.echo(json.dumps(value) if as_json else "\n".join(lines))

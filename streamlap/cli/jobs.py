@@ -1,24 +1,15 @@
-"""The command line: words -> a Recipe -> one call. The only place that prints, configures logging, or exits."""
+"""The commands that make something: words -> a Recipe -> one call."""
 
 from __future__ import annotations
 
-import json
-import logging
-import os
-import sys
 from pathlib import Path
 from typing import Annotated, Any
 
-import torch
 import typer
 
 import streamlap
 from streamlap.allocate import Survey
-from streamlap.cgroups import usable_cpus
-from streamlap.demo import run_demo
-from streamlap.errors import BudgetError, Interrupted, StreamlapError, first_line
-from streamlap.memory import is_out_of_memory
-from streamlap.options import (
+from streamlap.cli.options import (
     CalibrationFiles,
     Device,
     Dtype,
@@ -41,25 +32,15 @@ from streamlap.options import (
     TrustRemoteCode,
     Work,
 )
-from streamlap.recipe import Recipe
-from streamlap.stopping import Stopped, stops_at_once
-from streamlap.wording import (
-    describe_demo,
-    describe_evaluation,
+from streamlap.cli.wording import (
     describe_export,
-    describe_inventory,
     describe_plan,
     describe_report,
     describe_survey,
+    emit,
 )
-
-app = typer.Typer(
-    help="Compress a huge language model on small hardware, one decoder layer at a time.",
-    no_args_is_help=True,
-    add_completion=False,
-    pretty_exceptions_enable=False,
-    rich_markup_mode=None,
-)
+from streamlap.errors import BudgetError
+from streamlap.recipe import Recipe
 
 
 def recipe_of(path: Path | None, files: list[str] | None, **options: Any) -> Recipe:
@@ -75,7 +56,6 @@ def how_small(ratio: float | None, target_size: str | None, target_params: str |
     return {name: value for name, value in wishes.items() if value is not None}
 
 
-@app.command()
 def compress(
     model: Model,
     out: Annotated[Path, typer.Argument(metavar="OUT", help="New folder for the result.")],
@@ -114,7 +94,6 @@ def compress(
     emit(as_json, report.to_json(), describe_report(report))
 
 
-@app.command()
 def plan(
     model: Model,
     ratio: Ratio = None,
@@ -151,7 +130,6 @@ def plan(
         raise typer.Exit(BudgetError.exit_code)
 
 
-@app.command()
 def survey(
     model: Model,
     file: Annotated[Path, typer.Argument(metavar="FILE", help="New JSON file for compress --survey.")],
@@ -179,7 +157,6 @@ def survey(
     emit(as_json, found.to_json(), describe_survey(found))
 
 
-@app.command()
 def resume(
     out: Annotated[Path, typer.Argument(metavar="OUT", help="Folder of an interrupted run, or file of a survey.")],
     max_ram: MaxRam = None,
@@ -195,116 +172,3 @@ def resume(
         emit(as_json, result.to_json(), describe_survey(result))
     else:
         emit(as_json, result.to_json(), describe_report(result))
-
-
-@app.command("eval")
-def evaluate(
-    model: Model,
-    text: Annotated[
-        list[str] | None,
-        typer.Option(help="Text or token ids, as for --calibration; default: the bundled validation text."),
-    ] = None,
-    length: Annotated[int | None, typer.Option(help="Tokens a window; default 2048 or the model's context.")] = None,
-    stride: Annotated[
-        int | None, typer.Option(help="Overlapping windows, each scoring its last STRIDE tokens.")
-    ] = None,
-    limit: Annotated[int | None, typer.Option(help="Use at most this many tokens.")] = None,
-    dtype: Dtype = None,
-    device: Device = "auto",
-    max_ram: MaxRam = None,
-    max_vram: MaxVram = None,
-    work: Work = None,
-    overlap: Overlap = True,
-    trust_remote_code: TrustRemoteCode = False,
-    as_json: Json = False,
-) -> None:
-    """Streaming perplexity of any checkpoint, original or compressed; never more than one layer in memory."""
-    result = streamlap.evaluate(
-        model, text, length=length, stride=stride, limit=limit, device=device, dtype=dtype or "auto", work=work,
-        max_ram=max_ram, max_vram=max_vram, overlap=overlap, trust_remote_code=trust_remote_code,
-    )  # fmt: skip
-    emit(as_json, result.to_json(), describe_evaluation(result))
-
-
-@app.command()
-def inspect(
-    path: Annotated[str, typer.Argument(metavar="PATH", help="Checkpoint, output folder or hub id.")],
-    as_json: Json = False,
-) -> None:
-    """What is in a checkpoint or output folder: kinds, shapes, ranks, widths and parameters of every site."""
-    table = streamlap.inspect(path)
-    emit(as_json, table, describe_inventory(table))
-
-
-@app.command()
-def verify(
-    out: Annotated[Path, typer.Argument(metavar="OUT", help="Output folder, or any checkpoint folder.")],
-    as_json: Json = False,
-) -> None:
-    """Check every shard: header, hash, shapes against config.json, no NaN; exit 3 with the list of faults."""
-    result = streamlap.verify(out)
-    lines = [f"{row['file']}{' ' + row['tensor'] if row['tensor'] else ''}: {row['fault']}" for row in result["faults"]]
-    emit(as_json, result, lines or [f"{out} is whole"])
-    if not result["ok"]:
-        raise typer.Exit(3)
-
-
-@app.command()
-def export(
-    out: Annotated[Path, typer.Argument(metavar="OUT", help="Folder that streamlap wrote.")],
-    destination: Annotated[Path, typer.Argument(metavar="DEST", help="New folder.")],
-    to: Annotated[str, typer.Option(help="dense: factors multiplied back, removed channels as zeros.")],
-    stop_after: StopAfter = None,
-    as_json: Json = False,
-) -> None:
-    """Write a compressed model in another container."""
-    if to != "dense":
-        raise typer.BadParameter(f"{to!r} is not known; wanted dense", param_hint="--to")
-    result = streamlap.export_dense(out, destination, stop_after=stop_after)
-    emit(as_json, result, describe_export(destination, result))
-
-
-@app.command()
-def demo(
-    out: Annotated[Path, typer.Argument(metavar="OUT", help="New folder for the compressed model.")] = Path(
-        "streamlap-demo"
-    ),
-    ratio: Annotated[float, typer.Option(help="Fraction of the decoder-linear parameters to remove.")] = 0.2,
-    as_json: Json = False,
-) -> None:
-    """Offline, in two minutes: compress the bundled trained model, show what it cost and what it kept."""
-    result = run_demo(out, ratio)
-    emit(as_json, result.to_json(), describe_demo(result))
-
-
-def emit(as_json: bool, value: dict[str, Any], lines: list[str]) -> None:
-    typer.echo(json.dumps(value) if as_json else "\n".join(lines))
-
-
-def main() -> None:
-    """Entry point of the console script: a StreamlapError becomes one line on stderr and its exit code."""
-    logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
-    if "OMP_NUM_THREADS" not in os.environ:  # torch counts the machine's cores, also those that a container may not use
-        torch.set_num_threads(min(torch.get_num_threads(), usable_cpus()))
-    try:
-        with stops_at_once():
-            app(prog_name="streamlap")
-    except StreamlapError as error:
-        fail(str(error), error.exit_code)
-    except Stopped as stop:
-        fail(f"stopped ({stop}) with nothing under way; give the same command again", Interrupted.exit_code)
-    except OSError as error:
-        fail(f"{error.filename or 'the system'}: {error.strerror or error}", 1)
-    except Exception as error:
-        if not is_out_of_memory(error):
-            raise
-        fail(f"out of memory ({first_line(error)}) before the first layer. Free some.", BudgetError.exit_code)
-
-
-def fail(message: str, code: int) -> None:
-    typer.echo(f"streamlap: {message}", err=True)
-    sys.exit(code)
-
-
-if __name__ == "__main__":
-    main()

@@ -1,0 +1,59 @@
+"""The command line: the only place that prints, configures logging, or exits."""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+
+import torch
+import typer
+
+from streamlap.cgroups import usable_cpus
+from streamlap.cli.jobs import compress, plan, resume, survey
+from streamlap.cli.results import demo, evaluate, export, inspect, verify
+from streamlap.errors import BudgetError, Interrupted, StreamlapError, first_line
+from streamlap.memory import is_out_of_memory
+from streamlap.stopping import Stopped, stops_at_once
+
+app = typer.Typer(
+    help="Compress a huge language model on small hardware, one decoder layer at a time.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+app.command()(compress)
+app.command()(plan)
+app.command()(survey)
+app.command()(resume)
+app.command("eval")(evaluate)
+app.command()(inspect)
+app.command()(verify)
+app.command()(export)
+app.command()(demo)
+
+
+def main() -> None:
+    """Entry point of the console script: a StreamlapError becomes one line on stderr and its exit code."""
+    logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
+    if "OMP_NUM_THREADS" not in os.environ:  # torch counts the machine's cores, also those that a container may not use
+        torch.set_num_threads(min(torch.get_num_threads(), usable_cpus()))
+    try:
+        with stops_at_once():
+            app(prog_name="streamlap")
+    except StreamlapError as error:
+        fail(str(error), error.exit_code)
+    except Stopped as stop:
+        fail(f"stopped ({stop}) with nothing under way; give the same command again", Interrupted.exit_code)
+    except OSError as error:
+        fail(f"{error.filename or 'the system'}: {error.strerror or error}", 1)
+    except Exception as error:
+        if not is_out_of_memory(error):
+            raise
+        fail(f"out of memory ({first_line(error)}) before the first layer. Free some.", BudgetError.exit_code)
+
+
+def fail(message: str, code: int) -> None:
+    typer.echo(f"streamlap: {message}", err=True)
+    sys.exit(code)
