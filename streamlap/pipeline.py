@@ -7,9 +7,8 @@ that fed it go. A run that dies anywhere starts again at the first layer without
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
 from concurrent.futures import Future
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,13 +17,13 @@ import torch
 from streamlap.calibration import calibration_tokens
 from streamlap.editing import edit_by_halves, edit_in_one_pass
 from streamlap.engine import Engine, open_bank, start_engine
-from streamlap.export.folder import KEPT_NAME, finish_folder, module_rows
+from streamlap.export.folder import finish_folder
 from streamlap.families.layer import Edit, StreamLayer
 from streamlap.families.stream import ModelStream
-from streamlap.forecast import compression_workload, forecast, plan_layers
-from streamlap.halves import Banks, HalfErrors, half_of, open_banks
+from streamlap.forecast import plan_layers
+from streamlap.halves import HalfErrors, half_of, open_banks
 from streamlap.heap import steady_heap
-from streamlap.inventory import count_parameters
+from streamlap.job import Job, build_report, choose_schedule
 from streamlap.linalg.notes import collected
 from streamlap.memory import parse_size
 from streamlap.meters import (
@@ -39,36 +38,13 @@ from streamlap.preflight import check_output, fingerprint, forecast_disk, hidden
 from streamlap.recipe import Recipe
 from streamlap.recovery import Refined, refine_layer, state_path
 from streamlap.report import LayerReport, Report
-from streamlap.sizing import Caps, Fit, fit, require_fit
-from streamlap.stopping import Stops, parse_time, stop_requests
-from streamlap.store.hidden import HiddenBank
+from streamlap.sizing import Fit
+from streamlap.stopping import parse_time, stop_requests
 from streamlap.store.hub import local_folder, model_name
-from streamlap.store.journal import Journal, OutputLock, save_tokens, saved_tokens
-from streamlap.store.sink import ShardFolder, file_hash, remove_file, shard_names
+from streamlap.store.journal import Journal, save_tokens, saved_tokens
+from streamlap.store.lock import OutputLock
+from streamlap.store.sink import ShardFolder, remove_file, shard_names
 from streamlap.target import meet, parse_target
-
-
-@dataclass(kw_only=True)
-class Job:
-    """Everything one run needs, checked."""
-
-    stream: ModelStream
-    recipe: Recipe
-    out: Path
-    tokens_NL: torch.Tensor
-    journal: Journal
-    hidden: HiddenBank
-    banks: Banks | None
-    """The dense model's stream and what lies between halves, where halves are rebuilt."""
-    fit: Fit
-    stops: Stops
-    moved: tuple[int, int] = field(default_factory=bytes_moved)
-    """Bytes read and written up to the last commit."""
-
-    @property
-    def streams(self) -> tuple[HiddenBank, ...]:
-        """What a layer begins with and leaves to the next."""
-        return (self.hidden,) if self.banks is None else (self.hidden, self.banks.dense)
 
 
 def compress(
@@ -174,17 +150,6 @@ def run(
         hidden.remove()
         journal.remove()
     return report
-
-
-def choose_schedule(stream: ModelStream, recipe: Recipe, tokens_NL: torch.Tensor, arguments: Mapping[str, Any]) -> Fit:
-    """How to go about it inside the caps. Raises BudgetError, with the smallest caps that would do, where nothing fits."""
-    sequences, length = tokens_NL.shape
-    shape_NL = (sequences, length)
-    work = compression_workload(stream, forecast(stream, recipe, shape_NL), shape_NL)
-    caps = Caps(ram=arguments.get("max_ram"), vram=arguments.get("max_vram"))
-    choice = fit(work, caps, arguments.get("overlap", True))
-    require_fit(choice, caps)
-    return choice
 
 
 def compress_layers(job: Job) -> None:
@@ -297,16 +262,3 @@ def commit(job: Job, report: LayerReport, digest: Future[str]) -> None:
     remove_file(state_path(job.out, report.index))
     for bank in job.streams:
         bank.drop(report.index)
-
-
-def build_report(job: Job) -> Report:
-    layers = tuple(LayerReport.from_json(line) for line in job.journal.layers)
-    rows = module_rows(layers, job.stream.family.layers)
-    names = shard_names(job.stream.depth)
-    hashes = {names[0]: file_hash(job.out / names[0])} | {names[layer.index + 1]: layer.sha256 for layer in layers}
-    sequences, length = job.tokens_NL.shape
-    return Report(
-        out=str(job.out), recipe=job.recipe.to_dict(), parameters=count_parameters(job.stream, rows), layers=layers,
-        shards=hashes, calibration_tokens=(sequences, length), kept_channels=KEPT_NAME,
-        seconds=sum(sum(layer.seconds.values()) for layer in layers),
-    )  # fmt: skip

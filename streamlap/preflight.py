@@ -18,7 +18,8 @@ from streamlap.export.folder import RECIPE_NAME, companions
 from streamlap.families.stream import ModelStream
 from streamlap.memory import existing_ancestor, require_disk
 from streamlap.recipe import Recipe
-from streamlap.store.journal import JOURNAL_NAME, STATE_FOLDER, Journal, OutputLock
+from streamlap.store.journal import JOURNAL_NAME, STATE_FOLDER, Journal
+from streamlap.store.lock import OutputLock
 from streamlap.store.sink import file_hash, fsync_folder, remove_file
 from streamlap.store.source import data_digest
 from streamlap.version import __version__

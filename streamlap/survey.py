@@ -4,10 +4,9 @@ One pass over the layers carries the dense stream and, of every layer passed, a 
 half alone is rebuilt smaller. At the head the divergence of every copy from the dense model is measured. The result is a small
 file, which serves every ratio; `allocate` reads it.
 
-What a killed sweep needs to go on lies in a folder beside the file. A layer is committed as in `pipeline`: the streams that
-feed the next one are on the disk, then comes the journal line, then those that fed it go.
+What a killed sweep needs to go on lies in a folder beside the file. The loop is in `sweep`.
 
-Shape suffixes: N windows, L length, B batch, D hidden.
+Shape suffixes: N windows, L length.
 """
 
 from __future__ import annotations
@@ -15,56 +14,34 @@ from __future__ import annotations
 import json
 import shutil
 import time
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from streamlap.allocate import Point, Survey, model_digest
+from streamlap.allocate import Survey, model_digest
 from streamlap.calibration import calibration_tokens
-from streamlap.cuts import CUTTERS, LEVELS, Cut, all_cuts, cut_layout, disk_generations, survey_workload
-from streamlap.divergence import divergences
-from streamlap.engine import Engine, open_bank, start_engine
-from streamlap.errors import RecipeError, UnsupportedModel, located
-from streamlap.families.layer import StreamLayer
+from streamlap.cuts import all_cuts, disk_generations, survey_workload
+from streamlap.engine import open_bank
+from streamlap.errors import RecipeError, UnsupportedModel
 from streamlap.families.stream import ModelStream
-from streamlap.halves import finite_error, half_of
-from streamlap.heap import steady_heap, trim_heap
+from streamlap.heap import steady_heap
 from streamlap.memory import parse_size
-from streamlap.meters import PhaseClock, reset_peaks
+from streamlap.meters import reset_peaks
 from streamlap.preflight import check_apart, forecast_disk, hidden_folder, pick_device, stream_marks
 from streamlap.recipe import Calibration
 from streamlap.sizing import Caps, Fit, fit, require_fit
-from streamlap.stopping import Stops, parse_time, stop_requests
-from streamlap.store.hidden import HiddenBank
+from streamlap.stopping import parse_time, stop_requests
 from streamlap.store.hub import local_folder
-from streamlap.store.journal import STATE_FOLDER, Journal, OutputLock, save_tokens, saved_tokens
+from streamlap.store.journal import STATE_FOLDER, Journal, save_tokens, saved_tokens
+from streamlap.store.lock import OutputLock
 from streamlap.store.sink import remove_file, write_durably
-from streamlap.views import Place, View
+from streamlap.sweep import Sweep, points, sweep_layers
 
 DEFAULT_SAMPLES = 16
 DEFAULT_LENGTH = 256
-
-
-@dataclass(kw_only=True)
-class Sweep:
-    """Everything one survey needs, checked."""
-
-    stream: ModelStream
-    tokens_NL: torch.Tensor
-    file: Path
-    journal: Journal
-    fit: Fit
-    dense: HiddenBank
-    dense_middle: HiddenBank
-    copies: dict[Cut, HiddenBank]
-    stops: Stops
-
-    def begun(self, layers: int) -> list[HiddenBank]:
-        """The streams that have something in them once so many layers are done."""
-        return [self.dense, *(bank for cut, bank in self.copies.items() if cut.index < layers)]
 
 
 def survey(
@@ -216,101 +193,3 @@ def written(sweep: Sweep, marks: Mapping[str, Any]) -> Survey | None:
     found = Survey.read(sweep.file)
     same = all(getattr(found, key) == value for key, value in identity(sweep.stream, marks).items())
     return found if same and sweep.journal.next_layer == sweep.stream.depth else None
-
-
-def sweep_layers(sweep: Sweep) -> None:
-    """The loop over decoder layers."""
-    stream, first = sweep.stream, sweep.journal.next_layer
-    kwargs = stream.layer_kwargs(sweep.tokens_NL.shape[1])
-    beside = (sweep.dense_middle, *sweep.copies.values())
-    with start_engine(stream, sweep.fit, sweep.dense, "survey", first, (), beside) as engine:
-        if first == 0:
-            engine.enter(sweep.dense, sweep.tokens_NL)
-        else:
-            for bank in sweep.begun(first):
-                bank.drop(first - 1)  # where the run died between the commit and this
-        for index in range(first, stream.depth):
-            if sweep.stops.due(moved=index > first):
-                raise sweep.stops.stopped(f"at layer {index} of {stream.depth}")
-            layer = engine.layer(index, kwargs[index])
-            errors = carry_through(sweep, engine, layer, index)
-            del layer
-            commit(sweep, index, errors)
-            engine.require_baseline(index)
-            engine.progress.next()
-
-
-def commit(sweep: Sweep, index: int, errors: dict[str, list[float]]) -> None:
-    """All streams are before the next layer, on the disk, and now the journal says so."""
-    banks = sweep.begun(index + 1)
-    for bank in banks:
-        bank.settle()
-    sweep.journal.append({"index": index, "errors": errors})
-    for bank in (*banks, sweep.dense_middle):
-        bank.drop(index)
-
-
-def carry_through(sweep: Sweep, engine: Engine, layer: StreamLayer, index: int) -> dict[str, list[float]]:
-    """Every stream through a layer, and new copies in which a half of it is cut. Gives half -> its own error at each level."""
-    attention, ffn = half_of(layer, "attention"), half_of(layer, "ffn")
-
-    def whole(x_BLD: torch.Tensor) -> torch.Tensor:
-        return ffn(attention(x_BLD))
-
-    with engine.claim("propagate"):
-        for cut, bank in sweep.copies.items():
-            if cut.index < index:
-                engine.carry(whole, index, bank.read(index), bank, index + 1)
-        engine.carry(attention, index, sweep.dense.read(index), sweep.dense_middle, index)
-    before, between, after = (
-        Place(bank=sweep.dense, generation=index), Place(bank=sweep.dense_middle, generation=index),
-        Place(bank=sweep.dense, generation=index + 1),
-    )  # fmt: skip
-    errors = {"attention": cut_half(sweep, engine, layer, index, "attention", (before, between), whole)}
-    with engine.claim("propagate"):
-        engine.carry(ffn, index, between.read(), sweep.dense, index + 1)
-    return errors | {"ffn": cut_half(sweep, engine, layer, index, "ffn", (between, after), ffn)}
-
-
-def cut_half(
-    sweep: Sweep, engine: Engine, layer: StreamLayer, index: int, half: str, ends: tuple[Place, Place],
-    rest: Callable[[torch.Tensor], torch.Tensor],
-) -> list[float]:  # fmt: skip
-    """New copies of the dense stream, through a half that is cut and the `rest` of the layer. Gives the half's own errors.
-
-    Args: ends, the dense stream before and after the half.
-    """
-    with engine.claim("solve"), located(f"{layer.prefix} {half}"):
-        view = View(
-            engine=engine, clock=PhaseClock(engine.progress.phase), layer=layer, index=index, half=half,
-            dense=ends[0], goal=ends[1], stream=ends[0],
-        )  # fmt: skip
-        made = {keep: CUTTERS[half].build(view, cut_layout(sweep.stream, index, half, keep)) for keep in LEVELS}
-        del view  # and the sums that it holds
-        errors = [finite_error(built.error) for built in made.values()]
-    for keep, built in made.items():
-        copy = sweep.copies[Cut(index=index, half=half, keep=keep)]
-        with engine.claim("propagate"), layer.tried(built.edits):
-            engine.carry(rest, index, ends[0].read(), copy, index + 1)
-    return errors
-
-
-def points(sweep: Sweep) -> tuple[dict[str, tuple[Point, ...]], ...]:
-    """What was measured, with the divergences at the head."""
-    schedule = sweep.fit.schedule
-    trim_heap()  # of what the layers have left
-    with sweep.fit.ram.claim(schedule.ram["head"]), sweep.fit.vram.claim(schedule.vram.get("head", {})):
-        kl = divergences(sweep.stream, sweep.dense, sweep.copies, sweep.stops)
-    rows = []
-    for index, line in enumerate(sweep.journal.layers):
-        errors = {half: dict(zip(LEVELS, values, strict=True)) for half, values in line["errors"].items()}
-        rows.append(
-            {
-                half: tuple(
-                    Point(keep=keep, kl=kl[Cut(index=index, half=half, keep=keep)], error=errors[half][keep])
-                    for keep in LEVELS
-                )
-                for half in errors
-            }
-        )
-    return tuple(rows)

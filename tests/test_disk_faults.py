@@ -24,7 +24,7 @@ from streamlap.errors import BudgetError, CheckpointError, StreamlapError
 from streamlap.families.stream import batch_of
 from streamlap.sizing import Schedule, make_schedule
 from streamlap.store.hidden import HiddenBank
-from streamlap.store.journal import OutputLock
+from streamlap.store.lock import OutputLock
 from streamlap.store.sink import ShardFolder
 from streamlap.store.source import INDEX_NAME, SafetensorsFolder
 from streamlap.workload import Workload

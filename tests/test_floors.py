@@ -22,7 +22,8 @@ FLOORS = {
     4: {"", "cli", "cli.__main__", "cli.jobs", "cli.options", "cli.results", "cli.wording"},
     3: {
         "pipeline", "editing", "recovery", "halves", "views",
-        "allocate", "survey", "cuts", "divergence", "preflight", "evaluate", "engine", "forecast", "sizing", "workload", "plan",
+        "allocate", "survey", "sweep", "job", "cuts", "divergence", "preflight", "evaluate", "engine", "forecast", "sizing",
+        "workload", "plan",
         "inventory", "verification", "loading", "report", "resuming", "target", "export", "export.dense",
         "export.folder", "demo",
     },
@@ -32,7 +33,8 @@ FLOORS = {
         "methods.costs", "methods.attention_awsvd", "methods.ffn_lorap", "recipe", "calibration", "tokenizer",
     },
     1: {
-        "store", "store.confine", "store.header", "store.hidden", "store.hub", "store.journal", "store.npy", "store.sink",
+        "store", "store.confine", "store.header", "store.hidden", "store.hub", "store.journal", "store.lock",
+        "store.npy", "store.sink",
         "store.source", "store.staging", "store.transfer", "store.worker",
         "families", "families.bounds", "families.layer", "families.shell", "families.stream",
     },

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from streamlap.errors import ResumeMismatch, StreamlapError
-from streamlap.store.journal import OutputLock
+from streamlap.store.lock import OutputLock
 
 HOLDING = """
 import errno, fcntl, os, sys, time
@@ -25,7 +25,7 @@ def fail(handle, what):
 
 if sys.argv[2] != "0":
     fcntl.flock = fail
-from streamlap.store.journal import OutputLock
+from streamlap.store.lock import OutputLock
 with OutputLock(Path(sys.argv[1])):
     print("held", flush=True)
     time.sleep(60)

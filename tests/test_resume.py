@@ -24,7 +24,8 @@ from outputs import STATE, contents, is_begun
 import streamlap
 from streamlap import pipeline, preflight
 from streamlap.errors import NumericalError, RecipeError, ResumeMismatch
-from streamlap.store.journal import Journal, OutputLock
+from streamlap.store.journal import Journal
+from streamlap.store.lock import OutputLock
 
 ROOT = Path(__file__).parents[1]
 JOURNAL = f"{STATE}/journal.jsonl"

@@ -19,7 +19,8 @@ from streamlap.cli import app
 from streamlap.errors import BudgetError, Interrupted, RecipeError, ResumeMismatch
 from streamlap.families.stream import ModelStream
 from streamlap.sizing import schedules
-from streamlap.store.journal import Journal, OutputLock
+from streamlap.store.journal import Journal
+from streamlap.store.lock import OutputLock
 from streamlap.store.sink import ShardFolder
 from streamlap.workload import evaluation_workload
 

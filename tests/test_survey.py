@@ -21,7 +21,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 
 import streamlap
-from streamlap import allocate, cuts, sizing
+from streamlap import allocate, cuts, sizing, sweep
 from streamlap.allocate import Point, Survey, dense_parameters, half_budgets, surveyed_parameters
 from streamlap.cuts import LEVELS, survey_workload
 from streamlap.errors import BudgetError, Interrupted, RecipeError, ResumeMismatch, UnsupportedModel
@@ -35,7 +35,7 @@ from streamlap.recipe import Recipe
 from streamlap.sizing import make_schedule, peak
 from streamlap.store.journal import Journal
 
-sweep = importlib.import_module("streamlap.survey")  # by attribute the name is the function's
+surveying = importlib.import_module("streamlap.survey")  # by attribute the name is the function's
 DEPTH = 3
 Measure = Callable[..., Survey]
 
@@ -173,7 +173,7 @@ def test_a_run_killed_at_the_head_ends_in_the_same_file(
         raise Crash
 
     with monkeypatch.context() as patch:
-        patch.setattr(sweep, "write_durably", crash)
+        patch.setattr(surveying, "write_durably", crash)
         with pytest.raises(Crash):
             measure(file)
     with monkeypatch.context() as patch:
@@ -300,7 +300,7 @@ def test_a_cap_below_all_streams_keeps_them_on_the_disk(
         seen.append(choice.schedule.tier)
         return choice
 
-    monkeypatch.setattr(sweep, "fit", note)
+    monkeypatch.setattr(surveying, "fit", note)
     monkeypatch.setattr("streamlap.engine.Engine.require_baseline", lambda *_: None)
     measure(tmp_path / "survey.json", max_ram=cap)
     assert seen == ["disk"]

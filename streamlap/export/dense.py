@@ -23,7 +23,8 @@ from streamlap.memory import require_disk
 from streamlap.modules import dense_linear
 from streamlap.preflight import check_apart, source_marks
 from streamlap.stopping import Stops, parse_time, stop_requests
-from streamlap.store.journal import STATE_FOLDER, Journal, OutputLock
+from streamlap.store.journal import STATE_FOLDER, Journal
+from streamlap.store.lock import OutputLock
 from streamlap.store.sink import ShardFolder, TensorEntry, shard_names
 
 
