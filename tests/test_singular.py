@@ -78,6 +78,11 @@ def test_damping_grows_tenfold_until_it_is_enough(least: float, used: float, dty
     assert notes == ([] if used == DAMPING else grown)
 
 
+def test_a_gram_that_is_less_than_nothing_by_rounding_is_damped_as_an_empty_one() -> None:
+    for gram_II in (torch.zeros(3, 3), -1e-12 * torch.eye(3)):
+        torch.testing.assert_close(cholesky(gram_II.double()), DAMPING**0.5 * torch.eye(3).double())
+
+
 def test_damping_has_an_end() -> None:
     for solve in (cholesky, root):
         with pytest.raises(NumericalError, match=rf"not positive definite after damping of {MOST_DAMPING:g};"):
