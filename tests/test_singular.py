@@ -341,7 +341,7 @@ RECIPES: dict[str, Recipe] = {
 
 
 def run_odd(folder: Path, weights: str | None, text: str | None, recipe: str, dtype: str, source: Path) -> list[Any]:
-    """Compress; all that is written is finite, and nothing failed. Gives the layers' notes."""
+    """Compress; all that is written is finite, and no method of a preset failed. Gives the layers' notes."""
     shutil.copytree(source, folder / "source")
     if weights:
         tensors = load_file(folder / "source" / "model.safetensors")
@@ -357,7 +357,8 @@ def run_odd(folder: Path, weights: str | None, text: str | None, recipe: str, dt
             assert not tensor.is_floating_point() or bool(torch.isfinite(tensor).all()), name
     json.dumps(report.to_json(), allow_nan=False)
     notes = [layer.numerics for layer in report.layers]
-    assert not any("failed" in text for layer in notes for text in layer)
+    if recipe != "every method":  # of many some may be passed over
+        assert not any("failed" in text for layer in notes for text in layer)
     assert not any(layer.excluded_tokens for layer in report.layers)
     return notes
 
