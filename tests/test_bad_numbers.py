@@ -24,6 +24,7 @@ from streamlap.cuts import Cut
 from streamlap.divergence import divergence, divergences
 from streamlap.errors import NumericalError
 from streamlap.families import stream as families_stream
+from streamlap.families.layer import StreamLayer
 from streamlap.families.stream import ModelStream
 from streamlap.linalg.rows import MOST_OUT, any_out, blanked, carried, marked, paired, require_few, rows_out
 from streamlap.linalg.statistics import Energy
@@ -34,6 +35,7 @@ from streamlap.recipe import Recipe
 from streamlap.report import LayerReport
 from streamlap.store.hidden import HiddenBank
 from streamlap.store.journal import Journal
+from streamlap.views import View
 
 BAD_ID = 299
 LOUD = 5  # a channel of the stream that only the bad token uses
@@ -240,6 +242,33 @@ def test_tokens_that_go_bad_are_left_out_and_counted(
     saved = json.loads((tmp_path / "out" / "streamlap_report.json").read_text())
     assert [layer["excluded_tokens"] for layer in saved["layers"]] == INJECTIONS[injection][1]
     assert not any("NaN" in json.dumps(layer["errors"]) for layer in saved["layers"])
+
+
+@pytest.mark.parametrize("half", ["attention", "ffn"])
+def test_what_is_bad_at_a_site_alone_is_left_out_of_that_layer_only(
+    pico: MakeModel, few: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, half: str
+) -> None:
+    """In the compressed stream the linear before the last one overflows for one token, and the stream goes on."""
+    middle, sums, seen = StreamLayer.middle, View._sums, list[tuple[int, bool]]()
+
+    def overflow(layer: StreamLayer, at: str, x_BLD: torch.Tensor) -> torch.Tensor:
+        y_BLI = middle(layer, at, x_BLD)
+        if layer.prefix.endswith(".1") and at == half and len(y_BLI) == SHAPE_NL[0]:
+            y_BLI[2, 3, 4] = math.inf
+        return y_BLI
+
+    def count(*args: Any) -> Any:
+        found = sums(*args)
+        if found[2].any():
+            seen.append((found[0].tokens + found[1].tokens, bool(found[0].finite and found[1].finite)))
+        return found
+
+    monkeypatch.setattr(StreamLayer, "middle", overflow)
+    monkeypatch.setattr(View, "_sums", count)
+    report = compress(pico("llama"), tmp_path / "out", few, dtype="float32")
+    assert [layer.excluded_tokens for layer in report.layers] == [0, 1, 0]
+    assert set(seen) == {(191, True)}
+    assert_finite(tmp_path / "out")
 
 
 @pytest.mark.parametrize("preset", ["lorap", "best"])

@@ -78,6 +78,11 @@ def test_damping_grows_tenfold_until_it_is_enough(least: float, used: float, dty
     assert notes == ([] if used == DAMPING else grown)
 
 
+def test_a_gram_that_is_less_than_nothing_by_rounding_is_damped_as_an_empty_one() -> None:
+    for gram_II in (torch.zeros(3, 3), -1e-12 * torch.eye(3)):
+        torch.testing.assert_close(cholesky(gram_II.double()), DAMPING**0.5 * torch.eye(3).double())
+
+
 def test_damping_has_an_end() -> None:
     for solve in (cholesky, root):
         with pytest.raises(NumericalError, match=rf"not positive definite after damping of {MOST_DAMPING:g};"):
@@ -336,7 +341,7 @@ RECIPES: dict[str, Recipe] = {
 
 
 def run_odd(folder: Path, weights: str | None, text: str | None, recipe: str, dtype: str, source: Path) -> list[Any]:
-    """Compress; all that is written is finite, and nothing failed. Gives the layers' notes."""
+    """Compress; all that is written is finite, and no method of a preset failed. Gives the layers' notes."""
     shutil.copytree(source, folder / "source")
     if weights:
         tensors = load_file(folder / "source" / "model.safetensors")
@@ -352,7 +357,8 @@ def run_odd(folder: Path, weights: str | None, text: str | None, recipe: str, dt
             assert not tensor.is_floating_point() or bool(torch.isfinite(tensor).all()), name
     json.dumps(report.to_json(), allow_nan=False)
     notes = [layer.numerics for layer in report.layers]
-    assert not any("failed" in text for layer in notes for text in layer)
+    if recipe != "every method":  # of many some may be passed over
+        assert not any("failed" in text for layer in notes for text in layer)
     assert not any(layer.excluded_tokens for layer in report.layers)
     return notes
 
