@@ -359,7 +359,7 @@ CONFIG: dict[str, Case] = {
     "layer types are text": (edit_config(layer_types="xxx"), WRONG, ("layer_types 'xxx'",)),
     "unknown layer types": (edit_config(layer_types=["x"] * 3), WRONG, ("does not describe a model",)),
     "rope_theta of 10^300": (rope(rope_theta=1e300), WRONG, ("rope_parameters.rope_theta 1e+300", "finite")),
-    "rope_theta is text": (rope(rope_theta="big"), WRONG, ("config.json",)),
+    "rope_theta is text": (rope(rope_theta="big"), WRONG, ("rope_parameters.rope_theta 'big'", "finite numbers")),
     "a million rope factors": (
         rope(rope_type="longrope", short_factor=[1.0] * 10**6, long_factor=[1.0]), WRONG, ("short_factor [1.0", "short list"),
     ),
@@ -485,7 +485,7 @@ BOMB = "a: &a [x, x]\n" + "".join(
 RECIPES: dict[str, tuple[bytes, tuple[str, ...]]] = {
     "a billion laughs": (BOMB.encode(), ("anchor or alias 'a' in line 1",)),
     "an alias": (b"ratio: *x", ("anchor or alias 'x'",)),
-    "a key twice": (b"ratio: 0.2\nratio: 0.9", ("'ratio' in line 2 stands twice",)),
+    "a key twice": (b"ratio: 0.2\nratio: 0.9", ("'ratio' stands twice, again in line 2",)),
     "a key that is a list": (b"? [a]\n: 1", ("is no word",)),
     "256 KiB": (b"#" * ((1 << 18) + 1), ("more than 262,144 bytes",)),
     "not UTF-8": (b"ratio: \xff", ("not UTF-8 at byte 7",)),
@@ -586,7 +586,7 @@ ARRAYS: dict[str, tuple[bytes, tuple[str, ...]]] = {
     "shape of 10^15 rows": (npy(f"({10**15}, 16)"), ("takes 128000000000000000 bytes", "the file has 8")),
     "shape of 400 digits": (npy(f"({'9' * 150},)"), ("999", "the file has 8")),
     "negative shape": (npy("(-4, -16)"), ("the file has 8",)),
-    "shape of true": (npy("(True,)", data=b"\0" * 8), (".npy",)),
+    "shape of true": (npy("(True,)", data=b"\0" * 8), ("shape (True,)", "the file has 8")),
     "numbers of no bytes": (npy(f"({10**15},)", "<U0"), ("<U0", "whole numbers")),
     "records": (npy("(1,)", "|V99999999"), ("V99999999", "whole numbers")),
     "more than its header says": (npy("(1,)", data=b"\0" * 80), ("the file has 80",)),
