@@ -174,13 +174,13 @@ def test_a_hostile_header(source: Path, case: str) -> None:
 
 
 def test_no_header_takes_much_more_memory_than_its_bytes(tmp_path: Path) -> None:
-    """Nearly as many values as are allowed, of the kind that takes most."""
-    raw = b'{"a":[' + b"{}," * 990_000 + b"0]}"
+    """A tenth of the values that are allowed, of the kind that takes most."""
+    raw = b'{"a":[' + b"{}," * 99_000 + b"0]}"
     (tmp_path / SINGLE).write_bytes(len(raw).to_bytes(8, "little") + raw)
     tracemalloc.start()
     try:
         refused_by(lambda: SafetensorsFolder(tmp_path), CheckpointError, "data_offsets")
-        assert tracemalloc.get_traced_memory()[1] < 300 << 20
+        assert tracemalloc.get_traced_memory()[1] < 30 << 20
     finally:
         tracemalloc.stop()
 
@@ -355,13 +355,13 @@ CONFIG: dict[str, Case] = {
     "vocab_size of 10^15": sized("vocab_size", 10**15),
     "max_position_embeddings of 10^15": sized("max_position_embeddings", 10**15),
     "kv heads that do not divide": (edit_config(num_key_value_heads=3), WRONG, ("num_key_value_heads 3", "divisor")),
-    "a million layer types": (edit_config(layer_types=["x"] * 10**6), WRONG, ("layer_types", "one word", "layers")),
+    "many layer types": (edit_config(layer_types=["x"] * 10**5), WRONG, ("layer_types", "one word", "layers")),
     "layer types are text": (edit_config(layer_types="xxx"), WRONG, ("layer_types 'xxx'",)),
     "unknown layer types": (edit_config(layer_types=["x"] * 3), WRONG, ("does not describe a model",)),
     "rope_theta of 10^300": (rope(rope_theta=1e300), WRONG, ("rope_parameters.rope_theta 1e+300", "finite")),
     "rope_theta is text": (rope(rope_theta="big"), WRONG, ("rope_parameters.rope_theta 'big'", "finite numbers")),
-    "a million rope factors": (
-        rope(rope_type="longrope", short_factor=[1.0] * 10**6, long_factor=[1.0]), WRONG, ("short_factor [1.0", "short list"),
+    "many rope factors": (
+        rope(rope_type="longrope", short_factor=[1.0] * 10**5, long_factor=[1.0]), WRONG, ("short_factor [1.0", "short list"),
     ),
     "yarn without a factor": (rope(rope_type="yarn"), WRONG, ("config.json", "factor")),
     "deep rope": (rope(a={"b": {"c": {}}}), WRONG, ("rope_parameters.a.b {'c': {}}",)),
@@ -429,7 +429,7 @@ MODULES: dict[str, Case] = {
     "rank is negative": (rows(q={"rank": -1}), WRONG, (Q, "rank = -1")),
     "width of 10^12": (rows(q={"out": 10**12}), WRONG, (Q, "out = 1000000000000")),
     "two kinds": (rows(q={"rank": 7, "pivots": 7}), WRONG, (Q, "at most one of")),
-    "unknown keys": (rows(q={f"k{number}": 1 for number in range(10**5)}), WRONG, (Q, "at most one of")),
+    "unknown keys": (rows(q={f"k{number}": 1 for number in range(10**4)}), WRONG, (Q, "at most one of")),
     "heads without head_dim": (rows(v={"out_heads": 2}), WRONG, ("v_proj", "head_dim")),
     "groups of zero": (rows(k={"pivots": 4, "groups": 0}), WRONG, ("k_proj", "groups = 0")),
     "rank that the tensor has not": (rows(o={"in_heads": 4, "head_dim": 6, "bias": 1}), WRONG, ("o_proj", "has shape")),
@@ -490,7 +490,7 @@ RECIPES: dict[str, tuple[bytes, tuple[str, ...]]] = {
     "256 KiB": (b"#" * ((1 << 18) + 1), ("more than 262,144 bytes",)),
     "not UTF-8": (b"ratio: \xff", ("not UTF-8 at byte 7",)),
     "UTF-16": ("ratio: 0.2".encode("utf-16"), ("not UTF-8",)),
-    "nested": (b"[" * 100_000, ("more than 16 levels",)),
+    "nested": (b"[" * 20_000, ("more than 16 levels",)),
     "a date that is none": (b"ratio: 2026-99-99", ("cannot be read",)),
     "a number of 60,000 digits": (b"ratio: 0x" + b"f" * 60_000, ("number of 60002 characters in line 1",)),
     "a key of 60,000 digits": (b"? 0x" + b"f" * 60_000 + b"\n: 1", ("number of 60002 characters",)),
