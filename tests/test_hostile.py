@@ -28,7 +28,7 @@ import streamlap
 from streamlap import cli
 from streamlap.allocate import Survey
 from streamlap.errors import CheckpointError, RecipeError, ResumeMismatch, StreamlapError, UnsupportedModel, shown
-from streamlap.export.folder import licence_of, model_card
+from streamlap.export.folder import companions, licence_of, model_card
 from streamlap.machine import _load
 from streamlap.recipe import Recipe
 from streamlap.report import Parameters, Report
@@ -238,7 +238,7 @@ INDEXES: dict[str, Case] = {
     "index is a list": (whole_file(b"[]", 0, INDEX), WRONG, (INDEX, "holds a list")),
     "deep index": (whole_file(b'{"weight_map":' + b"[" * 99_999, 0, INDEX), WRONG, ("nested too deeply",)),
     "index in UTF-16": (whole_file('{"weight_map":{}}'.encode("utf-16"), 0, INDEX), WRONG, ("not UTF-8",)),
-    "shard is a link out": (link(SHARD_2, "../" + SHARD_2), WRONG, (SHARD_2, "link to", "outside the checkpoint", "cp -rL")),
+    "shard is a link out": (link(SHARD_2, "../" + SHARD_2), WRONG, (SHARD_2, "leads to", "outside the checkpoint", "cp -rL")),
     "shard is a pipe": (instead(SHARD_2, os.mkfifo), WRONG, (SHARD_2, "a pipe", "plain file")),
     "index is a pipe": (instead(INDEX, os.mkfifo), WRONG, (INDEX, "a pipe")),
     "shard is a device": (link(SHARD_2, "/dev/zero"), WRONG, (SHARD_2, "'/dev/zero'", "outside")),
@@ -261,7 +261,7 @@ LINKS: dict[str, Case] = {
     "config.json is a link out": (link("config.json", "../config.json"), WRONG, ("config.json", "outside")),
     "link of a link": (
         lambda f: ((f / "a").symlink_to("../b"), (f / "merges.txt").symlink_to("a"), (f.parent / "b").write_text("x")),
-        WRONG, ("link to", "outside"),
+        WRONG, ("leads to", "outside"),
     ),
     "dangling link out": (link("vocab.json", "/nowhere/at/all"), WRONG, ("'/nowhere/at/all'", "outside")),
     "links in a circle": (link("vocab.json", "vocab.json"), WRONG, ("vocab.json",)),
@@ -285,6 +285,14 @@ def test_a_file_out_of_bounds(source: Path, tokens: Path, tmp_path: Path, case: 
     refused(source, LINKS[case], "compress", source, tmp_path / "out", "--calibration", tokens)
     assert not (tmp_path / "out").exists()
     assert streamlap.verify(source)["ok"] is False
+
+
+def test_a_file_behind_a_folder_that_is_a_link_is_out_of_bounds(source: Path, tmp_path: Path) -> None:
+    """The file is none itself."""
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere" / "tool.jinja").write_text("x")
+    (source / "additional_chat_templates").symlink_to("../elsewhere")
+    refused_by(lambda: companions(source), CheckpointError, "tool.jinja", "elsewhere", "outside")
 
 
 def test_a_folder_with_a_link_out_is_not_loaded(source: Path) -> None:
