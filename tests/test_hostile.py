@@ -29,6 +29,7 @@ from streamlap import cli
 from streamlap.allocate import Survey
 from streamlap.errors import CheckpointError, RecipeError, ResumeMismatch, StreamlapError, UnsupportedModel, shown
 from streamlap.export.folder import companions, licence_of, model_card
+from streamlap.families.stream import ModelStream
 from streamlap.machine import _load
 from streamlap.recipe import Recipe
 from streamlap.report import Parameters, Report
@@ -397,6 +398,15 @@ def test_a_hostile_config(source: Path, case: str) -> None:
     CONFIG[case][0](source)
     refused(source, CONFIG[case])
     assert streamlap.verify(source)["ok"] is False
+
+
+def test_a_forward_of_the_shell_that_fails(source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise ValueError("odd\nvalues")
+
+    stream = ModelStream(source)
+    monkeypatch.setattr(type(stream.model.get_submodule("model")), "forward", fail)
+    refused_by(lambda: stream.layer_kwargs(4), CheckpointError, "describes no model that runs: ValueError: odd values")
 
 
 def test_keys_that_would_make_transformers_act_are_not_heeded(source: Path) -> None:
