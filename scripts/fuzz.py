@@ -66,11 +66,17 @@ def fuzz(target: str, words: list[str]) -> None:
     # Addresses that are only reserved count here too, and torch reserves some.
     resource.setrlimit(resource.RLIMIT_AS, (4 * MEMORY_MB << 20, resource.RLIM_INFINITY))
     folder = fuzz_targets.home()
-    atheris.Setup([sys.argv[0], *words], lambda raw: void(fuzz_targets.check(target, raw)))
+    known = folder / "words"  # libFuzzer wants a word a line, in quotes, with bytes in hexadecimal
+    known.write_text("".join(f'"{hexed(json.dumps(word))}"\n' for word in fuzz_targets.WORDS))
+    atheris.Setup([sys.argv[0], *words, f"-dict={known}"], lambda raw: void(fuzz_targets.check(target, raw)))
     try:
         atheris.Fuzz()
     finally:
         shutil.rmtree(folder, ignore_errors=True)
+
+
+def hexed(text: str) -> str:
+    return "".join(f"\\x{byte:02x}" for byte in text.encode())
 
 
 def void(_: str) -> None:

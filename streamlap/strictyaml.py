@@ -50,9 +50,10 @@ class _PlainLoader(yaml.SafeLoader):
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen: set[str] = set()
         for key, _ in node.value:
-            if not isinstance(key, yaml.ScalarNode) or key.value in seen:
-                fault = "stands twice" if isinstance(key, yaml.ScalarNode) else "is no word"
-                raise ValueError(f"the key {shown(key.value)} in line {key.start_mark.line + 1} {fault}")
+            if not isinstance(key, yaml.ScalarNode):
+                raise ValueError(f"a key in line {key.start_mark.line + 1} is no word")
+            if key.value in seen:
+                raise ValueError(f"the key {shown(key.value)} stands twice, again in line {key.start_mark.line + 1}")
             seen.add(key.value)
         table: dict[Any, Any] = super().construct_mapping(node, deep)
         return table

@@ -33,6 +33,15 @@ SIZES = {
     "head_dim": 4, "vocab_size": 16, "max_position_embeddings": 32, "bos_token_id": 0, "eos_token_id": 1, "pad_token_id": None,
 }  # fmt: skip
 
+WORDS = [
+    *SIZES, "dtype", "shape", "data_offsets", "__metadata__", "weight_map", "metadata", "model_type", "llama", "qwen3",
+    "rope_parameters", "rope_type", "yarn", "factor", "quantization_config", "quant_method", "streamlap", "format_version",
+    "modules", "model.layers.0.mlp.up_proj", "rank", "layer_types", "ratio", "methods", "method", "ffn_lorap", "calibration",
+    "fingerprint", "arguments", "recipe", "index", "edits", "seconds", "F32", "t1", "model-1.safetensors", "../x.safetensors",
+    "__class__", "\0", "\n", "é",
+]  # fmt: skip
+"""What the formats call things, and a few words that no format likes."""
+
 
 @lru_cache
 def home() -> Path:

@@ -123,15 +123,17 @@ def _check_lists(raw: Mapping[str, Any], folder: Path) -> None:
 
 
 def _check_rope(value: Any, key: str, folder: Path, level: int = 0) -> None:
-    """Words, flags and finite numbers; lists of numbers as long as a head at most; one table within another at most."""
+    """Flags, finite numbers and, as a type, words; lists as long as a head at most; one table within another at most."""
     if isinstance(value, dict) and level < 2 and len(value) <= 64:
         for name, inner in value.items():
             _check_rope(inner, f"{key}.{name}", folder, level + 1)
     elif isinstance(value, list) and level < 3 and len(value) <= SIZES["head_dim"]:
         for inner in value:
             _check_rope(inner, key, folder, 3)
-    elif isinstance(value, dict | list) or (
-        isinstance(value, int | float) and not (math.isfinite(value) and abs(value) <= ROPE_MOST)
+    elif (
+        isinstance(value, dict | list)
+        or (isinstance(value, str) and not key.endswith("type"))
+        or (isinstance(value, int | float) and not (math.isfinite(value) and abs(value) <= ROPE_MOST))
     ):
         raise CheckpointError(
             f"{folder / 'config.json'} has {shown(key)[1:-1]} {shown(value)}; wanted finite numbers and a short list of them."

@@ -48,9 +48,9 @@ def checked(folder: Path, path: Path) -> Path:
         raise CheckpointError(
             f"{_name(path)} in {folder} cannot be looked at: {first_line(error)}; wanted a file."
         ) from error
-    if path.is_symlink() and not target.is_relative_to(root):
+    if not target.is_relative_to(root):
         raise CheckpointError(
-            f"{_name(path)} in {folder} is a link to {shown(str(target))}, outside the checkpoint; wanted the file itself. "
+            f"{_name(path)} in {folder} leads to {shown(str(target))}, outside the checkpoint; wanted the file itself. "
             "If it belongs to the checkpoint, copy it in its place (cp -rL makes a folder without links), else remove the link."
         )
     kind = KINDS.get(stat.S_IFMT(mode))

@@ -24,7 +24,7 @@ def read_integers(path: Path) -> npt.NDArray[np.integer]:
         if len(shape) not in (1, 2) or dtype.kind not in "iu" or 0 in shape:
             raise TypeError(f"{shown(str(dtype))[1:-1]} {shown(shape)}; wanted whole numbers of shape [T] or [N, L]")
         wanted, found = math.prod(shape) * dtype.itemsize, path.stat().st_size - file.tell()
-        if min(shape) < 0 or wanted != found:
+        if any(type(size) is not int or size < 0 for size in shape) or wanted != found:
             raise ValueError(f"shape {shown(shape)} of {dtype} takes {shown(wanted)} bytes, and the file has {found}")
         file.seek(0)
         array: npt.NDArray[np.integer] = np.lib.format.read_array(file, allow_pickle=False)
