@@ -157,12 +157,12 @@ class Journal:
         """
         path = self.state / JOURNAL_NAME
         try:
+            fsync_folder(self.state)
             with path.open("r+b") as file:
                 raw = file.read()
                 if not raw.endswith(b"\n"):
                     file.truncate(raw.rfind(b"\n") + 1)
                 os.fsync(file.fileno())
-            fsync_folder(self.state)
         except OSError as error:
             raise disk_error(error, path) from error
 
