@@ -206,6 +206,30 @@ def test_a_disk_that_fails(
     assert contents(tmp_path / "out") == whole
 
 
+def test_any_operation_that_fails_is_one_clear_error(
+    compress: Compress, whole: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Or none, where it only tidied up; never one of the system's own."""
+    out = tmp_path / "disk" / "out"
+    out.parent.mkdir()
+    step, failed, disk = 2, 0, None
+    while disk is None or disk.counted >= step - 7:
+        with monkeypatch.context() as patch:
+            disk = Disk(patch, out.parent, at=step, error=errno.EIO)
+            try:
+                compress(out)
+            except StreamlapError as error:
+                assert "Input/output error" in str(error)  # noqa: PT017
+                failed += 1
+        if not streamlap.verify(out)["ok"]:
+            compress(out)
+        shutil.rmtree(out / ".streamlap", ignore_errors=True)
+        assert contents(out) == whole, step
+        shutil.rmtree(out)
+        step += 7
+    assert failed > 20
+
+
 UNREADABLE = {
     "copied first": ("lm_head.weight", 1),
     "embedding": ("model.embed_tokens.weight", 1),
