@@ -46,11 +46,8 @@ from streamlap.store.journal import STATE_FOLDER, Journal
 
 POLL_SECONDS = 0.0005
 LAYERS = 3
-MODELS = {
-    f"{family}{'-tied' * tied}": (family, tied)
-    for family in ("llama", "mistral", "qwen2", "qwen3")
-    for tied in (False, True)
-}
+FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
+MODELS = {family + "-tied" * tied: (family, tied) for family in FAMILIES for tied in (False, True)}
 RECIPES: dict[str, dict[str, Any]] = {"lorap": {"preset": "lorap"}, "best": {}, "best --refine 2": {"refine": 2}}
 PROCESSES = multiprocessing.get_context("forkserver")
 
@@ -225,9 +222,8 @@ def bench(folder: Path, kills: int, seed: int, only: list[str]) -> Result:
     cases = [Case(model=model, command=command, folder=folder) for model in models for command in commands]
     chance, begin = random.Random(seed), time.perf_counter()
     rows = [try_case(case, -(-max(0, kills - LAYERS * len(cases)) // len(cases)), chance) for case in cases]
-    total = {
-        key: sum(row[key] for row in rows) for key in ("kills", "of resumed runs", "unfinished", "differing_bytes")
-    }
+    counted = ("kills", "of resumed runs", "unfinished", "differing_bytes")
+    total = {key: sum(row[key] for row in rows) for key in counted}
     return {**total, "layers": LAYERS, "seed": seed, "seconds": round(time.perf_counter() - begin, 1), "cases": rows}
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import shutil
@@ -206,6 +207,30 @@ def test_a_disk_that_fails(
     assert contents(tmp_path / "out") == whole
 
 
+def test_any_operation_that_fails_is_one_clear_error(
+    compress: Compress, whole: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Or none, where it only tidied up; never one of the system's own."""
+    out = tmp_path / "disk" / "out"
+    out.parent.mkdir()
+    step, failed, disk = 2, 0, None
+    while disk is None or disk.counted >= step - 7:
+        with monkeypatch.context() as patch:
+            disk = Disk(patch, out.parent, at=step, error=errno.EIO)
+            try:
+                compress(out)
+            except StreamlapError as error:
+                assert "Input/output error" in str(error)  # noqa: PT017
+                failed += 1
+        if not streamlap.verify(out)["ok"]:
+            compress(out)
+        shutil.rmtree(out / ".streamlap", ignore_errors=True)
+        assert contents(out) == whole, step
+        shutil.rmtree(out)
+        step += 7
+    assert failed > 20
+
+
 UNREADABLE = {
     "copied first": ("lm_head.weight", 1),
     "embedding": ("model.embed_tokens.weight", 1),
@@ -267,6 +292,26 @@ def test_an_output_without_permission(
     assert not (tmp_path / "out" / "config.json").exists()
     with OutputLock(tmp_path / "out"):
         assert failure.value.exit_code == 1  # a failed run holds no lock
+
+
+@pytest.mark.parametrize("at", [-1, -2])
+def test_a_sync_that_fails_at_the_very_end(
+    compress: Compress, whole: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, at: int
+) -> None:
+    """The last but one makes the folder a finished one; without the last all is done."""
+    root, syncs = tmp_path / "disk", {"kinds": {"sync folder"}, "error": errno.EIO}
+    root.mkdir()
+    with monkeypatch.context() as patch:
+        disk = Disk(patch, root, **syncs)
+        compress(root / "out")
+    shutil.rmtree(root / "out")
+    with monkeypatch.context() as patch:
+        Disk(patch, root, at=disk.counted + 1 + at, **syncs)
+        with contextlib.nullcontext() if at == -1 else pytest.raises(StreamlapError, match=r"cannot write .*streamlap"):
+            compress(root / "out")
+    assert streamlap.verify(root / "out")["ok"]
+    shutil.rmtree(root / "out" / ".streamlap", ignore_errors=True)
+    assert contents(root / "out") == whole
 
 
 # --- files that change under the reader ------------------------------------------------------------------------------

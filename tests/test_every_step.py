@@ -224,8 +224,9 @@ UNSYNCED: dict[str, dict[str, Any]] = {
     "output folder": {"kinds": {"sync folder"}, "name": "disk"},
     "state folder": {"kinds": {"sync folder"}, "name": "out"},
     "journal": {"kinds": {"sync folder"}, "name": STATE, "at": 2},
-    "hidden folder": {"kinds": {"sync folder"}, "name": STATE, "at": 3},
+    "hidden folder": {"kinds": {"sync folder"}, "name": "work"},
     "line of a layer": {"kinds": {"sync"}, "name": "journal.jsonl"},
+    "line of the last layer": {"kinds": {"sync"}, "name": "journal.jsonl", "at": 2},
 }
 """Syncs before which the first process dies."""
 
@@ -233,7 +234,7 @@ UNSYNCED: dict[str, dict[str, Any]] = {
 @pytest.mark.parametrize("what", UNSYNCED)
 def test_a_power_cut_after_a_death(commands: dict[str, Command], tmp_path: Path, what: str) -> None:
     """What the first process made and did not come to sync, the second builds upon."""
-    death_then_cut(commands["best"], tmp_path / "disk", stride=20, **({"at": 1} | UNSYNCED[what]))
+    death_then_cut(commands["elsewhere"], tmp_path / "disk", stride=20, **({"at": 1} | UNSYNCED[what]))
 
 
 def death_then_cut(command: Command, root: Path, stride: int, **death: Any) -> int:

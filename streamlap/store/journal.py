@@ -7,6 +7,7 @@ next hidden states are on the disk. A torn last line, as a crash leaves it, neve
 
 from __future__ import annotations
 
+import contextlib
 import io
 import json
 import os
@@ -172,12 +173,12 @@ class Journal:
         """
         path = self.state / JOURNAL_NAME
         try:
+            fsync_folder(self.state)
             with path.open("r+b") as file:
                 raw = file.read()
                 if not raw.endswith(b"\n"):
                     file.truncate(raw.rfind(b"\n") + 1)
                 os.fsync(file.fileno())
-            fsync_folder(self.state)
         except OSError as error:
             raise disk_error(error, path) from error
 
@@ -202,6 +203,10 @@ class Journal:
         fewer remains, but a moment at which the journal has no tokens, or a second process no lock to find.
         """
         remove_file(self.state / JOURNAL_NAME)
-        fsync_folder(self.state)
+        try:
+            fsync_folder(self.state)
+        except OSError as error:
+            raise disk_error(error, self.state) from error
         shutil.rmtree(self.state, ignore_errors=True)
-        fsync_folder(self.state.parent)
+        with contextlib.suppress(OSError):  # all is done
+            fsync_folder(self.state.parent)
