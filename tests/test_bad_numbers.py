@@ -338,7 +338,7 @@ def test_too_many_are_an_error(
 
 def test_too_many_from_the_start(sources: dict[str, Path], tmp_path: Path) -> None:
     many = windows([(n, at) for n in range(5) for at in range(0, 10, 2)], tmp_path)
-    with pytest.raises(NumericalError, match="model.embed_tokens: the numbers of 25 of 192"):
+    with pytest.raises(NumericalError, match=r"model.embed_tokens: the numbers of 25 of 192"):
         compress(sources["embedding"], tmp_path / "out", many)
 
 
