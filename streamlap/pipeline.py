@@ -206,9 +206,8 @@ def compress_layer(
         advance(job, engine, layer, index)
     report = LayerReport(
         index=index, edits=LayerReport.describe(edits), errors=errors, refinement=refined,
-        seconds=clock.seconds, ladder=engine.ladder.taken(index), numerics=tuple(notes),
-        excluded_tokens=int(engine.out_NL.sum()),
-        peak_ram_bytes=peak_ram_bytes(), peak_vram_bytes=peak_vram_bytes(), baseline_ram_bytes=ram_bytes(),
+        seconds=clock.seconds, ladder=engine.ladder.taken(index), numerics=tuple(notes), peak_ram_bytes=peak_ram_bytes(),
+        excluded_tokens=int(engine.out_NL.sum()), peak_vram_bytes=peak_vram_bytes(), baseline_ram_bytes=ram_bytes(),
     )  # fmt: skip
     return engine.writer.submit(commit, job, report, digest)
 
