@@ -27,7 +27,7 @@ import torch
 from streamlap.errors import BudgetError, CheckpointError, StreamlapError
 from streamlap.linalg.lowrank import eigh
 from streamlap.linalg.products import product
-from streamlap.strictjson import parse_json, read_limited
+from streamlap.strictjson import read_limited
 
 log = logging.getLogger(__name__)
 
@@ -231,8 +231,8 @@ def _cache_file() -> Path:
 def _load(place: Path) -> dict[str, dict[str, float]]:
     """The entries that are whole and young enough; any other is as if it were not there."""
     try:
-        table = parse_json(read_limited(place, CACHE_BYTES))
-    except (OSError, ValueError):
+        table = json.loads(read_limited(place, CACHE_BYTES))
+    except (OSError, ValueError, RecursionError):
         return {}
     return {key: row for key, row in table.items() if _usable(row)} if isinstance(table, dict) else {}
 
