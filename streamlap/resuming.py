@@ -9,7 +9,7 @@ from streamlap.allocate import Survey
 from streamlap.errors import ResumeMismatch
 from streamlap.export.dense import export_dense
 from streamlap.report import Report
-from streamlap.store.journal import Journal
+from streamlap.store.journal import STATE_FOLDER, Journal
 from streamlap.survey import resume_survey, state_of
 
 
@@ -22,14 +22,14 @@ def resume(
     than the run began with, as bytes or as text like 8GiB. Raises ResumeMismatch where there is nothing to go on with.
     """
     path = Path(path)
-    surveyed = Journal.exists(state_of(path))
-    state = state_of(path) if surveyed else path
-    arguments = Journal.load(state).start["arguments"]
-    command = arguments.get("command", "compress")  # the only one whose journal did not say
-    if "model" not in arguments or (command == "survey") != surveyed:
-        raise ResumeMismatch(f"{state} does not say how it was begun. Give the first command again.")
-    if surveyed:
-        return resume_survey(path, max_ram=max_ram, max_vram=max_vram)
+    if not path.is_dir() and Journal.exists(state_of(path)):
+        path = state_of(path)
+    arguments = Journal.load(path).start["arguments"]
+    if "model" not in arguments:  # a survey by version 0.3.0
+        raise ResumeMismatch(f"{path} does not say how it was begun. Give the first command again.")
+    command = arguments.get("command", "compress")  # in 0.3.0 no other said what it takes to go on
+    if command == "survey":
+        return resume_survey(path.with_name(path.name.removesuffix(STATE_FOLDER)), max_ram=max_ram, max_vram=max_vram)
     if command == "export":
         return export_dense(arguments["model"], path)
     return pipeline.resume(path, max_ram=max_ram, max_vram=max_vram)
