@@ -6,10 +6,9 @@ from pathlib import Path
 
 from streamlap import pipeline
 from streamlap.allocate import Survey
-from streamlap.errors import ResumeMismatch
 from streamlap.export.dense import export_dense
 from streamlap.report import Report
-from streamlap.store.journal import Journal
+from streamlap.store.journal import STATE_FOLDER, Journal
 from streamlap.survey import resume_survey, state_of
 
 
@@ -24,14 +23,13 @@ def resume(
     Raises ResumeMismatch where there is nothing to go on with.
     """
     path = Path(path)
-    surveyed = Journal.exists(state_of(path))
-    state = state_of(path) if surveyed else path
-    arguments = Journal.load(state).arguments
-    command = arguments.get("command", "compress")  # the only one whose journal did not say
-    if (command == "survey") != surveyed:
-        raise ResumeMismatch(f"{state} does not say how it was begun. Give the first command again.")
-    if surveyed:
-        return resume_survey(path, max_ram=max_ram, max_vram=max_vram, stop_after=stop_after)
+    if not path.is_dir() and Journal.exists(state_of(path)):
+        path = state_of(path)
+    arguments = Journal.load(path).arguments
+    command = arguments.get("command", "compress")  # in 0.3.0 no other said what it takes to go on
+    if command == "survey":
+        file = path.with_name(path.name.removesuffix(STATE_FOLDER))
+        return resume_survey(file, max_ram=max_ram, max_vram=max_vram, stop_after=stop_after)
     if command == "export":
         return export_dense(arguments["model"], path, stop_after=stop_after)
     return pipeline.resume(path, max_ram=max_ram, max_vram=max_vram, stop_after=stop_after)

@@ -146,6 +146,25 @@ def test_a_survey_that_died_while_it_tidied_up_is_not_measured_again(
     assert list(tmp_path.iterdir()) == [file]
 
 
+def test_the_state_of_a_survey_leads_to_it_too(
+    source: Path, tokens: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = tmp_path / "survey.json"
+    cut_short(1, lambda: streamlap.survey(source, file, files=(str(tokens),)), monkeypatch)
+    streamlap.resume(file.with_name(file.name + STATE))
+    assert list(tmp_path.iterdir()) == [file]
+
+
+def test_a_folder_is_resumed_from_inside(
+    source: Path, out: Path, tokens: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    here = tmp_path / "here"
+    cut_short(1, lambda: streamlap.compress(source, here, files=(str(tokens),)), monkeypatch)
+    monkeypatch.chdir(here)
+    streamlap.resume(".")
+    assert contents(here) == contents(out)
+
+
 # --- what cannot be resumed ----------------------------------------------------------------------------------------------
 
 

@@ -132,7 +132,7 @@ class HiddenBank:
     def remove(self) -> None:
         """No generation is needed any more, of any bank in this folder. To be called before the journal goes, which alone
         knows where they are."""
-        if self.folder is not None and self.folder.exists():
+        if self.folder is not None:
             shutil.rmtree(self.folder, ignore_errors=True)
             with contextlib.suppress(OSError):
                 fsync_folder(self.folder.parent)
