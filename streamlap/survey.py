@@ -83,15 +83,10 @@ def survey(
     settings = Calibration(files=files, samples=samples, length=length, seed=seed)
     tokens_NL = survey_windows(stream, settings, trust_remote_code)
     arguments = {
-        "command": "survey",
-        "model": str(folder.resolve()) if Path(model).is_dir() else str(model),
-        "dtype": dtype,
-        "device": device,
-        "work": work and str(Path(work).resolve()),
-        "max_ram": parse_size(max_ram, "max_ram"),
-        "max_vram": parse_size(max_vram, "max_vram"),
-        "overlap": overlap,
-    }
+        "command": "survey", "model": str(folder.resolve()) if Path(model).is_dir() else str(model),
+        "dtype": dtype, "device": device, "work": work and str(Path(work).resolve()), "overlap": overlap,
+        "max_ram": parse_size(max_ram, "max_ram"), "max_vram": parse_size(max_vram, "max_vram"),
+    }  # fmt: skip
     choice = choose_schedule(stream, tokens_NL, arguments)
     check_apart(folder, state)
     check_file(file, state, overwrite)
