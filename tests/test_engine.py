@@ -115,9 +115,9 @@ def taken(monkeypatch: pytest.MonkeyPatch) -> list[Schedule]:
     seen: list[Schedule] = []
     start = engine.start_engine
 
-    def note(stream: ModelStream, choice: sizing.Fit, *rest: Any) -> Any:
+    def note(stream: ModelStream, choice: sizing.Fit, *rest: Any, **options: Any) -> Any:
         seen.append(choice.schedule)
-        return start(stream, choice, *rest)
+        return start(stream, choice, *rest, **options)
 
     monkeypatch.setattr(pipeline, "start_engine", note)
     monkeypatch.setattr(EVALUATE, "start_engine", note)

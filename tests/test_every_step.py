@@ -129,7 +129,7 @@ def die_at_every(command: Command, out: Path, stride: int = 1, begin: int = 1, *
     step, ended = begin, 0
     while dies(lambda: command.run(out), out.parent, at=step, **settings):
         ended += command.is_finished(out)
-        go_on(command, out, by_resume=step % 2 == 0)
+        go_on(command, out, by_resume=step // stride % 2 == 0)
         command.clear(out)
         step += stride
     assert command.result(out) == command.whole
@@ -147,15 +147,20 @@ def read_from_disk(command: Command, monkeypatch: pytest.MonkeyPatch) -> Command
     return replace(command, run=lambda out: command.run(out, overlap=False))
 
 
-@pytest.mark.parametrize("overlap", [True, False])
-def test_death_at_every_step(
-    commands: dict[str, Command], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, overlap: bool
-) -> None:
-    """With overlap most steps are in a thread beside the loop, and a death there is the death of the run."""
-    command = commands["best"] if overlap else read_from_disk(commands["best"], monkeypatch)
-    steps, ended = die_at_every(command, tmp_path / "out", kinds=STEPS)
+@pytest.mark.parametrize("begin", [1, 2, 3])
+def test_death_at_every_step(commands: dict[str, Command], tmp_path: Path, begin: int) -> None:
+    """A third of the steps each, which can run side by side. Most are in a thread beside the loop, and a death there is the
+    death of the run."""
+    steps, ended = die_at_every(commands["best"], tmp_path / "out", kinds=STEPS, stride=3, begin=begin)
     assert steps > 100, "the steps were not seen"
-    assert 0 < ended < 10, "only tidying up comes after the journal is gone"
+    assert 0 < ended < 4, "only tidying up comes after the journal is gone"
+
+
+def test_death_at_steps_that_are_all_in_the_loop(
+    commands: dict[str, Command], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    command = read_from_disk(commands["best"], monkeypatch)
+    assert die_at_every(command, tmp_path / "out", kinds=STEPS, stride=5)[0] > 100
 
 
 @pytest.mark.parametrize("name", ["lorap", "refined", "survey", "export"])

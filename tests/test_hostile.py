@@ -582,10 +582,10 @@ def test_a_hostile_journal(tmp_path: Path, case: str) -> None:
     refused(tmp_path, (lambda f: None, ResumeMismatch, words), "resume", tmp_path)
 
 
-def test_the_state_of_a_survey_is_not_resumed(tmp_path: Path) -> None:
+def test_a_state_that_does_not_say_how_it_was_begun_is_not_resumed(tmp_path: Path) -> None:
     (tmp_path / STATE_FOLDER).mkdir()
     Journal.create(tmp_path, {}, {})
-    refused(tmp_path, (lambda f: None, ResumeMismatch, ("state of a survey",)), "resume", tmp_path)
+    refused(tmp_path, (lambda f: None, ResumeMismatch, ("does not say how it was begun",)), "resume", tmp_path)
 
 
 def npy(shape: str, descr: str = "<i8", data: bytes = b"\0" * 8) -> bytes:

@@ -177,6 +177,6 @@ def test_a_file_that_changes_before_its_turn_is_one_clear_error(tmp_path: Path, 
     buffers.prefetch(second)
     path.unlink() if change == "gone" else os.truncate(path, second["w"].end - 1)
     changed.set()
-    words = "No such file or directory while reading" if change == "gone" else "ended inside"
+    words = "No such file or directory while reading" if change == "gone" else "was changed while in use, before"
     with pytest.raises(CheckpointError, match=rf"model\.safetensors.* {words} tensor 'layers\.1\.w'"):
         buffers.take(second)
