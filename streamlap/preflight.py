@@ -85,7 +85,7 @@ def empty_output(out: Path) -> None:
                 shutil.rmtree(path) if path.name != STATE_FOLDER else None
             else:
                 path.unlink()
-        shutil.rmtree(out / STATE_FOLDER)
+        shutil.rmtree(out / STATE_FOLDER, ignore_errors=True)  # on NFS the lock that is held stays until it is let go
 
 
 def source_marks(stream: ModelStream) -> dict[str, Any]:

@@ -62,7 +62,7 @@ class LayerReport:
         except (TypeError, KeyError) as error:
             raise ResumeMismatch(
                 f"the journal line of layer {shown(line.get('index'))} lacks something ({first_line(error)}); wanted the line "
-                "of a finished layer. Delete the output folder and run streamlap compress again."
+                "of a finished layer. Delete the output folder and give the first command again."
             ) from error
 
     def to_json(self) -> dict[str, Any]:

@@ -22,7 +22,7 @@ def resume(
     than the run began with, as bytes or as text like 8GiB; stop_after, as for `compress`.
     Raises ResumeMismatch where there is nothing to go on with.
     """
-    path = Path(path)
+    path = Path(path).absolute()  # `.` has no name
     if not path.is_dir() and Journal.exists(state_of(path)):
         path = state_of(path)
     arguments = Journal.load(path).arguments

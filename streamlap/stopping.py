@@ -68,8 +68,13 @@ def stop_requests(deadline: float, again: str) -> Iterator[Stops]:
         yield stops
         return
 
+    struck = threading.Event()
+
     def note(number: int, _: FrameType | None) -> None:
+        if struck.is_set():
+            return  # the commit under way is being waited for; a third may not tear the lock from it
         if stops.asked and number == signal.SIGINT:
+            struck.set()
             raise KeyboardInterrupt  # no Exception, which logging and other libraries may swallow where it strikes
         stops.asked.append(number)
         log.warning("stopping at the next commit (%s); press Ctrl-C to stop at once", signal.strsignal(number))
@@ -105,4 +110,5 @@ def handlers(handle: Callable[[int, FrameType | None], None]) -> Iterator[None]:
         yield
     finally:
         for number, handler in old.items():
-            signal.signal(number, handler)
+            if handler is not None:  # one that was not set from Python
+                signal.signal(number, handler)

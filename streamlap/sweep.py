@@ -8,6 +8,7 @@ Shape suffixes: N windows, L length, B batch, D hidden.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +17,7 @@ import torch
 
 from streamlap.allocate import Point
 from streamlap.cuts import CUTTERS, LEVELS, Cut, cut_layout
-from streamlap.divergence import divergences
+from streamlap.divergence import mean_divergence
 from streamlap.engine import Engine, start_engine
 from streamlap.errors import located
 from streamlap.families.layer import StreamLayer
@@ -28,7 +29,11 @@ from streamlap.sizing import Fit
 from streamlap.stopping import Stops
 from streamlap.store.hidden import HiddenBank
 from streamlap.store.journal import Journal
+from streamlap.store.sink import write_durably
+from streamlap.strictjson import parse_json
 from streamlap.views import Place, View
+
+HEAD_NAME = "head.json"
 
 
 @dataclass(kw_only=True)
@@ -127,12 +132,28 @@ def cut_half(
     return errors
 
 
+def head_divergences(sweep: Sweep) -> dict[Cut, float]:
+    """Of every copy; each is on the disk once it is found, since the head of a large model takes hours in all."""
+    path = sweep.journal.state / HEAD_NAME
+    table = parse_json(path.read_bytes()) if path.is_file() else {}
+    found = {cut: table[name] for cut in sweep.copies if (name := f"{cut.index} {cut.half} {cut.keep}") in table}
+    head, begun = sweep.stream.head(), len(found)
+    for cut, copy in sweep.copies.items():
+        if cut not in found:
+            if sweep.stops.due(moved=len(found) > begun):
+                raise sweep.stops.stopped(f"at the head, with {len(found)} of {len(sweep.copies)} cuts measured")
+            found[cut] = mean_divergence(sweep.stream, head, sweep.dense, copy, cut)
+            named = {f"{cut.index} {cut.half} {cut.keep}": value for cut, value in found.items()}
+            write_durably(path, json.dumps(named, allow_nan=False).encode())
+    return found
+
+
 def points(sweep: Sweep) -> tuple[dict[str, tuple[Point, ...]], ...]:
     """What was measured, with the divergences at the head."""
     schedule = sweep.fit.schedule
     trim_heap()  # of what the layers have left
     with sweep.fit.ram.claim(schedule.ram["head"]), sweep.fit.vram.claim(schedule.vram.get("head", {})):
-        kl = divergences(sweep.stream, sweep.dense, sweep.copies, sweep.stops)
+        kl = head_divergences(sweep)
     rows = []
     for index, line in enumerate(sweep.journal.layers):
         errors = {half: dict(zip(LEVELS, values, strict=True)) for half, values in line["errors"].items()}

@@ -5,6 +5,7 @@ A chat template is text that is carried over, never rendered.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
@@ -19,7 +20,11 @@ from streamlap.families.bounds import native_config
 from streamlap.families.shell import read_config
 from streamlap.store.confine import CONFIG_BYTES, check_folder, read_object
 
-SETTINGS = "tokenizer_config.json"
+SETTINGS, TOKENS = "tokenizer_config.json", "special_tokens_map.json"
+PATH_KEY = re.compile(r"vocab|merges|.*_(file|path|dir)")
+"""Keys of what transformers hands to a tokenizer's class, whose text it might open."""
+LABELS = {"name_or_path", "special_tokens_map_file", "tokenizer_file"}
+"""Such keys that old versions left behind, and that are not opened."""
 Result = TypeVar("Result")
 
 
@@ -62,10 +67,10 @@ def check_settings(folder: Path, default: Any, trust_remote_code: bool) -> bool:
         raise CheckpointError(
             f"{SETTINGS} has fast_tokenizer_files {shown(files)}; wanted names of files inside {folder}."
         )
-    if settings.get("gguf_file") is not None:
-        raise CheckpointError(
-            f"{SETTINGS} has gguf_file {shown(settings['gguf_file'])}; wanted a tokenizer of its own."
-        )
+    check_paths(settings, SETTINGS, folder)
+    check_paths(read_object(folder, TOKENS, CONFIG_BYTES) if (folder / TOKENS).exists() else {}, TOKENS, folder)
+    if settings.get("init_inputs"):
+        raise CheckpointError(f"{SETTINGS} has init_inputs {shown(settings['init_inputs'])}; wanted settings by name.")
     code = _code(settings.get("auto_map"))
     if code and trust_remote_code:
         if any("--" in word for word in code):
@@ -85,6 +90,22 @@ def check_settings(folder: Path, default: Any, trust_remote_code: bool) -> bool:
             f"the tokenizer in {folder} is a {shown(unknown[0])}: {why} or give the text as token ids in an .npy file."
         )
     return False
+
+
+def check_paths(table: Any, file: str, folder: Path) -> None:
+    """Raise CheckpointError where settings, at whatever depth, name a file to read: transformers takes such a name as it
+    stands, from anywhere. Where the vocabulary lies follows from the folder."""
+    if isinstance(table, dict):
+        for key, value in table.items():
+            if PATH_KEY.fullmatch(key) and key not in LABELS and isinstance(value, str):
+                raise CheckpointError(
+                    f"{file} has {shown(key)[1:-1]} {shown(value)}; wanted none, the files are those of {folder}. Take the "
+                    "key out, or give the text as token ids in an .npy file."
+                )
+            check_paths(value, file, folder)
+    elif isinstance(table, list):
+        for value in table:
+            check_paths(value, file, folder)
 
 
 def _code(table: Any) -> list[str]:

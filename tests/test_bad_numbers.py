@@ -21,7 +21,7 @@ import streamlap
 from streamlap.cli import main
 from streamlap.cli.wording import describe_report
 from streamlap.cuts import Cut
-from streamlap.divergence import divergence, divergences
+from streamlap.divergence import divergence, mean_divergence
 from streamlap.errors import NumericalError
 from streamlap.families import stream as families_stream
 from streamlap.families.layer import StreamLayer
@@ -33,12 +33,10 @@ from streamlap.methods.base import Built
 from streamlap.methods.refine_block import distances
 from streamlap.recipe import Recipe
 from streamlap.report import LayerReport
-from streamlap.stopping import Stops
 from streamlap.store.hidden import HiddenBank
 from streamlap.store.journal import Journal
 from streamlap.views import View
 
-NO_STOP = Stops(math.inf, "")
 BAD_ID = 299
 LOUD = 5  # a channel of the stream that only the bad token uses
 SHAPE_NL = (12, 16)
@@ -376,10 +374,10 @@ def test_a_divergence_is_the_mean_of_the_good_tokens(pico: MakeModel) -> None:
         banks.append(bank)
     cut, head = Cut(index=0, half="ffn", keep=0.6), stream.head()
     wanted = divergence(head(dense_NLD[good_NL]), head(copy_NLD[good_NL])) / int(good_NL.sum())
-    assert divergences(stream, banks[0], {cut: banks[1]}, NO_STOP)[cut] == pytest.approx(wanted, rel=1e-6)
+    assert mean_divergence(stream, stream.head(), banks[0], banks[1], cut) == pytest.approx(wanted, rel=1e-6)
     banks[1].write(stream.depth, torch.full_like(copy_NLD, math.nan).split(2))
     with pytest.raises(NumericalError, match="layer 0 ffn: divergence nan over 0 tokens"):
-        divergences(stream, banks[0], {cut: banks[1]}, NO_STOP)
+        mean_divergence(stream, stream.head(), banks[0], banks[1], cut)
 
 
 def test_a_divergence_that_is_nan_is_not_zero(pico: MakeModel) -> None:
@@ -389,7 +387,7 @@ def test_a_divergence_that_is_nan_is_not_zero(pico: MakeModel) -> None:
     bank.write(stream.depth, torch.randn(3, 16, 32).split(3))
     stream.head = lambda: lambda x_TD: torch.full((len(x_TD), 4), math.inf)  # type: ignore[method-assign]
     with pytest.raises(NumericalError, match="divergence nan over 48 tokens"):
-        divergences(stream, bank, {Cut(index=0, half="ffn", keep=0.6): bank}, NO_STOP)
+        mean_divergence(stream, stream.head(), bank, bank, Cut(index=0, half="ffn", keep=0.6))
 
 
 # --- what a method is compared by -------------------------------------------------------------------------------------------

@@ -150,6 +150,12 @@ def test_code_of_another_repository_is_not_fetched(loaded: Path, tmp_path: Path)
         ({"tokenizer_class": "x" * 10**6}, "xxx.*transformers has no tokenizer"),
         ({"fast_tokenizer_files": ["../tokenizer.5.0.0.json"]}, "fast_tokenizer_files .*inside"),
         ({"gguf_file": "/etc/passwd"}, "gguf_file '/etc/passwd'"),
+        ({"vocab": "/etc/passwd"}, "vocab '/etc/passwd'; wanted none, the files are those of"),
+        ({"vocab": "passwd"}, "vocab 'passwd'; wanted none"),
+        ({"merges": "/dev/zero"}, "merges '/dev/zero'; wanted none"),
+        ({"sp_model_kwargs": {"model_file": "/etc/passwd"}}, "model_file '/etc/passwd'; wanted none"),
+        ({"a": [{"monolingual_vocab_file": "x"}]}, "monolingual_vocab_file 'x'; wanted none"),
+        ({"init_inputs": ["/etc/passwd"]}, "init_inputs .* wanted settings by name"),
     ],
 )
 def test_tokenizer_settings_that_lead_elsewhere(
@@ -160,6 +166,44 @@ def test_tokenizer_settings_that_lead_elsewhere(
     with pytest.raises((RecipeError, CheckpointError), match=words) as caught:
         tokenise(TEXT, folder, tmp_path)
     assert len(str(caught.value)) < 1000
+
+
+def test_special_tokens_lead_nowhere_either(pico: MakeModel, tmp_path: Path) -> None:
+    """transformers merges that file into the settings."""
+    folder = Path(shutil.copytree(pico("llama", tokenizer=True), tmp_path / "model"))
+    (folder / "special_tokens_map.json").write_text(json.dumps({"vocab": "/etc/passwd"}))
+    with pytest.raises(CheckpointError, match=r"special_tokens_map.json has vocab '/etc/passwd'; wanted none"):
+        tokenise(TEXT, folder, tmp_path)
+
+
+def test_labels_that_old_versions_left_are_not_opened(pico: MakeModel, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(pico("llama", tokenizer=True), tmp_path / "model"))
+    wanted = tokenise(TEXT, folder, tmp_path)
+    elsewhere = {key: f"/nowhere/{key}.json" for key in ("name_or_path", "special_tokens_map_file", "tokenizer_file")}
+    change(folder / "tokenizer_config.json", **elsewhere)
+    assert torch.equal(tokenise(TEXT, folder, tmp_path), wanted)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        {"attn_implementation": "evil/kernel"},
+        {"_attn_implementation": {"": "evil/kernel"}},
+        {"experts_implementation": "a/b"},
+    ],
+)
+def test_loading_fetches_no_kernel_of_a_configs_choice(pico: MakeModel, tmp_path: Path, config: dict[str, Any]) -> None:
+    folder = Path(shutil.copytree(pico("llama"), tmp_path / "model"))
+    change(folder / "config.json", **config)
+    with pytest.raises(CheckpointError, match=r"_implementation .*, code on a hub; wanted none"):
+        streamlap.load(folder)
+
+
+def test_an_adapter_is_no_model(pico: MakeModel, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(pico("llama"), tmp_path / "model"))
+    (folder / "adapter_config.json").write_text('{"base_model_name_or_path": "/etc"}')
+    with pytest.raises(CheckpointError, match=r"has an adapter_config.json; wanted a model"):
+        streamlap.load(folder)
 
 
 @pytest.mark.parametrize("raw", [b"[" * 99_999, b"\xff", b'{"a":1,"a":2}', b"[]"])

@@ -320,6 +320,10 @@ def test_links_of_the_hubs_cache_are_followed(sharded: Path, tokens: Path, tmp_p
     streamlap.compress(snapshot, tmp_path / "out", files=(str(tokens),))
     assert (tmp_path / "out" / "LICENSE").read_text() == "as is"
     assert not [path for path in (tmp_path / "out").rglob("*") if path.is_symlink()]
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "models--org--pico").rename(tmp_path / "elsewhere" / "disk")
+    (tmp_path / "models--org--pico").symlink_to("elsewhere/disk")
+    assert streamlap.verify(snapshot)["ok"], "the repository's folder may be a link itself"
     (snapshot / "tokenizer.json").symlink_to("../../../other--model")
     refused(snapshot, (lambda folder: None, WRONG, ("tokenizer.json", "outside the checkpoint")))
 
@@ -580,6 +584,17 @@ def test_a_hostile_journal(tmp_path: Path, case: str) -> None:
     (tmp_path / STATE_FOLDER / "journal.jsonl").write_bytes(b"".join(line + b"\n" for line in lines))
     refused_by(lambda: Journal.load(tmp_path), ResumeMismatch, "journal.jsonl", *words)
     refused(tmp_path, (lambda f: None, ResumeMismatch, words), "resume", tmp_path)
+
+
+def test_a_fingerprint_puts_no_line_of_its_own_into_a_message(tmp_path: Path) -> None:
+    journal = Journal(
+        tmp_path, {"fingerprint": {"a\nstreamlap: all is well\x1b[2J": "b\nc" * 999}, "arguments": {}}, []
+    )
+    with pytest.raises(ResumeMismatch) as caught:
+        journal.check({})
+    assert len(str(caught.value).splitlines()) == 3
+    assert "\x1b" not in str(caught.value)
+    assert len(str(caught.value)) < 1000
 
 
 def test_a_state_that_does_not_say_how_it_was_begun_is_not_resumed(tmp_path: Path) -> None:

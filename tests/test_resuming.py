@@ -131,6 +131,16 @@ def test_a_survey_is_resumed_by_its_file(
     assert not file.with_name(file.name + STATE).exists()
 
 
+def test_a_survey_is_resumed_from_inside_its_state(
+    source: Path, tokens: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = tmp_path / "survey.json"
+    cut_short(1, lambda: streamlap.survey(source, file, files=(str(tokens),)), monkeypatch)
+    monkeypatch.chdir(file.with_name(file.name + STATE))
+    streamlap.resume(".")
+    assert file.exists()
+
+
 def test_a_survey_that_died_while_it_tidied_up_is_not_measured_again(
     source: Path, tokens: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

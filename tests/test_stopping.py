@@ -25,6 +25,7 @@ from streamlap.errors import Interrupted, RecipeError, ResumeMismatch
 from streamlap.methods.refine_block import Refiner
 from streamlap.stopping import parse_time
 from streamlap.store.journal import Journal
+from streamlap.store.lock import OutputLock
 
 JOURNAL = f"{STATE}/journal.jsonl"
 
@@ -111,7 +112,8 @@ def test_a_second_sigint_stops_at_once(
 def test_a_commit_that_is_under_way_is_finished_also_where_all_stops_at_once(
     compress: Compress, whole: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The thread beside the loop is in the commit of layer 0 when two signals strike the loop in layer 1."""
+    """The thread beside the loop is in the commit of layer 0 when two signals strike the loop in layer 1, and a third while
+    that is waited for: it tears nothing away, the lock least of all."""
     out, begun, append = tmp_path / "out", threading.Event(), Journal.append
     edit_layer = pipeline.edit_layer
 
@@ -124,7 +126,11 @@ def test_a_commit_that_is_under_way_is_finished_also_where_all_stops_at_once(
 
     def take_time(journal: Journal, line: dict[str, Any]) -> None:
         begun.set()
-        time.sleep(0.2)
+        time.sleep(0.1)
+        os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(0.1)
+        with pytest.raises(ResumeMismatch, match="being written by process"):
+            OutputLock(out).__enter__()
         append(journal, line)
 
     with monkeypatch.context() as patch:
@@ -278,8 +284,13 @@ def test_a_survey_stops_too(source: Path, tokens: Path, tmp_path: Path, monkeypa
         patch.setattr(
             divergence.ModelStream, "head", lambda stream: (os.kill(os.getpid(), signal.SIGTERM), head(stream))[1]
         )
-        with pytest.raises(Interrupted, match="stopped at the head, with all layers done"):
+        with pytest.raises(
+            Interrupted, match="stopped at the head, with 0 of 8 cuts measured; go on with: streamlap resume"
+        ):
             sweep("survey.json")
+    for measured in range(1, 8):  # each run measures one at least
+        with pytest.raises(Interrupted, match=f"stopped at the head, with {measured} of 8 cuts measured"):
+            streamlap.resume(tmp_path / "survey.json", stop_after=1e-9)
     assert not (tmp_path / "survey.json").exists()
     assert sweep("survey.json") == whole
     assert {path.name for path in tmp_path.iterdir()} == {"whole.json", "survey.json"}

@@ -28,7 +28,7 @@ COPIED = (
 """What is carried over from the source folder as it stands."""
 NOT_COPIED = {".py", ".so", *PICKLE_SUFFIXES}
 """Endings of what can run code."""
-COMPANION_BYTES = 256 << 20
+MOST_COMPANION_BYTES = 256 << 20
 CARD_BYTES = 1 << 20
 
 PLAIN = re.compile(r"[\w .,:;/@+()~%#?&=-]{1,200}")
@@ -43,9 +43,9 @@ def companions(source: Path) -> list[Path]:
     found = {path for pattern in COPIED for path in source.glob(pattern) if path.suffix.lower() not in NOT_COPIED}
     files = [path for path in sorted(found) if not path.is_dir() and checked(source, path).is_file()]
     for path in files:
-        if path.stat().st_size > COMPANION_BYTES:
+        if path.stat().st_size > MOST_COMPANION_BYTES:
             raise CheckpointError(
-                f"{path} has {path.stat().st_size:,} bytes; wanted at most {COMPANION_BYTES:,}. Remove it."
+                f"{path} has {path.stat().st_size:,} bytes; wanted at most {MOST_COMPANION_BYTES:,}. Remove it."
             )
     return [path.relative_to(source) for path in files]
 
@@ -54,7 +54,7 @@ def copy_companions(source: Path, out: Path) -> None:
     """What `companions` lists, as bytes."""
     for name in companions(source):
         (out / name).parent.mkdir(exist_ok=True)
-        write_durably(out / name, read_bytes(source, str(name), COMPANION_BYTES))
+        write_durably(out / name, read_bytes(source, str(name), MOST_COMPANION_BYTES))
 
 
 def write_json(path: Path, value: Any, indent: int | None = 2) -> None:

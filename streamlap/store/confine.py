@@ -84,10 +84,15 @@ def read_object(folder: Path, name: str, most: int) -> dict[str, Any]:
 
 def _root(folder: Path) -> Path:
     """The folder that holds all files of a checkpoint: itself, or its repository's part of the hub's cache."""
-    folder = Path(os.path.realpath(folder))
-    repository = folder.parent.parent
-    cached = folder.parent.name == "snapshots" and repository.name.startswith(("models--", "datasets--"))
-    return repository if cached else folder
+    real = Path(os.path.realpath(folder))
+    for path in (
+        Path(os.path.abspath(folder)),
+        real,
+    ):  # by the name it was called by: the cache's folder may be a link itself
+        repository = path.parent.parent
+        if path.parent.name == "snapshots" and repository.name.startswith(("models--", "datasets--")):
+            return Path(os.path.realpath(repository))
+    return real
 
 
 def _name(path: Path) -> str:

@@ -146,7 +146,7 @@ class Journal:
                 check_line(line, place)
         except ValueError as error:
             raise ResumeMismatch(
-                f"{path} is damaged ({error}). Delete {out} and run streamlap compress again."
+                f"{path} is damaged ({error}). Delete {out} and give the first command again."
             ) from error
         return cls(out, start, lines)
 
@@ -154,7 +154,7 @@ class Journal:
         """Raise ResumeMismatch naming every entry in which this run differs from the one that began the folder."""
         old = self.start["fingerprint"]
         rows = [
-            f"  {key}: the folder has {old.get(key)!r}, this run has {fingerprint.get(key)!r}"
+            f"  {shown(key)[1:-1]}: the folder has {shown(old.get(key))}, this run has {shown(fingerprint.get(key))}"
             for key in sorted({*old, *fingerprint})
             if old.get(key) != fingerprint.get(key)
         ]
@@ -185,7 +185,7 @@ class Journal:
     def append(self, layer: Mapping[str, Any]) -> None:
         """Commit one layer."""
         path = self.state / JOURNAL_NAME
-        line = (json.dumps(dict(layer)) + "\n").encode()
+        line = (json.dumps(dict(layer), allow_nan=False) + "\n").encode()
         try:
             with path.open("ab") as file:
                 file.write(line)

@@ -100,6 +100,10 @@ def fsync_folder(folder: Path) -> None:
         os.close(handle)
 
 
+NO_SYNC = (errno.EACCES, errno.EPERM, errno.EINVAL, errno.ENOTSUP, errno.EROFS)
+"""What is said of a parent that may be gone through but not read, or whose file system cannot sync folders."""
+
+
 def make_folder(folder: Path) -> None:
     """Make a folder, with those above it, so that its name is on the disk before anything is put into it.
 
@@ -109,9 +113,10 @@ def make_folder(folder: Path) -> None:
         make_folder(folder.parent)
     try:
         folder.mkdir(exist_ok=True)
-        with contextlib.suppress(PermissionError):  # of a parent that may be gone through but not read
-            fsync_folder(folder.parent)
+        fsync_folder(folder.parent)
     except OSError as error:
+        if folder.is_dir() and error.errno in NO_SYNC:
+            return
         raise disk_error(error, folder) from error
 
 
