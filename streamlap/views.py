@@ -155,6 +155,8 @@ class View:
                 moments, sample, out_NL = self.engine.ladder.climb("capture", self.index, attempt)
                 if moments.finite and sample.finite:
                     break
+            else:
+                raise NumericalError("products of activations overflow; wanted finite ones. Scale the model.")
         self.engine.leave_out("what is fitted to", out_NL)
         if not sample.tokens:
             raise NumericalError(
