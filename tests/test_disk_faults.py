@@ -91,15 +91,16 @@ WRITES: dict[str, Any] = {"kinds": {"write"}, "half": True, "lasting": True}
 """The write of number `at` and the later ones come half through, then fail."""
 
 
+@pytest.mark.parametrize("stride", [4, pytest.param(1, marks=[pytest.mark.nightly, pytest.mark.timeout(1200)])])
 def test_a_disk_that_fills_at_any_write(
-    compress: Compress, whole: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    compress: Compress, whole: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stride: int
 ) -> None:
     out = tmp_path / "out"
     with monkeypatch.context() as patch:
         disk = Disk(patch, tmp_path, **WRITES)
         compress(out)
     assert contents(out) == whole
-    for step in range(1, disk.counted + 1):
+    for step in range(1, disk.counted + 1, stride):
         shutil.rmtree(out)
         with monkeypatch.context() as patch:
             Disk(patch, tmp_path, at=step, error=errno.ENOSPC, **WRITES)
