@@ -22,7 +22,8 @@ def resume(
     than the run began with, as bytes or as text like 8GiB; stop_after, as for `compress`.
     Raises ResumeMismatch where there is nothing to go on with.
     """
-    path = Path(path).absolute()  # `.` has no name
+    path = Path(path)
+    path = path if path.name else path.absolute()  # `.` has none
     if not path.is_dir() and Journal.exists(state_of(path)):
         path = state_of(path)
     arguments = Journal.load(path).arguments
