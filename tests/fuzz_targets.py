@@ -17,7 +17,7 @@ import torch
 from safetensors.torch import save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from streamlap.errors import StreamlapError
+from streamlap.errors import ResumeMismatch, StreamlapError
 from streamlap.families.stream import ModelStream
 from streamlap.recipe import Recipe
 from streamlap.report import LayerReport
@@ -87,9 +87,17 @@ def journal(raw: bytes) -> None:
     folder = home() / "journal"
     (folder / STATE_FOLDER / "journal.jsonl").write_bytes(raw)
     found = Journal.load(folder)
-    Recipe.from_dict(found.arguments["recipe"])
-    for line in found.layers:
-        LayerReport.from_json(line).to_json()
+    arguments = found.arguments
+    if arguments.get("command", "compress") == "compress":
+        Recipe.from_dict(arguments["recipe"])
+        for line in found.layers:
+            LayerReport.from_json(line).to_json()
+    try:
+        found.check({})
+    except ResumeMismatch as error:  # a line for each entry, and none that the file has made
+        lines = str(error).splitlines()
+        assert len(lines) <= 2 + len(found.start["fingerprint"])
+        assert all(map(str.isprintable, lines))
 
 
 TARGETS: dict[str, Callable[[bytes], None]] = {
