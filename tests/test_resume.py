@@ -265,7 +265,9 @@ def test_a_damaged_journal_is_refused(broken: Path, compress: Compress, case: st
     lines = (broken / JOURNAL).read_bytes().splitlines(keepends=True)
     second = lines[1].replace(b'"index": 0', b'"index": 1')
     (broken / JOURNAL).write_bytes(b"".join(DAMAGE[case]([*lines, second])))
-    with pytest.raises(ResumeMismatch, match=r"journal.jsonl is damaged .* Delete .*out and run"):
+    with pytest.raises(
+        ResumeMismatch, match=r"journal.jsonl is damaged .* Delete .*out and give the first command again"
+    ):
         streamlap.resume(broken) if again == "resume" else compress(broken)
 
 

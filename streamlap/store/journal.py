@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from streamlap.errors import ResumeMismatch, first_line, shown
+from streamlap.errors import ResumeMismatch, first_line, one_line, shown
 from streamlap.store.npy import read_integers
 from streamlap.store.sink import disk_error, fsync_folder, remove_file, write_durably
 from streamlap.strictjson import parse_json, read_limited
@@ -154,7 +154,8 @@ class Journal:
         """Raise ResumeMismatch naming every entry in which this run differs from the one that began the folder."""
         old = self.start["fingerprint"]
         rows = [
-            f"  {shown(key)[1:-1]}: the folder has {shown(old.get(key))}, this run has {shown(fingerprint.get(key))}"
+            f"  {one_line(key)}: the folder has {one_line(repr(old.get(key)))}, "
+            f"this run has {one_line(repr(fingerprint.get(key)))}"
             for key in sorted({*old, *fingerprint})
             if old.get(key) != fingerprint.get(key)
         ]
