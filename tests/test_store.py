@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 
 from streamlap.errors import CheckpointError
 from streamlap.store.header import DTYPES, read_header
-from streamlap.store.sink import ShardFolder
+from streamlap.store.sink import ShardFolder, durable
 from streamlap.store.source import SafetensorsFolder, read_rows
 
 TENSORS = {
@@ -126,3 +126,14 @@ def test_rows_of_a_file_that_was_cut_are_refused(tmp_path: Path) -> None:
         read_rows(info, [8, 9])
     with pytest.raises(CheckpointError, match=r"model.safetensors ended inside tensor 'w'"):
         read_rows(replace(info, stamp=None), [8, 9])  # as where it is cut between the look at it and the reading
+
+
+@pytest.mark.parametrize(("name", "state"), [("shard", ".streamlap"), ("survey.json", "survey.json.streamlap")])
+def test_what_has_no_name_yet_lies_in_the_state_of_its_run(tmp_path: Path, name: str, state: str) -> None:
+    (tmp_path / ".streamlap").mkdir()
+    (tmp_path / state).mkdir(exist_ok=True)
+    with durable(tmp_path / name) as file:
+        file.write(b"whole")
+        assert [path.relative_to(tmp_path) for path in tmp_path.rglob("*.tmp")] == [Path(state) / f"{name}.tmp"]
+    assert (tmp_path / name).read_bytes() == b"whole"
+    assert not list(tmp_path.rglob("*.tmp"))

@@ -21,6 +21,9 @@ from streamlap.errors import BudgetError, StreamlapError
 from streamlap.store.header import DTYPE_NAMES, TensorInfo, byte_view, read_header
 from streamlap.store.source import CHUNK_BYTES, INDEX_NAME, forget, read_chunks, require_finite
 
+STATE_FOLDER = ".streamlap"
+"""Where a run keeps what it needs to go on, in its output."""
+
 TensorEntry = torch.Tensor | TensorInfo
 """What can be written: a tensor, or the place of one in another file, which is copied as bytes."""
 
@@ -31,14 +34,21 @@ def shard_names(depth: int) -> list[str]:
 
 
 class DurableFile:
-    """A file that is written under a temporary name beside `path` and gets its own when it is whole and on the disk.
+    """A file that is written under a temporary name and gets its own, `path`, when it is whole and on the disk.
+
+    Till then it lies in the state folder of its run, where there is one, so that what a death leaves lies where it is looked
+    for and goes at the end; else beside `path`.
 
     Each step raises BudgetError when the disk is full and StreamlapError for any other fault of the disk.
     """
 
     def __init__(self, path: Path, wanted_bytes: int = 0) -> None:
         self.path, self._wanted = path, wanted_bytes
-        self._temporary = path.with_name(path.name + ".tmp")
+        states = (
+            path.with_name(path.name + STATE_FOLDER),
+            path.parent / STATE_FOLDER,
+        )  # of a survey's file; of a folder
+        self._temporary = next(filter(Path.is_dir, states), path.parent) / f"{path.name}.tmp"
         with self._faults():
             self._file = self._temporary.open("wb")
 
