@@ -39,7 +39,7 @@ from line_chart import Point, line_chart
 from named_recipes import NAMED, named_recipe
 
 import streamlap
-from streamlap.calibration import DEFAULT_SAMPLES, read_windows, token_hash
+from streamlap.data.calibration import DEFAULT_SAMPLES, read_windows, token_hash
 from streamlap.errors import NumericalError, RecipeError
 from streamlap.families.stream import ModelStream
 from streamlap.recipe import Recipe

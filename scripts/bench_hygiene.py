@@ -30,7 +30,7 @@ import psutil
 from benchmarks import Result
 
 import streamlap
-from streamlap.engine import Engine
+from streamlap.pipeline.runner import Engine
 from streamlap.store.journal import Journal
 
 FIGURES = ("rss_bytes", "open_files", "threads", "temporary_files", "objects")

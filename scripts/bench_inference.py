@@ -32,7 +32,7 @@ from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from streamlap.linalg.budget import break_even, index_parameters, pivot_rank
-from streamlap.modules import swap_modules
+from streamlap.loader.modules import swap_modules
 
 FOLDS = ("v_proj", "gate_proj", "up_proj")
 VOCABULARY = 256

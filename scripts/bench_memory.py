@@ -29,7 +29,7 @@ import numpy as np
 from benchmarks import Done, Result
 from memory_group import limited_group
 
-from streamlap.memory import parse_size
+from streamlap.system.budget import parse_size
 
 MAKE = """
 import sys, torch
@@ -46,7 +46,7 @@ MEASURE = """
 import json, sys
 import numpy as np, torch
 import streamlap
-from streamlap.meters import peak_ram_bytes, reset_peaks
+from streamlap.system.meters import peak_ram_bytes, reset_peaks
 import psutil
 torch.set_num_threads(int(sys.argv[4]))
 model, out, tokens = sys.argv[1:4]

@@ -24,7 +24,7 @@ from benchmarks import Result
 
 import streamlap
 from streamlap.families.stream import ModelStream
-from streamlap.inventory import count_parameters
+from streamlap.output.inspect import count_parameters
 
 
 def peers_by_ratio(path: Path) -> dict[float, list[Result]]:

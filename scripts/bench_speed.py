@@ -32,13 +32,13 @@ import benchmarks as shared
 import torch
 from benchmarks import Result
 
-from streamlap import machine
 from streamlap.families.stream import BATCH_TOKENS, ModelStream
-from streamlap.forecast import forecast
+from streamlap.loader.modules import swap_modules
 from streamlap.methods import PRESETS
-from streamlap.modules import swap_modules
-from streamlap.preflight import pick_device
+from streamlap.pipeline.session import pick_device
+from streamlap.planning.forecast import forecast
 from streamlap.recipe import Recipe
+from streamlap.system import speed as machine
 
 PHASES = ("read", "capture", "solve", "write", "propagate")
 DISK = ("read", "write", "upload")

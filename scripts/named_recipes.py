@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from streamlap.methods import PRESETS, Method
-from streamlap.methods.attention_anchored import AttentionAnchored
-from streamlap.methods.ffn_anchored import FfnAnchored
+from streamlap.methods.anchored.attention import AttentionAnchored
+from streamlap.methods.anchored.ffn import FfnAnchored
 from streamlap.recipe import Recipe
 
 

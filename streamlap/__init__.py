@@ -4,20 +4,20 @@ Importing it registers the loader with transformers, so that `AutoModelForCausal
 output; nothing else happens at import.
 """
 
-from streamlap import hf_plugin as hf_plugin
-from streamlap.allocate import Survey
 from streamlap.errors import StreamlapError
-from streamlap.evaluate import Evaluation, evaluate
-from streamlap.export.dense import export_dense
-from streamlap.inventory import inspect
-from streamlap.loading import load
-from streamlap.pipeline import compress
-from streamlap.plan import Plan, plan
+from streamlap.loader import hf_plugin as hf_plugin
+from streamlap.output.inspect import inspect
+from streamlap.output.load import load
+from streamlap.output.report import Report
+from streamlap.output.verify import verify
+from streamlap.pipeline.compress import compress
+from streamlap.pipeline.evaluate import Evaluation, evaluate
+from streamlap.pipeline.export import export_dense
+from streamlap.pipeline.resume import resume
+from streamlap.pipeline.survey import survey
+from streamlap.planning.allocate import Survey
+from streamlap.planning.plan import Plan, plan
 from streamlap.recipe import Calibration, Recipe
-from streamlap.report import Report
-from streamlap.resuming import resume
-from streamlap.survey import survey
-from streamlap.verification import verify
 from streamlap.version import __version__
 
 __all__ = [

@@ -21,11 +21,11 @@ from typing import Any
 import yaml
 
 from streamlap.errors import RecipeError, one_line, shown
-from streamlap.families import Family
 from streamlap.families.shell import COMPUTE_DTYPES
+from streamlap.families.table import Family
 from streamlap.methods import ANCHORED, METHODS, PRESETS, AnchoredMethod, Method, OnePassMethod
-from streamlap.methods.refine_block import Refinement
-from streamlap.strictyaml import read_yaml
+from streamlap.methods.trained.refine import Refinement
+from streamlap.untrusted.yaml import read_yaml
 
 MOST_EPOCHS = 10_000
 

@@ -20,8 +20,8 @@ from transformers import (
     Qwen3Config,
 )
 
-from streamlap.modules import LowRankLinear, PaddedLinear, PivotedLinear, SlicedLinear
-from streamlap.shim import write_shim
+from streamlap.loader.modules import LowRankLinear, PaddedLinear, PivotedLinear, SlicedLinear
+from streamlap.loader.shim import write_shim
 
 Rows = dict[str, dict[str, int]]
 SIZES: dict[str, Any] = {

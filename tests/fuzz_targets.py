@@ -19,8 +19,8 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from streamlap.errors import ResumeMismatch, StreamlapError
 from streamlap.families.stream import ModelStream
+from streamlap.output.report import LayerReport
 from streamlap.recipe import Recipe
-from streamlap.report import LayerReport
 from streamlap.store.header import read_header
 from streamlap.store.journal import STATE_FOLDER, Journal
 from streamlap.store.source import INDEX_NAME, SINGLE_NAME, SafetensorsFolder

@@ -34,7 +34,7 @@ from conftest import MakeModel
 
 import streamlap
 from streamlap import cli, errors
-from streamlap.families import FAMILIES
+from streamlap.families.table import FAMILIES
 from streamlap.methods import METHODS
 from streamlap.store.journal import Journal
 
@@ -80,7 +80,7 @@ def folder_of_page(tmp_path: Path, pico: MakeModel, text: Path, monkeypatch: pyt
         shutil.copy(text, tmp_path / name)
     bundled = {"model": tmp_path / "my-model"}
     monkeypatch.setattr("streamlap.demo.bundled", lambda name: bundled.get(name, tmp_path / name))
-    monkeypatch.setattr("streamlap.calibration.bundled_text", lambda purpose: (str(tmp_path / f"{purpose}.txt"),))
+    monkeypatch.setattr("streamlap.data.calibration.bundled_text", lambda purpose: (str(tmp_path / f"{purpose}.txt"),))
     monkeypatch.chdir(tmp_path)
     torch.manual_seed(0)
     tables: list[tuple[dict[str, Any], dict[str, Any]]] = [(table, dict(table)) for table in (FAMILIES, METHODS)]

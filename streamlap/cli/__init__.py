@@ -9,12 +9,12 @@ import sys
 import torch
 import typer
 
-from streamlap.cgroups import usable_cpus
 from streamlap.cli.jobs import compress, plan, resume, survey
 from streamlap.cli.results import demo, evaluate, export, inspect, verify
 from streamlap.errors import BudgetError, Interrupted, StreamlapError, first_line
-from streamlap.memory import is_out_of_memory
-from streamlap.stopping import Stopped, stops_at_once
+from streamlap.system.budget import is_out_of_memory
+from streamlap.system.cgroups import usable_cpus
+from streamlap.system.signals import Stopped, stops_at_once
 
 app = typer.Typer(
     help="Compress a huge language model on small hardware, one decoder layer at a time.",

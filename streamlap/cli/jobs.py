@@ -8,7 +8,6 @@ from typing import Annotated, Any
 import typer
 
 import streamlap
-from streamlap.allocate import Survey
 from streamlap.cli.options import (
     CalibrationFiles,
     Device,
@@ -40,6 +39,7 @@ from streamlap.cli.wording import (
     emit,
 )
 from streamlap.errors import BudgetError
+from streamlap.planning.allocate import Survey
 from streamlap.recipe import Recipe
 
 

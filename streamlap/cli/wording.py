@@ -9,12 +9,12 @@ from typing import Any
 import typer
 from tqdm import tqdm
 
-from streamlap.allocate import Survey
 from streamlap.demo import DemoResult
-from streamlap.evaluate import Evaluation
-from streamlap.memory import show_size
-from streamlap.plan import Plan
-from streamlap.report import Report
+from streamlap.output.report import Report
+from streamlap.pipeline.evaluate import Evaluation
+from streamlap.planning.allocate import Survey
+from streamlap.planning.plan import Plan
+from streamlap.system.budget import show_size
 
 
 def describe_parameters(table: dict[str, Any]) -> list[str]:

@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from streamlap.evaluate import evaluate
-from streamlap.pipeline import compress
+from streamlap.pipeline.compress import compress
+from streamlap.pipeline.evaluate import evaluate
 
 PROMPT = "The old man looked at the sea and said"
 NEW_TOKENS = 60

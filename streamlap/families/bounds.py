@@ -12,7 +12,7 @@ from typing import Any
 from transformers import CONFIG_MAPPING, PreTrainedConfig
 
 from streamlap.errors import CheckpointError, shown, whole
-from streamlap.families import Family
+from streamlap.families.table import Family
 
 SIZES = {
     "num_hidden_layers": 1_000,

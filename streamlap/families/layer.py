@@ -14,9 +14,9 @@ from typing import Any, Protocol
 import torch
 from torch import nn
 
-from streamlap.families import Family
+from streamlap.families.table import Family
 from streamlap.linalg.rows import any_out, carried, finite_rows
-from streamlap.modules import carriers, disk_name, module_row
+from streamlap.loader.modules import carriers, disk_name, module_row
 from streamlap.store.header import TensorInfo
 from streamlap.store.sink import TensorEntry
 

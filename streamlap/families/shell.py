@@ -11,10 +11,10 @@ from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedConfig
 
 from streamlap.errors import CheckpointError, UnsupportedModel, one_line, shown, whole
-from streamlap.families import Family
-from streamlap.modules import PivotedLinear, swap_modules
-from streamlap.store.confine import CONFIG_BYTES, read_object
+from streamlap.families.table import Family
+from streamlap.loader.modules import PivotedLinear, swap_modules
 from streamlap.store.header import TensorInfo
+from streamlap.untrusted.paths import CONFIG_BYTES, read_object
 
 COMPUTE_DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 """What a layer may be computed and stored in; "auto" is the checkpoint's dtype where the device is fast in it, else float32."""

@@ -18,7 +18,6 @@ import torch
 from torch import nn
 
 from streamlap.errors import CheckpointError, RecipeError, whole
-from streamlap.families import find_family
 from streamlap.families.bounds import check_depth, check_widths, native_config
 from streamlap.families.layer import StreamLayer
 from streamlap.families.shell import (
@@ -30,12 +29,13 @@ from streamlap.families.shell import (
     read_config,
     swapped,
 )
+from streamlap.families.table import find_family
 from streamlap.linalg.rows import marked
-from streamlap.modules import carriers, disk_name
-from streamlap.store.confine import check_folder
+from streamlap.loader.modules import carriers, disk_name
 from streamlap.store.header import TensorInfo
 from streamlap.store.source import SafetensorsFolder, TensorSource, read_rows
 from streamlap.store.staging import Staging
+from streamlap.untrusted.paths import check_folder
 
 BATCH_TOKENS = 4096
 """Tokens per forward. Fixed, because the shape of a matrix product can move its last bits."""

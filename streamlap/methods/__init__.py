@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from streamlap.methods.attention_anchored import AttentionAnchored
-from streamlap.methods.attention_awsvd import AttentionAwsvd
-from streamlap.methods.attention_groups import AttentionGroups
-from streamlap.methods.attention_heads import AttentionHeads
+from streamlap.methods.anchored.attention import AttentionAnchored
+from streamlap.methods.anchored.ffn import FfnAnchored
+from streamlap.methods.anchored.groups import AttentionGroups
+from streamlap.methods.anchored.heads import AttentionHeads
 from streamlap.methods.base import Anchored as Anchored
 from streamlap.methods.base import OnePass as OnePass
-from streamlap.methods.ffn_anchored import FfnAnchored
-from streamlap.methods.ffn_lorap import FfnLorap
+from streamlap.methods.lorap.attention import AttentionAwsvd
+from streamlap.methods.lorap.ffn import FfnLorap
 
 OnePassMethod = AttentionAwsvd | FfnLorap
 AnchoredMethod = AttentionAnchored | AttentionHeads | AttentionGroups | FfnAnchored

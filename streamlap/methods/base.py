@@ -15,8 +15,8 @@ from typing import Protocol, TypeVar, runtime_checkable
 
 import torch
 
-from streamlap.families import Family
 from streamlap.families.layer import Edit, StreamLayer
+from streamlap.families.table import Family
 from streamlap.linalg.moments import Sample
 from streamlap.linalg.statistics import Energy
 

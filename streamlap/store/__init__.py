@@ -1,0 +1,1 @@
+"""Bytes: shards, hidden states, the journal, the lock, the hub."""

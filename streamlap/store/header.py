@@ -16,7 +16,7 @@ from typing import IO, Any
 import torch
 
 from streamlap.errors import CheckpointError, shown
-from streamlap.strictjson import parse_json
+from streamlap.untrusted.json import parse_json
 
 MAX_HEADER_BYTES = 100_000_000
 MAX_NAME = 512

@@ -20,10 +20,10 @@ import numpy as np
 import torch
 
 from streamlap.errors import ResumeMismatch, first_line, one_line, shown
-from streamlap.store.npy import read_integers
 from streamlap.store.sink import STATE_FOLDER as STATE_FOLDER
 from streamlap.store.sink import disk_error, fsync_folder, remove_file, write_durably
-from streamlap.strictjson import parse_json, read_limited
+from streamlap.untrusted.json import parse_json, read_limited
+from streamlap.untrusted.npy import read_integers
 
 JOURNAL_NAME = "journal.jsonl"
 TOKENS_NAME = "tokens.npy"

@@ -16,8 +16,8 @@ import torch
 
 from streamlap.errors import CheckpointError, shown
 from streamlap.linalg.statistics import all_finite
-from streamlap.store.confine import INDEX_BYTES, checked, read_object
 from streamlap.store.header import Header, TensorInfo, byte_view, check_name, file_stamp, read_header
+from streamlap.untrusted.paths import INDEX_BYTES, checked, read_object
 
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"

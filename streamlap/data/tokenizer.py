@@ -1,0 +1,136 @@
+"""The tokenizer of a model folder, from transformers. Code that lies in the folder runs only where the caller says so.
+
+A chat template is text that is carried over, never rendered.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers.models.auto.tokenization_auto import tokenizer_class_from_name
+
+from streamlap.errors import CheckpointError, RecipeError, first_line, shown
+from streamlap.families.bounds import native_config
+from streamlap.families.shell import read_config
+from streamlap.families.table import find_family
+from streamlap.untrusted.paths import CONFIG_BYTES, check_folder, read_object
+
+SETTINGS, TOKENS = "tokenizer_config.json", "special_tokens_map.json"
+PATH_KEY = re.compile(r"vocab|merges|.*_(file|path|dir)")
+"""Keys of what transformers hands to a tokenizer's class, whose text it might open."""
+LABELS = {"name_or_path", "special_tokens_map_file", "tokenizer_file"}
+"""Such keys that old versions left behind, and that are not opened."""
+Result = TypeVar("Result")
+
+
+def tokenise(text: str, folder: Path, of: Path, trust_remote_code: bool = False) -> torch.Tensor:
+    """The ids of a text by the tokenizer in `folder`, [T] int64, without special tokens; `of` is what messages call the text.
+
+    Raises RecipeError where the folder has no tokenizer that loads and works, CheckpointError where its files may not be read.
+    """
+    tokenizer = load_tokenizer(folder, of, trust_remote_code)
+
+    def encode() -> torch.Tensor:
+        return torch.tensor(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"], dtype=torch.int64)
+
+    return _tried(encode, f"the tokenizer in {folder} fails", f"wanted token ids of {of}. Give them as .npy.")
+
+
+def load_tokenizer(folder: Path, of: Path, trust_remote_code: bool = False) -> Any:
+    """AutoTokenizer's, with the config of transformers' own class: `auto_map` in config.json is not heeded."""
+    check_folder(folder)
+    raw = read_config(folder)
+    find_family(raw)
+    config = native_config(raw, folder)
+    code = check_settings(folder, raw.get("tokenizer_class"), trust_remote_code)
+    return _tried(
+        lambda: AutoTokenizer.from_pretrained(folder, config=config, local_files_only=True, trust_remote_code=code),
+        f"{folder} has no tokenizer that loads",
+        f"wanted one to read {of}. Put its files there, or give token ids as .npy.",
+    )
+
+
+def check_settings(folder: Path, default: Any, trust_remote_code: bool) -> bool:
+    """Whether code of the folder is to run: where it names some and the caller trusts it. `default` is config.json's class.
+
+    Raises RecipeError for a tokenizer that is neither transformers' own nor trusted, CheckpointError for names of files
+    outside the folder.
+    """
+    settings = read_object(folder, SETTINGS, CONFIG_BYTES) if (folder / SETTINGS).exists() else {}
+    files = settings.get("fast_tokenizer_files") or []
+    if not isinstance(files, list) or not all(isinstance(file, str) and Path(file).name == file for file in files):
+        raise CheckpointError(
+            f"{SETTINGS} has fast_tokenizer_files {shown(files)}; wanted names of files inside {folder}."
+        )
+    check_paths(settings, SETTINGS, folder)
+    check_paths(read_object(folder, TOKENS, CONFIG_BYTES) if (folder / TOKENS).exists() else {}, TOKENS, folder)
+    if settings.get("init_inputs"):
+        raise CheckpointError(f"{SETTINGS} has init_inputs {shown(settings['init_inputs'])}; wanted settings by name.")
+    code = _code(settings.get("auto_map"))
+    if code and trust_remote_code:
+        if any("--" in word for word in code):
+            raise CheckpointError(
+                f"{SETTINGS} has auto_map {shown(code)}, code of another repository; wanted code inside {folder}."
+            )
+        return True
+    unknown = [name for name in (settings.get("tokenizer_class"), default) if name is not None and not _known(name)]
+    if unknown:
+        why = "transformers has no tokenizer of that name. Name one that it has,"
+        if code:
+            why = (
+                f"its code is in the folder ({shown(', '.join(code))[1:-1]}) and is not run unless you say so. Read it, then "
+                "give --trust-remote-code (in Python trust_remote_code=True),"
+            )
+        raise RecipeError(
+            f"the tokenizer in {folder} is a {shown(unknown[0])}: {why} or give the text as token ids in an .npy file."
+        )
+    return False
+
+
+def check_paths(table: Any, file: str, folder: Path) -> None:
+    """Raise CheckpointError where settings, at whatever depth, name a file to read: transformers takes such a name as it
+    stands, from anywhere. Where the vocabulary lies follows from the folder."""
+    if isinstance(table, dict):
+        for key, value in table.items():
+            if PATH_KEY.fullmatch(key) and key not in LABELS and isinstance(value, str):
+                raise CheckpointError(
+                    f"{file} has {shown(key)[1:-1]} {shown(value)}; wanted none, the files are those of {folder}. Take the "
+                    "key out, or give the text as token ids in an .npy file."
+                )
+            check_paths(value, file, folder)
+    elif isinstance(table, list):
+        for value in table:
+            check_paths(value, file, folder)
+
+
+def _code(table: Any) -> list[str]:
+    """Where auto_map has the code of a tokenizer: `module.Class`, slow and fast."""
+    rows = table.get("AutoTokenizer") if isinstance(table, dict) else table
+    rows = rows if isinstance(rows, list) else [rows]
+    return [row for row in rows if isinstance(row, str)]
+
+
+def _known(name: Any) -> bool:
+    """Whether transformers has a tokenizer of that name; it looks names up among all that it has, models included."""
+    if not isinstance(name, str):
+        return False
+    found = [tokenizer_class_from_name(word) for word in (name, f"{name}Fast", name.removesuffix("Fast"))]
+    kinds = [kind for kind in found if isinstance(kind, type)]
+    # What needs a package that is not installed has a stand-in with _backends, which says so when it is used.
+    return any(issubclass(kind, PreTrainedTokenizerBase) or hasattr(kind, "_backends") for kind in kinds)
+
+
+def _tried(act: Callable[[], Result], seen: str, wanted: str) -> Result:
+    """What `act` gives. Raises RecipeError for whatever goes wrong in it."""
+    try:
+        return act()
+    except BaseException as error:
+        # A panic in the tokenizers library is no Exception; a Ctrl-C is none either, and goes on.
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
+        raise RecipeError(f"{seen} ({first_line(error)}); {wanted}") from error

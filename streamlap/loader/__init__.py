@@ -1,0 +1,1 @@
+"""All that is copied into an output folder or registered with transformers."""

@@ -1,0 +1,1 @@
+"""Sub-layers rebuilt in closed form beside the dense model."""

@@ -1,0 +1,110 @@
+"""What an anchored half takes, from shapes alone. Bounds on memory, counts of the large products.
+
+n is the width of what the half reads, f of what its last linear reads, w of what is left of it, d of the stream.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+
+from streamlap.families.table import Family
+from streamlap.linalg.anchor import LARGE
+from streamlap.linalg.moments import CHUNK_TOKENS, ROW_BLOCK
+from streamlap.methods.base import Cost, Layout, Shapes
+
+HELD_TOKENS = 4096
+"""Most rows that are held out to choose by."""
+
+SINGLE = 0.8
+"""An eigen-problem in float32 takes as long as one of so much of its size in float64."""
+
+
+def half_cost(family: Family, half: str, shapes: Shapes, layout: Layout) -> Cost:
+    """The cost of one anchored method on one half."""
+    parts = family.halves[half]
+    reads, (last,) = family.sites[parts.reads], family.sites[parts.writes]
+    (d, f), n = shapes[last], shapes[reads[0]][1]
+    prunes = "in" in layout.get(last, {})
+    w = layout.get(last, {}).get("in", f)
+    widest = f if prunes else w
+    after = {
+        path: (layout[path].get("out", shapes[path][0]), layout[path].get("in", shapes[path][1]))
+        for path in (*reads, last)
+        if {"rank", "pivots"} & layout.get(path, {}).keys()
+    }
+    capture = _sum_bytes(widest, d) + _row_bytes(widest, d)
+    aims = _aim_bytes([shapes[path] for path in reads])
+    work = max(
+        capture,
+        24 * f * f + 3 * _itemsize(f) * d * f if prunes else 0,
+        max((_rank_bytes(*shape) for path, shape in after.items() if path != last), default=0),
+        24 * w * w + 6 * _itemsize(w) * d * w + (_rank_bytes(d, w) if last in after else 0) + _row_bytes(w, d),
+    )
+    flops = sum(_rank_flops(*shape) for shape in after.values()) + _last_flops(d, w, f, prunes)
+    return Cost(
+        workspace_bytes=aims + work, capture_bytes=capture,
+        flops=flops if widest <= LARGE else 0, flops32=flops if widest > LARGE else 0,
+        flops_per_token=n * n + w * w + 2 * d * w + (f * f if prunes else 0),
+        decompositions=tuple(_eigh_size(min(shape)) for shape in after.values()),
+    )  # fmt: skip
+
+
+def compared_cost(family: Family, half: str, shapes: Shapes, layouts: Collection[Layout]) -> Cost:
+    """The cost of comparing several settings of one method and building one: that of the costliest, a last linear for each
+    while channels go, and from then on the rows of all channels in what the others are cut to."""
+    parts = family.halves[half]
+    d, f = shapes[family.sites[parts.writes][0]]
+    costs = [half_cost(family, half, shapes, layout) for layout in layouts]
+    whole, lasts = (_itemsize(f) * d * f * count for count in (len(family.sites[parts.reads]), len(layouts)))
+    aims = _aim_bytes([shapes[path] for path in family.sites[parts.reads]])
+    removing = 24 * f * f + 3 * _itemsize(f) * d * f + lasts
+    cutting = _itemsize(f) * f * f + lasts + _rank_bytes(f, d)
+    return Cost(
+        workspace_bytes=max(aims + removing, whole + max(aims + cutting, *(cost.workspace_bytes for cost in costs))),
+        capture_bytes=whole + max(cost.capture_bytes for cost in costs),
+        flops=max(cost.flops for cost in costs), flops32=max(cost.flops32 for cost in costs),
+        flops_per_token=max(cost.flops_per_token for cost in costs),
+        decompositions=max((cost.decompositions for cost in costs), key=len),
+    )  # fmt: skip
+
+
+def _aim_bytes(shapes: Sequence[tuple[int, int]]) -> int:
+    """The Gram of a half's input, in float64 and in the dtype to solve in, and the linears that read it."""
+    n = shapes[0][1]
+    return (8 + _itemsize(n)) * n * n + _itemsize(n) * n * sum(rows for rows, _ in shapes)
+
+
+def _itemsize(width: int) -> int:
+    """Bytes of a number in a problem of that many columns."""
+    return 4 if width > LARGE else 8
+
+
+def _sum_bytes(width: int, d: int) -> int:
+    """A Gram and a cross-Gram in float64, and both in the dtype to solve in."""
+    narrow = 4 if width > LARGE else 0
+    return (8 + narrow) * (width * width + d * width)
+
+
+def _row_bytes(width: int, d: int) -> int:
+    """Tokens that wait, widened, one block of their product, and those that are held out."""
+    return 8 * CHUNK_TOKENS * (width + d) + 4 * width * min(ROW_BLOCK, width) + 8 * (width + d) * HELD_TOKENS
+
+
+def _rank_bytes(rows: int, columns: int) -> int:
+    """Metric, root, vectors and LAPACK's squares of the smaller side; bases, what is left of them, and coefficients."""
+    small, item = min(rows, columns), _itemsize(columns)
+    return 8 * 5 * small * small + item * (columns * columns + 8 * rows * columns)
+
+
+def _eigh_size(size: int) -> int:
+    return int(SINGLE * size) if size > LARGE else size
+
+
+def _rank_flops(rows: int, columns: int) -> int:
+    """Metric, Gram, subspace, fit of the rest: about six products of the matrix by its small side."""
+    return 6 * 2 * rows * columns * min(rows, columns)
+
+
+def _last_flops(d: int, w: int, f: int, prunes: bool) -> int:
+    """Factor and solve of the last linear's Gram; where channels go, also the inverse of that factor and rows of S^-1."""
+    return w**3 // 3 + 2 * d * w * w + (2 * f**3 // 3 + 2 * f * f * (f - w) if prunes else 0)

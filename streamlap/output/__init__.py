@@ -1,0 +1,1 @@
+"""What an output folder holds beside its shards, and how it is looked at afterwards."""

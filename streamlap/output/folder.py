@@ -1,0 +1,138 @@
+"""The files of an output folder beside its shards. config.json is written last: only then is the folder a model."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from streamlap.errors import CheckpointError
+from streamlap.families.shell import read_config
+from streamlap.loader.hf_plugin import FORMAT_VERSION
+from streamlap.loader.shim import write_shim
+from streamlap.output.report import LayerReport, Report
+from streamlap.store.sink import write_durably
+from streamlap.store.source import PICKLE_SUFFIXES
+from streamlap.untrusted.paths import checked, read_bytes
+
+RECIPE_NAME = "streamlap_recipe.yaml"
+REPORT_NAME = "streamlap_report.json"
+KEPT_NAME = "streamlap_kept_channels.json"
+
+COPIED = (
+    "tokenizer*", "vocab.*", "merges.txt", "special_tokens_map.json", "added_tokens.json", "*.model", "spiece.*",
+    "chat_template.*", "additional_chat_templates/*", "generation_config.json", "LICENSE*", "NOTICE*", "USE_POLICY*",
+)  # fmt: skip
+"""What is carried over from the source folder as it stands."""
+NOT_COPIED = {".py", ".so", *PICKLE_SUFFIXES}
+"""Endings of what can run code."""
+MOST_COMPANION_BYTES = 256 << 20
+CARD_BYTES = 1 << 20
+
+PLAIN = re.compile(r"[\w .,:;/@+()~%#?&=-]{1,200}")
+"""What a model card takes over from a stranger's: no quotes, no markup, no line ends."""
+
+
+def companions(source: Path) -> list[Path]:
+    """Tokenizer, templates, generation settings and licence texts of a checkpoint, as paths in it.
+
+    Raises CheckpointError, before anything is opened, for a file out of bounds or larger than such a file is.
+    """
+    found = {path for pattern in COPIED for path in source.glob(pattern) if path.suffix.lower() not in NOT_COPIED}
+    files = [path for path in sorted(found) if not path.is_dir() and checked(source, path).is_file()]
+    for path in files:
+        if path.stat().st_size > MOST_COMPANION_BYTES:
+            raise CheckpointError(
+                f"{path} has {path.stat().st_size:,} bytes; wanted at most {MOST_COMPANION_BYTES:,}. Remove it."
+            )
+    return [path.relative_to(source) for path in files]
+
+
+def copy_companions(source: Path, out: Path) -> None:
+    """What `companions` lists, as bytes."""
+    for name in companions(source):
+        (out / name).parent.mkdir(exist_ok=True)
+        write_durably(out / name, read_bytes(source, str(name), MOST_COMPANION_BYTES))
+
+
+def write_json(path: Path, value: Any, indent: int | None = 2) -> None:
+    write_durably(path, (json.dumps(value, indent=indent) + "\n").encode())
+
+
+def finish_folder(out: Path, source: Path, base: str, layers_path: str, report: Report, recipe_yaml: str) -> None:
+    """Everything that makes shards and index a model folder. May be run again after a crash: it writes the same bytes.
+
+    Args: base, the name the card gives to the source; layers_path, where the decoder layers are in the model.
+    """
+    copy_companions(source, out)
+    write_durably(out / RECIPE_NAME, recipe_yaml.encode())
+    write_json(out / REPORT_NAME, report.to_json(), indent=1)
+    kept = {
+        f"{layer.index}.{edit.path}": list(edit.kept)
+        for layer in report.layers
+        for edit in layer.edits
+        if edit.kept is not None
+    }
+    write_json(out / KEPT_NAME, kept, indent=None)
+    write_durably(out / "README.md", model_card(report, base, licence_of(source)).encode())
+    raw = read_config(source)
+    raw |= {"auto_map": write_shim(out, write_durably), "quantization_config": quantization_config(report, layers_path)}
+    write_json(out / "config.json", raw)
+
+
+def quantization_config(report: Report, layers_path: str) -> dict[str, Any]:
+    """The object in config.json that tells a loader which modules to put where."""
+    return {
+        "quant_method": "streamlap",
+        "format_version": FORMAT_VERSION,
+        "modules": module_rows(report.layers, layers_path),
+    }
+
+
+def module_rows(layers: Iterable[LayerReport], layers_path: str) -> dict[str, dict[str, int]]:
+    """Module path in the model -> its row, for every linear that is not a dense one of the same shape."""
+    rows = ((f"{layers_path}.{layer.index}.{edit.path}", edit.row) for layer in layers for edit in layer.edits)
+    return {path: dict(row) for path, row in rows if row}
+
+
+def licence_of(source: Path) -> dict[str, str]:
+    """The licence fields in the front matter of a checkpoint's model card, those that are plain words."""
+    path = checked(source, source / "README.md")
+    if not path.is_file():
+        return {}
+    with path.open("rb") as file:
+        card = file.read(CARD_BYTES).decode("utf-8", errors="replace")
+    front = card.split("---", 2)[1] if card.startswith("---") and card.count("---") >= 2 else ""
+    rows = re.findall(r"^(license(?:_name|_link)?):[ \t]*([\"']?)(.*?)\2[ \t]*$", front, flags=re.MULTILINE)
+    return {key: value for key, _, value in rows if PLAIN.fullmatch(value)}
+
+
+def model_card(report: Report, base: str, licence: Mapping[str, str]) -> str:
+    """README.md with the metadata that hubs read and the numbers that were measured."""
+    parameters, (sequences, length) = report.parameters, report.calibration_tokens
+    base = re.sub(r"[^\w./@+ -]", "_", base[:200])  # no quotes or markup, in a heading or in the front matter
+    front = [
+        f"base_model: {json.dumps(base, ensure_ascii=False)}",
+        "base_model_relation: quantized",
+        "library_name: transformers",
+    ]
+    front += [f"{key}: {json.dumps(value, ensure_ascii=False)}" for key, value in licence.items()]
+    front += ["tags:", "- streamlap", "- low-rank", "- pruned"]
+    ratio = f"{parameters.ratio_decoder:.2%} of the decoder linears, {parameters.ratio_total:.2%} of the whole model"
+    return "\n".join(
+        [
+            "---", *front, "---", f"# {base}, compressed by streamlap", "",
+            f"Removed parameters: {ratio}.", "",
+            "| | before | after |", "|---|---|---|",
+            f"| decoder linears | {parameters.decoder_before:,} | {parameters.decoder_after:,} |",
+            f"| whole model | {parameters.total_before:,} | {parameters.total_after:,} |", "",
+            f"Preset `{report.recipe['preset']}`, ratio {report.recipe['ratio']}, calibrated on {sequences} windows of "
+            f"{length} tokens. All settings: `{RECIPE_NAME}`; what was done to each layer: `{REPORT_NAME}`.", "",
+            "```python", "import streamlap  # registers the loader", "from transformers import AutoModelForCausalLM", "",
+            'model = AutoModelForCausalLM.from_pretrained("path/to/this/folder")', "```", "",
+            "Where streamlap is not installed, `from_pretrained(..., trust_remote_code=True)` uses the loader files in this "
+            "folder. Any other loader refuses the weights rather than misread them.", "",
+        ]
+    )  # fmt: skip

@@ -1,0 +1,48 @@
+"""How far predictions have moved from those of the dense model.
+
+Shape suffixes: B batch, L length, D hidden, T tokens, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import torch
+
+from streamlap.errors import NumericalError
+from streamlap.families.stream import HEAD_TOKENS, ModelStream
+from streamlap.linalg.rows import any_out
+from streamlap.planning.cuts import Cut
+from streamlap.store.hidden import HiddenBank
+
+Head = Callable[[torch.Tensor], torch.Tensor]
+"""Last hidden states x_TD -> logits_TV."""
+
+
+@torch.no_grad()
+def mean_divergence(stream: ModelStream, head: Head, dense: HiddenBank, copy: HiddenBank, cut: Cut) -> float:
+    """KL(dense || copy) of the predictions, nats a token; the streams are behind the last layer.
+
+    Over the tokens that are out of neither stream. Raises NumericalError where there is none, or where it is no number.
+    """
+    total, tokens = 0.0, 0
+    for batches in zip(dense.read(stream.depth), copy.read(stream.depth), strict=True):
+        here = [x_BLD.to(stream.device) for x_BLD in batches]  # one may come from the disk and one be there
+        out_BL = any_out(*here)
+        rows = (x_BLD.flatten(0, 1) if out_BL is None else x_BLD[~out_BL] for x_BLD in here)
+        pieces = zip(*(torch.split(x_TD, HEAD_TOKENS) for x_TD in rows), strict=True)
+        total += sum(divergence(head(dense_TD), head(copy_TD)) for dense_TD, copy_TD in pieces)
+        tokens += here[0][..., 0].numel() if out_BL is None else int((~out_BL).sum())
+    mean = total / tokens if tokens else math.nan
+    if not math.isfinite(mean):
+        raise NumericalError(
+            f"layer {cut.index} {cut.half}: divergence {mean} over {tokens} tokens; wanted a number. Try dtype float32."
+        )
+    return max(0.0, mean)
+
+
+def divergence(dense_TV: torch.Tensor, copy_TV: torch.Tensor) -> float:
+    """Sum over tokens of KL(dense || copy), from logits."""
+    p_TV, q_TV = dense_TV.float().log_softmax(dim=-1), copy_TV.float().log_softmax(dim=-1)
+    return float((p_TV.exp() * (p_TV - q_TV)).sum(dtype=torch.float64))

@@ -1,0 +1,177 @@
+"""Perplexity over the layer stream: every window passes layer k before layer k + 1 is read.
+
+exp of the mean negative log-likelihood in nats over the predicted positions inside each window. No BOS is added; windows do not
+overlap unless a stride is given, and then each scores its last `stride` positions only.
+
+Shape suffixes: N windows, L length.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import tempfile
+import time
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.nn.functional import cross_entropy
+
+from streamlap.data.calibration import bundled_text, read_windows
+from streamlap.errors import NumericalError, RecipeError
+from streamlap.families.stream import HEAD_TOKENS, ModelStream
+from streamlap.pipeline.runner import Engine, open_bank, start_engine
+from streamlap.pipeline.session import pick_device
+from streamlap.planning.schedule import Caps, Fit, Schedule, fit, require_fit
+from streamlap.planning.workload import evaluation_workload
+from streamlap.store.hidden import HiddenBank
+from streamlap.store.hub import local_folder
+from streamlap.store.sink import make_folder
+from streamlap.system.allocator import steady_heap
+from streamlap.system.budget import parse_size, require_disk
+from streamlap.system.meters import peak_ram_bytes, peak_vram_bytes, reset_peaks
+
+
+@dataclass(frozen=True, kw_only=True)
+class Evaluation:
+    """A perplexity and what it was measured on."""
+
+    perplexity: float
+    nll: float
+    """Mean negative log-likelihood, nats a token."""
+    tokens: int
+    """Predicted positions."""
+    length: int
+    seconds: float
+    peak_ram_bytes: int
+    peak_vram_bytes: int
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def evaluate(
+    model: str | Path,
+    text: str | Path | Sequence[str | Path] | None = None,
+    *,
+    length: int | None = None,
+    stride: int | None = None,
+    limit: int | None = None,
+    device: str = "auto",
+    dtype: str = "auto",
+    work: str | Path | None = None,
+    max_ram: int | str | None = None,
+    max_vram: int | str | None = None,
+    overlap: bool = True,
+    trust_remote_code: bool = False,
+) -> Evaluation:
+    """Perplexity of a checkpoint, original or compressed, on text or token ids (as for calibration; default: bundled text,
+    which is not the one that calibration takes).
+
+    Args: length, tokens a window (default 2048, the model's context, or the rows of an .npy); limit, tokens to use at
+    most, windows times length; dtype, compute dtype, auto is float32 on a CPU; work, where hidden states go when memory is
+    short, and without which they stay in memory; max_ram, max_vram, caps as bytes or as text like 8GiB (default: what is free);
+    trust_remote_code, whether a tokenizer that is code in the model folder may run.
+    """
+    start, device = time.perf_counter(), pick_device(device)
+    steady_heap()
+    reset_peaks()
+    caps = Caps(ram=parse_size(max_ram, "max_ram"), vram=parse_size(max_vram, "max_vram"))
+    folder = local_folder(str(model), trust_remote_code)
+    stream = ModelStream(folder, device, "float32" if (device, dtype) == ("cpu", "auto") else dtype)
+    files = (text,) if isinstance(text, str | Path) else tuple(text or bundled_text("validation"))
+    tokens_NL = choose_windows(stream, [str(file) for file in files], length, stride, limit, trust_remote_code)
+    windows, window = tokens_NL.shape
+    choice = fit(evaluation_workload(stream, windows, window, disk=work is not None), caps, overlap)
+    require_fit(choice, caps)
+    nll_NL = token_losses(stream, tokens_NL, choice, Path(work) if work else None)
+    scored_NL = nll_NL if stride is None else nll_NL[:, -stride:]
+    mean = float(scored_NL.double().mean())
+    if not math.isfinite(mean):
+        raise NumericalError(f"mean NLL is {mean}; wanted a number. Try dtype float32.")
+    return Evaluation(
+        perplexity=math.exp(min(mean, 700.0)), nll=mean, tokens=scored_NL.numel(), length=tokens_NL.shape[1],
+        seconds=time.perf_counter() - start, peak_ram_bytes=peak_ram_bytes(), peak_vram_bytes=peak_vram_bytes(),
+    )  # fmt: skip
+
+
+def choose_windows(
+    stream: ModelStream, files: Sequence[str], length: int | None, stride: int | None, limit: int | None,
+    trust_remote_code: bool = False,
+) -> torch.Tensor:  # fmt: skip
+    """The windows to score, [N, L]. Raises RecipeError where the numbers do not fit the text or each other."""
+    for name, value in (("stride", stride), ("limit", limit), ("length", length)):
+        least = 2 if name == "length" else 1
+        if value is not None and value < least:
+            raise RecipeError(f"{name} is {value}; wanted at least {least}.")
+    tokens_NL = read_windows(files, stream.folder, stream.vocabulary, stream.context, length, stride, trust_remote_code)
+    if stride is not None and stride >= tokens_NL.shape[1]:
+        raise RecipeError(f"stride is {stride}; wanted less than the window's {tokens_NL.shape[1]} tokens.")
+    windows = len(tokens_NL) if limit is None else limit // tokens_NL.shape[1]
+    if not windows:
+        raise RecipeError(f"limit is {limit} tokens; wanted at least one window of {tokens_NL.shape[1]}.")
+    return tokens_NL[:windows]
+
+
+def token_losses(stream: ModelStream, tokens_NL: torch.Tensor, choice: Fit, work: Path | None = None) -> torch.Tensor:
+    """NLL of every predicted position, [N, L - 1] float32."""
+    kwargs = stream.layer_kwargs(tokens_NL.shape[1])
+    with scratch_bank(stream, tokens_NL, choice.schedule, work) as hidden:
+        stream_layers(stream, choice, hidden, tokens_NL, kwargs)
+        with choice.ram.claim(choice.schedule.ram["head"]), choice.vram.claim(choice.schedule.vram.get("head", {})):
+            return head_losses(stream, hidden.read(stream.depth), tokens_NL)
+
+
+def stream_layers(
+    stream: ModelStream, choice: Fit, hidden: HiddenBank, tokens_NL: torch.Tensor, kwargs: Sequence[Mapping[str, Any]]
+) -> None:
+    """Every layer in turn. All that the loop needed is free again at the end.
+
+    A perplexity over part of the tokens would be another one, so none of them may go bad: NumericalError.
+    """
+    with start_engine(stream, choice, hidden, "evaluate", most_out=0.0) as engine:
+        engine.enter(hidden, tokens_NL)
+        for index in range(stream.depth):
+            propagate(engine, index, kwargs[index])
+            engine.require_baseline(index)
+
+
+def propagate(engine: Engine, index: int, kwargs: Mapping[str, Any]) -> None:
+    """One layer; a function of its own, so that nothing holds this layer while the next one is read."""
+    engine.progress.phase("read")
+    layer = engine.layer(index, kwargs)
+    engine.advance(layer, index)
+    engine.hidden.settle()
+    engine.hidden.drop(index)
+    engine.progress.next()
+
+
+@torch.no_grad()
+def head_losses(stream: ModelStream, batches: Iterable[torch.Tensor], tokens_NL: torch.Tensor) -> torch.Tensor:
+    """NLL [N, L - 1] from the last hidden states, a piece of a sequence at a time: logits are as wide as the vocabulary."""
+    head, rows = stream.head(), []
+    sequences = (x_LD for x_BLD in batches for x_LD in x_BLD)
+    for x_LD, tokens_L in zip(sequences, tokens_NL.to(stream.device), strict=True):
+        pieces = zip(x_LD[:-1].split(HEAD_TOKENS), tokens_L[1:].split(HEAD_TOKENS), strict=True)
+        losses = [cross_entropy(head(x_TD).float(), target_T, reduction="none") for x_TD, target_T in pieces]
+        rows.append(torch.cat(losses).cpu())
+    return torch.stack(rows)
+
+
+@contextlib.contextmanager
+def scratch_bank(
+    stream: ModelStream, tokens_NL: torch.Tensor, schedule: Schedule, work: Path | None
+) -> Iterator[HiddenBank]:
+    """Memory where the schedule says so, else files in a folder of its own under `work`. The numbers are the same."""
+    if schedule.tier != "disk":
+        yield open_bank(stream, tokens_NL, schedule, None)
+        return
+    assert work is not None, "a schedule with the disk and no folder for it"
+    make_folder(work)
+    with tempfile.TemporaryDirectory(prefix="streamlap-eval-", dir=work) as scratch:
+        bank = open_bank(stream, tokens_NL, schedule, Path(scratch))
+        require_disk(work, 2 * bank.nbytes, "hidden states")
+        yield bank

@@ -1,0 +1,244 @@
+"""How much memory a run takes, phase by phase, and the schedule that fits it under the caps. From headers alone.
+
+`plan` prints these numbers and `compress` and `eval` claim them from their budgets while they run; no size is computed twice.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+
+from streamlap.errors import BudgetError
+from streamlap.families.stream import batch_of
+from streamlap.planning.workload import Workload
+from streamlap.store.hidden import IN_FLIGHT
+from streamlap.store.source import CHUNK_BYTES
+from streamlap.system.allocator import CAN_KEEP
+from streamlap.system.budget import Budget, free_ram, show_size, vram_state, warm_up
+from streamlap.system.meters import ram_bytes
+
+RUNTIME_BYTES = 96 << 20
+"""What torch and its libraries take when they first compute (thread stacks, kernels, small blocks: some 64 MiB), and room for
+what they may come to hold later on: else the least cap that a message names could be too little by a MiB."""
+
+KEEPS, KEPT_BYTES = (1.25, 0.5), 256 << 20
+"""Freed memory that may stay, as shares of what a solve holds, and the least that it is worth while for."""
+
+Parts = Mapping[str, int]
+"""Purpose -> bytes."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Schedule:
+    """How a run goes about its work. It decides time and memory; the result is the same, bit by bit."""
+
+    overlap: bool
+    """Read the next layer, write the last one and move hidden states beside the computation."""
+    tier: str
+    """Where the newest hidden states stay: vram, ram or disk."""
+    micro: int
+    """Sequences in one forward."""
+    ram: Mapping[str, Parts]
+    """Phase -> purpose -> bytes. "layers" holds beside each of `INNER`, every other phase stands alone."""
+    vram: Mapping[str, Parts]
+    kept: int = 0
+    """Freed memory that stays with the process while layers stream by, at most."""
+
+
+INNER = ("capture", "solve", "refine", "propagate")
+"""Phases inside the loop over layers."""
+
+
+def peak(phases: Mapping[str, Parts]) -> int:
+    """The most that is held at one time."""
+    sums = {phase: sum(parts.values()) for phase, parts in phases.items()}
+    inner = max((sums.get(phase, 0) for phase in INNER), default=0)
+    outer = [count for phase, count in sums.items() if phase not in (*INNER, "layers")]
+    return max([sums.get("layers", 0) + inner, *outer])
+
+
+def buffers(work: Workload, overlap: bool) -> int:
+    """Staging buffers: two where a layer lives in one while the next is read into the other."""
+    return 2 if overlap and not work.converts and work.device.type == "cpu" else 1
+
+
+def make_schedule(work: Workload, overlap: bool, tier: str, micro: int, keeps: float = 0.0) -> Schedule:
+    """The schedule with these choices, and what it holds. On a CPU freed memory may stay: as much as `keeps` solves hold."""
+    if work.device.type != "cpu":
+        return _gpu_schedule(work, overlap, tier, micro)
+    return _cpu_schedule(work, overlap, tier, micro, max(KEPT_BYTES, int(keeps * work.solve)) if keeps else 0)
+
+
+def _cpu_schedule(work: Workload, overlap: bool, tier: str, micro: int, kept: int) -> Schedule:
+    bank, batches = _hidden(work, overlap, tier, work.batch(batch_of(work.length)))
+    after = {"edits": work.edits, "activations": work.activations(micro, work.inner_after)}
+    ram = {
+        "layers": {
+            "staging": work.staged * buffers(work, overlap), "layer": work.computed * work.converts, **bank, **batches,
+            **({"freed memory": kept} if kept else {}),
+        },
+        "capture": {"activations": work.activations(micro, work.inner), "edits": work.edits * overlap},
+        "solve": {"solve": _solve(work, micro)},
+        "refine": work.refinement,
+        "propagate": {**after, "writer": work.copied},
+        "head": {"head": work.head, **bank, **batches} if work.head else {},
+    }  # fmt: skip
+    return Schedule(overlap=overlap, tier=tier, micro=micro, ram=ram, vram={}, kept=kept)
+
+
+def _gpu_schedule(work: Workload, overlap: bool, tier: str, micro: int) -> Schedule:
+    full = work.batch(batch_of(work.length))
+    bank, batches = _hidden(work, overlap, tier, pinned(full))
+    staging = {"staging": pinned(work.staged)}  # pinned memory stays with torch, also once it is free
+    ram = {
+        "layers": {**staging, **(bank if tier == "ram" else {}), **batches},
+        "propagate": {"writer": CHUNK_BYTES},
+        "head": {"head": work.head_stored, **staging, **(bank if tier == "ram" else {}), **batches},
+    }
+    resident = bank if tier == "vram" else {}
+    vram = {
+        "layers": {
+            "layer": work.computed,
+            "upload": work.staged * work.converts,
+            "hidden batches": 4 * full,
+            **resident,
+        },
+        "capture": {"activations": work.activations(micro, work.inner), "edits": work.edits * overlap},
+        "solve": {"solve": _solve(work, micro)},
+        "refine": work.refinement,
+        "propagate": {"edits": work.edits, "activations": work.activations(micro, work.inner_after)},
+        "head": {"head": work.head, **resident},
+    }
+    return Schedule(overlap=overlap, tier=tier, micro=micro, ram=ram, vram=vram)
+
+
+def _solve(work: Workload, micro: int) -> int:
+    """What a solve holds; one that rebuilds halves goes back to the streams between its steps."""
+    return max(work.solve, work.capture + work.activations(micro, work.inner) if work.capture else 0)
+
+
+def _hidden(work: Workload, overlap: bool, tier: str, batch: int) -> tuple[dict[str, int], dict[str, int]]:
+    """One generation, where a memory keeps it, and the batches on their way: read (in use, and the next), computed, written."""
+    bank = {"hidden states": -(-work.generation // work.batch(batch_of(work.length))) * batch * work.streams}
+    if tier == "disk":
+        return {}, {"hidden batches": batch * (3 + 2 * (work.streams > 1) + IN_FLIGHT * overlap)}
+    on_their_way = 0 if tier == "ram" and work.device.type == "cpu" else 1 + IN_FLIGHT * overlap
+    return bank, {"hidden batches": batch * on_their_way}
+
+
+def pinned(count: int) -> int:
+    """What torch takes for `count` bytes of pinned memory: the next power of two."""
+    return 1 << (count - 1).bit_length() if count else 0
+
+
+def schedules(work: Workload, overlap: bool) -> Iterator[Schedule]:
+    """From the fastest to the leanest. Shorter forwards come last: they alone may move last bits, on some devices."""
+    full = min(batch_of(work.length), work.sequences)
+    if work.device.type == "cpu" and work.capture and CAN_KEEP:
+        for keeps in KEEPS:
+            yield make_schedule(work, overlap, "ram", full, keeps)
+    tiers = ["vram"] * (work.device.type == "cuda") + ["ram"] + ["disk"] * work.disk
+    for tier in tiers:
+        yield make_schedule(work, overlap, tier, full)
+    if overlap:
+        yield make_schedule(work, False, tiers[-1], full)
+    micro = full
+    while micro > 1:
+        micro = -(-micro // 2)
+        yield make_schedule(work, False, tiers[-1], micro)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Caps:
+    """Limits in bytes; None is what the machine has free."""
+
+    ram: int | None = None
+    vram: int | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Fit:
+    """A schedule with the budgets that hold it."""
+
+    work: Workload
+    schedule: Schedule
+    ram: Budget
+    vram: Budget
+
+    @property
+    def peak_ram(self) -> int:
+        return self.ram.base + peak(self.schedule.ram)
+
+    @property
+    def peak_vram(self) -> int:
+        return self.vram.base + peak(self.schedule.vram) if self.schedule.vram else 0
+
+    @property
+    def fits(self) -> bool:
+        return self.peak_ram <= self.ram.cap and self.peak_vram <= self.vram.cap
+
+
+def fit(work: Workload, caps: Caps, overlap: bool = True) -> Fit:
+    """The fastest schedule inside the caps, or the leanest where none is. See `require_fit`."""
+    warm_up(work.device)
+    held = ram_bytes()
+    there = held + free_ram()
+    ram = Budget(there if caps.ram is None else min(caps.ram, there), held + RUNTIME_BYTES, "RAM")
+    allocated, free = vram_state(work.device)
+    there = allocated + free
+    libraries = RUNTIME_BYTES if work.device.type == "cuda" else 0
+    vram = Budget(there if caps.vram is None else min(caps.vram, there), allocated + libraries, "VRAM")
+    for schedule in schedules(work, overlap):
+        choice = Fit(work=work, schedule=schedule, ram=ram, vram=vram)
+        if choice.fits:
+            break
+    return choice
+
+
+def require_fit(choice: Fit, caps: Caps) -> None:
+    """Raise BudgetError with the smallest caps that would do where even the leanest schedule does not fit."""
+    if choice.fits:
+        return
+    raise BudgetError(" ".join(advice(choice, caps)))
+
+
+def advice(choice: Fit, caps: Caps) -> Iterator[str]:
+    """What does not fit, what takes the room, and which knob to turn."""
+    rows = [
+        ("RAM", "--max-ram", choice.ram, caps.ram, choice.peak_ram, choice.schedule.ram),
+        ("VRAM", "--max-vram", choice.vram, caps.vram, choice.peak_vram, choice.schedule.vram),
+    ]
+    for name, flag, budget, cap, wanted, phases in rows:
+        if wanted > budget.cap:
+            asked = cap is not None and cap <= budget.cap
+            seen = f"{flag} is {show_size(cap)}" if asked and cap else f"{show_size(budget.cap)} of {name} are there"
+            parts = ", ".join(f"{what} {show_size(count)}" for what, count in largest(phases, budget.base))
+            way = f"give {flag} {least_cap(wanted)}" if asked else "free some, or take a larger machine"
+            yield f"{seen}; the leanest way through this model takes {show_size(wanted)} ({parts}): {way}."
+    if not choice.work.disk and (needed := least_ram_with_disk(choice)) < choice.peak_ram:
+        yield f"With --work FOLDER hidden states go to the disk there, and {least_cap(needed)} of RAM will do."
+    if not choice.fits:
+        yield "A shorter --length takes less too."
+
+
+def least_ram_with_disk(choice: Fit) -> int:
+    """What the leanest schedule would take if hidden states could lie on the disk."""
+    return choice.ram.base + min(peak(row.ram) for row in schedules(replace(choice.work, disk=True), False))
+
+
+def least_cap(wanted: int) -> str:
+    """The smallest size, in hundredths of a GiB, that holds `wanted` bytes: what --max-ram must be at least."""
+    return f"{math.ceil(wanted / 2**30 * 100) / 100:.2f}GiB"
+
+
+def largest(phases: Mapping[str, Parts], base: int) -> list[tuple[str, int]]:
+    """Purposes and bytes of the moment at which most is held, largest first."""
+    moments = [
+        {"process": base, **phases.get("layers", {}), **phases[phase]}
+        if phase in INNER
+        else {"process": base, **phases[phase]}
+        for phase in phases
+    ]
+    moment = max(moments, key=lambda parts: sum(parts.values()))
+    return sorted(((what, count) for what, count in moment.items() if count), key=lambda row: -row[1])

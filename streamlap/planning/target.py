@@ -1,0 +1,168 @@
+"""The ratio at which a result is as large as was asked for: in bytes of its shards, or in parameters. From headers alone.
+
+What a recipe makes of a model is counted tensor by tensor, as the shards will hold it, and the ratio is found by bisection.
+Only the ratio goes into the recipe, so a run that is resumed, or repeated from its recipe, knows nothing of the target.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import itertools
+import re
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
+
+import torch
+
+from streamlap.errors import RecipeError
+from streamlap.families.stream import ModelStream
+from streamlap.linalg.budget import index_parameters
+from streamlap.methods.base import Layout
+from streamlap.planning.forecast import dense_shapes, plan_halves, planned_tensors, shape_key
+from streamlap.recipe import Recipe
+from streamlap.store.header import TensorInfo
+from streamlap.store.sink import shard_bytes
+from streamlap.system.budget import parse_size
+
+STEPS = 1_000_000
+"""A ratio that is tried is a multiple of one over this."""
+
+STARTS = tuple(STEPS * odd // size for size in (2, 4, 8, 16, 32) for odd in range(1, size, 2))
+"""Where a ratio that the methods can reach is looked for."""
+
+COUNT_UNITS = {"": 1, "K": 10**3, "M": 10**6, "B": 10**9, "T": 10**12}
+
+Tensors = Mapping[str, TensorInfo | torch.Tensor]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Target:
+    """How large the result may be."""
+
+    name: str
+    """What it is called where it was given: target_size or target_params."""
+    text: str
+    most: int
+    unit: str
+    count: Callable[[Tensors], int]
+    """What the tensors of one shard count as."""
+
+
+def parse_target(
+    target_size: int | str | None, target_params: int | str | None, ratio: float | None = None
+) -> Target | None:
+    """The target, None where there is none. Raises RecipeError for more than one wish and for what is no size or count."""
+    wishes = {"ratio": ratio, "target_size": target_size, "target_params": target_params}
+    given = {name: value for name, value in wishes.items() if value is not None}
+    if len(given) > 1:
+        words = " and ".join(f"{name} {value}" for name, value in given.items())
+        raise RecipeError(f"{words} are given together; wanted one of {', '.join(wishes)}.")
+    if size := parse_size(target_size, "target_size"):
+        return Target(name="target_size", text=str(target_size), most=size, unit="bytes", count=shard_bytes)
+    if count := parse_count(target_params, "target_params"):
+        return Target(name="target_params", text=str(target_params), most=count, unit="parameters", count=parameters)
+    return None
+
+
+def parse_count(text: str | int | None, what: str) -> int | None:
+    """`50B`, `7.5M` or a number -> parameters; None stays None. Raises RecipeError that names `what`."""
+    if text is None:
+        return None
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([A-Za-z]?)", str(text).strip())
+    if (
+        not match
+        or match[2].upper() not in COUNT_UNITS
+        or not (count := int(float(match[1]) * COUNT_UNITS[match[2].upper()]))
+    ):
+        raise RecipeError(f"{what} is {text!r}; wanted a number of parameters like 50B, 7.5M or 1000000.")
+    return count
+
+
+def parameters(tensors: Tensors) -> int:
+    """As `inspect` counts them: an index counts as the weights that would take its bytes."""
+    total = 0
+    for name, tensor in tensors.items():
+        numel = tensor.shape.numel() if isinstance(tensor, torch.Tensor) else tensor.numel
+        if not tensor.dtype.is_floating_point:
+            numel = index_parameters(numel, tensors[name.rpartition(".")[0] + ".weight"].dtype.itemsize)
+        total += numel
+    return total
+
+
+def meet(stream: ModelStream, recipe: Recipe, target: Target | None) -> Recipe:
+    """The recipe with the lowest ratio whose result is within the target.
+
+    Raises RecipeError where no ratio that the methods can reach is, and where the model itself is smaller than the target.
+    """
+    if target is None or stream.rows:  # a compressed model is refused where its layers are planned
+        return recipe
+    recipe.check_paths(stream.family)
+    count = meter(stream, recipe, target)
+
+    def reached(step: int) -> bool:
+        with contextlib.suppress(RecipeError):
+            return count(step) > 0
+        return False
+
+    start = next(filter(reached, STARTS), STARTS[0])
+    count(start)  # where nothing is reached, this says why
+    lowest, highest = last_good(start, 0, reached), last_good(start, STEPS, reached)
+    smallest, largest, dense = map(count, (highest, lowest, 0))
+    if not smallest <= target.most <= max(largest, dense):  # a header may outgrow what a single rank removes
+        raise RecipeError(
+            f"{target.name} is {target.text}, which is {target.most:,} {target.unit}; the model has {dense:,}, and wanted is "
+            f"what these methods can make of it: from {smallest:,} to {largest:,}."
+        )
+    if largest > target.most:
+        lowest = last_good(highest, lowest, lambda step: reached(step) and count(step) <= target.most)
+    return replace(recipe, ratio=lowest / STEPS)
+
+
+def last_good(good: int, bad: int, is_good: Callable[[int], bool]) -> int:
+    """The last good step on the way from a good one to a bad one, on whichever side that is."""
+    while abs(bad - good) > 1:
+        middle = (good + bad) // 2
+        good, bad = (middle, bad) if is_good(middle) else (good, middle)
+    return good
+
+
+def meter(stream: ModelStream, recipe: Recipe, target: Target) -> Callable[[int], int]:
+    """Step -> what the result counts as at that ratio; RecipeError where the methods cannot reach it. 0 is the model itself.
+
+    Of several methods that may rebuild a half, the one that stores most counts: which one does is known only later.
+    """
+    alike: dict[str, list[int]] = {}
+    for index in range(stream.depth):
+        own = f" {index}" if recipe.survey else ""  # a survey gives each layer a share of its own
+        alike.setdefault(shape_key(stream, index, {}) + own, []).append(index)
+    outer = target.count(stream.outer_tensors())
+
+    def layer(index: int, ratio: float) -> int:
+        layouts = possible_layouts(stream, replace(recipe, ratio=ratio), index) if ratio else [{}]
+        return max(target.count(whole(stream, index, layout)) for layout in layouts)
+
+    @functools.cache
+    def total(step: int) -> int:
+        return outer + sum(len(indices) * layer(indices[0], step / STEPS) for indices in alike.values())
+
+    return total
+
+
+def whole(stream: ModelStream, index: int, layout: Layout) -> Tensors:
+    """Every tensor of the layer's shard."""
+    copied, made = planned_tensors(stream, index, layout)
+    return {**copied, **made}
+
+
+def possible_layouts(stream: ModelStream, recipe: Recipe, index: int) -> Iterator[Layout]:
+    """What the layer may become: one thing, or as many as methods try for its halves."""
+    if recipe.anchored:
+        tries = [candidates.values() for candidates in plan_halves(stream, recipe, index).values()]
+        for choice in itertools.product(*tries):
+            yield {path: row for _, layout in choice for path, row in layout.items()}
+        return
+    merged: Layout = {}
+    for method in recipe.one_pass:
+        merged |= method.layout(stream.family, dense_shapes(stream, index), recipe.ratio)
+    yield merged

@@ -1,0 +1,130 @@
+"""The sizes of one run, from headers alone: what every schedule of it is reckoned from."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from streamlap.families.stream import HEAD_TOKENS, ModelStream
+from streamlap.methods.trained.refine import MASTER_BYTES, STATE_BYTES
+from streamlap.store.header import TensorInfo
+from streamlap.store.staging import staged_bytes
+
+GRAPH_WIDTHS, GRAPH_HEADS, GRAPH_INNER = 8, 4, 6
+"""Numbers that a forward leaves for its gradients, a token: so many times the stream, the query heads, the widest linear."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Workload:
+    """The sizes of one run. Bytes, unless said otherwise; of the largest layer."""
+
+    device: torch.device
+    staged: int
+    """A layer as it is stored."""
+    computed: int
+    """A layer in the compute dtype."""
+    converts: bool
+    """Whether some layer is stored in another dtype than it is computed in."""
+    width: int
+    """Hidden size."""
+    inner: int
+    """Widest input or output of a linear."""
+    inner_after: int
+    """The same once the layer is edited."""
+    heads: int
+    """Numbers a token in the output of the query projection."""
+    itemsize: int
+    sequences: int
+    length: int
+    edits: int = 0
+    """The edited linears of a layer, as stored."""
+    solve: int = 0
+    """Most that a solve holds: the edits so far and the work of one more."""
+    head: int = 0
+    """The output head and its logits, where it is used."""
+    head_stored: int = 0
+    """The head as it is stored."""
+    streams: int = 1
+    """Hidden states kept beside each other: one where layers are edited in one pass; four where they are rebuilt beside
+    the dense model: its stream and the compressed one, before and after the first half."""
+    capture: int = 0
+    """What the sums over tokens hold, with the edits so far, where a solve looks at the streams itself."""
+    refined: int = 0
+    """Parameters of a layer that is refined; none where no layer is."""
+    copied: int = 0
+    """The piece in which a tensor that stays as it is goes from the source to the shard."""
+    disk: bool = True
+    """Whether hidden states may lie on the disk: there is a folder for them."""
+
+    @property
+    def generation(self) -> int:
+        return self.sequences * self.length * self.width * self.itemsize
+
+    @property
+    def disk_generations(self) -> int:
+        """Generations on the disk while a layer is done, where the disk keeps them: what was there and what is coming."""
+        return self.streams + min(self.streams, 2)
+
+    @property
+    def disk_bytes(self) -> int:
+        """What a run keeps on the disk beside its shards; a refinement's state stands twice while the new replaces the old."""
+        return self.disk_generations * self.generation + 2 * self.refinement_state
+
+    def batch(self, sequences: int) -> int:
+        """Hidden states of so many sequences."""
+        return min(sequences, self.sequences) * self.length * self.width * self.itemsize
+
+    @property
+    def refinement_state(self) -> int:
+        """What is kept on the disk after each epoch of a layer: masters and moments, and the best as it will be stored."""
+        return STATE_BYTES * self.refined + self.edits if self.refined else 0
+
+    @property
+    def refinement(self) -> dict[str, int]:
+        """What refining a layer holds: masters, gradients and moments; what is stored of the layer, now and of the best; and
+        what the forward of one sequence leaves for its gradients."""
+        if not self.refined:
+            return {}
+        graph = 4 * self.length * (GRAPH_WIDTHS * self.width + GRAPH_HEADS * self.heads + GRAPH_INNER * self.inner)
+        return {"refinement": MASTER_BYTES * self.refined, "edits": 2 * self.edits, "activations": graph}
+
+    def activations(self, sequences: int, inner: int) -> int:
+        """Most that one forward of a gated layer holds at a time beside its input: three FFN-wide tensors (act(gate), up, their
+        product) or the rotated queries and keys in attention, with the residual, and a normed copy with its float32 work."""
+        tokens = min(sequences, self.sequences) * self.length
+        ffn = 3 * inner * self.itemsize + 2 * self.width * self.itemsize
+        attention = 6 * self.heads * self.itemsize + 3 * self.width * self.itemsize
+        norm = 2 * self.width * 4 + 2 * self.width * self.itemsize
+        return tokens * max(ffn, attention, norm)
+
+
+def layer_workload(stream: ModelStream, sequences: int, length: int) -> dict[str, Any]:
+    """The sizes that compressing and evaluating share, as keywords of Workload."""
+    tables = [stream.layer_tensors(index).values() for index in range(stream.depth)]
+    shapes = [stream.stored_shape(index, path) for index in range(stream.depth) for path in stream.family.linears]
+    query = stream.family.sites["attn_in"][0]
+    return {
+        "device": stream.device, "itemsize": stream.dtype.itemsize, "sequences": sequences, "length": length,
+        "staged": max(map(staged_bytes, tables)), "width": stream.width,
+        "computed": max(sum(computed_bytes(info, stream.dtype) for info in table) for table in tables),
+        "converts": any(info.dtype.is_floating_point and info.dtype != stream.dtype for table in tables for info in table),
+        "inner": max(map(max, shapes)),
+        "heads": max(stream.dense_shape(index, query)[0] for index in range(stream.depth)),
+    }  # fmt: skip
+
+
+def computed_bytes(info: TensorInfo, dtype: torch.dtype) -> int:
+    """Size of a stored tensor in the compute dtype; whole numbers stay what they are."""
+    return info.numel * dtype.itemsize if info.dtype.is_floating_point else info.nbytes
+
+
+def evaluation_workload(stream: ModelStream, sequences: int, length: int, disk: bool = True) -> Workload:
+    """Sizes of `eval`: layers without edits, then the head on pieces of a sequence."""
+    stored = stream.source.info(stream.head_name)
+    tokens = min(length, HEAD_TOKENS)
+    work = stored.numel * stream.dtype.itemsize * (stored.dtype != stream.dtype) + stored.nbytes
+    logits = tokens * stream.vocabulary * (stream.dtype.itemsize + 8)
+    layers = layer_workload(stream, sequences, length)
+    return Workload(**layers, inner_after=layers["inner"], head=work + logits, head_stored=stored.nbytes, disk=disk)

@@ -1,0 +1,1 @@
+"""The machine: memory, control groups, meters, progress, signals, rates."""

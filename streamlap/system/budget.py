@@ -1,0 +1,185 @@
+"""Memory as a budget: how much there is, who holds how much of it, and what gives way where it is not enough."""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import logging
+import re
+import shutil
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import TypeVar
+
+import psutil
+import torch
+
+from streamlap.errors import BudgetError, RecipeError, first_line
+from streamlap.system.allocator import trim_heap
+from streamlap.system.cgroups import memory_room
+
+log = logging.getLogger(__name__)
+T = TypeVar("T")
+
+UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12,
+         "KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}  # fmt: skip
+
+
+OUT_OF_MEMORY = ("DefaultCPUAllocator", "out of memory", "CUBLAS_STATUS_ALLOC_FAILED", "CUSOLVER_STATUS_ALLOC_FAILED")
+"""What libraries say in errors of other kinds."""
+
+
+def parse_size(text: str | int | None, what: str) -> int | None:
+    """`8GiB`, `500MB` or a number of bytes -> bytes; None stays None. Raises RecipeError that names `what`."""
+    if text is None:
+        return None
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([A-Za-z]*)", str(text).strip())
+    if not match or match[2].upper() not in UNITS or not (size := int(float(match[1]) * UNITS[match[2].upper()])):
+        raise RecipeError(f"{what} is {text!r}; wanted a size like 8GiB or 500MB.")
+    return size
+
+
+def show_size(count: int) -> str:
+    return f"{count / 2**30:.2f} GiB" if count >= 2**30 else f"{count / 2**20:.1f} MiB"
+
+
+def free_ram() -> int:
+    """Bytes that this process may still take: what the system has, or what its control group leaves, if that is less."""
+    return max(0, min([psutil.virtual_memory().available, *memory_room()]))
+
+
+def vram_state(device: torch.device) -> tuple[int, int]:
+    """(bytes that torch has given out, bytes that it still can) on a CUDA device; zeros on a CPU."""
+    if device.type != "cuda":
+        return 0, 0
+    allocated, reserved = torch.cuda.memory_allocated(device), torch.cuda.memory_reserved(device)
+    return allocated, int(torch.cuda.mem_get_info(device)[0]) + reserved - allocated
+
+
+def warm_up(device: torch.device) -> None:
+    """Have a CUDA device's libraries loaded, which takes RAM by the hundred MiB, before what is held is measured."""
+    if device.type == "cuda":
+        x = torch.eye(64, device=device, dtype=torch.float64)
+        torch.linalg.eigh(x @ x)
+        torch.cuda.synchronize(device)
+
+
+class Budget:
+    """The one purse of a run. Whatever lives longer than a moment is claimed here, under its purpose, before it is made.
+
+    Args: cap, bytes in all; base, what the process held before (Python, torch, the meta model).
+    """
+
+    def __init__(self, cap: int, base: int = 0, name: str = "RAM") -> None:
+        self.cap, self.base, self.name = cap, base, name
+        self.held: dict[str, int] = {}
+
+    @property
+    def used(self) -> int:
+        return self.base + sum(self.held.values())
+
+    @contextlib.contextmanager
+    def claim(self, parts: Mapping[str, int]) -> Iterator[None]:
+        """Hold `parts` (purpose -> bytes) for the block. Raises BudgetError where they do not fit, before they are held."""
+        if self.used + sum(parts.values()) > self.cap:
+            raise BudgetError(
+                f"{', '.join(parts)} take {show_size(sum(parts.values()))} of {self.name}, and {show_size(self.used)} of the "
+                f"{show_size(self.cap)} allowed are held ({self._table()}). Raise the cap."
+            )
+        self._add(parts, 1)
+        try:
+            yield
+        finally:
+            self._add(parts, -1)
+
+    def _add(self, parts: Mapping[str, int], sign: int) -> None:
+        for purpose, count in parts.items():
+            self.held[purpose] = self.held.get(purpose, 0) + sign * count
+        self.held = {purpose: count for purpose, count in self.held.items() if count}
+
+    def _table(self) -> str:
+        return ", ".join(
+            f"{purpose} {show_size(count)}" for purpose, count in {"process": self.base, **self.held}.items()
+        )
+
+
+class Ladder:
+    """What gives way where memory runs out all the same: fewer sequences a forward, cached blocks, the device of the solve.
+
+    A step, once taken, holds for the rest of the run. Statistics and solves go in blocks of rows in any case.
+    """
+
+    def __init__(self, micro: int, device: torch.device) -> None:
+        self.micro, self.solve_device = micro, device
+        self.steps: list[tuple[int, str]] = []
+
+    def taken(self, layer: int) -> tuple[str, ...]:
+        """The steps taken in this layer."""
+        return tuple(step for index, step in self.steps if index == layer)
+
+    def climb(self, phase: str, layer: int, attempt: Callable[[], T]) -> T:
+        """The result of `attempt`, which is called again after each step. Raises BudgetError when there is none left."""
+        tried: set[str] = set()
+        while True:
+            try:
+                return attempt()
+            except Exception as error:
+                if not is_out_of_memory(error):
+                    raise
+                reason = first_line(error)
+            # Not inside the handler: the error's traceback holds the tensors of the attempt.
+            step = self._give_way(phase, tried, reason)
+            tried.add(step)
+            self.steps.append((layer, f"layer {layer}, {phase}: {step}"))
+            log.warning("out of memory in layer %d, %s: %s", layer, phase, step)
+            free_caches()
+
+    def _give_way(self, phase: str, tried: set[str], reason: str) -> str:
+        if phase != "solve" and self.micro > 1:
+            self.micro = -(-self.micro // 2)
+            return f"{self.micro} sequences a forward"
+        if "caches freed" not in tried:
+            return "caches freed"
+        if phase == "solve" and self.solve_device.type != "cpu":
+            self.solve_device = torch.device("cpu")
+            return "solve on the CPU"
+        raise BudgetError(
+            f"out of memory in {phase} after every fallback ({reason}). What is committed is kept: run again with a shorter "
+            "--length in a new folder, with less beside it on the machine, or on a larger one."
+        )
+
+
+def free_caches() -> None:
+    gc.collect()
+    trim_heap()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether torch or Python could not get memory, on whatever device."""
+    known = isinstance(error, torch.OutOfMemoryError | MemoryError)
+    return known or (isinstance(error, RuntimeError) and any(word in str(error) for word in OUT_OF_MEMORY))
+
+
+def is_device_fault(error: BaseException) -> bool:
+    """Whether a GPU, or its driver, stopped working. Memory that ran out is none."""
+    kinds = (
+        getattr(torch, "AcceleratorError", RuntimeError),
+        RuntimeError,
+    )  # the first is younger than the oldest torch
+    return isinstance(error, kinds) and "CUDA" in str(error) and not is_out_of_memory(error)
+
+
+def existing_ancestor(path: Path) -> Path:
+    return next(parent for parent in (path.absolute(), *path.absolute().parents) if parent.exists())
+
+
+def require_disk(path: Path, wanted: int, purpose: str) -> None:
+    """Raise BudgetError unless the file system under `path` has `wanted` bytes free."""
+    free = shutil.disk_usage(existing_ancestor(path)).free
+    if free < wanted:
+        raise BudgetError(
+            f"{purpose} takes {wanted:,} bytes under {path}, and {free:,} are free. Free some space, choose another "
+            "folder or --work, or use fewer --samples."
+        )

@@ -1,0 +1,99 @@
+"""Where the files of a checkpoint folder may lie. Every reader of such a folder goes through here.
+
+A folder that a stranger made may hold links, pipes and devices. A link `tokenizer.json` to somebody's key would be copied into
+the output and published with it; a pipe in place of config.json would block for ever. So each file must be a plain one
+inside the folder, or, in a snapshot of the hub's cache (`models--org--name/snapshots/REVISION`, whose files are links to
+`../../blobs`), inside that repository's part of the cache.
+"""
+
+from __future__ import annotations
+
+import os
+import stat
+from pathlib import Path
+from typing import Any
+
+from streamlap.errors import CheckpointError, first_line, shown
+from streamlap.untrusted.json import parse_json, read_limited
+
+CONFIG_BYTES = 16 << 20
+INDEX_BYTES = 64 << 20
+REPORT_BYTES = 256 << 20
+
+KINDS = {
+    stat.S_IFIFO: "a pipe", stat.S_IFSOCK: "a socket", stat.S_IFCHR: "a device", stat.S_IFBLK: "a device",
+    stat.S_IFDIR: "a folder",
+}  # fmt: skip
+
+
+def check_folder(folder: Path, inner: str = "additional_chat_templates") -> None:
+    """Raise CheckpointError unless every file right in `folder`, and in the folder `inner` there, may be read and copied.
+
+    Nothing is opened. Other inner folders are never read, so whatever is in them is left alone.
+    """
+    try:
+        for path in (*folder.iterdir(), *(folder / inner).glob("*")):
+            if path.is_symlink() or not path.is_dir():
+                checked(folder, path)
+    except OSError as error:
+        raise CheckpointError(f"{folder}: {error.strerror}; wanted a checkpoint folder.") from error
+
+
+def checked(folder: Path, path: Path) -> Path:
+    """`path` where it leads to a plain file, or a folder, within bounds. Raises CheckpointError; what is not there passes."""
+    try:
+        root, target = _root(folder), path.resolve()
+        mode = target.stat().st_mode if target.exists() else 0
+    except (OSError, RuntimeError) as error:  # Python before 3.13 raises the latter for links in a circle
+        raise CheckpointError(
+            f"{_name(path)} in {folder} cannot be looked at: {first_line(error)}; wanted a file."
+        ) from error
+    if not target.is_relative_to(root):
+        raise CheckpointError(
+            f"{_name(path)} in {folder} leads to {shown(str(target))}, outside the checkpoint; wanted the file itself. "
+            "If it belongs to the checkpoint, copy it in its place (cp -rL makes a folder without links), else remove the link."
+        )
+    kind = KINDS.get(stat.S_IFMT(mode))
+    if kind and not (kind == "a folder" and path.is_symlink()):
+        raise CheckpointError(f"{_name(path)} in {folder} is {kind}; wanted a plain file. Fetch the checkpoint again.")
+    return path
+
+
+def read_bytes(folder: Path, name: str, most: int) -> bytes:
+    """All of a file of a checkpoint. Raises CheckpointError where it is absent, out of bounds or longer than `most` bytes."""
+    path = checked(folder, folder / name)
+    try:
+        return read_limited(path, most)
+    except OSError as error:
+        raise CheckpointError(f"{path}: {error.strerror}; wanted a checkpoint folder with a {name}.") from error
+    except ValueError as error:
+        raise CheckpointError(f"{path} has {error}; wanted a {name}. Do not trust this checkpoint.") from error
+
+
+def read_object(folder: Path, name: str, most: int) -> dict[str, Any]:
+    """The JSON object in a file of a checkpoint. Raises CheckpointError as `read_bytes` does, and where it is none."""
+    raw = read_bytes(folder, name, most)
+    try:
+        table = parse_json(raw)
+    except ValueError as error:
+        raise CheckpointError(f"{folder / name} is not JSON ({error}); fetch it again.") from error
+    if not isinstance(table, dict):
+        raise CheckpointError(f"{folder / name} holds a {type(table).__name__}; wanted a JSON object.")
+    return table
+
+
+def _root(folder: Path) -> Path:
+    """The folder that holds all files of a checkpoint: itself, or its repository's part of the hub's cache."""
+    real = Path(os.path.realpath(folder))
+    for path in (
+        Path(os.path.abspath(folder)),
+        real,
+    ):  # by the name it was called by: the cache's folder may be a link itself
+        repository = path.parent.parent
+        if path.parent.name == "snapshots" and repository.name.startswith(("models--", "datasets--")):
+            return Path(os.path.realpath(repository))
+    return real
+
+
+def _name(path: Path) -> str:
+    return shown(path.name)[1:-1]

@@ -1,0 +1,292 @@
+"""Death and power cuts at every step of every command: known as unfinished, taken up again, and the same bytes at the end.
+
+In ordinary runs one command goes through every step and the others through some; the nightly ones leave none out.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import power
+import pytest
+from conftest import VOCABULARY, MakeModel
+from faults import CHANGES, STEPS, Disk, dies
+from outputs import STATE, contents
+
+import streamlap
+from streamlap.errors import CheckpointError
+from streamlap.families.stream import batch_of
+from streamlap.planning import schedule as sizing
+from streamlap.planning.schedule import Schedule, make_schedule
+from streamlap.planning.workload import Workload
+from streamlap.store.journal import Journal
+
+
+@dataclass(kw_only=True)
+class Command:
+    """One command, and what an unbroken run of it gives."""
+
+    run: Callable[..., object]
+    whole: Any = None
+
+    def is_finished(self, out: Path) -> bool:
+        """Whether nobody would take `out` for anything else; what a last death has left of the state may be there."""
+        return (out / "config.json").exists() and not Journal.exists(out)
+
+    def is_whole(self, out: Path) -> bool:
+        try:
+            return bool(streamlap.verify(out)["ok"])
+        except CheckpointError:  # there is no folder
+            return False
+
+    def result(self, out: Path) -> Any:
+        return {name: data for name, data in contents(out).items() if not name.startswith(STATE)}
+
+    def is_begun(self, out: Path) -> bool:
+        return Journal.exists(out)
+
+    def layers_done(self, out: Path) -> int:
+        return Journal.load(out).next_layer
+
+    def clear(self, out: Path) -> None:
+        shutil.rmtree(out, ignore_errors=True)
+
+
+class Survey(Command):
+    """Its result is a file, and the state a folder beside it."""
+
+    def is_finished(self, out: Path) -> bool:
+        return out.exists() and not self.is_begun(out)
+
+    def is_whole(self, out: Path) -> bool:
+        return self.is_finished(out)
+
+    def result(self, out: Path) -> Any:
+        return out.read_bytes()
+
+    def is_begun(self, out: Path) -> bool:
+        return Journal.exists(out.with_name(out.name + STATE))
+
+    def layers_done(self, out: Path) -> int:
+        return Journal.load(out.with_name(out.name + STATE)).next_layer
+
+    def clear(self, out: Path) -> None:
+        out.unlink(missing_ok=True)
+        shutil.rmtree(out.with_name(out.name + STATE), ignore_errors=True)
+
+
+@pytest.fixture(scope="module")
+def commands(pico: MakeModel, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Command]:
+    source, folder = pico("llama", tokenizer=True, num_hidden_layers=2), tmp_path_factory.mktemp("commands")
+    np.save(folder / "ids.npy", np.random.default_rng(0).integers(0, VOCABULARY, (3, 8)).astype(np.uint16))
+    files = (str(folder / "ids.npy"),)
+
+    def compress(**recipe: Any) -> Callable[..., object]:
+        return lambda out, **options: streamlap.compress(source, out, files=files, **recipe, **options)
+
+    made = {
+        "lorap": Command(run=compress(preset="lorap")),
+        "best": Command(run=compress()),
+        "refined": Command(run=compress(refine=2)),
+        "elsewhere": Command(run=lambda out, **options: compress()(out, work=out.parent / "work", **options)),
+        "survey": Survey(run=lambda out, **options: streamlap.survey(source, out, files=files, **options)),
+        "survey elsewhere": Survey(
+            run=lambda out, **options: streamlap.survey(source, out, files=files, work=out.parent / "work", **options)
+        ),
+        "export": Command(run=lambda out: streamlap.export_dense(folder / "best", out)),
+    }
+    for name, command in made.items():
+        command.run(folder / name)
+        command.whole = command.result(folder / name)
+    return made
+
+
+def go_on(command: Command, out: Path, by_resume: bool) -> None:
+    """To the end, from whatever a death has left."""
+    assert command.is_whole(out) == command.is_finished(out)
+    if not command.is_finished(out):
+        if by_resume and command.is_begun(out):
+            streamlap.resume(out)
+        else:
+            command.run(out)
+    assert command.is_whole(out)
+    assert command.result(out) == command.whole
+    assert not [path for path in out.parent.rglob("*") if path.suffix in (".bin", ".tmp")]
+
+
+# --- death ---------------------------------------------------------------------------------------------------------------
+
+
+def die_at_every(command: Command, out: Path, stride: int = 1, begin: int = 1, **settings: Any) -> tuple[int, int]:
+    """Runs of `command` into `out` that die one at each step, every `stride`th from `begin` on, each gone on with. Gives the
+    number of steps, and of those after which all was finished but for tidying up."""
+    step, ended = begin, 0
+    while dies(lambda: command.run(out), out.parent, at=step, **settings):
+        ended += command.is_finished(out)
+        go_on(command, out, by_resume=step // stride % 2 == 0)
+        command.clear(out)
+        step += stride
+    assert command.result(out) == command.whole
+    return step - stride, ended
+
+
+def on_disk(work: Workload, overlap: bool) -> list[Schedule]:
+    """In place of `schedules`: hidden states are read from the disk, however much memory there is."""
+    return [make_schedule(work, overlap, "disk", batch_of(work.length))]
+
+
+def read_from_disk(command: Command, monkeypatch: pytest.MonkeyPatch) -> Command:
+    """The same with nothing beside the loop, and hidden states that are read from the disk."""
+    monkeypatch.setattr(sizing, "schedules", on_disk)
+    return replace(command, run=lambda out: command.run(out, overlap=False))
+
+
+@pytest.mark.parametrize("begin", [1, 2, 3])
+def test_death_at_every_step(commands: dict[str, Command], tmp_path: Path, begin: int) -> None:
+    """A third of the steps each, which can run side by side. Most are in a thread beside the loop, and a death there is the
+    death of the run."""
+    steps, ended = die_at_every(commands["best"], tmp_path / "out", kinds=STEPS, stride=3, begin=begin)
+    assert steps > 100, "the steps were not seen"
+    assert 0 < ended < 4, "only tidying up comes after the journal is gone"
+
+
+def test_death_at_steps_that_are_all_in_the_loop(
+    commands: dict[str, Command], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    command = read_from_disk(commands["best"], monkeypatch)
+    assert die_at_every(command, tmp_path / "out", kinds=STEPS, stride=5)[0] > 100
+
+
+@pytest.mark.parametrize("name", ["lorap", "refined", "survey", "export"])
+def test_death_at_some_steps(commands: dict[str, Command], tmp_path: Path, name: str) -> None:
+    """Writes among them, of which half is done."""
+    steps, _ = die_at_every(commands[name], tmp_path / "out", stride=11, begin=3, kinds=CHANGES, half=True)
+    assert steps > 50
+
+
+EVERY = [("export", True)] + [
+    (name, overlap)
+    for name in ("lorap", "best", "refined", "elsewhere", "survey", "survey elsewhere")
+    for overlap in (True, False)
+]
+
+
+@pytest.mark.nightly
+@pytest.mark.timeout(3600)
+@pytest.mark.parametrize(("name", "overlap"), EVERY)
+def test_death_at_every_write_too(
+    commands: dict[str, Command], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, overlap: bool
+) -> None:
+    command = commands[name] if overlap else read_from_disk(commands[name], monkeypatch)
+    steps, ended = die_at_every(command, tmp_path / "out", kinds=CHANGES, half=True)
+    print(json.dumps({"command": name, "overlap": overlap, "boundaries": steps, "after the end": ended}))
+    assert steps > 50
+
+
+# --- power cuts ----------------------------------------------------------------------------------------------------------
+
+
+def recorded(run: Callable[[], object], root: Path, **settings: Any) -> list[Any]:
+    with pytest.MonkeyPatch.context() as patch:
+        disk = Disk(patch, root, **settings)
+        run()
+    return disk.operations
+
+
+def survive(command: Command, root: Path, states: Iterator[tuple[int, power.Tree]], stride: int = 1) -> int:
+    """Every `stride`th of these states on the disk, gone on with; also those at which a line of the journal became safe, and
+    the last. Gives the number of all."""
+    found = list(states)
+    for number, (lines, tree) in enumerate(found):
+        safe = number and lines != found[number - 1][0]
+        if number % stride == 0 or safe or number >= len(found) - 3:
+            shutil.rmtree(root, ignore_errors=True)
+            power.write(tree, root)
+            if lines and not command.is_finished(root / "out"):
+                assert command.is_begun(root / "out"), f"state {number}: a journal of {lines} lines is lost"
+                assert command.layers_done(root / "out") >= lines - 1, f"state {number}: a commit is lost"
+            go_on(command, root / "out", by_resume=number % 2 == 0)
+    return len(found)
+
+
+@pytest.mark.parametrize("cut", power.CUTS)
+@pytest.mark.parametrize("name", ["best", "survey elsewhere", "export"])
+def test_power_cuts_at_some_steps(commands: dict[str, Command], tmp_path: Path, name: str, cut: str) -> None:
+    root = tmp_path / "disk"
+    root.mkdir()
+    operations = recorded(lambda: commands[name].run(root / "out"), root)
+    states = power.trees(root, operations, power.CUTS[cut])
+    assert survive(commands[name], root, states, stride=9) > 15
+
+
+UNSYNCED: dict[str, dict[str, Any]] = {
+    "output folder": {"kinds": {"sync folder"}, "name": "disk"},
+    "state folder": {"kinds": {"sync folder"}, "name": "out"},
+    "journal": {"kinds": {"sync folder"}, "name": STATE, "at": 2},
+    "hidden folder": {"kinds": {"sync folder"}, "name": "work"},
+    "line of a layer": {"kinds": {"sync"}, "name": "journal.jsonl"},
+    "line of the last layer": {"kinds": {"sync"}, "name": "journal.jsonl", "at": 2},
+}
+"""Syncs before which the first process dies."""
+
+
+@pytest.mark.parametrize("what", UNSYNCED)
+def test_a_power_cut_after_a_death(commands: dict[str, Command], tmp_path: Path, what: str) -> None:
+    """What the first process made and did not come to sync, the second builds upon."""
+    death_then_cut(commands["elsewhere"], tmp_path / "disk", stride=20, **({"at": 1} | UNSYNCED[what]))
+
+
+def death_then_cut(command: Command, root: Path, stride: int, **death: Any) -> int:
+    root.mkdir()
+    before = recorded(lambda: dies(lambda: command.run(root / "out"), root, **death), root)
+    after = recorded(lambda: go_on(command, root / "out", by_resume=True), root)
+    survivors = power.trees(root, [*before, *after], power.CUTS["nothing but what was synced"], len(before))
+    return survive(command, root, survivors, stride)
+
+
+@pytest.mark.nightly
+@pytest.mark.timeout(7200)
+def test_a_power_cut_after_a_death_at_any_step(commands: dict[str, Command], tmp_path: Path) -> None:
+    for step in range(1, 120):
+        death_then_cut(commands["elsewhere"], tmp_path / str(step), stride=3, at=step, kinds=STEPS)
+
+
+@pytest.mark.parametrize("cut", ["nothing but what was synced", "mixed"])
+def test_power_cuts_while_an_old_result_is_replaced(commands: dict[str, Command], tmp_path: Path, cut: str) -> None:
+    """It is the old one, whole, or nothing, or the new one."""
+    command, root = commands["best"], tmp_path / "disk"
+    root.mkdir()
+    before = recorded(lambda: command.run(root / "out", ratio=0.5), root)
+    old = command.result(root / "out")
+    after = recorded(lambda: command.run(root / "out", overwrite=True), root)
+    marks = [(done.kind, done.path.name) for done in after if done.kind in ("unlink", "sync folder")]
+    assert marks[marks.index(("unlink", "config.json")) + 1] == ("sync folder", "out"), "before anything else goes"
+    how = power.mixed(0) if cut == "mixed" else power.CUTS[cut]
+    for number, (_, tree) in enumerate(power.trees(root, [*before, *after], how, len(before))):
+        if number % 15 == 0 or number < 12:
+            shutil.rmtree(root)
+            power.write(tree, root)
+            assert command.is_whole(root / "out") == command.is_finished(root / "out"), number
+            if not command.is_finished(root / "out") or command.result(root / "out") == old:
+                command.run(root / "out", overwrite=True)
+            assert command.result(root / "out") == command.whole, number
+
+
+@pytest.mark.nightly
+@pytest.mark.timeout(3600)
+@pytest.mark.parametrize("cut", [*power.CUTS, "mixed"])
+@pytest.mark.parametrize("name", sorted({name for name, _ in EVERY}))
+def test_power_cuts_at_every_step(commands: dict[str, Command], tmp_path: Path, name: str, cut: str) -> None:
+    root = tmp_path / "disk"
+    root.mkdir()
+    operations = recorded(lambda: commands[name].run(root / "out"), root)
+    how = power.mixed(0) if cut == "mixed" else power.CUTS[cut]
+    count = survive(commands[name], root, power.trees(root, operations, how))
+    print(json.dumps({"command": name, "cut": cut, "states": count}))
+    assert count > 15

@@ -1,0 +1,315 @@
+"""Hub ids, against a server on this machine that speaks the hub's protocol."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import shutil
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import TEXT, MakeModel
+from huggingface_hub.utils import filter_repo_objects
+from safetensors.torch import save_file
+
+import streamlap
+from streamlap.errors import CheckpointError
+from streamlap.store.hub import READ_AHEAD, header_source, local_folder, model_name
+from streamlap.store.source import SafetensorsFolder, TensorSource
+
+COMMIT = "0123456789abcdef0123456789abcdef01234567"
+
+
+class Hub(BaseHTTPRequestHandler):
+    """One repository, `org/pico`, model and data set alike, from `folder`: its file list and its files, whole or by range.
+
+    It has one commit, under the revisions `main` and `v1`.
+    """
+
+    folder: Path
+    asked: list[str]
+    sent: dict[str, list[tuple[int, int]]]
+    """Status and bytes of each answer, by file name."""
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+    def do_HEAD(self) -> None:
+        self.answer(body=False)
+
+    def do_GET(self) -> None:
+        self.answer(body=True)
+
+    def answer(self, body: bool) -> None:
+        self.asked.append(self.path)
+        name = self.path.split(f"/org/pico/resolve/{COMMIT}/")[-1]
+        headers, status = {"X-Repo-Commit": COMMIT}, 200
+        revision = self.path.partition("/revision/")[2].partition("?")[0]
+        if "/tree/" in self.path:
+            rows = [{"type": "file", "path": path.name, "size": path.stat().st_size, "oid": "0"}
+                    for path in sorted(self.folder.iterdir())]  # fmt: skip
+            data = json.dumps(rows).encode()
+        elif revision not in ("", "main", "v1", COMMIT):
+            self.refuse("RevisionNotFound")
+            return
+        elif self.path.startswith(("/api/models/org/pico", "/api/datasets/org/pico")):
+            siblings = [{"rfilename": path.name} for path in sorted(self.folder.iterdir())]
+            data = json.dumps({"id": "org/pico", "sha": COMMIT, "siblings": siblings}).encode()
+            headers["Content-Type"] = "application/json"
+        elif (self.folder / name).is_file():
+            data = (self.folder / name).read_bytes()
+            headers["ETag"] = f'"{hashlib.sha256(data).hexdigest()}"'
+            if wanted := self.headers["Range"]:
+                first, last = (int(end) for end in wanted.removeprefix("bytes=").split("-"))
+                headers["Content-Range"] = f"bytes {first}-{last}/{len(data)}"
+                data, status = data[first : last + 1], 206
+        else:
+            self.refuse("RepoNotFound")
+            return
+        self.send_response(status)
+        for key, value in (headers | {"Content-Length": str(len(data))}).items():
+            self.send_header(key, value)
+        self.end_headers()
+        if body:
+            self.sent.setdefault(name, []).append((status, len(data)))
+            self.wfile.write(data)
+
+    def refuse(self, code: str) -> None:
+        self.send_response(404)
+        self.send_header("X-Error-Code", code)
+        self.send_header("Content-Length", "0")
+        self.end_headers()
+
+
+@contextlib.contextmanager
+def serving(folder: Path) -> Iterator[tuple[str, type[Hub]]]:
+    """Endpoint, and what has been asked of it."""
+    handler = type("Served", (Hub,), {"folder": folder, "asked": [], "sent": {}})
+    server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
+    thread = threading.Thread(target=server.serve_forever)
+    thread.start()
+    try:
+        yield f"http://127.0.0.1:{server.server_port}", handler
+    finally:
+        server.shutdown()
+        thread.join()
+        server.server_close()
+
+
+@pytest.fixture
+def hub(pico: MakeModel, tmp_path: Path) -> Iterator[tuple[str, list[str]]]:
+    served = tmp_path / "served"
+    served.mkdir()
+    for path in pico("llama", tokenizer=True).iterdir():
+        (served / path.name).write_bytes(path.read_bytes())
+    (served / "part.txt").write_text(TEXT)
+    (served / "pytorch_model.bin").write_bytes(b"pickle")
+    (served / "modeling_evil.py").write_text("raise SystemExit('ran')")
+    with serving(served) as (endpoint, handler):
+        yield endpoint, handler.asked
+
+
+def run(endpoint: str, home: Path, *words: str, offline: bool = False) -> subprocess.CompletedProcess[str]:
+    """Python in a process of its own, for huggingface_hub reads these variables once, when it is imported."""
+    settings = {"HF_ENDPOINT": endpoint, "HF_HOME": str(home), "HF_HUB_DISABLE_XET": "1"}
+    settings["HF_HUB_OFFLINE"] = str(int(offline))
+    command = [sys.executable, *words]
+    return subprocess.run(command, env=os.environ | settings, capture_output=True, text=True, timeout=120)
+
+
+def ask(endpoint: str, home: Path, *words: str) -> subprocess.CompletedProcess[str]:
+    return run(endpoint, home, "-m", "streamlap.cli", *words)
+
+
+def test_a_hub_id_is_fetched_once_without_pickles_or_code(hub: tuple[str, list[str]], tmp_path: Path) -> None:
+    endpoint, asked = hub
+    done = ask(endpoint, tmp_path / "home", "inspect", f"org/pico@{COMMIT}", "--json")
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["model_type"] == "llama"
+    assert any(path.endswith("model.safetensors") for path in asked)
+    assert not [path for path in asked if path.endswith((".bin", ".py"))]
+
+
+@pytest.mark.parametrize("trust", [False, True])
+def test_code_is_fetched_with_the_flag_alone_and_pickles_never(monkeypatch: pytest.MonkeyPatch, trust: bool) -> None:
+    files = ["config.json", "model.safetensors", "tokenizer.json", "tokenizer.pkl", "tokenizer.py", "code.py", "x.bin"]
+    asked: dict[str, list[str]] = {}
+    monkeypatch.setattr("streamlap.store.hub.snapshot_download", lambda name, **options: asked.update(options) or "x")
+    local_folder("org/pico", trust)
+    kept = filter_repo_objects(files, allow_patterns=asked["allow_patterns"], ignore_patterns=asked["ignore_patterns"])
+    assert list(kept) == files[:3] + ["tokenizer.py", "code.py"] * trust
+
+
+def test_a_hub_data_set_is_calibration_text(hub: tuple[str, list[str]], text: Path, tmp_path: Path) -> None:
+    words = ("eval", "org/pico", "--length", "16", "--json", "--text")
+    done = ask(hub[0], tmp_path / "home", *words, "org/pico")
+    assert done.returncode == 0, done.stderr
+    local = streamlap.evaluate(tmp_path / "served", text, length=16)
+    assert json.loads(done.stdout)["nll"] == local.nll
+
+
+def test_an_unknown_hub_id_says_so(hub: tuple[str, list[str]], tmp_path: Path) -> None:
+    done = ask(hub[0], tmp_path / "home", "inspect", "org/absent")
+    assert done.returncode == 3
+    assert "org/absent" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_a_folder_is_itself_and_has_a_public_name(tmp_path: Path) -> None:
+    assert local_folder(str(tmp_path)) == tmp_path
+    assert model_name(str(tmp_path)) == tmp_path.name
+    assert model_name("org/pico@main") == "org/pico@main"
+
+
+@pytest.mark.parametrize("name", ["a/b/c", "../x", "no such folder"])
+def test_what_is_neither_folder_nor_id_is_refused(name: str) -> None:
+    with pytest.raises(CheckpointError, match="hub id"):
+        local_folder(name)
+
+
+LIST_HEADERS = f"""
+import json, sys
+sys.path.insert(0, {str(Path(__file__).parents[1])!r})
+from test_hub import listed
+from streamlap.errors import CheckpointError
+from streamlap.store.hub import header_source
+
+for model in sys.argv[1:]:
+    try:
+        folder, source = header_source(model)
+        print(json.dumps(listed(source) | {{"folder": str(folder), "kind": type(source).__name__}}))
+        source.read("lm_head.weight")
+    except CheckpointError as error:
+        print(json.dumps({{"error": str(error)}}))
+"""
+
+
+def listed(source: TensorSource) -> dict[str, object]:
+    """All that a source tells without its weights, but for the folder."""
+    infos = (source.info(name) for name in source.names())
+    return {
+        "headers": {shard: [header.file_bytes, header.digest] for shard, header in source.headers.items()},
+        "infos": {i.name: [str(i.dtype), list(i.shape), i.path.name, i.begin, i.end] for i in infos},
+    }
+
+
+def open_headers(endpoint: str, home: Path, *models: str, offline: bool = False) -> list[dict[str, object]]:
+    """For each model in turn what `header_source` tells of it, where it gives a source, and the error, where one is raised."""
+    done = run(endpoint, home, "-c", LIST_HEADERS, *models, offline=offline)
+    assert done.returncode == 0, done.stderr
+    return [json.loads(line) for line in done.stdout.splitlines()]
+
+
+@pytest.fixture
+def large(pico: MakeModel) -> Path:
+    """A model with more bytes in each shard than are read for its header."""
+    return pico("llama", hidden_size=128, intermediate_size=2048, shard_size="1MB")
+
+
+@pytest.mark.parametrize("revision", ["", "@v1", f"@{COMMIT}"])
+def test_headers_come_without_the_weights(large: Path, tmp_path: Path, revision: str) -> None:
+    with serving(large) as (endpoint, hub):
+        source, unread = open_headers(endpoint, tmp_path, f"org/pico{revision}")
+    local = SafetensorsFolder(large)
+    assert {key: source[key] for key in ("headers", "infos")} == json.loads(json.dumps(listed(local)))
+    assert not list(tmp_path.rglob("*.safetensors"))
+    assert (Path(str(source["folder"])) / "config.json").is_file()
+    assert "weights of org/pico" in str(unread["error"])
+    assert len(local.headers) > 3
+    for shard, header in local.headers.items():
+        assert header.file_bytes > 3 * READ_AHEAD
+        assert hub.sent[shard] == [(206, READ_AHEAD + 8)]
+    assert not [path for path in hub.asked if "resolve" in path and COMMIT not in path]
+    assert not revision or [path for path in hub.asked if revision[1:] in path]
+
+
+def test_a_single_file_with_a_long_header_takes_a_second_range(pico: MakeModel, tmp_path: Path) -> None:
+    served = tmp_path / "served"
+    served.mkdir()
+    (served / "config.json").write_bytes((pico("llama") / "config.json").read_bytes())
+    names = [f"{'x' * 100}.{index}" for index in range(2000)]
+    save_file({name: torch.zeros(200) for name in names}, served / "model.safetensors")
+    with serving(served) as (endpoint, hub):
+        source, _ = open_headers(endpoint, tmp_path / "home", "org/pico")
+    local = SafetensorsFolder(served)
+    assert {key: source[key] for key in ("headers", "infos")} == json.loads(json.dumps(listed(local)))
+    start = min(info.begin for info in local.headers["model.safetensors"].tensors.values())
+    assert start > READ_AHEAD
+    assert {status for status, _ in hub.sent["model.safetensors"]} == {206}
+    assert sum(count for _, count in hub.sent["model.safetensors"]) <= start + READ_AHEAD
+
+
+def test_weights_in_the_cache_are_used_and_offline_too(hub: tuple[str, list[str]], tmp_path: Path) -> None:
+    done = run(
+        hub[0], tmp_path / "home", "-c", "from streamlap.store.hub import local_folder; local_folder('org/pico')"
+    )
+    assert done.returncode == 0, done.stderr
+    found = open_headers("http://127.0.0.1:9", tmp_path / "home", "org/pico", offline=True)
+    assert [row["kind"] for row in found] == ["SafetensorsFolder"]
+
+
+def test_offline_without_a_cache_is_said(hub: tuple[str, list[str]], tmp_path: Path) -> None:
+    """With nothing in the cache, and with all but the weights."""
+    nothing = open_headers(hub[0], tmp_path / "home", "org/pico", offline=True)
+    assert "org/pico is not a folder" in str(nothing[0]["error"])
+    assert not hub[1]
+    open_headers(hub[0], tmp_path / "home", "org/pico")
+    headers_only = open_headers(hub[0], tmp_path / "home", "org/pico", offline=True)
+    assert "HF_HUB_OFFLINE" in str(headers_only[0]["error"])
+
+
+def test_what_the_hub_does_not_have_is_said(hub: tuple[str, list[str]], tmp_path: Path) -> None:
+    (tmp_path / "served" / "model.safetensors").unlink()
+    models = ("org/absent", "org/pico@v9", "org/pico", "no such folder")
+    absent, revision, pickles, neither = open_headers(hub[0], tmp_path / "home", *models)
+    assert "org/absent is not a folder" in str(absent["error"])
+    assert "org/pico@v9 is not a folder" in str(revision["error"])
+    assert "only pickled weights (pytorch_model.bin)" in str(pickles["error"])
+    assert "wanted a checkpoint folder or a hub id" in str(neither["error"])
+
+
+def lie(file: Path, kind: str) -> None:
+    length = int.from_bytes(file.read_bytes()[:8], "little")
+    raw, data = file.read_bytes()[8 : 8 + length], file.read_bytes()[8 + length :]
+    if kind == "shape":
+        raw = raw.replace(b'"shape":[32]', b'"shape":[31]')
+    if kind == "length":
+        length = 1 << 40
+    if kind == "cut":
+        data = data[:-4]
+    file.write_bytes(length.to_bytes(8, "little") + raw + data)
+
+
+@pytest.mark.parametrize(
+    ("kind", "says"), [("shape", "fit the shape"), ("length", "header length"), ("cut", "truncated")]
+)
+def test_a_remote_header_that_lies_is_refused(hub: tuple[str, list[str]], tmp_path: Path, kind: str, says: str) -> None:
+    lie(tmp_path / "served" / "model.safetensors", kind)
+    (found,) = open_headers(hub[0], tmp_path / "home", "org/pico")
+    assert says in str(found["error"])
+    assert f"org/pico@{COMMIT} lies or is damaged on the hub" in str(found["error"])
+
+
+def test_a_shard_that_the_hub_does_not_have_is_said(large: Path, tmp_path: Path) -> None:
+    served = tmp_path / "served"
+    shutil.copytree(large, served)
+    gone = sorted(served.glob("*.safetensors"))[1]
+    gone.unlink()
+    with serving(served) as (endpoint, hub):
+        (found,) = open_headers(endpoint, tmp_path / "home", "org/pico")
+    assert f"shard {gone.name} is missing" in str(found["error"])
+    assert not [name for name in hub.sent if name.endswith(".safetensors")]
+
+
+def test_the_headers_of_a_folder_are_its_own(pico: MakeModel) -> None:
+    folder, source = header_source(str(pico("llama")))
+    assert folder == pico("llama")
+    assert isinstance(source, SafetensorsFolder)
