@@ -16,7 +16,8 @@ from torch import nn
 
 from streamlap.families.table import Family
 from streamlap.linalg.rows import any_out, carried, finite_rows
-from streamlap.loader.modules import carriers, disk_name, module_row
+from streamlap.loader.forms import Dense, form_of
+from streamlap.loader.modules import carriers, disk_name
 from streamlap.store.header import TensorInfo
 from streamlap.store.sink import TensorEntry
 
@@ -46,7 +47,8 @@ class Edit:
     @property
     def row(self) -> dict[str, int]:
         """The row of config.json's `modules` table: the shapes that a loader needs."""
-        return module_row(self.module, self.of) | ({"bias": 1} if self.added_bias else {})
+        form = form_of(self.module)
+        return form.row(Dense(self.of, form.bias and not self.added_bias))
 
 
 class StreamLayer:

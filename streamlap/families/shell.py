@@ -12,7 +12,8 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig
 
 from streamlap.errors import CheckpointError, UnsupportedModel, one_line, shown, whole
 from streamlap.families.table import Family
-from streamlap.loader.modules import PivotedLinear, swap_modules
+from streamlap.loader.linears import PivotedLinear
+from streamlap.loader.modules import swap_modules
 from streamlap.store.header import TensorInfo
 from streamlap.untrusted.paths import CONFIG_BYTES, read_object
 

@@ -6,7 +6,7 @@ A folder keeps its native `model_type`; `quantization_config` in config.json lis
      "modules": {"model.layers.0.self_attn.q_proj": {"rank": 7}, "model.layers.0.mlp.down_proj": {"in": 96}}}
 
 transformers builds the native model on the meta device; the quantizer below puts the listed modules in, and the weights
-are read into them. This file is copied as it is into every output folder, next to modules.py and linears.py, so that
+are read into them. This file is copied as it is into every output folder, next to modules.py, forms.py and linears.py, so that
 `trust_remote_code=True` works where streamlap is not installed; it therefore imports nothing else of the package.
 """
 
@@ -25,8 +25,9 @@ from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING, register_quanti
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
+from .forms import form_of, short
 from .linears import LowRankLinear, PivotedLinear, StoredLinear
-from .modules import carriers, merge_modules, short, swap_modules
+from .modules import carriers, merge_modules, swap_modules
 
 QUANT_METHOD = "streamlap"
 FORMAT_VERSION = 2
@@ -125,8 +126,8 @@ class StreamlapQuantizer(HfQuantizer):
                 if split == 1:
                     continue
                 raise ValueError(
-                    f"streamlap module {path!r}: seen {module.row} under the tensor-parallel plan {plan[key]!r}; wanted a "
-                    "plan that leaves its output whole. Load this folder without tensor parallelism, or dequantize it."
+                    f"streamlap module {path!r}: seen {form_of(module).own} under the tensor-parallel plan {plan[key]!r}; "
+                    "wanted a plan that leaves its output whole. Load this folder without tensor parallelism, or dequantize it."
                 )
             part = "down" if isinstance(module, LowRankLinear) and not columns else module.carrier
             plan[f"{key}.{part}"] = plan[key]

@@ -25,11 +25,7 @@ class StoredLinear(nn.Module, ABC):
     """The part whose weight and bias have the dense layer's own names on disk."""
     in_features: int
     out_features: int
-
-    @property
-    @abstractmethod
-    def row(self) -> dict[str, int]:
-        """What the modules table of config.json says of this kind; widths and an added bias are not in it."""
+    rank: int
 
     @abstractmethod
     def merged(self, dtype: Dtype = None) -> torch.Tensor:
@@ -49,8 +45,7 @@ class StoredLinear(nn.Module, ABC):
         super()._load_from_state_dict(state_dict, prefix, *args)
 
     def extra_repr(self) -> str:
-        row = {"in_features": self.in_features, "out_features": self.out_features, **self.row}
-        return ", ".join(f"{key}={value}" for key, value in row.items())
+        return f"in_features={self.in_features}, out_features={self.out_features}, rank={self.rank}"
 
 
 class LowRankLinear(StoredLinear):
@@ -76,10 +71,6 @@ class LowRankLinear(StoredLinear):
         if bias_O is not None:
             module.up.bias = _frozen(bias_O)
         return module
-
-    @property
-    def row(self) -> dict[str, int]:
-        return {"rank": self.rank}
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """x [..., I] -> [..., O]."""
@@ -138,10 +129,6 @@ class PivotedLinear(StoredLinear):
         module.order = None if order_O is None else order_O.to(torch.int32)
         return module
 
-    @property
-    def row(self) -> dict[str, int]:
-        return {"pivots": self.rank} | ({"groups": self.groups} if self.order is None else {})
-
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """x [..., I] -> [..., O]."""
         y = self._with_rest(self.base(x))
@@ -172,70 +159,9 @@ class PivotedLinear(StoredLinear):
         return self.order is None or self.order.is_meta or is_permutation(self.order, self.out_features)
 
 
-class PaddedLinear(StoredLinear):
-    """For v_proj: `inner` gives the first K numbers of each of H heads; the others, up to `full`, are zeros."""
-
-    carrier = "inner"
-
-    def __init__(self, inner: nn.Linear, heads: int, full: int) -> None:
-        """`inner` is kept, not copied; `full` is the size of a head as the model around this knows it."""
-        super().__init__()
-        self.in_features, self.out_features = inner.in_features, heads * full
-        self.heads, self.head_dim, self.full = heads, inner.out_features // heads, full
-        self.inner = inner
-
-    @property
-    def row(self) -> dict[str, int]:
-        return {"out_heads": self.heads, "head_dim": self.head_dim}
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """x [..., I] -> [..., H * full]."""
-        return _spread(self.inner(x), self.head_dim, self.full)
-
-    def merged(self, dtype: Dtype = None) -> torch.Tensor:
-        w_OI = self.inner.weight
-        return _spread(w_OI.T, self.head_dim, self.full).T.contiguous().to(dtype or w_OI.dtype)
-
-    def merged_bias(self) -> torch.Tensor | None:
-        bias = super().merged_bias()
-        return None if bias is None else _spread(bias, self.head_dim, self.full)
-
-
-class SlicedLinear(StoredLinear):
-    """For o_proj: `inner` reads the first K numbers of each of H heads of size `full`."""
-
-    carrier = "inner"
-
-    def __init__(self, inner: nn.Linear, heads: int, full: int) -> None:
-        """`inner` is kept, not copied; `full` is the size of a head as the model around this knows it."""
-        super().__init__()
-        self.in_features, self.out_features = heads * full, inner.out_features
-        self.heads, self.head_dim, self.full = heads, inner.in_features // heads, full
-        self.inner = inner
-
-    @property
-    def row(self) -> dict[str, int]:
-        return {"in_heads": self.heads, "head_dim": self.head_dim}
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """x [..., H * full] -> [..., O]."""
-        heads = torch.unflatten(x, -1, (-1, self.full))[..., : self.head_dim]
-        y: torch.Tensor = self.inner(heads.flatten(-2))
-        return y
-
-    def merged(self, dtype: Dtype = None) -> torch.Tensor:
-        w_OI = self.inner.weight
-        return _spread(w_OI, self.head_dim, self.full).to(dtype or w_OI.dtype)
-
-
 def is_permutation(order: torch.Tensor, size: int) -> bool:
     """Whether `order` holds each of 0 .. size - 1 once."""
     return torch.equal(order.long().sort().values.cpu(), torch.arange(size))
-
-
-def _spread(x: torch.Tensor, head_dim: int, full: int) -> torch.Tensor:
-    """Zeros behind every `head_dim` numbers of the last dimension, so that a head has `full`."""
-    return nn.functional.pad(torch.unflatten(x, -1, (-1, head_dim)), (0, full - head_dim)).flatten(-2)
 
 
 def _wide(w: torch.Tensor) -> torch.Tensor:

@@ -5,22 +5,20 @@ from __future__ import annotations
 from streamlap.methods.anchored.attention import AttentionAnchored
 from streamlap.methods.anchored.ffn import FfnAnchored
 from streamlap.methods.anchored.groups import AttentionGroups
-from streamlap.methods.anchored.heads import AttentionHeads
 from streamlap.methods.base import Anchored as Anchored
 from streamlap.methods.base import OnePass as OnePass
 from streamlap.methods.lorap.attention import AttentionAwsvd
 from streamlap.methods.lorap.ffn import FfnLorap
 
 OnePassMethod = AttentionAwsvd | FfnLorap
-AnchoredMethod = AttentionAnchored | AttentionHeads | AttentionGroups | FfnAnchored
-ANCHORED = (AttentionAnchored, AttentionHeads, AttentionGroups, FfnAnchored)
+AnchoredMethod = AttentionAnchored | AttentionGroups | FfnAnchored
+ANCHORED = (AttentionAnchored, AttentionGroups, FfnAnchored)
 Method = OnePassMethod | AnchoredMethod
 
 METHODS: dict[str, type[Method]] = {
     "attention_awsvd": AttentionAwsvd,
     "ffn_lorap": FfnLorap,
     "attention_anchored": AttentionAnchored,
-    "attention_heads": AttentionHeads,
     "attention_groups": AttentionGroups,
     "ffn_anchored": FfnAnchored,
 }

@@ -10,7 +10,7 @@ from typing import Any
 
 from streamlap.errors import CheckpointError, StreamlapError, UnsupportedModel, shown
 from streamlap.families.stream import ModelStream
-from streamlap.loader.modules import is_permutation
+from streamlap.loader.linears import is_permutation
 from streamlap.output.folder import REPORT_NAME
 from streamlap.store.header import check_name
 from streamlap.store.journal import STATE_FOLDER, Journal

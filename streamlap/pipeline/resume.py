@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from streamlap.output.report import Report
-from streamlap.pipeline.compress import compress as pipeline
+from streamlap.pipeline import compress as pipeline
 from streamlap.pipeline.export import export_dense
 from streamlap.pipeline.survey import resume_survey, state_of
 from streamlap.planning.allocate import Survey

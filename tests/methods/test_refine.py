@@ -22,7 +22,7 @@ import streamlap
 from streamlap.errors import RecipeError, ResumeMismatch
 from streamlap.families.stream import ModelStream
 from streamlap.methods.trained.refine import Refinement, Refiner, distances
-from streamlap.pipeline.compress import refine as recovery
+from streamlap.pipeline import refine as recovery
 from streamlap.planning.forecast import compression_workload, forecast
 from streamlap.planning.schedule import make_schedule
 from streamlap.recipe import Recipe

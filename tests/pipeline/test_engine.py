@@ -28,9 +28,9 @@ from streamlap.errors import BudgetError, RecipeError
 from streamlap.families.layer import StreamLayer
 from streamlap.families.stream import ModelStream
 from streamlap.families.table import stream as families_stream
-from streamlap.pipeline.compress import compress as pipeline
-from streamlap.pipeline.compress import one_pass as editing
-from streamlap.pipeline.compress import runner as engine
+from streamlap.pipeline import compress as pipeline
+from streamlap.pipeline import one_pass as editing
+from streamlap.pipeline import runner as engine
 from streamlap.planning import schedule as sizing
 from streamlap.planning.forecast import compression_workload, forecast
 from streamlap.planning.schedule import RUNTIME_BYTES, Schedule, make_schedule, peak, schedules

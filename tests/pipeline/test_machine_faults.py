@@ -23,7 +23,7 @@ from safetensors.torch import load_file, save_file
 import streamlap
 from streamlap import cli
 from streamlap.errors import CheckpointError, ResumeMismatch, StreamlapError
-from streamlap.pipeline.compress import compress as pipeline
+from streamlap.pipeline import compress as pipeline
 from streamlap.store.journal import Journal
 
 Compress = Callable[..., streamlap.Report]

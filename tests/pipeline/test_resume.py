@@ -23,8 +23,8 @@ from outputs import STATE, contents, is_begun
 
 import streamlap
 from streamlap.errors import NumericalError, RecipeError, ResumeMismatch
-from streamlap.pipeline.compress import compress as pipeline
-from streamlap.pipeline.compress import session as preflight
+from streamlap.pipeline import compress as pipeline
+from streamlap.pipeline import session as preflight
 from streamlap.store.journal import Journal
 from streamlap.store.lock import OutputLock
 

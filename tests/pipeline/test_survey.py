@@ -27,7 +27,7 @@ from streamlap.families.stream import ModelStream, batch_of
 from streamlap.linalg.allocation import LEAST, MOST
 from streamlap.methods.base import Built, Cost
 from streamlap.output.inspect import count_parameters
-from streamlap.pipeline.compress import sweep
+from streamlap.pipeline import sweep
 from streamlap.planning import allocate, cuts
 from streamlap.planning import schedule as sizing
 from streamlap.planning.allocate import Point, Survey, dense_parameters, half_budgets, surveyed_parameters

@@ -22,7 +22,7 @@ from outputs import contents
 import streamlap
 from streamlap.errors import BudgetError, CheckpointError, StreamlapError
 from streamlap.families.stream import batch_of
-from streamlap.pipeline.compress import session as preflight
+from streamlap.pipeline import session as preflight
 from streamlap.planning import schedule as sizing
 from streamlap.planning.schedule import Schedule, make_schedule
 from streamlap.planning.workload import Workload

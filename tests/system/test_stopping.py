@@ -23,8 +23,8 @@ import streamlap
 from streamlap import cli
 from streamlap.errors import Interrupted, RecipeError, ResumeMismatch
 from streamlap.methods.trained.refine import Refiner
-from streamlap.pipeline.compress import compress as pipeline
-from streamlap.pipeline.compress import divergence
+from streamlap.pipeline import compress as pipeline
+from streamlap.pipeline import divergence
 from streamlap.store.journal import Journal
 from streamlap.store.lock import OutputLock
 from streamlap.system.signals import parse_time
@@ -149,7 +149,7 @@ WAITING = """
 import sys
 import torch
 from streamlap import cli
-from streamlap.pipeline.compress import compress as pipeline
+from streamlap.pipeline import compress as pipeline
 torch.set_num_threads(2)  # as in the process that this one is held against: products as small as these depend on it
 edit_layer = pipeline.edit_layer
 pipeline.edit_layer = lambda *job: (print("in a layer", flush=True), sys.stdin.readline(), edit_layer(*job))[2]

@@ -14,7 +14,7 @@ from streamlap.linalg.budget import lorap_pair_ranks
 from streamlap.linalg.lowrank import awsvd, awsvd_bytes, awsvd_flops
 from streamlap.linalg.statistics import Energy
 from streamlap.linalg.storage import balanced
-from streamlap.loader.modules import LowRankLinear
+from streamlap.loader.linears import LowRankLinear
 from streamlap.methods.base import Cost, Layout, Shapes, Statistic
 
 
