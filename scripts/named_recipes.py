@@ -6,18 +6,18 @@ from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
-from streamlap.methods import PRESETS, Method
+from streamlap.methods import PRESETS, AnyMethod
 from streamlap.methods.anchored.attention import AttentionAnchored
 from streamlap.methods.anchored.ffn import FfnAnchored
 from streamlap.recipe import Recipe
 
 
-def rebuilt(share: float = 0.0, **knobs: Any) -> tuple[Method, ...]:
-    """Both halves rebuilt by one method each."""
-    return AttentionAnchored(**knobs), FfnAnchored(share=share, **knobs)
+def rebuilt(share: float = 0.0, **knobs: Any) -> tuple[AnyMethod, ...]:
+    """Both sub-layers rebuilt, the FFN with one division of its cut."""
+    return AttentionAnchored(**knobs), FfnAnchored(shares=(share,), **knobs)
 
 
-def best(**knobs: Any) -> tuple[Method, ...]:
+def best(**knobs: Any) -> tuple[AnyMethod, ...]:
     """The methods of the preset, with these knobs where they have them."""
     return tuple(
         replace(method, **{entry.name: knobs[entry.name] for entry in fields(method) if entry.name in knobs})
@@ -25,7 +25,7 @@ def best(**knobs: Any) -> tuple[Method, ...]:
     )
 
 
-NAMED: dict[str, tuple[Method, ...]] = {
+NAMED: dict[str, tuple[AnyMethod, ...]] = {
     "lorap": PRESETS["lorap"],
     "factors b=0": rebuilt(storage="factors", output="low_rank", step=0.0),
     "+anchor": rebuilt(storage="factors", output="low_rank"),
@@ -38,7 +38,6 @@ NAMED: dict[str, tuple[Method, ...]] = {
     "best -anchor": best(step=0.0),
     "best -pivot": best(storage="factors"),
     "best +inputs": best(input_step=None),
-    "best +bias": best(bias=True),
 }
 """Each row from `factors b=0` to `+dense out` adds a part to the one before; each `prune` is that with another share; `best`
 chooses among four shares for each layer; each `best -` leaves a part out, and `best +` adds one that the preset has not."""

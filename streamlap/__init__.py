@@ -18,6 +18,7 @@ from streamlap.pipeline.survey import survey
 from streamlap.planning.allocate import Survey
 from streamlap.planning.plan import Plan, plan
 from streamlap.recipe import Calibration, Recipe
+from streamlap.settings import RunSettings
 from streamlap.version import __version__
 
 __all__ = [
@@ -26,6 +27,7 @@ __all__ = [
     "Plan",
     "Recipe",
     "Report",
+    "RunSettings",
     "StreamlapError",
     "Survey",
     "__version__",

@@ -4,10 +4,10 @@ preset: best
 ratio: 0.2
 dtype: auto
 survey: null
-refine: 0
 methods:
   - {method: attention_anchored, step: null, input_step: 0.0, output: dense, storage: pivoted}
-  - {method: ffn_anchored, step: null, input_step: 0.0, output: dense, storage: pivoted, share: 0.5}
+  - {method: ffn_anchored, step: null, input_step: 0.0, output: dense, storage: pivoted, shares: [0.25, 0.5, 0.75, 1.0]}
+  - {method: refine, epochs: 25}
 calibration: {files: [], samples: 128, length: 2048, seed: 0}
 """
 
@@ -16,18 +16,17 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import yaml
 
 from streamlap.errors import RecipeError, one_line, shown
 from streamlap.families.shell import COMPUTE_DTYPES
 from streamlap.families.table import Family
-from streamlap.methods import ANCHORED, METHODS, PRESETS, AnchoredMethod, Method, OnePassMethod
-from streamlap.methods.trained.refine import Refinement
+from streamlap.methods import METHODS, PRESETS, TRAINED, AnyMethod
+from streamlap.methods.base import Method, Trained
+from streamlap.methods.trained.refine import Refine
 from streamlap.untrusted.yaml import read_yaml
-
-MOST_EPOCHS = 10_000
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,15 +61,14 @@ class Recipe:
     """Fraction of the decoder-linear parameters to remove, inside (0, 1)."""
     preset: str = "best"
     """Where `methods` came from; "custom" when they were written out by hand."""
-    methods: tuple[Method, ...] = PRESETS["best"]
-    """Of one kind: one-pass methods that edit different linears, or anchored ones, of which several may try for one half."""
+    methods: tuple[AnyMethod, ...] = PRESETS["best"]
+    """For each sub-layer those that may compress it, which are all one-pass or all anchored, and after them any that train
+    what these have made."""
     calibration: Calibration = field(default_factory=Calibration)
     dtype: str = "auto"
     """Compute dtype; auto is float32 on a CPU and the checkpoint's dtype on a GPU. Storage keeps the checkpoint's dtype."""
-    refine: int = 0
-    """Recovery: epochs for which every rebuilt layer is trained on the calibration windows; see `methods.refine_block`."""
     survey: str | None = None
-    """File of `streamlap survey` by which layers and halves share out what stays; None gives every one the same share."""
+    """File of `streamlap survey` by which layers and sub-layers share out what stays; None gives all the same share."""
 
     def __post_init__(self) -> None:
         if isinstance(self.ratio, bool) or not isinstance(self.ratio, int | float) or not 0 < self.ratio < 1:
@@ -81,80 +79,87 @@ class Recipe:
             raise RecipeError(f"preset is {shown(self.preset)}; wanted one of {', '.join(PRESETS)}, custom.")
         if self.dtype not in ("auto", *COMPUTE_DTYPES):
             raise RecipeError(f"dtype is {shown(self.dtype)}; wanted one of auto, {', '.join(COMPUTE_DTYPES)}.")
-        if type(self.refine) is not int or not 0 <= self.refine <= MOST_EPOCHS:
-            raise RecipeError(f"refine is {shown(self.refine)}; wanted a whole number of epochs, 0 to {MOST_EPOCHS}.")
-        if self.refine and not self.anchored:
+        if self.trained and not self.anchored:
             raise RecipeError(
-                f"refine is {self.refine}, and preset {self.preset} does not keep the dense model's stream, which is what a "
-                "layer is refined towards; wanted anchored methods like those of preset best, or refine 0."
+                f"methods have {method_name(self.trained[0])}, and preset {self.preset} does not keep the dense model's "
+                "stream, towards which a layer is trained; wanted anchored methods, as those of the preset best are, or no "
+                "training (refine 0)."
             )
         if self.survey is not None and not (isinstance(self.survey, str) and self.anchored):
             raise RecipeError(
-                f"survey is {shown(self.survey)}; wanted the path of a survey file, and methods that rebuild halves, as "
-                "those of the preset best are."
+                f"survey is {shown(self.survey)}; wanted the path of a survey file, and anchored methods, as those of the "
+                "preset best are."
             )
 
     @property
-    def refinement(self) -> Refinement | None:
-        """How rebuilt layers are refined, where they are."""
-        return Refinement(epochs=self.refine) if self.refine else None
+    def solving(self) -> tuple[Method, ...]:
+        """The methods that compress a sub-layer."""
+        found = (method for method in self.methods if not isinstance(method, tuple(TRAINED.values())))
+        return cast("tuple[Method, ...]", tuple(found))
+
+    @property
+    def trained(self) -> tuple[Trained, ...]:
+        """Those that train what the others have made."""
+        found = (method for method in self.methods if isinstance(method, tuple(TRAINED.values())))
+        return cast("tuple[Trained, ...]", tuple(found))
 
     @property
     def anchored(self) -> bool:
-        """Whether layers are rebuilt half by half beside the dense model."""
-        return any(isinstance(method, ANCHORED) for method in self.methods)
+        """Whether sub-layers are rebuilt beside the dense model."""
+        return any(not method.needs for method in self.solving)
 
-    def of_half(self, half: str) -> dict[str, AnchoredMethod]:
-        """The anchored methods that try for a half, by a name that tells them apart."""
-        found = [method for method in self.methods if isinstance(method, ANCHORED) and method.half == half]
-        return {f"{method_name(method)} {place}": method for place, method in enumerate(found)}
+    def of_sublayer(self, sublayer: str) -> dict[str, Method]:
+        """The methods that may compress a sub-layer, by a name that tells them apart."""
+        found = [method for method in self.solving if method.sublayer == sublayer]
+        names = [method_name(method) for method in found]
+        return {
+            name if names.count(name) == 1 else f"{name} {place}": method
+            for place, (name, method) in enumerate(zip(names, found, strict=True))
+        }
 
-    @property
-    def one_pass(self) -> tuple[OnePassMethod, ...]:
-        return tuple(method for method in self.methods if not isinstance(method, ANCHORED))
-
-    def check_paths(self, family: Family) -> None:
-        """Raise RecipeError where two one-pass methods would edit one linear, or kinds are mixed."""
-        if self.anchored:
-            if not family.halves:
-                raise RecipeError(
-                    f"layers of {family.model_type} are not made of halves that can be rebuilt; wanted one-pass methods, as "
-                    "those of the preset lorap are."
-                )
-            missing = [half for half in family.halves if not self.of_half(half)]
-            if self.one_pass or missing:
-                raise RecipeError(
-                    f"methods are {', '.join(map(method_name, self.methods))}; wanted one-pass methods alone, or anchored ones "
-                    f"for every half: {', '.join(family.halves)}."
-                )
-        owner: dict[str, str] = {}
-        for method in self.one_pass:
-            for path in method.paths(family):
-                if path in owner:
-                    raise RecipeError(
-                        f"methods {owner[path]} and {method_name(method)} both edit {path}; wanted one. Drop one of them."
-                    )
-                owner[path] = method_name(method)
+    def check_methods(self, family: Family) -> None:
+        """Raise RecipeError where the methods do not go together on layers of this family."""
+        names = ", ".join(map(method_name, self.solving))
+        one_pass = [method for method in self.solving if method.needs]
+        counts = {name: len(self.of_sublayer(name)) for name in family.sublayers}
+        if self.anchored and (one_pass or not all(counts.values())):
+            raise RecipeError(
+                f"methods are {names}; wanted one-pass methods alone, or anchored ones for every sub-layer: "
+                f"{', '.join(counts)}."
+            )
+        if not self.anchored and (twice := [name for name, count in counts.items() if count > 1]):
+            raise RecipeError(
+                f"methods {names} both edit {twice[0]} and look once; wanted one for a sub-layer. Drop one of them."
+            )
+        if len(self.trained) > 1:
+            raise RecipeError(
+                f"methods have {len(self.trained)} that train ({', '.join(map(method_name, self.trained))}); wanted one."
+            )
 
     def override(self, **changes: Any) -> Recipe:
-        """This recipe with single fields replaced; those of the calibration may be named directly."""
+        """This recipe with single fields replaced; those of the calibration may be named directly.
+
+        `refine` stands for a method of that name: so many epochs, with its other knobs as they are; 0 for none.
+        """
         within = {entry.name for entry in fields(Calibration)}
-        _refuse_unknown("overrides", {key: value for key, value in changes.items() if key not in within}, Recipe)
         own = {key: value for key, value in changes.items() if key not in within}
+        epochs = own.pop("refine", None)
+        _refuse_unknown("overrides", own, Recipe)
         if "methods" in own:
             own["preset"] = own.get("preset", "custom")
         elif "preset" in own:
-            own["methods"] = preset_methods(own["preset"])
+            own["methods"] = (*preset_methods(own["preset"]), *self.trained)
+        if epochs is not None:
+            own["methods"] = with_refinement(own.get("methods", self.methods), epochs)
         calibration = replace(
             own.get("calibration", self.calibration), **{key: value for key, value in changes.items() if key in within}
         )
         return replace(self, **(own | {"calibration": calibration}))
 
     def to_dict(self) -> dict[str, Any]:
-        methods = [{"method": method_name(method), **asdict(method)} for method in self.methods]
+        methods = [{"method": method_name(method), **_knobs(method)} for method in self.methods]
         calibration = asdict(self.calibration) | {"files": list(self.calibration.files)}
         plain = {"preset": self.preset, "ratio": self.ratio, "dtype": self.dtype, "survey": self.survey}
-        plain["refine"] = self.refine
         return plain | {"methods": methods, "calibration": calibration}
 
     def to_yaml(self) -> str:
@@ -164,17 +169,20 @@ class Recipe:
     @classmethod
     def from_dict(cls, table: Mapping[str, Any]) -> Recipe:
         """The recipe that a parsed YAML or JSON object stands for. Raises RecipeError for unknown keys and bad values."""
-        _refuse_unknown("recipe", table, cls)
         values = dict(table)
+        epochs = values.pop("refine", 0)
+        _refuse_unknown("recipe", values, cls)
         preset = values.setdefault("preset", "custom" if "methods" in values else "best")
         if "methods" in values:
             if not isinstance(values["methods"], list):
                 raise RecipeError(
-                    f"methods is {shown(values['methods'])}; wanted a list of some of {', '.join(METHODS)}."
+                    f"methods is {shown(values['methods'])}; wanted a list of some of {', '.join(known_methods())}."
                 )
             values["methods"] = tuple(_parse_method(row) for row in values["methods"])
         else:
             values["methods"] = preset_methods(preset)
+        if epochs != 0:
+            values["methods"] = with_refinement(values["methods"], epochs)
         calibration = values.get("calibration") or {}
         if not isinstance(calibration, Mapping):
             raise RecipeError(f"calibration is {shown(calibration)}; wanted files, samples, length and seed.")
@@ -196,37 +204,64 @@ class Recipe:
         return cls.from_dict(table)
 
 
-def preset_methods(preset: str) -> tuple[Method, ...]:
+def known_methods() -> dict[str, type[AnyMethod]]:
+    """Every method by its name. Built when asked for: the tables may have got new rows."""
+    return {**METHODS, **TRAINED}
+
+
+def preset_methods(preset: str) -> tuple[AnyMethod, ...]:
     if not isinstance(preset, str) or preset not in PRESETS:
         raise RecipeError(f"preset is {shown(preset)}; wanted one of {', '.join(PRESETS)}.")
     return PRESETS[preset]
 
 
-def method_name(method: Method) -> str:
-    return next(name for name, kind in METHODS.items() if type(method) is kind)
+def with_refinement(methods: tuple[AnyMethod, ...], epochs: Any) -> tuple[AnyMethod, ...]:
+    """The methods with a refinement of so many epochs, or without one where that is 0."""
+    others = tuple(method for method in methods if not isinstance(method, Refine))
+    if type(epochs) is int and epochs == 0:
+        return others
+    before = [method for method in methods if isinstance(method, Refine)] or [Refine()]
+    return (*others, replace(before[0], epochs=epochs))
+
+
+def method_name(method: AnyMethod) -> str:
+    return next(name for name, kind in known_methods().items() if type(method) is kind)
+
+
+def _knobs(method: AnyMethod) -> dict[str, Any]:
+    """As plain values, of which YAML and JSON make the same."""
+    return {
+        name: list(value) if isinstance(value, tuple) else value for name, value in asdict(cast(Any, method)).items()
+    }
 
 
 KNOB_TYPES: dict[str, tuple[type, ...]] = {
-    "float": (float, int), "int": (int,), "str": (str,), "bool": (bool,), "None": (type(None),),
+    "float": (float, int), "int": (int,), "str": (str,), "None": (type(None),), "tuple[float, ...]": (list, tuple),
 }  # fmt: skip
-KNOB_WORDS = {"float": "a number", "int": "a whole number", "str": "a word", "bool": "true or false", "None": "nothing"}
+KNOB_WORDS = {
+    "float": "a number", "int": "a whole number", "str": "a word", "None": "nothing", "tuple[float, ...]": "a list of numbers",
+}  # fmt: skip
 """By the annotation of a knob, what it may be."""
 
 
-def _parse_method(row: Any) -> Method:
-    known = ", ".join(METHODS)
-    if not isinstance(row, Mapping) or row.get("method") not in list(METHODS):
-        raise RecipeError(f"methods holds {shown(row)}; wanted rows like {{method: NAME}} with one of {known}.")
-    kind = METHODS[row["method"]]
+def _parse_method(row: Any) -> AnyMethod:
+    known = known_methods()
+    if not isinstance(row, Mapping) or row.get("method") not in list(known):
+        raise RecipeError(
+            f"methods holds {shown(row)}; wanted rows like {{method: NAME}} with one of {', '.join(known)}."
+        )
+    kind: Any = known[row["method"]]
     knobs = {key: value for key, value in row.items() if key != "method"}
     _refuse_unknown(row["method"], knobs, kind)
     for entry in fields(kind):
         value, wanted = knobs.get(entry.name, entry.default), str(entry.type).split(" | ")
         if not any(type(value) in KNOB_TYPES[name] for name in wanted):
-            raise RecipeError(
-                f"{row['method']}: {entry.name} is {shown(value)}; wanted {' or '.join(KNOB_WORDS[name] for name in wanted)}."
-            )
-    return kind(**knobs)
+            words = " or ".join(KNOB_WORDS[name] for name in wanted)
+            raise RecipeError(f"{row['method']}: {entry.name} is {shown(value)}; wanted {words}.")
+    method: AnyMethod = kind(
+        **{name: tuple(value) if isinstance(value, list) else value for name, value in knobs.items()}
+    )
+    return method
 
 
 def _refuse_unknown(where: str, table: Mapping[str, Any], kind: type) -> None:

@@ -9,29 +9,25 @@ import sys
 import torch
 import typer
 
-from streamlap.cli.jobs import compress, plan, resume, survey
-from streamlap.cli.results import demo, evaluate, export, inspect, verify
+from streamlap.cli import commands
 from streamlap.errors import BudgetError, Interrupted, StreamlapError, first_line
 from streamlap.system.budget import is_out_of_memory
 from streamlap.system.cgroups import usable_cpus
 from streamlap.system.signals import Stopped, stops_at_once
 
 app = typer.Typer(
-    help="Compress a huge language model on small hardware, one decoder layer at a time.",
+    context_settings={"help_option_names": ["-h", "--help"]},
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
-app.command()(compress)
-app.command()(plan)
-app.command()(survey)
-app.command()(resume)
-app.command("eval")(evaluate)
-app.command()(inspect)
-app.command()(verify)
-app.command()(export)
-app.command()(demo)
+app.callback()(commands.whole)
+for command in (commands.compress, commands.plan, commands.survey, commands.resume):
+    app.command()(command)
+app.command("eval")(commands.evaluate)
+for command in (commands.inspect, commands.verify, commands.export, commands.demo):
+    app.command()(command)
 
 
 def main() -> None:

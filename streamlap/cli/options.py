@@ -1,52 +1,142 @@
-"""The options that several commands share."""
+"""The options, each once: groups of them as dataclasses, which commands take as arguments.
+
+    @takes
+    def plan(model: Model, recipe: RecipeOptions, run: RunOptions, as_json: Json = False) -> None: ...
+
+gives a command with one option for each field of the groups.
+"""
 
 from __future__ import annotations
 
+import functools
+import inspect
+import typing
+from collections.abc import Callable
+from dataclasses import MISSING, dataclass, fields, is_dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 Model = Annotated[str, typer.Argument(metavar="MODEL", help="Checkpoint folder or hub id, org/name[@revision].")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout instead of text.")]
-Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace an earlier result of streamlap.")]
 Dtype = Annotated[str | None, typer.Option(help="Compute dtype: auto, float32, float16 or bfloat16.")]
-MaxRam = Annotated[str | None, typer.Option(help="Cap on RAM, Python included, like 8GiB; default what is free.")]
-MaxVram = Annotated[str | None, typer.Option(help="Cap on GPU memory, like 8GiB; default what is free.")]
-Overlap = Annotated[
-    bool,
-    typer.Option("--overlap/--no-overlap", help="Read, write and compute at the same time; the result is the same."),
+Length = Annotated[
+    int | None, typer.Option(help="Tokens a window; default 2048, of a survey 256, or the model's context.")
 ]
-TrustRemoteCode = Annotated[
-    bool,
-    typer.Option("--trust-remote-code", help="Run the model folder's own tokenizer code; read it first."),
-]
-Work = Annotated[Path | None, typer.Option(help="Folder for hidden states between layers.")]
-Ratio = Annotated[float | None, typer.Option(help="Fraction of the decoder-linear parameters to remove.")]
-TargetSize = Annotated[str | None, typer.Option(help="In place of --ratio: most that all shards may take, like 24GB.")]
-TargetParams = Annotated[
-    str | None, typer.Option(help="In place of --ratio: most parameters of the whole model, like 50B or 7.5M.")
-]
-Preset = Annotated[str | None, typer.Option(help="best or lorap.  [default: best]")]
-RecipeFile = Annotated[Path | None, typer.Option(help="YAML file of settings; other options replace single ones.")]
-CalibrationFiles = Annotated[
-    list[str] | None, typer.Option(help="Text (.txt, .jsonl, .parquet) or token ids (.npy); may be repeated.")
-]
-Refine = Annotated[
-    int | None,
-    typer.Option(
-        metavar="EPOCHS", help="Recovery: train each rebuilt layer for so many epochs of the calibration windows."
-    ),
-]
-SurveyFile = Annotated[
-    str | None, typer.Option(help="File of streamlap survey: layers that matter more keep more; default all alike.")
-]
-Samples = Annotated[int | None, typer.Option(help="Calibration windows; default 128.")]
-Length = Annotated[int | None, typer.Option(help="Tokens a window; default 2048 or the model's context.")]
 StopAfter = Annotated[
     str | None,
     typer.Option(
         metavar="TIME", help="Stop at the first commit after so long, like 3h50m, with exit code 75; resume goes on."
     ),
 ]
-Seed = Annotated[int | None, typer.Option(help="Seed of the choice of windows.")]
+
+
+@dataclass(frozen=True, kw_only=True)
+class CapOptions:
+    """What a resumed run may be given anew."""
+
+    max_ram: Annotated[
+        str | None, typer.Option(help="Cap on RAM, Python included, like 8GiB; default what is free.")
+    ] = None
+    max_vram: Annotated[str | None, typer.Option(help="Cap on GPU memory, like 8GiB; default what is free.")] = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunOptions(CapOptions):
+    """How a run goes about its work."""
+
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto"
+    work: Annotated[Path | None, typer.Option(help="Folder for hidden states between layers.")] = None
+    overlap: Annotated[
+        bool,
+        typer.Option(
+            "--overlap/--no-overlap", help="Read, write and compute at the same time; the result is the same."
+        ),
+    ] = True
+    trust_remote_code: Annotated[
+        bool,
+        typer.Option("--trust-remote-code", help="Run the model folder's own tokenizer code; read it first."),
+    ] = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class TextOptions:
+    """Which tokens statistics are taken on, and in which dtype."""
+
+    calibration: Annotated[
+        list[str] | None, typer.Option(help="Text (.txt, .jsonl, .parquet) or token ids (.npy); may be repeated.")
+    ] = None
+    samples: Annotated[int | None, typer.Option(help="Calibration windows; default 128, of a survey 16.")] = None
+    length: Length = None
+    seed: Annotated[int | None, typer.Option(help="Seed of the choice of windows.")] = None
+    dtype: Dtype = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class RecipeOptions(TextOptions):
+    """All that decides the result."""
+
+    ratio: Annotated[float | None, typer.Option(help="Fraction of the decoder-linear parameters to remove.")] = None
+    target_size: Annotated[
+        str | None, typer.Option(help="In place of --ratio: most that all shards may take, like 24GB.")
+    ] = None
+    target_params: Annotated[
+        str | None, typer.Option(help="In place of --ratio: most parameters of the whole model, like 50B or 7.5M.")
+    ] = None
+    preset: Annotated[str | None, typer.Option(help="best or lorap.  [default: best]")] = None
+    recipe: Annotated[Path | None, typer.Option(help="YAML file of settings; other options replace single ones.")] = (
+        None
+    )
+    refine: Annotated[
+        int | None,
+        typer.Option(
+            metavar="EPOCHS",
+            help="Recovery: train each rebuilt layer for so many epochs of the calibration windows.",
+        ),
+    ] = None
+    survey: Annotated[
+        str | None, typer.Option(help="File of streamlap survey: layers that matter more keep more; default all alike.")
+    ] = None
+
+
+def given(group: Any, *without: str) -> dict[str, Any]:
+    """The options of a group that were given, by name."""
+    values = {entry.name: getattr(group, entry.name) for entry in fields(group) if entry.name not in without}
+    return {name: value for name, value in values.items() if value is not None}
+
+
+def takes(command: Callable[..., None]) -> Callable[..., None]:
+    """The command with the fields of its groups in their place, as typer reads options from signatures."""
+    hints = typing.get_type_hints(command, include_extras=True)
+    own = inspect.signature(command).parameters.values()
+    groups = {entry.name: hints[entry.name] for entry in own if is_dataclass(hints[entry.name])}
+    parameters = []
+    for entry in own:
+        if entry.name in groups:
+            parameters += list(_options(groups[entry.name]))
+        else:
+            annotation = hints[entry.name]
+            parameters.append(entry.replace(annotation=annotation, kind=inspect.Parameter.KEYWORD_ONLY))
+
+    @functools.wraps(command)
+    def call(**values: Any) -> None:
+        made = {
+            name: group(**{entry.name: values.pop(entry.name) for entry in fields(group)})
+            for name, group in groups.items()
+        }
+        command(**values, **made)
+
+    call.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    call.__annotations__ = {entry.name: entry.annotation for entry in parameters}
+    return call
+
+
+def _options(group: Any) -> typing.Iterator[inspect.Parameter]:
+    hints = typing.get_type_hints(group, include_extras=True)
+    for entry in fields(group):
+        assert entry.default is not MISSING, f"option {entry.name} has a default"
+        yield inspect.Parameter(
+            entry.name, inspect.Parameter.KEYWORD_ONLY, default=entry.default, annotation=hints[entry.name]
+        )

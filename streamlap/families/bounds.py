@@ -13,6 +13,7 @@ from transformers import CONFIG_MAPPING, PreTrainedConfig
 
 from streamlap.errors import CheckpointError, shown, whole
 from streamlap.families.table import Family
+from streamlap.loader.forms import Dense, Form
 
 SIZES = {
     "num_hidden_layers": 1_000,
@@ -25,7 +26,6 @@ SIZES = {
     "max_position_embeddings": 1 << 30,
 }
 """Key -> the most that it may be; no known model has a tenth of it."""
-Shapes = Mapping[str, tuple[int, int]]
 MAY_BE_NULL = {"num_key_value_heads", "head_dim"}
 ROPE_KEYS = ("rope_parameters", "rope_scaling", "rope_theta", "partial_rotary_factor")
 ROPE_MOST = 1e15
@@ -92,19 +92,22 @@ def check_depth(depth: int, names: Iterable[str], family: Family, folder: Path) 
         )
 
 
-def check_widths(stored: Shapes, dense: Shapes, family: Family, head_dim: int, name: str) -> None:
+def check_widths(
+    forms: Mapping[str, Form], natives: Mapping[str, Dense], family: Family, head_dim: int, name: str
+) -> None:
     """Raise CheckpointError where the linears of the compressed layer `name` do not fit together.
 
-    Args: stored and dense, (out, in) of each linear as it is and as it was before any edit.
+    Args: forms and natives, each linear by role as it is and as it was before any edit.
     """
-    (q, k, v), (o,), (down,) = (family.sites[site] for site in ("attn_in", "attn_out", "ffn_mid"))
-    ends = all(stored[path][1] == dense[path][1] for site in ("attn_in", "ffn_in") for path in family.sites[site])
-    ends = ends and all(stored[path][0] == dense[path][0] for path in (o, down))
-    heads = stored[q][0] == stored[o][1] and stored[k][0] == stored[v][0] and stored[k][0] % head_dim == 0
-    groups = stored[q][0] * dense[k][0] == stored[k][0] * dense[q][0]
-    channels = {stored[path][0] for path in family.sites["ffn_in"]} == {stored[down][1]}
+    out, wide = ({role: form.shape[side] for role, form in forms.items()} for side in (0, 1))
+    parts = family.sublayers.values()
+    ends = all(wide[role] == natives[role].shape[1] for part in parts for role in part.reads)
+    ends = ends and all(out[part.writes] == natives[part.writes].shape[0] for part in parts)
+    heads = out["q"] == wide["o"] and out["k"] == out["v"] and out["k"] % head_dim == 0
+    groups = out["q"] * natives["k"].shape[0] == out["k"] * natives["q"].shape[0]
+    channels = out["gate"] == out["up"] == wide["down"]
     if not (ends and heads and groups and channels):
-        seen = ", ".join(f"{path} {list(shape)}" for path, shape in stored.items())
+        seen = ", ".join(f"{family.path(role)} {list(form.shape)}" for role, form in forms.items())
         raise CheckpointError(
             f"quantization_config.modules in config.json makes linears of {name} that do not fit together: {seen}; wanted "
             "the widths of one layer."

@@ -14,16 +14,18 @@ from typing import Any, Protocol
 import torch
 from torch import nn
 
+from streamlap.families.checks import check_layer
+from streamlap.families.standins import StandIn, replaced, silent, silent_linear
 from streamlap.families.table import Family
 from streamlap.linalg.rows import any_out, carried, finite_rows
-from streamlap.loader.forms import Dense, form_of
+from streamlap.loader.forms import Dense, Form, form_of
 from streamlap.loader.modules import carriers, disk_name
 from streamlap.store.header import TensorInfo
 from streamlap.store.sink import TensorEntry
 
 
 class Collector(Protocol):
-    """What may look at the inputs of a site: it is shown x_TI, batch after batch."""
+    """What may look at the inputs of a linear: it is shown x_TI, batch after batch."""
 
     def update(self, x_TI: torch.Tensor) -> None: ...
 
@@ -32,23 +34,21 @@ class Collector(Protocol):
 class Edit:
     """One linear becomes another module. Pure description, applied once: what runs next is what is saved."""
 
-    path: str
+    role: str
     module: nn.Module
     """In the storage dtype, exactly as it will be written."""
-    of: tuple[int, int]
-    """(out, in) of the dense linear."""
+    native: Dense
+    """The linear before any edit."""
     error: float
     """Relative error that the method knows of; its meaning is in the method's docstring."""
     kept: tuple[int, ...] | None = None
     """Indices of the channels that stay, ascending; None where the width did not change."""
-    added_bias: bool = False
-    """Whether the module has a bias and the dense linear none."""
+    notes: tuple[str, ...] = ()
+    """What took more than arithmetic."""
 
     @property
-    def row(self) -> dict[str, int]:
-        """The row of config.json's `modules` table: the shapes that a loader needs."""
-        form = form_of(self.module)
-        return form.row(Dense(self.of, form.bias and not self.added_bias))
+    def form(self) -> Form:
+        return form_of(self.module)
 
 
 class StreamLayer:
@@ -61,32 +61,35 @@ class StreamLayer:
         family: Family,
         kwargs: Mapping[str, Any],
         stored: Mapping[str, TensorInfo],
+        natives: Mapping[str, Dense],
     ) -> None:
         self.module, self.prefix, self.family = module, prefix, family
-        self._kwargs, self._stored = kwargs, stored
+        self._kwargs, self._stored, self._natives = kwargs, stored, natives
         self._edited: dict[str, nn.Module] = {}
         self._replaced: dict[str, torch.Tensor] = {}
         self._out_BL: torch.Tensor | None = None
         """Rows of the batch in hand that are out."""
 
-    def linear(self, path: str) -> nn.Linear:
-        linear = self.module.get_submodule(path)
-        assert isinstance(linear, nn.Linear), path
+    def linear(self, role: str) -> nn.Linear:
+        linear = self.module.get_submodule(self.family.path(role))
+        assert isinstance(linear, nn.Linear), role
         return linear
 
-    def shapes(self, paths: Iterable[str]) -> dict[str, tuple[int, int]]:
-        """(out, in) of the linears at `paths`."""
-        linears = {path: self.linear(path) for path in paths}
-        return {path: (linear.out_features, linear.in_features) for path, linear in linears.items()}
+    def native(self, role: str) -> Dense:
+        """The linear before any edit."""
+        return self._natives[role]
+
+    def natives(self, roles: Iterable[str]) -> dict[str, Dense]:
+        return {role: self._natives[role] for role in roles}
 
     @property
     def head_dim(self) -> int:
         """Numbers in one attention head."""
-        attention: Any = self.module.get_submodule(self.family.halves["attention"].module)
+        attention: Any = self.module.get_submodule(self.family.sublayers["attention"].module)
         return int(attention.head_dim)
 
-    def storage_dtype(self, path: str) -> torch.dtype:
-        return self._stored[f"{path}.weight"].dtype
+    def storage_dtype(self, role: str) -> torch.dtype:
+        return self._stored[f"{self.family.path(role)}.weight"].dtype
 
     @torch.no_grad()
     def __call__(self, x_BLD: torch.Tensor) -> torch.Tensor:
@@ -97,71 +100,67 @@ class StreamLayer:
         """
         x_BLD = self._here(x_BLD)
         self._out_BL = any_out(x_BLD)
-        return carried(self._whole, x_BLD, self._out_BL)
+        return carried(self._run, x_BLD, self._out_BL)
 
     @torch.no_grad()
-    def normed(self, half: str, x_BLD: torch.Tensor) -> torch.Tensor:
-        """What the linears of a half read when the half is given x."""
-        y_BLD: torch.Tensor = self._norm(half)(self._here(x_BLD))
-        return y_BLD
+    def run_sublayer(self, name: str, x_BLD: torch.Tensor) -> torch.Tensor:
+        """x and what a sub-layer adds to it. All sub-layers in their order give what the layer gives; of rows that are out,
+        too."""
+        with replaced(self.module, self._silent(but=name)):
+            return self(x_BLD)
 
     @torch.no_grad()
-    def run_half(self, half: str, x_BLD: torch.Tensor) -> torch.Tensor:
-        """x and what the half adds to it. Both halves in their order give, bit by bit, what the layer gives; of rows that are
-        out, too."""
-        x_BLD = self._here(x_BLD)
-        return carried(lambda x_BLD: x_BLD + self._half(half, x_BLD), x_BLD, any_out(x_BLD))
+    def sublayer_input(self, name: str, x_BLD: torch.Tensor) -> torch.Tensor:
+        """What the linears that read the input of a sub-layer are given, when the sub-layer is given x."""
+        kept = silent(name, keeps=True)
+        with replaced(self.module, {**self._silent(but=name), self.family.sublayers[name].module: kept}):
+            self._run(self._here(x_BLD))
+        return kept.given
 
     @torch.no_grad()
-    def middle(self, half: str, x_BLD: torch.Tensor) -> torch.Tensor:
-        """What the linear at the end of a half (o, down) reads when the half is given x."""
-        (path,) = self.family.sites[self.family.halves[half].writes]
-        last = self.module.get_submodule(path)
-        self.module.set_submodule(path, nn.Identity())
-        try:
-            return self._half(half, self._here(x_BLD))
-        finally:
-            self.module.set_submodule(path, last)
+    def sublayer_middle(self, name: str, x_BLD: torch.Tensor) -> torch.Tensor:
+        """What the linear at the end of a sub-layer (o, down) is given, when the sub-layer is given x."""
+        role = self.family.sublayers[name].writes
+        kept = silent_linear(self.native(role).shape[0])
+        with replaced(self.module, {**self._silent(but=name), self.family.path(role): kept}):
+            self._run(self._here(x_BLD))
+        return kept.given
+
+    def _silent(self, but: str) -> dict[str, StandIn]:
+        """Path -> what stands there to silence a sub-layer, for all but one."""
+        return {part.module: silent(name) for name, part in self.family.sublayers.items() if name != but}
+
+    @torch.no_grad()
+    def check_sublayers(self, x_BLD: torch.Tensor, writes: bool) -> None:
+        """Raise UnsupportedModel unless, on this batch, the sub-layers one after another are the layer.
+
+        With `writes`, also unless each adds to x just what its last linear makes of `sublayer_middle`: methods that fit this
+        linear to what is missing in the hidden states rely on it.
+        """
+        check_layer(self, self._here(x_BLD), writes)
 
     def _here(self, x_BLD: torch.Tensor) -> torch.Tensor:
         parameter = next(self.module.parameters())
         return x_BLD.to(parameter.device, parameter.dtype)
 
-    def _whole(self, x_BLD: torch.Tensor) -> torch.Tensor:
+    def _run(self, x_BLD: torch.Tensor) -> torch.Tensor:
         y = self.module(x_BLD, **self._kwargs)
-        y_BLD: torch.Tensor = y[0] if isinstance(y, tuple) else y
-        return y_BLD
-
-    def _norm(self, half: str) -> nn.Module:
-        return self.module.get_submodule(self.family.halves[half].norm)
-
-    def _half(self, half: str, x_BLD: torch.Tensor) -> torch.Tensor:
-        """What a half adds to x."""
-        module = self.module.get_submodule(self.family.halves[half].module)
-        kwargs = self._kwargs if half == "attention" else {}
-        y = module(self._norm(half)(x_BLD), **kwargs)
         y_BLD: torch.Tensor = y[0] if isinstance(y, tuple) else y
         return y_BLD
 
     @contextlib.contextmanager
     def tried(self, edits: Sequence[Edit]) -> Iterator[None]:
         """While the block lasts the layer runs with these edits."""
-        before = {edit.path: self.module.get_submodule(edit.path) for edit in edits}
-        try:
-            for edit in edits:
-                self.module.set_submodule(edit.path, self._running(edit))
+        with replaced(self.module, {self.family.path(edit.role): self._running(edit) for edit in edits}):
             yield
-        finally:
-            for path, module in before.items():
-                self.module.set_submodule(path, module)
 
     @contextlib.contextmanager
     def observed(self, collectors: Iterable[tuple[str, Collector]], careful: bool = False) -> Iterator[None]:
-        """While the block lasts, each collector sees the input of its site, sequence by sequence as x_LI, without the rows that
-        are out before the layer; with `careful` also without those that are not finite at the site."""
+        """While the block lasts, each collector sees the input of its role's linear, sequence by sequence as x_LI, without
+        the rows that are out before the layer; with `careful` also without those that are not finite there."""
         hooks = [
-            self.linear(self.family.sites[site][0]).register_forward_pre_hook(self._feed(collector, careful))
-            for site, collector in collectors
+            self.linear(role).register_forward_pre_hook(self._feed(collector, careful))
+            for role, collector in collectors
         ]
         try:
             yield
@@ -193,11 +192,9 @@ class StreamLayer:
 
     def apply(self, edits: Iterable[Edit]) -> None:
         for edit in edits:
-            dense = self.linear(edit.path)
-            has_bias = any(name.endswith("bias") for name in edit.module.state_dict())
-            assert has_bias == (edit.added_bias or dense.bias is not None), f"{edit.path}: added_bias is wrong"
-            self._edited[edit.path] = edit.module
-            self.module.set_submodule(edit.path, self._running(edit))
+            path = self.family.path(edit.role)
+            self._edited[path] = edit.module
+            self.module.set_submodule(path, self._running(edit))
 
     def _running(self, edit: Edit) -> nn.Module:
         """The edit's module in the dtype and on the device of the layer."""

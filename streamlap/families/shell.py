@@ -1,14 +1,22 @@
-"""The model without its weights: what config.json describes, and whether what is stored fits it."""
+"""The model without its layers' weights: what config.json describes, whether what is stored fits it, and what the model does
+before its first layer and after its last one.
+
+The model exists on the `meta` device only. A `Shell` is a copy of it with stand-ins in place of the decoder layers: the model's
+own forward runs through them. So no family has to say what it does to embeddings, masks, positions or logits.
+
+Shape suffixes: B batch, L length, D hidden, T tokens, U different tokens of a batch, V vocabulary.
+"""
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM, PreTrainedConfig
+from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from streamlap.errors import CheckpointError, UnsupportedModel, one_line, shown, whole
 from streamlap.families.table import Family
@@ -26,14 +34,15 @@ def read_config(folder: Path) -> dict[str, Any]:
     return read_object(folder, "config.json", CONFIG_BYTES)
 
 
-def meta_model(config: PreTrainedConfig, folder: Path) -> nn.Module:
+def meta_model(config: PreTrainedConfig, folder: Path) -> PreTrainedModel:
     """The model of `config`, without weights, of transformers' own classes. Raises CheckpointError where there is none."""
     try:
         with torch.device("meta"):
-            model: nn.Module = AutoModelForCausalLM.from_config(  # type: ignore[no-untyped-call]
+            model: PreTrainedModel = AutoModelForCausalLM.from_config(  # type: ignore[no-untyped-call]
                 config, trust_remote_code=False
             )
-        return model.eval()
+        model.eval()  # type: ignore[no-untyped-call]
+        return model
     except Exception as error:  # whatever transformers makes of a config that is out of range
         raise CheckpointError(f"{folder / 'config.json'} does not describe a model: {whole(error)}") from error
 
@@ -41,7 +50,7 @@ def meta_model(config: PreTrainedConfig, folder: Path) -> nn.Module:
 def module_table(raw: Mapping[str, Any], family: Family, depth: int) -> dict[str, dict[str, int]]:
     """quantization_config.modules of a folder that streamlap wrote, else nothing; linears of decoder layers alone."""
     rows = (raw.get("quantization_config") or {}).get("modules", {})
-    known = {f"{family.layers}.{index}.{path}" for index in range(depth) for path in family.linears}
+    known = {f"{family.layers}.{index}.{path}" for index in range(depth) for path in family.paths}
     faulty = [path for path in rows if path not in known or not isinstance(rows[path], dict)] if rows else []
     if not isinstance(rows, dict) or faulty:
         row = f" {shown(faulty[0])}: {shown(rows[faulty[0]])}" if isinstance(rows, dict) else f": {shown(rows)}"
@@ -82,3 +91,84 @@ def check_orders(root: nn.Module, name: str) -> None:
     for path, module in root.named_modules(prefix=name):
         if isinstance(module, PivotedLinear) and not module.has_permutation():
             raise CheckpointError(f"tensor '{path}.order' is no permutation of its numbers. Fetch it again.")
+
+
+class Recorder(nn.Module):
+    """Stands where the decoder layers stand: takes down what each is given, and passes the hidden states on."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: list[tuple[torch.Tensor, dict[str, Any]]] = []
+
+    def forward(self, hidden_states: torch.Tensor, **kwargs: Any) -> torch.Tensor:
+        self.calls.append((hidden_states, kwargs))
+        return hidden_states
+
+
+class Injector(nn.Module):
+    """Stands where the decoder layers stand, and gives `x_BLD` whatever comes in."""
+
+    x_BLD: torch.Tensor
+
+    def forward(self, hidden_states: torch.Tensor, **kwargs: Any) -> torch.Tensor:
+        return self.x_BLD
+
+
+class BeforeLayers:
+    """What the model does before its first layer."""
+
+    def __init__(self, model: PreTrainedModel, family: Family, device: torch.device) -> None:
+        self._recorder = Recorder()
+        self._shell = shell_of(model, family, self._recorder, device)
+        self._shell.set_submodule(family.norm, nn.Identity())  # its weights are on meta, and nobody asks for its output
+        self._decoder: Any = self._shell.get_decoder()  # type: ignore[no-untyped-call]
+        self._embedding: Any = self._shell.get_submodule(family.embedding)
+
+    def layer_kwargs(self, embedded_BLD: torch.Tensor) -> list[dict[str, Any]]:
+        """What each layer is given beside the hidden states, for embeddings of this shape."""
+        return [kwargs for _, kwargs in self._run(inputs_embeds=embedded_BLD)]
+
+    def embed(self, places_BL: torch.Tensor, table_UD: torch.Tensor) -> torch.Tensor:
+        """x_BLD before the first layer; the embedding of each token is the row at its place in the table."""
+        self._embedding.weight, self._embedding.padding_idx = nn.Parameter(table_UD, requires_grad=False), None
+        return self._run(input_ids=places_BL)[0][0]
+
+    def _run(self, **inputs: torch.Tensor) -> list[tuple[torch.Tensor, dict[str, Any]]]:
+        self._decoder(**inputs, use_cache=False)
+        calls, self._recorder.calls = self._recorder.calls, []
+        return calls
+
+
+class AfterLayers:
+    """What the model does after its last layer, for which it needs `weights`."""
+
+    def __init__(self, model: PreTrainedModel, family: Family, device: torch.device) -> None:
+        self._injector = Injector()
+        self._shell = shell_of(model, family, self._injector, device)
+        self.weights = [name for name in self._shell.state_dict() if name != f"{family.embedding}.weight"]
+
+    def load(self, tensors: Mapping[str, torch.Tensor]) -> None:
+        self._shell.load_state_dict(tensors, strict=False, assign=True)
+
+    @torch.no_grad()
+    def logits(self, x_TD: torch.Tensor) -> torch.Tensor:
+        """x_TD behind the last layer -> logits_TV. No token hears of another here, so each is a sequence of its own."""
+        self._injector.x_BLD = x_TD[:, None]
+        logits_T1V: torch.Tensor = self._shell(inputs_embeds=x_TD[:, None], use_cache=False).logits
+        del self._injector.x_BLD
+        return logits_T1V[:, 0]
+
+
+def shell_of(model: PreTrainedModel, family: Family, stand_in: nn.Module, device: torch.device) -> PreTrainedModel:
+    """A copy of the model on meta in which `stand_in` is every layer; what is computed and not stored is on `device`."""
+    layers = model.get_submodule(family.layers)
+    stand_ins = nn.ModuleList([stand_in] * len(list(layers.children())))
+    shell = copy.deepcopy(model, {id(layers): stand_ins})  # as if the layers had been copied already
+    computed = dict(shell.named_non_persistent_buffers())
+    for name, buffer in computed.items():
+        path, _, leaf = name.rpartition(".")
+        setattr(shell.get_submodule(path), leaf, torch.empty_like(buffer, device=device))
+    for path in {name.rpartition(".")[0] for name in computed}:
+        # As transformers fills them when it loads a model.
+        shell._init_weights(shell.get_submodule(path))  # type: ignore[no-untyped-call]
+    return shell

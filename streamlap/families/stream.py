@@ -1,10 +1,9 @@
 """A checkpoint as a stream: embed the tokens, give one decoder layer at a time, score the last hidden states.
 
-The model exists on the `meta` device only. One forward of its shell, with a recorder in place of every decoder layer,
-yields the mask, position embeddings and flags that the real model would hand to each layer. Then layers are filled one
-by one from the source.
+The model exists on the `meta` device only. Its layers are filled one by one from the source; what is around them is run by the
+model's own code, see `shell`.
 
-Shape suffixes: N sequences, B batch, L length, D hidden, V vocabulary.
+Shape suffixes: N sequences, B batch, L length, D hidden, T tokens, V vocabulary.
 """
 
 from __future__ import annotations
@@ -22,6 +21,8 @@ from streamlap.families.bounds import check_depth, check_widths, native_config
 from streamlap.families.layer import StreamLayer
 from streamlap.families.shell import (
     COMPUTE_DTYPES,
+    AfterLayers,
+    BeforeLayers,
     check_orders,
     check_tensor,
     meta_model,
@@ -31,6 +32,7 @@ from streamlap.families.shell import (
 )
 from streamlap.families.table import find_family
 from streamlap.linalg.rows import marked
+from streamlap.loader.forms import Dense, Form, form_of
 from streamlap.loader.modules import carriers, disk_name
 from streamlap.store.header import TensorInfo
 from streamlap.store.source import SafetensorsFolder, TensorSource, read_rows
@@ -81,9 +83,8 @@ class ModelStream:
         self.dtype = self._resolve_dtype(dtype)
         self._check_tensors()
         for index in range(self.depth) if self.rows else ():
-            stored = {path: self.stored_shape(index, path) for path in self.family.linears}
-            dense = {path: self.dense_shape(index, path) for path in self.family.linears}
-            check_widths(stored, dense, self.family, self.head_dim, self.layer_name(index))
+            forms = {role: self.form(index, role) for role in self.family.roles}
+            check_widths(forms, self.natives(index), self.family, self.head_dim, self.layer_name(index))
 
     @property
     def depth(self) -> int:
@@ -109,30 +110,28 @@ class ModelStream:
 
     def storage_itemsize(self, index: int) -> int:
         """Bytes of a weight of a layer's linears; of the widest where they differ."""
-        names = [f"{self.layer_name(index)}.{path}.weight" for path in self.family.linears]
+        names = [f"{self.linear_name(index, role)}.weight" for role in self.family.roles]
         return max(self.source.info(name).dtype.itemsize for name in names)
 
     def layer_name(self, index: int) -> str:
         return f"{self.family.layers}.{index}"
 
-    def dense_shape(self, index: int, path: str) -> tuple[int, int]:
-        """(out, in) of a linear before any edit."""
-        linear = self._dense_linear(index, path)
-        return linear.out_features, linear.in_features
+    def linear_name(self, index: int, role: str) -> str:
+        """Path of a linear in the model."""
+        return f"{self.layer_name(index)}.{self.family.path(role)}"
 
-    def stored_shape(self, index: int, path: str) -> tuple[int, int]:
-        """(out, in) of a linear as it is in this checkpoint; of two factors that of their product."""
-        module: Any = self.layers[index].get_submodule(path)
-        return module.out_features, module.in_features
+    def native(self, index: int, role: str) -> Dense:
+        """A linear before any edit, with the bias that the model gives it."""
+        name = self.linear_name(index, role)
+        return Dense.from_module(self._dense.get(name) or self.model.get_submodule(name))
 
-    def has_bias(self, index: int, path: str) -> bool:
-        return self._dense_linear(index, path).bias is not None
+    def natives(self, index: int) -> dict[str, Dense]:
+        """Role -> the linear before any edit."""
+        return {role: self.native(index, role) for role in self.family.roles}
 
-    def _dense_linear(self, index: int, path: str) -> nn.Linear:
-        name = f"{self.layer_name(index)}.{path}"
-        linear = self._dense.get(name) or self.model.get_submodule(name)
-        assert isinstance(linear, nn.Linear)
-        return linear
+    def form(self, index: int, role: str) -> Form:
+        """A linear as it is in this checkpoint."""
+        return form_of(self.model.get_submodule(self.linear_name(index, role)))
 
     def outer_tensors(self) -> dict[str, TensorInfo]:
         """Everything outside the decoder layers, by name: embeddings, final norm, head."""
@@ -152,42 +151,26 @@ class ModelStream:
 
         Raises CheckpointError where the values of config.json give no forward.
         """
-        backbone = self.model.get_submodule(self.family.backbone)
-        parts = {path: self.model.get_submodule(path) for path in (self.family.rotary, self.family.norm)}
-        layers = self.model.get_submodule(self.family.layers)
-        recorders = [_Recorder() for _ in self.layers]
+        embedded_BLD = torch.zeros(1, length, self.width, dtype=self.dtype, device=self.device)
         try:
-            # inv_freq is computed, not stored, so the rotary embedding is built anew off meta.
-            rotary = type(parts[self.family.rotary])(config=self.config)
-            self.model.set_submodule(self.family.rotary, rotary.to(self.device))
-            self.model.set_submodule(self.family.norm, nn.Identity())
-            self.model.set_submodule(self.family.layers, nn.ModuleList(recorders))
-            backbone(
-                inputs_embeds=torch.zeros(1, length, self.width, dtype=self.dtype, device=self.device), use_cache=False
-            )
+            return BeforeLayers(self.model, self.family, self.device).layer_kwargs(embedded_BLD)
         except (MemoryError, torch.OutOfMemoryError):
             raise
         except Exception as error:  # whatever transformers makes of values that are out of range
             raise CheckpointError(
                 f"{self.folder / 'config.json'} describes no model that runs: {whole(error)}"
             ) from error
-        finally:
-            self.model.set_submodule(self.family.layers, layers)
-            for path, part in parts.items():
-                self.model.set_submodule(path, part)
-        return [recorder.kwargs for recorder in recorders]
 
     @torch.no_grad()
     def embed(self, tokens_NL: torch.Tensor) -> Iterator[torch.Tensor]:
         """Hidden states before the first layer, in batches x_BLD; rows that the compute dtype cannot hold are out, see
         `linalg.rows`. Of the table only the rows of a batch are in memory."""
         info = self.source.info(f"{self.family.embedding}.weight")
+        before = BeforeLayers(self.model, self.family, self.device)
         for tokens_BL in torch.split(tokens_NL, batch_of(tokens_NL.shape[1])):
             ids, places_BL = torch.unique(tokens_BL, return_inverse=True)
-            table: Any = copy.deepcopy(self.model.get_submodule(self.family.embedding))
-            weight = marked(read_rows(info, ids.tolist()).to(self.device, self.dtype))
-            table.weight, table.padding_idx = nn.Parameter(weight, requires_grad=False), None
-            yield table(places_BL.to(self.device))
+            table_UD = read_rows(info, ids.tolist()).to(self.device, self.dtype)
+            yield marked(before.embed(places_BL.to(self.device), table_UD))
 
     def layer(self, index: int, kwargs: Mapping[str, Any], staging: Staging | None = None) -> StreamLayer:
         """Read one decoder layer into memory. The caller drops it before it asks for the next; the stream keeps nothing.
@@ -205,7 +188,7 @@ class ModelStream:
         check_orders(module, self.layer_name(index))
         if staging is not None and index + 1 < self.depth:
             staging.prefetch(self.layer_tensors(index + 1))
-        return StreamLayer(module, self.layer_name(index), self.family, kwargs, stored)
+        return StreamLayer(module, self.layer_name(index), self.family, kwargs, stored, self.natives(index))
 
     @property
     def head_name(self) -> str:
@@ -214,18 +197,10 @@ class ModelStream:
 
     def head(self) -> Callable[[torch.Tensor], torch.Tensor]:
         """Final norm and output head, read into memory: x_TD -> logits_TV in the compute dtype."""
-        stored = {self.family.norm: f"{self.family.norm}.weight", self.family.head: self.head_name}
-        norm, head = (
-            self._materialise(self.model.get_submodule(path), {"weight": self.source.read(name)})
-            for path, name in stored.items()
-        )
-
-        @torch.no_grad()
-        def logits(x_TD: torch.Tensor) -> torch.Tensor:
-            y_TV: torch.Tensor = head(norm(x_TD.to(self.device, self.dtype)))
-            return y_TV
-
-        return logits
+        after = AfterLayers(self.model, self.family, self.device)
+        names = {name: self.head_name if name == f"{self.family.head}.weight" else name for name in after.weights}
+        after.load({name: self.source.read(stored).to(self.device, self.dtype) for name, stored in names.items()})
+        return lambda x_TD: after.logits(x_TD.to(self.device, self.dtype))
 
     def _materialise(self, meta: nn.Module, tensors: Mapping[str, torch.Tensor]) -> nn.Module:
         """A copy of a module on meta with `tensors` in it, in the compute dtype on the device; copied only to change."""
@@ -264,13 +239,3 @@ class ModelStream:
                     f"tensor {name!r} has no place in the {self.depth}-layer {self.family.model_type} "
                     "that config.json describes. Check num_hidden_layers and the bias flags there."
                 )
-
-
-class _Recorder(nn.Module):
-    """Stands where a decoder layer stands, keeps what it is called with, passes the hidden states on."""
-
-    kwargs: dict[str, Any]
-
-    def forward(self, hidden_states: torch.Tensor, **kwargs: Any) -> torch.Tensor:
-        self.kwargs = kwargs
-        return hidden_states

@@ -1,8 +1,4 @@
-"""What streamlap knows of each model family: names, and nothing else. A new family is one more row here.
-
-Sites are groups of linears that read the same input, so that they share one statistic:
-attn_in (q, k, v), attn_out (o), ffn_in (gate, up), ffn_mid (down). Paths are relative to the decoder layer.
-"""
+"""What streamlap knows of each model family: names, and nothing else. A new family is one more row here."""
 
 from __future__ import annotations
 
@@ -11,32 +7,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from streamlap.errors import UnsupportedModel, shown
+from streamlap.families.linears import ROLES, SUBLAYERS, Sublayer
 from streamlap.loader.hf_plugin import READ_VERSIONS
-
-GATED_SITES = {
-    "attn_in": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
-    "attn_out": ("self_attn.o_proj",),
-    "ffn_in": ("mlp.gate_proj", "mlp.up_proj"),
-    "ffn_mid": ("mlp.down_proj",),
-}
-
-
-@dataclass(frozen=True, kw_only=True)
-class Half:
-    """One half of a decoder layer, x + module(norm(x)): the paths of its parts, and its sites at either end."""
-
-    norm: str
-    module: str
-    reads: str
-    """Site whose inputs are norm(x)."""
-    writes: str
-    """Site whose outputs are added to x; one linear."""
-
-
-PRE_NORM_HALVES = {
-    "attention": Half(norm="input_layernorm", module="self_attn", reads="attn_in", writes="attn_out"),
-    "ffn": Half(norm="post_attention_layernorm", module="mlp", reads="ffn_in", writes="ffn_mid"),
-}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,44 +16,59 @@ class Family:
     """One row: where a family keeps its parts, as paths in the transformers model."""
 
     model_type: str
-    backbone: str = "model"
     layers: str = "model.layers"
     embedding: str = "model.embed_tokens"
     norm: str = "model.norm"
     head: str = "lm_head"
-    rotary: str = "model.rotary_emb"
     ignored: tuple[str, ...] = ("rotary_emb.inv_freq",)
     """Endings of tensors that old checkpoints carry and no current model reads; they are left behind."""
-    sites: Mapping[str, tuple[str, ...]] = field(default_factory=lambda: GATED_SITES)
-    halves: Mapping[str, Half] = field(default_factory=lambda: PRE_NORM_HALVES)
-    """The two halves in their order; together they are the whole layer."""
+    roles: Mapping[str, str] = field(default_factory=lambda: ROLES)
+    """Role of a linear -> its path in the layer."""
+    sublayers: Mapping[str, Sublayer] = field(default_factory=lambda: SUBLAYERS)
+    """In their order. One after another they are the whole layer."""
     bias_flags: Mapping[str, str] = field(default_factory=dict)
     """Beginning of a path -> the flag in config.json that gives every linear under it a bias."""
 
     @property
-    def linears(self) -> tuple[str, ...]:
-        """Every linear of a decoder layer that counts as a decoder parameter, in order."""
-        return tuple(path for paths in self.sites.values() for path in paths)
+    def paths(self) -> tuple[str, ...]:
+        """Paths in the layer of all linears that count as decoder parameters, in order."""
+        return tuple(self.roles.values())
 
-    def dead_inputs(self, site: str, count: int) -> str:
-        """What a report says of inputs of a site that no token ever moved from zero."""
-        return f"{count} dead input{'s' * (count > 1)} of {', '.join(self.sites[site])}"
+    def path(self, role: str) -> str:
+        """Where in the layer the linear of a role is."""
+        return self.roles[role]
 
-    def last(self, half: str) -> str:
-        """The linear at the end of a half."""
-        (path,) = self.sites[self.halves[half].writes]
-        return path
+    def role(self, path: str) -> str:
+        """The role of the linear at a path in the layer."""
+        return next(role for role, place in self.roles.items() if place == path)
 
-    def half_linears(self, half: str) -> tuple[str, ...]:
-        """The linears of one half."""
-        return (*self.sites[self.halves[half].reads], *self.sites[self.halves[half].writes])
+    def readers(self, role: str) -> tuple[str, ...]:
+        """The roles of all linears that read what the linear of `role` reads, itself among them."""
+        return next((part.reads for part in self.sublayers.values() if role in part.reads), (role,))
 
+    def dead_inputs(self, role: str, count: int) -> str:
+        """What a report says of inputs of this linear, and of others that read the same, that are zero for every token."""
+        return f"{count} dead input{'s' * (count > 1)} of {', '.join(map(self.path, self.readers(role)))}"
+
+
+LLAMA_FLAGS = {"self_attn.": "attention_bias", "mlp.": "mlp_bias"}
+SEED_FLAGS = {
+    **dict.fromkeys((ROLES["q"], ROLES["k"], ROLES["v"]), "attention_bias"),
+    ROLES["o"]: "attention_out_bias",
+    "mlp.": "mlp_bias",
+}
 
 FAMILIES = {
-    "llama": Family(model_type="llama", bias_flags={"self_attn.": "attention_bias", "mlp.": "mlp_bias"}),
+    "llama": Family(model_type="llama", bias_flags=LLAMA_FLAGS),
     "mistral": Family(model_type="mistral"),
     "qwen2": Family(model_type="qwen2"),
     "qwen3": Family(model_type="qwen3", bias_flags={"self_attn.": "attention_bias"}),
+    "smollm3": Family(model_type="smollm3", bias_flags=LLAMA_FLAGS),
+    "ministral": Family(model_type="ministral"),
+    "ministral3": Family(model_type="ministral3"),
+    "seed_oss": Family(model_type="seed_oss", bias_flags=SEED_FLAGS),
+    "ernie4_5": Family(model_type="ernie4_5", bias_flags={"": "use_bias"}),
+    "hunyuan_v1_dense": Family(model_type="hunyuan_v1_dense", bias_flags={"self_attn.": "attention_bias"}),
 }
 
 

@@ -1,8 +1,8 @@
-"""How a total of parameters is shared out where each part loses by a curve of its own.
+"""How a total of parameters is shared between parts, each of which has its own curve of loss.
 
-A part that keeps the share k of its parameters loses a (1 - k)^p, p >= 1: nothing at k = 1, more and more the less is kept. The
-sum of the losses is least where one more parameter would win the same everywhere. Measured curves promise too much far from
-where they were measured, and undamped they are known to make a model worse; so each share stays near the uniform one.
+A part that keeps the share k of its parameters loses a (1 - k)^p, p >= 1: nothing at k = 1, and ever more as k falls. The sum
+of the losses is least where one more parameter would gain the same in every part. Far from where they were measured the curves
+promise too much, and followed all the way they make a model worse; so each share stays near the uniform one.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ class Curve:
         return float(self.scale * (1.0 - keep) ** self.power)
 
     def keep_at(self, slope: float) -> float:
-        """The share from which on keeping more wins less than `slope` for each share kept; 0 where it always does."""
+        """The share above which the loss falls by less than `slope` per share kept; 0 where it always does."""
         steepest = max(self.scale, TINY) * self.power  # at keep 0
         if slope >= steepest:
             return 0.0
@@ -38,17 +38,17 @@ class Curve:
 
 @dataclass(frozen=True, kw_only=True)
 class Part:
-    """What is given a share."""
+    """One of the parts that share the total."""
 
     parameters: int
-    """Of its dense form."""
+    """Those of its dense form."""
     curve: Curve
 
 
 def fit_curve(points: Sequence[tuple[float, float]]) -> Curve:
-    """The curve through measured (keep, loss), by least squares on the logarithms; through two points exactly, if p >= 1.
+    """The curve through measured points (keep, loss), by least squares on the logarithms. Two points with p >= 1 lie on it.
 
-    Of a single point, or where the losses do not grow as less is kept, it is the straight line.
+    It is a straight line (p = 1) for a single point, and where the losses do not grow as less is kept.
     """
     rows = [(math.log(1.0 - keep), math.log(max(loss, TINY))) for keep, loss in points if keep < 1.0]
     assert rows, "a curve needs a point at which something was cut"
@@ -62,8 +62,8 @@ def fit_curve(points: Sequence[tuple[float, float]]) -> Curve:
 def allocate(parts: Sequence[Part], total: int) -> list[int]:
     """Parameters of every part, `total` together, with the least sum of losses inside the bounds.
 
-    Bisection on the win of one more parameter; where losses are straight lines many parts jump at one such value, and what lies
-    between before and after is given to them in equal measure.
+    By bisection on the gain of one more parameter. Where losses are straight lines, several parts jump at one value of it; what
+    the jump leaves over or lacks is shared by all of them in proportion.
     """
     uniform = total / sum(part.parameters for part in parts)
     bounds = LEAST * uniform, min(1.0, MOST * uniform)
@@ -84,7 +84,7 @@ def allocate(parts: Sequence[Part], total: int) -> list[int]:
 
 
 def whole_numbers(amounts: Sequence[float], total: int) -> list[int]:
-    """The amounts rounded down, and what that leaves of `total`, one each, to those that lost most by it."""
+    """The amounts rounded down; what that leaves of `total` goes, one each, to those that lost most by it."""
     counts = [math.floor(amount) for amount in amounts]
     order = sorted(range(len(counts)), key=lambda place: counts[place] - amounts[place])
     for place in order[: total - sum(counts)]:

@@ -1,4 +1,4 @@
-"""Every formula between ratios, ranks, widths and parameters. The writer, the report and the loader read its results.
+"""Every formula between ratios, ranks, widths and parameters. The writer, the report and the loader read the results.
 
 Symbols as in LoRAP (Li, Tang & Zhang 2024, arXiv 2404.09695): s ratio removed, alpha share of (v, o) against (q, k),
 f FFN width.
@@ -23,7 +23,7 @@ def low_rank_parameters(rows: int, columns: int, rank: int) -> int:
 
 
 def pivoted_parameters(rows: int, columns: int, rank: int) -> int:
-    """r pivot rows of n numbers and r coefficients of each other row; a stored order comes on top (`index_parameters`)."""
+    """r pivot rows of n numbers, and r coefficients for each other row. A stored order comes on top (`index_parameters`)."""
     return rank * (rows + columns - rank)
 
 
@@ -35,7 +35,7 @@ def pivot_rank(rows: int, columns: int, keep: float) -> int:
 
 
 def index_parameters(rows: int, itemsize: int) -> int:
-    """What an int32 index of `rows` numbers counts as among weights of `itemsize` bytes: the bytes that it takes."""
+    """The weights of `itemsize` bytes that take as many bytes as an int32 index of `rows` numbers; it counts as so many."""
     return -(-INDEX_ITEMSIZE * rows // itemsize)
 
 

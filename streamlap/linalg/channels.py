@@ -14,7 +14,7 @@ BLOCK = 1024
 
 
 def channel_bytes(hidden: int) -> int:
-    """Most memory that one block of `lorap_scores` or `removed_energy` takes: it and its product, or it in float64."""
+    """Most memory that `lorap_scores` or `removed_energy` takes: a block and its product, or a block in float64."""
     return 8 * BLOCK * hidden
 
 

@@ -1,7 +1,7 @@
 """Low-rank factors of a linear map.
 
-Everything larger than the smaller side squared goes through in blocks of fixed size, so that the memory a solve takes is known
-beforehand (`awsvd_bytes`) and the numbers do not depend on how much there is.
+Only matrices of the smaller side squared are held whole. All else goes through in blocks of fixed size, so that the memory of a
+solve is known beforehand (`awsvd_bytes`) and its result does not depend on how much memory there is.
 
 Shape suffixes: O out, I in, R rank, M the smaller of O and I.
 """
@@ -15,23 +15,24 @@ from collections.abc import Iterator
 import torch
 
 from streamlap.errors import NumericalError
+from streamlap.linalg.solution import Solution
 
 SOLVER_THREADS = 2
-"""CPU threads of every decomposition and triangular solve. LAPACK's last bits depend on their number, and equal input shall
-give equal output on any number; half of the work is bound by memory, which two threads nearly use up."""
+"""CPU threads of every decomposition and triangular solve. LAPACK's last bits depend on their number, so it is fixed: equal
+input gives equal output on any machine. Half of the work is bound by memory, which two threads nearly use up."""
 
 BLOCK = 1024
 """Rows or columns that are widened to float64 at a time."""
 
 
-def awsvd(w_OI: torch.Tensor, scale_I: torch.Tensor, rank: int) -> tuple[torch.Tensor, torch.Tensor, float]:
+def awsvd(w_OI: torch.Tensor, scale_I: torch.Tensor, rank: int) -> Solution[tuple[torch.Tensor, torch.Tensor]]:
     """Activation-weighted SVD: the rank-R `up_OR @ down_RI` that is nearest to W in ||(W - W') diag(scale)||_F.
 
     AWSVD of LoRAP (Li, Tang & Zhang 2024, arXiv 2404.09695): W D = U S V', up = U_R S_R^1/2, down = S_R^1/2 V_R' D^-1.
     One eigen-decomposition of the smaller Gram side in float64 gives the same factors: with U, down = S^-1/2 U' W.
 
-    Args: w_OI, scale_I > 0, 1 <= rank <= min(O, I). Returns the factors in float64 and the relative error: the discarded share
-    of the squared singular values of W D.
+    Args: scale_I > 0; 1 <= rank <= min(O, I). Returns (up_OR, down_RI) in float64; its error is the discarded share of the
+    squared singular values of W D.
     """
     wide, scale_I = w_OI.shape[0] <= w_OI.shape[1], scale_I.to(w_OI.device).double()
     gram_MM = _weighted_gram(w_OI, scale_I)
@@ -52,21 +53,21 @@ def awsvd(w_OI: torch.Tensor, scale_I: torch.Tensor, rank: int) -> tuple[torch.T
         down_RI = balance_R[:, None] * basis_MR.T / scale_I
     total = energies_M.sum()
     error = float(energies_M[rank:].sum() / total) if total > 0 else 0.0
-    return up_OR, down_RI, error
+    return Solution((up_OR, down_RI), error=error)
 
 
 def awsvd_bytes(rows: int, columns: int, rank: int) -> int:
     """Most memory that `awsvd` holds at one time beside its input, its factors included.
 
-    That is in the decomposition: the Gram, its vectors, and LAPACK's two squares; or after it: the vectors that are kept, a
-    block, and the factors, twice while their blocks are joined.
+    The larger of two moments. In the decomposition: the Gram, its vectors, and two squares of LAPACK's. After it: the vectors
+    that are kept, a block, and the factors, twice while their blocks are joined.
     """
     smaller, larger = sorted((rows, columns))
     return 8 * max(4 * smaller**2, smaller**2 + BLOCK * smaller + rank * (2 * smaller + 2 * larger))
 
 
 def awsvd_flops(rows: int, columns: int, rank: int) -> int:
-    """Floating-point operations of its matrix products, which are in float64. The decomposition of min(O, I) comes on top."""
+    """Floating-point operations of `awsvd`'s products, in float64. The decomposition of size min(O, I) comes on top."""
     return 2 * rows * columns * min(rows, columns) + 2 * rows * columns * rank
 
 
@@ -87,7 +88,7 @@ def eigh(gram_MM: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def orthonormal(basis_OR: torch.Tensor) -> torch.Tensor:
-    """Orthonormal columns of the same span; the same bits for any number of torch's threads."""
+    """Orthonormal columns that span what those of the basis do; the same bits for any number of torch's threads."""
     with solver_threads(basis_OR.device):
         q_OR: torch.Tensor = torch.linalg.qr(basis_OR).Q
     return q_OR
@@ -95,7 +96,7 @@ def orthonormal(basis_OR: torch.Tensor) -> torch.Tensor:
 
 @contextlib.contextmanager
 def solver_threads(device: torch.device) -> Iterator[None]:
-    """While the block lasts, CPU work is done by SOLVER_THREADS; for LAPACK, not for products, whose bits are the same."""
+    """Run the block's CPU work on SOLVER_THREADS: for LAPACK. Products need none of it, since their bits never change."""
     before = torch.get_num_threads()
     if device.type != "cpu" or before == SOLVER_THREADS:
         yield

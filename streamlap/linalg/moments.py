@@ -1,7 +1,7 @@
-"""Second moments of what a linear reads, and of what it should give: all that a closed form needs to know of the tokens.
+"""Second moments of what a linear reads, and of that against what it should give: all that a closed form needs of the tokens.
 
-Each equals its one-shot formula, whatever the batches. Sums are float64; products are float32 where the tokens are narrower
-than float64, of a fixed number of tokens at a time, so that the sum of a billion tokens is as exact as that of a thousand.
+Each equals its one-shot formula, whatever the batches. Sums are float64. Products are float32 where the tokens are narrower
+than float64, and each covers a fixed number of tokens, so that the sum over a billion tokens is as exact as over a thousand.
 
 Shape suffixes: T tokens, I in, A anchor (out, or in of the dense stream).
 """
@@ -18,11 +18,8 @@ from streamlap.linalg.statistics import all_finite
 CHUNK_TOKENS = 4096
 """Tokens in one product. Fixed, and counted across updates: the bits do not depend on the batches."""
 
-DROWNED = 1e-4
-"""Share of an input's power below which what is left beside its mean may be the rounding of products in float32."""
-
 ROW_BLOCK = 2048
-"""Rows of a sum that are computed at a time: beside the sum itself, memory holds one such block."""
+"""Rows of a sum that are computed at a time: beside the sum itself, memory holds one block of so many."""
 
 
 class Moments:
@@ -33,13 +30,13 @@ class Moments:
         self._gram_II: torch.Tensor | None = None
         self._cross_AI: torch.Tensor | None = None
         self._chunk: list[torch.Tensor] = []
-        """Tokens that wait for others, and their anchors; copies, for the caller may use its memory again."""
+        """Tokens that wait until a chunk is full, and their anchors; copied, since the caller may use its memory again."""
         self._waiting = 0
         self._half = False
-        """Whether the Gram has only its upper blocks up to date."""
+        """Whether only the upper blocks of the Gram are up to date."""
 
     def update(self, x_TI: torch.Tensor, anchor_TA: torch.Tensor) -> None:
-        """Take in tokens, and what each stands against; anchors of no width where S alone is wanted."""
+        """Take in tokens and the anchor of each; anchors of width 0 where S alone is wanted."""
         given = [x_TI, anchor_TA]
         assert len(anchor_TA) == len(x_TI), "every token has one anchor"
         self.tokens += len(x_TI)
@@ -83,11 +80,11 @@ class Moments:
 
     @property
     def finite(self) -> bool:
-        """Whether all that came was, as far as sums of it in float32 are; one bad number shows in every sum of its row."""
+        """Whether all tokens and their products in float32 were finite; one bad number shows in every sum of its row."""
         return not self.tokens or all(map(all_finite, (self.gram_II.diagonal(), self.cross_AI[:, 0])))
 
     def _flush(self) -> None:
-        """Sum what waits, and let go of the memory that it waited in."""
+        """Sum the tokens that wait, and free the memory that they waited in."""
         if self._waiting:
             self._add()
         self._chunk = []
@@ -104,27 +101,6 @@ class Moments:
         anchor_AT = anchor_TA.T.contiguous()
         for first in range(0, len(anchor_AT), ROW_BLOCK):
             self._cross_AI[first : first + ROW_BLOCK].add_(product(anchor_AT[first : first + ROW_BLOCK], x_TI))
-
-
-def take_means(moments: Moments) -> tuple[torch.Tensor, torch.Tensor]:
-    """The means [I] of the inputs and [A] of the anchors, taken off the sums, in place.
-
-    The last column of x is the weight of its token, by which both x and t have been multiplied, and stays as it is. Where all
-    of an input's power was its mean, what is left is rounding, whose sign means nothing; its diagonal is raised above that.
-    """
-    gram_II, cross_AI = moments.gram_II, moments.cross_AI
-    weight = float(gram_II[-1, -1])
-    total_I, total_A = gram_II[:-1, -1].clone(), cross_AI[:, -1].clone()
-    rounding_I = gram_II.diagonal()[:-1] * DROWNED
-    gram_II[:-1, :-1].addr_(total_I, total_I, alpha=-1 / weight)
-    cross_AI[:, :-1].addr_(total_A, total_I, alpha=-1 / weight)
-    left_I = gram_II.diagonal()[:-1]
-    drowned_I = left_I < rounding_I
-    if bool(drowned_I.any()):
-        left_I += (
-            rounding_I * drowned_I * int(drowned_I.sum())
-        )  # tokens that are alike are rounded alike, so it adds up
-    return total_I / weight, total_A / weight
 
 
 def add_upper(sum_II: torch.Tensor, x_TI: torch.Tensor) -> None:
@@ -149,11 +125,10 @@ def squares(x_TI: torch.Tensor) -> torch.Tensor:
 
 
 class Sample:
-    """Rows (x, t) of tokens that no sum has seen, to choose by: the first `limit` of them."""
+    """Held-out tokens: rows (x, t) that no sum has seen, the first `limit` that come, to choose by."""
 
     def __init__(self, limit: int) -> None:
         self.limit, self._rows, self._count = limit, list[tuple[torch.Tensor, torch.Tensor]](), 0
-        self._power: float | None = None
 
     def update(self, x_TI: torch.Tensor, anchor_TA: torch.Tensor) -> None:
         room = self.limit - self._count
@@ -161,27 +136,10 @@ class Sample:
             self._rows.append((x_TI[:room].clone(), anchor_TA[:room].clone()))
             self._count += min(room, len(x_TI))
 
-    def less(self, mean_I: torch.Tensor, mean_A: torch.Tensor) -> Sample:
-        """The same rows with their share of these means taken off; the last column of x, their weights, goes."""
-        sample, x_TI, anchor_TA = Sample(self.limit), self.x_TI, self.anchor_TA
-        x_TI, weight_T1 = x_TI[:, :-1], x_TI[:, -1:]
-        sample.update(x_TI - weight_T1 * mean_I.to(x_TI), anchor_TA - weight_T1 * mean_A.to(anchor_TA))
-        sample._power = self.power
-        return sample
-
-    def centred(self) -> Sample:
-        """The same less its own means."""
-        x_TI, weight_T1 = self.x_TI, self.x_TI[:, -1:]
-        total = weight_T1.square().sum()
-        mean_I, mean_A = ((rows * weight_T1).sum(dim=0) / total for rows in (x_TI[:, :-1], self.anchor_TA))
-        return self.less(mean_I, mean_A)
-
-    @property
+    @functools.cached_property
     def power(self) -> float:
-        """Mean square length of the anchors, before anything was taken off: what an error is a share of."""
-        if self._power is None:
-            self._power = float(self.anchor_TA.double().square().sum(dim=1).mean())
-        return self._power
+        """Mean square length of the anchors, of which an error is a share. Fixed when it is first asked for."""
+        return float(self.anchor_TA.double().square().sum(dim=1).mean())
 
     @property
     def tokens(self) -> int:
@@ -190,12 +148,12 @@ class Sample:
 
     @property
     def finite(self) -> bool:
-        """Whether all of them are."""
+        """Whether all rows are."""
         return all(all_finite(rows) for pair in self._rows for rows in pair)
 
     @property
     def full(self) -> bool:
-        """Whether no more rows are kept."""
+        """Whether further rows would be dropped."""
         return self._count >= self.limit
 
     @property

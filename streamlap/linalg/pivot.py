@@ -15,22 +15,23 @@ import torch
 from streamlap.linalg.anchor import root, solve_triangular
 from streamlap.linalg.lowrank import solver_threads
 from streamlap.linalg.products import product
+from streamlap.linalg.solution import Solution, joined
 
 BLOCK = 64
-"""Pivots that several bases choose together, at the least, before their span is projected out."""
+"""Fewest pivots that several bases choose together before the span of these is projected out."""
 
 BLOCKS = 4
-"""Most such turns: each moves all bases through memory."""
+"""Most rounds that this takes: each moves all bases through memory."""
 
 POOL = 4
-"""Rows that are looked at for each of these."""
+"""Rows that a round chooses from, for each pivot that it takes."""
 
 
-def pivot_rows(basis_OR: torch.Tensor, groups: int = 1) -> torch.Tensor:
+def pivot_rows(basis_OR: torch.Tensor, groups: int = 1) -> Solution[torch.Tensor]:
     """R rows, [R] ascending, that span all rows of a basis: those that Gaussian elimination with row pivoting chooses.
 
-    With `groups`, R / groups rows out of each of as many equal runs of rows: a permutation that stays inside each run (a head)
-    can then be folded into the matrix that reads them. Raises ValueError where groups do not divide R and O.
+    With `groups`, the O rows are so many equal runs (heads), and each gives R / groups of them: an order that stays inside each
+    run can be folded into the matrix that reads them. Raises ValueError where `groups` does not divide R and O.
     """
     rows, rank = basis_OR.shape
     if rank % groups or rows % groups:
@@ -38,7 +39,8 @@ def pivot_rows(basis_OR: torch.Tensor, groups: int = 1) -> torch.Tensor:
     if groups == 1:
         with solver_threads(basis_OR.device):
             _, pivots = torch.linalg.lu_factor(basis_OR)
-        return torch.tensor(_swapped(pivots.tolist(), rows)[:rank], device=basis_OR.device).sort().values
+        order = _swapped(pivots.tolist(), rows)
+        return Solution(torch.tensor(order[:rank], device=basis_OR.device).sort().values)
     return _grouped(basis_OR, groups)
 
 
@@ -50,14 +52,15 @@ def _swapped(pivots: list[int], rows: int) -> list[int]:
     return order
 
 
-def shared_pivot_rows(bases: Sequence[torch.Tensor]) -> torch.Tensor:
+def shared_pivot_rows(bases: Sequence[torch.Tensor]) -> Solution[torch.Tensor]:
     """R rows, [R] ascending, that serve several bases [O, R] of orthonormal columns at once, as gate and up of one FFN.
 
-    Greedy by the product of what every basis has left at a row, in blocks: the best of a pool, then that is projected out.
-    (Pivots of the sum of two bases serve neither: coefficients of hundreds.)
+    Greedy, in rounds: a row's score is the product, over the bases, of the energy that it has left in each. A round takes rows
+    from a pool of the best and projects their span out. (Pivots of the sum of two bases serve neither: they give coefficients
+    of hundreds.)
     """
     rows, rank = bases[0].shape
-    left, chosen = list(bases), list[int]()
+    left, chosen, notes = list(bases), list[int](), tuple[str, ...]()
     block = max(BLOCK, -(-rank // BLOCKS))
     while True:
         count = min(block, rank - len(chosen))
@@ -67,30 +70,33 @@ def shared_pivot_rows(bases: Sequence[torch.Tensor]) -> torch.Tensor:
         picked = pool[_spread_rows([basis[pool] for basis in left], count)]
         chosen += picked.tolist()
         if len(chosen) == rank:
-            return torch.tensor(sorted(chosen), device=bases[0].device)
-        left = [_without(basis, basis[picked]) for basis in left]
+            return Solution(torch.tensor(sorted(chosen), device=bases[0].device), notes=notes)
+        rests = [_without(basis, basis[picked]) for basis in left]
+        left, notes = [rest.value for rest in rests], joined(notes, *(rest.notes for rest in rests))
 
 
-def _grouped(basis_OR: torch.Tensor, groups: int) -> torch.Tensor:
-    """Elimination group after group: what the rows already taken span is projected out before the next."""
+def _grouped(basis_OR: torch.Tensor, groups: int) -> Solution[torch.Tensor]:
+    """Elimination group after group: the span of the rows that one group gives is projected out of those after it."""
     rows, rank = basis_OR.shape
     quota, run = rank // groups, rows // groups
-    left, chosen = basis_OR, []
+    left, chosen, notes = basis_OR, [], tuple[str, ...]()
     for first in range(0, rows, run):
         picked = _spread_rows([left[:run]], quota)
         chosen.append(picked + first)
-        left = _without(left[run:], left[picked])
-    return torch.cat(chosen)
+        rest = _without(left[run:], left[picked])
+        left, notes = rest.value, joined(notes, rest.notes)
+    return Solution(torch.cat(chosen), notes=notes)
 
 
-def _without(basis_OR: torch.Tensor, taken_QR: torch.Tensor) -> torch.Tensor:
-    """What is left of every row beside the span of some others."""
-    span_QR = solve_triangular(root(product(taken_QR, taken_QR.T)), taken_QR, upper=False)
-    return product(product(basis_OR, span_QR.T), span_QR).neg_().add_(basis_OR)
+def _without(basis_OR: torch.Tensor, taken_QR: torch.Tensor) -> Solution[torch.Tensor]:
+    """Every row of the basis less its part in the span of the rows `taken_QR`."""
+    factor_QQ = root(product(taken_QR, taken_QR.T))
+    span_QR = solve_triangular(factor_QQ.value, taken_QR, upper=False)
+    return Solution(product(product(basis_OR, span_QR.T), span_QR).neg_().add_(basis_OR), notes=factor_QQ.notes)
 
 
 def _spread_rows(parts: Sequence[torch.Tensor], count: int) -> torch.Tensor:
-    """`count` rows far from each other's span in every part: pivots of Cholesky factorisations of their Grams, ascending."""
+    """`count` rows, ascending, that are far from each other's span in every part: pivots of Cholesky factors of their Grams."""
     grams = [product(part, part.T) for part in parts]
     factors = [gram.new_zeros(len(gram), count) for gram in grams]
     left = torch.stack([gram.diagonal() for gram in grams])
@@ -108,7 +114,7 @@ def _spread_rows(parts: Sequence[torch.Tensor], count: int) -> torch.Tensor:
 
 
 def others(pivots_R: torch.Tensor, rows: int) -> torch.Tensor:
-    """The rows that are no pivots, ascending."""
+    """The rows that are not pivots, ascending."""
     mask = torch.ones(rows, dtype=torch.bool, device=pivots_R.device)
     mask[pivots_R] = False
     return mask.nonzero()[:, 0]
@@ -120,6 +126,6 @@ def output_order(pivots_R: torch.Tensor, rows: int) -> torch.Tensor:
 
 
 def folded_order(pivots_R: torch.Tensor, rows: int, groups: int) -> torch.Tensor:
-    """[O]: the natural row that stands at each place of the output of a folded module: in every group pivots, then the rest."""
+    """[O]: the row of the matrix at each place of a folded module's output: in every group its pivots, then the rest."""
     rest = others(pivots_R, rows)
     return torch.cat([pivots_R.view(groups, -1), rest.view(groups, -1)], dim=1).flatten()

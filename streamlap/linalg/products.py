@@ -1,7 +1,7 @@
 """Matrix products of large problems.
 
-MKL, which is behind torch's `@` on x86, gives processors that are not Intel's half of their speed in float32; oneDNN, which
-torch has too, does not. With neither do the bits depend on the number of threads.
+torch's `@` is MKL on x86, and MKL runs float32 at half speed on processors that are not Intel's. oneDNN, which torch also has,
+does not. The bits of neither depend on the number of threads.
 
 Shape suffixes: M rows, K inner, N columns.
 """
@@ -25,5 +25,5 @@ def _has_onednn() -> bool:
 
 
 def _packed(x: torch.Tensor) -> torch.Tensor:
-    """A slice in memory of its own: through one with gaps oneDNN would go number by number."""
+    """A slice with gaps, copied to memory of its own: oneDNN would go through the gaps number by number."""
     return x if x.is_contiguous() or x.T.is_contiguous() else x.contiguous()

@@ -10,14 +10,14 @@ import math
 import torch
 
 ZERO_SCALE = 1e-4
-"""What a channel that was never active weighs (LoRAP's published code)."""
+"""Scale of a channel that was never active (as in LoRAP's published code)."""
 
 ROW_BLOCK = 256
-"""Tokens that are widened at a time: the memory of an update does not depend on the batch."""
+"""Tokens that are widened at a time, so that the memory of an update does not depend on the batch."""
 
 
 def all_finite(x: torch.Tensor) -> bool:
-    """Whether no entry is NaN or infinite: its extremes tell, in one pass that copies nothing."""
+    """Whether no entry is NaN or infinite. The extremes tell, in one pass that copies nothing."""
     if not x.is_floating_point() or not x.numel():
         return True
     wide = x if x.dtype.itemsize > 1 else x.float()  # torch compares no numbers of 8 bits
@@ -47,7 +47,7 @@ class Energy:
 
     @property
     def finite(self) -> bool:
-        """Whether all that came was: one bad number shows in the sum of its channel."""
+        """Whether every number that came was: one that was not shows in the sum of its channel."""
         return self.sum_I is not None and all_finite(self.sum_I)
 
     @property

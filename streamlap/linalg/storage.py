@@ -1,6 +1,6 @@
-"""Numbers in the dtype in which they are written: what it cannot hold is balanced where that is exact, and else an error.
+"""Weights in the dtype in which they are written. What is too large for it is balanced between two factors or is an error.
 
-Numbers too small for it become zero, which is right: beside the others of their row they are nothing.
+What is too small for it becomes zero: beside the other numbers of its row it is nothing.
 
 Shape suffixes: O out, I in, R rank.
 """
@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 
 from streamlap.errors import NumericalError
-from streamlap.linalg.notes import note
+from streamlap.linalg.solution import Solution
 from streamlap.linalg.statistics import all_finite
 
 
@@ -27,14 +27,15 @@ def as_stored(x: torch.Tensor, dtype: torch.dtype, what: str) -> torch.Tensor:
 
 def balanced(
     up_OR: torch.Tensor, down_RI: torch.Tensor, dtype: torch.dtype, what: str
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Two factors in `dtype`. Where one is too large for it, powers of two move to the other, rank by rank, which leaves their
-    product as it is; `what` is named in a note then, or in the NumericalError where even that is not enough."""
+) -> Solution[tuple[torch.Tensor, torch.Tensor]]:
+    """Two factors in `dtype`. At each rank where one is too large for it, a power of two moves to the other, which leaves their
+    product as it is, and a note names `what`. So does the NumericalError that is raised where that is not enough."""
+    notes: tuple[str, ...] = ()
     sizes = torch.stack([up_OR.abs().amax(dim=0).double(), down_RI.abs().amax(dim=1).double()])
     over_R = ~torch.isfinite(sizes.to(dtype)).all(dim=0)
     if bool(over_R.any()):
         tall_R, wide_R = sizes.clamp_min(torch.finfo(torch.float32).tiny).log2()
         shift_R = torch.where(over_R, torch.exp2(((tall_R - wide_R) / 2).round()), 1.0)
         up_OR, down_RI = up_OR.double() / shift_R, down_RI.double() * shift_R[:, None]
-        note(f"{what}: {int(over_R.sum())} ranks balanced for {dtype}")
-    return as_stored(up_OR, dtype, what), as_stored(down_RI, dtype, what)
+        notes = (f"{what}: {int(over_R.sum())} ranks balanced for {dtype}",)
+    return Solution((as_stored(up_OR, dtype, what), as_stored(down_RI, dtype, what)), notes=notes)

@@ -5,15 +5,12 @@ from __future__ import annotations
 from streamlap.methods.anchored.attention import AttentionAnchored
 from streamlap.methods.anchored.ffn import FfnAnchored
 from streamlap.methods.anchored.groups import AttentionGroups
-from streamlap.methods.base import Anchored as Anchored
-from streamlap.methods.base import OnePass as OnePass
+from streamlap.methods.base import Method, Trained
 from streamlap.methods.lorap.attention import AttentionAwsvd
 from streamlap.methods.lorap.ffn import FfnLorap
+from streamlap.methods.trained.refine import Refine
 
-OnePassMethod = AttentionAwsvd | FfnLorap
-AnchoredMethod = AttentionAnchored | AttentionGroups | FfnAnchored
-ANCHORED = (AttentionAnchored, AttentionGroups, FfnAnchored)
-Method = OnePassMethod | AnchoredMethod
+AnyMethod = Method | Trained
 
 METHODS: dict[str, type[Method]] = {
     "attention_awsvd": AttentionAwsvd,
@@ -22,8 +19,12 @@ METHODS: dict[str, type[Method]] = {
     "attention_groups": AttentionGroups,
     "ffn_anchored": FfnAnchored,
 }
+"""What compresses a sub-layer."""
 
-PRESETS: dict[str, tuple[Method, ...]] = {
-    "best": (AttentionAnchored(), *(FfnAnchored(share=share) for share in (0.25, 0.5, 0.75, 1.0))),
+TRAINED: dict[str, type[Trained]] = {"refine": Refine}
+"""What trains a layer that these have edited."""
+
+PRESETS: dict[str, tuple[AnyMethod, ...]] = {
+    "best": (AttentionAnchored(), FfnAnchored()),
     "lorap": (AttentionAwsvd(), FfnLorap()),
 }

@@ -1,37 +1,57 @@
-"""What a method is: a frozen dataclass of its knobs that says what it must see and which edits follow.
+"""What a method is: a frozen dataclass of its knobs that says what a sub-layer becomes, and makes it.
 
-There are two kinds. A one-pass method (LoRAP's) takes its statistics from the dense layer and edits it. An anchored method
-rebuilds one half of a layer, attention or FFN, so that it gives on the compressed stream what the dense model has there; where
-several may rebuild a half, the one that comes nearest on held-out tokens does.
+    layouts(natives, budget)   what each linear may become, from shapes alone; several layouts where the method has variants
+    cost(natives, layouts)     what `solve` takes, from shapes alone
+    needs                      what it looks at: the energies of some inputs in one dense pass, or both streams
+    solve(view, layouts)       the edits, of the best of its layouts
 
-A method knows numbers and one layer; it never sees a file, a token or another layer.
+A trained method (`Trained`) takes a layer that others have edited and makes more of it, step by step.
+
+A method knows numbers and one layer. It never sees a file, a token or another layer.
+
+Shape suffixes: I in, A anchor.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Protocol, TypeVar, runtime_checkable
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Protocol
 
 import torch
 
+from streamlap.errors import NumericalError
 from streamlap.families.layer import Edit, StreamLayer
-from streamlap.families.table import Family
 from streamlap.linalg.moments import Sample
 from streamlap.linalg.statistics import Energy
+from streamlap.loader.forms import Dense, Form
 
-T = TypeVar("T")
-A = TypeVar("A", bound="Anchored")
-Statistic = Energy
-Shapes = Mapping[str, tuple[int, int]]
-"""Path in the layer -> (out, in) of the dense linear there."""
-Layout = dict[str, dict[str, int]]
-"""Path in the layer -> row of config.json's modules table: {"rank": r}, {"pivots": r}, {"out": o}, {"in": i}, ..."""
+Natives = Mapping[str, Dense]
+"""Role -> the linear of the source."""
+Layout = Mapping[str, Form]
+"""Role -> what its linear becomes; one that keeps its form and width is absent."""
+Layouts = Mapping[str, Layout]
+"""Variant of a method -> its layout; a method without variants has one, by the name ""."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Budget:
+    """What a sub-layer may store."""
+
+    ratio: float
+    """Fraction of the model's decoder-linear parameters to remove."""
+    parameters: int
+    """In the linears of the sub-layer, biases and orders included."""
+    itemsize: int
+    """Bytes of a weight: an order counts as the bytes that it takes."""
+    head_dim: int
+    """Numbers in one attention head."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Cost:
-    """What the edits of one layer take."""
+    """What solving one sub-layer takes."""
 
     workspace_bytes: int = 0
     """Most memory held at one time beside the weights and the finished edits."""
@@ -42,143 +62,160 @@ class Cost:
     flops_per_token: int = 0
     """Of these, what each calibration token adds."""
     capture_bytes: int = 0
-    """Most that these sums hold, with what is summed into them at a time."""
+    """Most that the sums over tokens hold, with what is summed into them at a time."""
     decompositions: tuple[int, ...] = ()
     """Sizes of the symmetric eigen-problems in float64, or of as long ones."""
 
 
-class OnePass(Protocol):
-    def layout(self, family: Family, shapes: Shapes, target: float) -> Layout:
-        """What each edited linear will become when `target` of the layer's linear parameters go; from shapes alone.
+@dataclass(frozen=True, kw_only=True)
+class Solved:
+    """A sub-layer solved."""
 
-        Raises RecipeError when a site cannot reach the target. A path that stays dense is absent.
-        """
-        ...
+    edits: Sequence[Edit]
+    error: float = 0.0
+    """How far it is from the target on held-out tokens, relative to the target; by it competing methods are compared."""
+    errors: Mapping[str, float] = field(default_factory=dict)
+    """Of all the variants that were tried."""
+    notes: tuple[str, ...] = ()
+    """What took more than arithmetic, in the edits or before them."""
 
-    def paths(self, family: Family) -> tuple[str, ...]:
-        """Every linear this method may edit; two methods of one recipe must not share any."""
-        ...
 
-    def cost(self, family: Family, shapes: Shapes, target: float) -> Cost:
-        """What `edit` will take, from shapes alone."""
-        ...
-
-    def wants(self, layer: StreamLayer) -> dict[str, Statistic]:
-        """Fresh statistics by site, to be filled by one dense pass over the layer."""
-        ...
-
-    def edit(self, layer: StreamLayer, stats: Mapping[str, Statistic], target: float) -> list[Edit]: ...
+def finite_error(error: float) -> float:
+    """The error itself. Raises NumericalError where it is none to choose by: NaN would win or lose by its place in a list."""
+    if not math.isfinite(error):
+        raise NumericalError(f"its error on held-out tokens is {error}; wanted a number. Try dtype float32.")
+    return error
 
 
 @dataclass(frozen=True, kw_only=True)
-class Seen:
-    """One pass over a half: sums over most tokens, in the dtype to solve in, and rows of others to choose by."""
+class DenseView:
+    """A layer with the energies of its inputs, from one pass through the dense layer on the compressed stream."""
+
+    layer: StreamLayer
+    energies: Mapping[str, Energy]
+    """By the roles that the methods need."""
+
+    def scale(self, role: str) -> torch.Tensor:
+        """Root mean square [I] of each input of a linear, float64; see `Energy.scale`."""
+        return self.energies[role].scale()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Captured:
+    """Sums over most tokens, in the dtype to solve in, and rows of others to choose by."""
 
     gram_II: torch.Tensor
     cross_AI: torch.Tensor
     held: Sample
-    means: tuple[torch.Tensor, torch.Tensor] | None = None
-    """Of the inputs and of the anchors, taken off all of the above where a bias is to be fitted too."""
 
 
-class HalfView(Protocol):
-    """A half of a layer with both its streams, as a method sees it."""
+class StreamsView(Protocol):
+    """A sub-layer with both its streams, the dense model's and the compressed one's."""
 
-    layer: StreamLayer
-    half: str
+    @property
+    def layer(self) -> StreamLayer: ...
+
+    @property
+    def sublayer(self) -> str: ...
 
     def input_gram(self) -> torch.Tensor:
-        """S of `inputs` alone."""
+        """The Gram of `inputs` alone."""
         ...
 
-    def inputs(self) -> Seen:
-        """What the half's first linears read on the compressed stream, against what they read on the dense one."""
+    def inputs(self) -> Captured:
+        """What the first linears read on the compressed stream, against what they read on the dense one."""
         ...
 
-    def held_middles(self, edits: Sequence[Edit], centred: bool = False) -> Sample:
-        """The held-out rows of `middles` alone; with `centred` less their own means."""
+    def middles(self, edits: Sequence[Edit]) -> Captured:
+        """What the last linear reads with these edits, against what the sub-layer has to add to the compressed stream to
+        arrive where the dense model is, the bias of that linear apart. Each token is divided by the size of that stream."""
         ...
 
-    def once(self, name: Hashable, make: Callable[[], T]) -> T:
-        """What `make` gives, made the first time only: what several methods of a half, or of a kin, need."""
+    def middle_gram(self, edits: Sequence[Edit]) -> torch.Tensor:
+        """The Gram of `middles` alone, from the same tokens."""
         ...
 
-    def remember(self, name: Hashable, made: object) -> None:
-        """What `once` gives from now on."""
-        ...
-
-    def middle_gram(self, edits: Sequence[Edit], centred: bool = False) -> torch.Tensor:
-        """S of `middles` alone, from the same tokens."""
-        ...
-
-    def middles(self, edits: Sequence[Edit], centred: bool = False) -> Seen:
-        """What its last linear reads with these edits, against what the half has to add to the compressed stream to
-        arrive where the dense model is, the bias of that linear apart. Each token is divided by the size of that stream; with
-        `centred`, its share of the means is taken off it."""
+    def held_middles(self, edits: Sequence[Edit]) -> Sample:
+        """The held-out rows of `middles` alone."""
         ...
 
 
-@dataclass(frozen=True, kw_only=True)
-class Budget:
-    """What a half may store."""
+class Method(Protocol):
+    """What compresses one sub-layer of a layer."""
 
-    parameters: int
-    """In its linears, biases and indices included."""
-    itemsize: int
-    """Bytes of a weight: an index counts as the bytes that it takes."""
-    head_dim: int
-    """Numbers in one attention head."""
+    sublayer: ClassVar[str]
+    """attention or ffn."""
+    needs: ClassVar[tuple[str, ...]]
+    """Roles whose inputs' energies it asks of a dense pass; none where it looks at both streams, as anchored methods do."""
 
-
-@dataclass(frozen=True, kw_only=True)
-class Built:
-    """A half rebuilt."""
-
-    edits: list[Edit]
-    error: float
-    """How far it is from the target on held-out tokens, relative to the target; what several methods are compared by."""
-
-
-class Anchored(Protocol):
-    @property
-    def half(self) -> str:
-        """attention or ffn."""
+    def layouts(self, natives: Natives, budget: Budget) -> Layouts:
+        """What the sub-layer may become. Raises RecipeError where the budget cannot be reached."""
         ...
 
-    def layout(self, family: Family, shapes: Shapes, biased: Mapping[str, bool], budget: Budget) -> Layout:
-        """As above. The parameters that it stores are at most the budget's and nearly as many."""
+    def cost(self, natives: Natives, layouts: Layouts) -> Cost: ...
+
+    def solve(self, view: Any, layouts: Layouts) -> Solved:
+        """The edits, from a DenseView where there are `needs`, else from a StreamsView. Raises NumericalError where its numbers
+        are not finite."""
         ...
 
-    def cost(self, family: Family, shapes: Shapes, layout: Layout) -> Cost: ...
 
-    def build(self, view: HalfView, layout: Layout) -> Built: ...
+Pair = tuple[torch.Tensor, torch.Tensor]
+"""x_BLD, the compressed stream before a layer, and goal_BLD, the dense one after it; see `linalg.rows.paired`."""
+Run = Callable[[Mapping[str, torch.Tensor], torch.Tensor], torch.Tensor]
+"""A layer as a function of its parameters by name, in float32, and of x_BLD."""
 
 
-@runtime_checkable
-class Comparable(Anchored, Protocol):
-    """A method that can tell cheaply which of several settings serves a half best, so that only that one is built."""
+class Training(Protocol):
+    """A layer in training. All of it that the next epoch needs is in `state`, so that a run that dies goes on from there."""
+
+    held: list[float]
+    """Loss on held-out tokens at the start and after each epoch."""
 
     @property
-    def kin(self) -> Hashable:
-        """Methods of the same kin differ in what they can be compared by, and in nothing else."""
+    def epoch(self) -> int:
+        """Epochs done."""
         ...
 
-    def compare(self, view: HalfView, layouts: Mapping[str, Layout]) -> dict[str, float]:
-        """About how far from its target on held-out tokens each of its kin would bring the half, as `Built.error`."""
+    @property
+    def ends(self) -> bool:
+        """Whether there is nothing more to do."""
         ...
 
-    def comparing(self, family: Family, shapes: Shapes, layouts: Mapping[str, Layout]) -> Cost:
-        """What `compare` takes, and building one of them after it."""
+    def order(self, layer: int, numbers: Sequence[int]) -> list[int]:
+        """The sequences of these numbers as the coming epoch takes them."""
+        ...
+
+    def measure(self, held: Iterable[Pair]) -> float:
+        """Loss on held-out tokens of the parameters as they would be stored."""
+        ...
+
+    def step(self, place: int, pair: Pair) -> float:
+        """The step of that number in this epoch; its loss."""
+        ...
+
+    def close_epoch(self, loss: float) -> None: ...
+
+    def state(self) -> dict[str, torch.Tensor]: ...
+
+    def load(self, state: Mapping[str, torch.Tensor]) -> None:
+        """Go on from `state`, unless it belongs to a training that began otherwise."""
+        ...
+
+    def finish(self) -> dict[str, torch.Tensor]:
+        """The parameters by name that are to take the place of the layer's, as they will be stored; none where nothing was
+        gained."""
         ...
 
 
-Candidates = Mapping[str, tuple[Anchored, Layout]]
-"""Methods for one half by name, with what each will make of it."""
+class Trained(Protocol):
+    """What trains a layer that other methods have edited."""
 
+    @property
+    def epochs(self) -> int:
+        """Most epochs over the calibration windows."""
+        ...
 
-def by_kin(candidates: Mapping[str, tuple[A, Layout]]) -> list[dict[str, tuple[A, Layout]]]:
-    """Those that can be compared together, the others alone; in their order."""
-    kins: dict[Hashable, dict[str, tuple[A, Layout]]] = {}
-    for name, (method, layout) in candidates.items():
-        kins.setdefault(method.kin if isinstance(method, Comparable) else name, {})[name] = method, layout
-    return list(kins.values())
+    def start(self, parameters: Iterable[tuple[str, torch.Tensor]], run: Run, steps: int) -> Training:
+        """Args: parameters by name as they are stored; run, the layer; steps, in one epoch."""
+        ...

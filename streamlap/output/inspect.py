@@ -8,18 +8,11 @@ from typing import Any
 
 from streamlap.errors import CheckpointError, shown
 from streamlap.families.stream import ModelStream
-from streamlap.linalg.budget import index_parameters, low_rank_parameters, pivoted_parameters
+from streamlap.loader.forms import Dense, Form, index_parameters, kind_of, read_row
 from streamlap.output.folder import REPORT_NAME
 from streamlap.output.report import Parameters
 from streamlap.store.hub import local_folder
 from streamlap.untrusted.paths import REPORT_BYTES, read_object
-
-Row = Mapping[str, int]
-Rows = Mapping[str, Row]
-
-KINDS = {"rank": "low_rank", "pivots": "pivoted", "out_heads": "head_cut", "in_heads": "head_cut",
-         "out": "pruned", "in": "pruned"}  # fmt: skip
-"""Key of a row -> what it makes of a site; the first that is there counts. A site without any is dense."""
 
 
 def inspect(path: str | Path) -> dict[str, Any]:
@@ -34,8 +27,8 @@ def inspect(path: str | Path) -> dict[str, Any]:
         {
             "index": index,
             "sites": {
-                path: _site(stream, index, path, stream.rows) | errors.get(f"{index}.{path}", {})
-                for path in stream.family.linears
+                path: _site(stream, index, role) | errors.get(f"{index}.{path}", {})
+                for role, path in stream.family.roles.items()
             },
         }
         for index in range(stream.depth)
@@ -44,16 +37,20 @@ def inspect(path: str | Path) -> dict[str, Any]:
     return {"model_type": stream.family.model_type, "layers": layers, "parameters": parameters}
 
 
-def count_parameters(stream: ModelStream, rows: Rows) -> Parameters:
+def count_parameters(stream: ModelStream, rows: Mapping[str, Mapping[str, int]]) -> Parameters:
     """Parameters before any edit and after those in `rows`; `stream` may be the original or the compressed checkpoint.
 
     A stored index counts as the weights that would take its bytes.
     """
-    places = [(index, path) for index in range(stream.depth) for path in stream.family.linears]
-    before = sum(_site(stream, index, path, {})["parameters"] for index, path in places)
-    after = sum(_site(stream, index, path, rows)["parameters"] for index, path in places)
-    in_linears = sum(_site(stream, index, path, stream.rows)["parameters"] for index, path in places)
-    rest = sum(info.numel for info in stream.outer_tensors().values()) - in_linears
+    before = after = stored = 0
+    for index in range(stream.depth):
+        for role, native in stream.natives(index).items():
+            itemsize, name = _itemsize(stream, index, stream.family.path(role)), stream.linear_name(index, role)
+            edited = read_row(name, rows[name], native) if name in rows else native
+            before += native.parameters(itemsize)
+            after += edited.parameters(itemsize)
+            stored += stream.form(index, role).parameters(itemsize)
+    rest = sum(info.numel for info in stream.outer_tensors().values()) - stored
     rest += sum(_stored(stream, index) for index in range(stream.depth))
     return Parameters(decoder_before=before, decoder_after=after, total_before=before + rest, total_after=after + rest)
 
@@ -74,41 +71,22 @@ def _itemsize(stream: ModelStream, index: int, path: str) -> int:
     return stream.source.info(f"{stream.layer_name(index)}.{path}.weight").dtype.itemsize
 
 
-def _site(stream: ModelStream, index: int, path: str, rows: Rows) -> dict[str, Any]:
-    row = rows.get(f"{stream.layer_name(index)}.{path}", {})
-    out, width_in = stream.dense_shape(index, path)
-    shape = (row.get("out", out), row.get("in", width_in))
-    kind = next((kind for key, kind in KINDS.items() if key in row), "dense")
+def _site(stream: ModelStream, index: int, role: str) -> dict[str, Any]:
+    form, native = stream.form(index, role), stream.native(index, role)
     return {
-        "kind": kind,
-        "shape": list(shape),
-        "rank": row.get("rank", row.get("pivots")),
-        "width": _width(kind, row),
-        "parameters": site_parameters(shape, row, stream.has_bias(index, path), _itemsize(stream, index, path)),
+        "kind": kind_of(form, native),
+        "shape": list(form.shape),
+        "rank": form.rank or None,
+        "width": _width(form, native),
+        "parameters": form.parameters(_itemsize(stream, index, stream.family.path(role))),
     }
 
 
-def _width(kind: str, row: Row) -> int | None:
-    """Channels that stay where some went."""
-    if kind == "head_cut":
-        return row["head_dim"] * row.get("out_heads", row.get("in_heads", 0))
-    return row.get("out", row.get("in")) if kind == "pruned" else None
-
-
-def site_parameters(shape: tuple[int, int], row: Row, biased: bool, itemsize: int) -> int:
-    """Parameters of a linear of (out, in) `shape` that is stored as `row` says, in weights of `itemsize` bytes; `biased` says
-    whether the dense one has a bias."""
-    (out, width_in), biased = shape, biased or "bias" in row
-    if "rank" in row:
-        return low_rank_parameters(out, width_in, row["rank"]) + out * biased
-    if "pivots" in row:
-        index = 0 if "groups" in row else index_parameters(out, itemsize)
-        return pivoted_parameters(out, width_in, row["pivots"]) + index + out * biased
-    if "out_heads" in row:
-        out = row["out_heads"] * row["head_dim"]
-    if "in_heads" in row:
-        width_in = row["in_heads"] * row["head_dim"]
-    return out * (width_in + biased)
+def _width(form: Form, native: Dense) -> int | None:
+    """Channels that stay where some went and nothing else did."""
+    if kind_of(form, native) != "pruned":
+        return None
+    return form.shape[0] if form.shape[0] != native.shape[0] else form.shape[1]
 
 
 def _errors(folder: Path) -> dict[str, dict[str, float]]:

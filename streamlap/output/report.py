@@ -8,6 +8,7 @@ from typing import Any
 
 from streamlap.errors import ResumeMismatch, first_line, shown
 from streamlap.families.layer import Edit
+from streamlap.families.table import Family
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,13 +27,14 @@ class LayerReport:
     index: int
     edits: tuple[EditReport, ...]
     seconds: Mapping[str, float]
-    """By phase, as the loop went through them: read, capture, solve, write, propagate. What ran beside it is in none."""
+    """By phase, as the loop went through them: read, dense, capture, solve, refine, write, propagate. What ran beside it is in
+    none."""
     peak_ram_bytes: int
     peak_vram_bytes: int
     baseline_ram_bytes: int
     """Resident set at the end of the layer."""
     errors: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
-    """Half -> method -> relative squared error on held-out tokens, where several methods tried for a half."""
+    """Sub-layer -> method and variant -> error on held-out tokens, where sub-layers are rebuilt beside the dense model."""
     refinement: Mapping[str, float] | None = None
     """Of a refined layer: its loss on held-out tokens at the start and at the best, and the epochs that were done."""
     ladder: tuple[str, ...] = ()
@@ -49,8 +51,17 @@ class LayerReport:
     """Of the layer's shard."""
 
     @staticmethod
-    def describe(edits: Iterable[Edit]) -> tuple[EditReport, ...]:
-        return tuple(EditReport(path=e.path, row=e.row, of=e.of, error=e.error, kept=e.kept) for e in edits)
+    def describe(edits: Iterable[Edit], family: Family) -> tuple[EditReport, ...]:
+        return tuple(
+            EditReport(
+                path=family.path(edit.role),
+                row=edit.form.row(edit.native),
+                of=edit.native.shape,
+                error=edit.error,
+                kept=edit.kept,
+            )
+            for edit in edits
+        )
 
     @classmethod
     def from_json(cls, line: Mapping[str, Any]) -> LayerReport:

@@ -13,7 +13,7 @@ import torch
 from streamlap.errors import NumericalError
 from streamlap.families.stream import HEAD_TOKENS, ModelStream
 from streamlap.linalg.rows import any_out
-from streamlap.planning.cuts import Cut
+from streamlap.planning.survey import Cut
 from streamlap.store.hidden import HiddenBank
 
 Head = Callable[[torch.Tensor], torch.Tensor]
@@ -37,7 +37,7 @@ def mean_divergence(stream: ModelStream, head: Head, dense: HiddenBank, copy: Hi
     mean = total / tokens if tokens else math.nan
     if not math.isfinite(mean):
         raise NumericalError(
-            f"layer {cut.index} {cut.half}: divergence {mean} over {tokens} tokens; wanted a number. Try dtype float32."
+            f"layer {cut.index} {cut.sublayer}: divergence {mean} over {tokens} tokens; wanted a number. Try dtype float32."
         )
     return max(0.0, mean)
 

@@ -21,18 +21,20 @@ import torch
 from torch.nn.functional import cross_entropy
 
 from streamlap.data.calibration import bundled_text, read_windows
-from streamlap.errors import NumericalError, RecipeError
+from streamlap.errors import NumericalError, RecipeError, shown
 from streamlap.families.stream import HEAD_TOKENS, ModelStream
-from streamlap.pipeline.runner import Engine, open_bank, start_engine
-from streamlap.pipeline.session import pick_device
+from streamlap.pipeline.runner import LayerRunner, start_runner
+from streamlap.pipeline.streams import HiddenStates, open_bank
 from streamlap.planning.schedule import Caps, Fit, Schedule, fit, require_fit
 from streamlap.planning.workload import evaluation_workload
+from streamlap.settings import split_options
 from streamlap.store.hidden import HiddenBank
 from streamlap.store.hub import local_folder
 from streamlap.store.sink import make_folder
 from streamlap.system.allocator import steady_heap
-from streamlap.system.budget import parse_size, require_disk
+from streamlap.system.budget import require_disk
 from streamlap.system.meters import peak_ram_bytes, peak_vram_bytes, reset_peaks
+from streamlap.system.progress import Progress
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,34 +62,34 @@ def evaluate(
     length: int | None = None,
     stride: int | None = None,
     limit: int | None = None,
-    device: str = "auto",
     dtype: str = "auto",
-    work: str | Path | None = None,
-    max_ram: int | str | None = None,
-    max_vram: int | str | None = None,
-    overlap: bool = True,
-    trust_remote_code: bool = False,
+    **options: Any,
 ) -> Evaluation:
     """Perplexity of a checkpoint, original or compressed, on text or token ids (as for calibration; default: bundled text,
     which is not the one that calibration takes).
 
     Args: length, tokens a window (default 2048, the model's context, or the rows of an .npy); limit, tokens to use at
-    most, windows times length; dtype, compute dtype, auto is float32 on a CPU; work, where hidden states go when memory is
-    short, and without which they stay in memory; max_ram, max_vram, caps as bytes or as text like 8GiB (default: what is free);
-    trust_remote_code, whether a tokenizer that is code in the model folder may run.
+    most, windows times length; dtype, compute dtype, auto is float32 on a CPU; options, single fields of RunSettings, of which
+    `work` is where hidden states go when memory is short, and without which they stay in memory.
     """
-    start, device = time.perf_counter(), pick_device(device)
+    settings, others = split_options(options)
+    if others:
+        raise RecipeError(f"evaluate has no options {', '.join(map(shown, others))}; wanted fields of RunSettings.")
+    start, settings = time.perf_counter(), settings.settled()
     steady_heap()
     reset_peaks()
-    caps = Caps(ram=parse_size(max_ram, "max_ram"), vram=parse_size(max_vram, "max_vram"))
-    folder = local_folder(str(model), trust_remote_code)
-    stream = ModelStream(folder, device, "float32" if (device, dtype) == ("cpu", "auto") else dtype)
+    folder = local_folder(str(model), settings.trust_remote_code)
+    dtype = "float32" if (settings.device, dtype) == ("cpu", "auto") else dtype
+    stream = ModelStream(folder, settings.device, dtype)
     files = (text,) if isinstance(text, str | Path) else tuple(text or bundled_text("validation"))
-    tokens_NL = choose_windows(stream, [str(file) for file in files], length, stride, limit, trust_remote_code)
+    tokens_NL = choose_windows(stream, [str(file) for file in files], length, stride, limit, settings.trust_remote_code)
+    ram, vram = settings.caps
+    caps = Caps(ram=ram, vram=vram)
     windows, window = tokens_NL.shape
-    choice = fit(evaluation_workload(stream, windows, window, disk=work is not None), caps, overlap)
+    work = evaluation_workload(stream, windows, window, disk=settings.work is not None)
+    choice = fit(work, caps, settings.overlap)
     require_fit(choice, caps)
-    nll_NL = token_losses(stream, tokens_NL, choice, Path(work) if work else None)
+    nll_NL = token_losses(stream, tokens_NL, choice, Path(settings.work) if settings.work else None)
     scored_NL = nll_NL if stride is None else nll_NL[:, -stride:]
     mean = float(scored_NL.double().mean())
     if not math.isfinite(mean):
@@ -119,34 +121,34 @@ def choose_windows(
 def token_losses(stream: ModelStream, tokens_NL: torch.Tensor, choice: Fit, work: Path | None = None) -> torch.Tensor:
     """NLL of every predicted position, [N, L - 1] float32."""
     kwargs = stream.layer_kwargs(tokens_NL.shape[1])
-    with scratch_bank(stream, tokens_NL, choice.schedule, work) as hidden:
-        stream_layers(stream, choice, hidden, tokens_NL, kwargs)
+    with scratch_bank(stream, tokens_NL, choice.schedule, work) as bank:
+        stream_layers(stream, choice, bank, tokens_NL, kwargs)
         with choice.ram.claim(choice.schedule.ram["head"]), choice.vram.claim(choice.schedule.vram.get("head", {})):
-            return head_losses(stream, hidden.read(stream.depth), tokens_NL)
+            return head_losses(stream, bank.read(stream.depth), tokens_NL)
 
 
 def stream_layers(
-    stream: ModelStream, choice: Fit, hidden: HiddenBank, tokens_NL: torch.Tensor, kwargs: Sequence[Mapping[str, Any]]
+    stream: ModelStream, choice: Fit, bank: HiddenBank, tokens_NL: torch.Tensor, kwargs: Sequence[Mapping[str, Any]]
 ) -> None:
     """Every layer in turn. All that the loop needed is free again at the end.
 
     A perplexity over part of the tokens would be another one, so none of them may go bad: NumericalError.
     """
-    with start_engine(stream, choice, hidden, "evaluate", most_out=0.0) as engine:
-        engine.enter(hidden, tokens_NL)
+    with start_runner(stream, choice, [bank], Progress("evaluate", stream.depth), most_out=0.0) as runner:
+        runner.enter(bank, tokens_NL)
         for index in range(stream.depth):
-            propagate(engine, index, kwargs[index])
-            engine.require_baseline(index)
+            propagate(runner, bank, index, kwargs[index])
+            runner.require_baseline(index)
 
 
-def propagate(engine: Engine, index: int, kwargs: Mapping[str, Any]) -> None:
+def propagate(runner: LayerRunner, bank: HiddenBank, index: int, kwargs: Mapping[str, Any]) -> None:
     """One layer; a function of its own, so that nothing holds this layer while the next one is read."""
-    engine.progress.phase("read")
-    layer = engine.layer(index, kwargs)
-    engine.advance(layer, index)
-    engine.hidden.settle()
-    engine.hidden.drop(index)
-    engine.progress.next()
+    runner.progress.phase("read")
+    layer = runner.layer(index, kwargs)
+    runner.carry(layer, index, HiddenStates(bank=bank, generation=index), bank, index + 1)
+    bank.settle()
+    bank.drop(index)
+    runner.progress.next()
 
 
 @torch.no_grad()

@@ -1,81 +1,72 @@
-"""From a layer in memory to its edits, applied: one way for the methods that look once, one for those that rebuild halves."""
+"""A layer edited by methods that look once: energies from one dense pass on the compressed stream, then all edits."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
 
 from streamlap.errors import NumericalError, located
-from streamlap.families.layer import Edit, StreamLayer
-from streamlap.linalg.notes import note
-from streamlap.linalg.statistics import all_finite
-from streamlap.methods.base import Statistic
-from streamlap.pipeline.runner import Engine
-from streamlap.pipeline.sublayers import Banks, HalfErrors, rebuild_layer
-from streamlap.planning.forecast import plan_halves
-from streamlap.recipe import Recipe
-from streamlap.system.meters import PhaseClock
+from streamlap.linalg.solution import joined
+from streamlap.linalg.statistics import Energy
+from streamlap.methods.base import DenseView
+from streamlap.pipeline.hand import LayerEdits, LayerInHand, refuse_overflow
+from streamlap.planning.layouts import Candidate
 
 
-def edit_by_halves(
-    recipe: Recipe, engine: Engine, banks: Banks, layer: StreamLayer, index: int, clock: PhaseClock,
-    ready: Callable[[], None],
-) -> tuple[list[Edit], HalfErrors]:  # fmt: skip
-    """The layer rebuilt beside the dense model; its edits, and what the methods that tried for its halves erred by.
+@dataclass(frozen=True, kw_only=True)
+class Seen:
+    """What the pass has found."""
 
-    `ready` is called before the first solve: by then the layer before is on the disk, and out of memory.
-    """
-    candidates = plan_halves(engine.stream, recipe, index)
-    edits, errors = rebuild_layer(engine, banks, layer, index, candidates, clock, ready)
-    for edit in edits:
-        refuse_overflow(layer, edit)
-    return edits, errors
+    energies: dict[str, Energy]
+    """Role -> that of its inputs."""
+    out_NL: torch.Tensor
+    notes: tuple[str, ...]
 
 
-def edit_in_one_pass(
-    recipe: Recipe, engine: Engine, layer: StreamLayer, index: int, clock: PhaseClock, ready: Callable[[], None]
-) -> list[Edit]:
-    """Statistics from one dense pass on inputs from the compressed prefix, then every method's edits, applied."""
-    methods, ratio = recipe.one_pass, recipe.ratio
+def observe_layer(hand: LayerInHand) -> Seen:
+    """The pass over the dense layer, for all that its methods need."""
+    methods = [found.method for found in one_pass_candidates(hand)]
+    roles = list(dict.fromkeys(role for method in methods for role in method.needs))
+    layer = hand.layer
 
-    def capture() -> list[dict[str, Statistic]]:
+    def capture() -> Seen:
         for careful in (False, True):  # rows that go bad inside are searched for only where there are some
-            stats = [method.wants(layer) for method in methods]  # anew on every attempt
-            pairs = [pair for wanted in stats for pair in wanted.items()]
-            if pairs:
-                with layer.observed(pairs, careful):
-                    engine.observe(layer, index)
-            if all(statistic.finite for _, statistic in pairs):
+            energies = {role: Energy() for role in roles}  # anew on every attempt
+            with layer.observed(energies.items(), careful):
+                out_NL = hand.runner.observe(layer, hand.compressed)
+            if all(energy.finite for energy in energies.values()):
                 break
         else:
             raise NumericalError(
                 f"{layer.prefix}: squares of activations overflow; wanted finite ones. Scale the model."
             )
-        for site, count in {site: statistic.dead for site, statistic in pairs}.items():
-            if count:
-                note(layer.family.dead_inputs(site, count))
-        return stats
+        notes = [layer.family.dead_inputs(role, energy.dead) for role, energy in energies.items() if energy.dead]
+        return Seen(energies=energies, out_NL=out_NL, notes=tuple(notes))
 
-    def solve() -> list[Edit]:
-        with layer.on(engine.ladder.solve_device), located(layer.prefix):
-            pairs = zip(methods, stats, strict=True)
-            return [edit for method, seen in pairs for edit in method.edit(layer, seen, ratio)]
-
-    with clock.phase("capture"):
-        stats = engine.run("capture", index, capture)
-    ready()
-    with clock.phase("solve"):
-        edits = engine.run("solve", index, solve)
-        for edit in edits:
-            refuse_overflow(layer, edit)
-        layer.apply(edits)
-    return edits
+    with hand.clock.phase("capture"):
+        return hand.runner.run("capture", hand.index, capture)
 
 
-def refuse_overflow(layer: StreamLayer, edit: Edit) -> None:
-    """Raise NumericalError where an edit has no finite form in the storage dtype; nothing of it is written then."""
-    for name, tensor in edit.module.state_dict().items():
-        if not all_finite(tensor):
-            raise NumericalError(
-                f"{layer.prefix}.{edit.path}: {name} is not finite in {tensor.dtype}; wanted numbers that {tensor.dtype} "
-                "can hold. Convert the checkpoint to bfloat16 or float32 and compress that."
-            )
+def edit_layer(hand: LayerInHand, seen: Seen) -> LayerEdits:
+    """The edits of all methods, applied."""
+    layer, view = hand.layer, DenseView(layer=hand.layer, energies=seen.energies)
+
+    def solve() -> LayerEdits:
+        with layer.on(hand.runner.ladder.solve_device), located(layer.prefix):
+            solved = [found.method.solve(view, found.layouts) for found in one_pass_candidates(hand)]
+        edits = [edit for found in solved for edit in found.edits]
+        notes = joined(seen.notes, *(found.notes for found in solved), *(edit.notes for edit in edits))
+        return LayerEdits(edits=edits, notes=notes, out_NL=seen.out_NL)
+
+    with hand.clock.phase("solve"):
+        made = hand.runner.run("solve", hand.index, solve)
+        refuse_overflow(layer, made.edits)
+        layer.apply(made.edits)
+    return made
+
+
+def one_pass_candidates(hand: LayerInHand) -> Sequence[Candidate]:
+    """In the order of the sub-layers."""
+    return [found for rivals in hand.plan.candidates.values() for found in rivals]

@@ -1,25 +1,27 @@
-"""What `compress` and `eval` share while layers stream by: threads beside the loop, staging, the hidden states, the budgets.
+"""Runs a layer, or a part of one, on hidden states: in batches that fit, inside the budget, with threads beside it.
 
 With overlap the next layer is read, the last one written and hidden states fetched while this layer is computed; without it
 each happens in turn. The order of every sum is the same either way.
+
+Every pass gives back which tokens [N, L] were out: NaN or infinite somewhere, see `linalg.rows`.
 """
 
 from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
 
 from streamlap.errors import BudgetError, StreamlapError, first_line
 from streamlap.families.layer import StreamLayer
-from streamlap.families.stream import ModelStream, batch_of
+from streamlap.families.stream import ModelStream
 from streamlap.linalg.rows import MOST_OUT, require_few, rows_out
-from streamlap.planning.schedule import INNER, Fit, Schedule, buffers
+from streamlap.pipeline.streams import HiddenStates
+from streamlap.planning.schedule import INNER, Fit, buffers
 from streamlap.store.hidden import HiddenBank
 from streamlap.store.staging import Staging
 from streamlap.store.transfer import upload_ahead
@@ -31,18 +33,19 @@ from streamlap.system.progress import Progress
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
+Part = Callable[[torch.Tensor], torch.Tensor]
+"""x_BLD -> y_BLD: a layer, or a sub-layer of it."""
 
 CREEP_BYTES = 128 << 20
 """Memory beyond what is claimed that libraries may come to hold between two layers."""
 
 
-@dataclass(kw_only=True)
-class Engine:
-    """One run's moving parts. Made by `start_engine`."""
+@dataclass(frozen=True, kw_only=True)
+class LayerRunner:
+    """One run's moving parts. Made by `start_runner`."""
 
     stream: ModelStream
     fit: Fit
-    hidden: HiddenBank
     staging: Staging
     fetcher: Worker
     writer: Worker
@@ -52,25 +55,21 @@ class Engine:
     most_out: float = MOST_OUT
     """Share of the tokens that may be out; see `linalg.rows`."""
 
-    def __post_init__(self) -> None:
-        self.out_NL = torch.zeros(self.hidden.shape_NLD[:2], dtype=torch.bool)
-        """Tokens that were left out of something in the layer in hand."""
-
     def layer(self, index: int, kwargs: Mapping[str, Any]) -> StreamLayer:
         """The layer, read ahead where that overlaps. It must be dropped before the next is asked for."""
         return self.stream.layer(index, kwargs, self.staging)
 
-    def leave_out(self, where: str, out_NL: torch.Tensor) -> None:
-        """Take down which tokens are left out there. Raises NumericalError where they are too many."""
-        self.out_NL |= out_NL
+    def require_few(self, where: str, out_NL: torch.Tensor) -> torch.Tensor:
+        """The same, where they are few enough. Raises NumericalError."""
         require_few(out_NL, self.most_out, where)
+        return out_NL
 
-    def enter(self, bank: HiddenBank, tokens_NL: torch.Tensor) -> None:
+    def enter(self, bank: HiddenBank, tokens_NL: torch.Tensor) -> torch.Tensor:
         """Embed the tokens: generation 0."""
-        self._take(bank, 0, self.stream.embed(tokens_NL), self.stream.family.embedding)
+        return self._take(bank, 0, self.stream.embed(tokens_NL), self.stream.family.embedding)
 
-    def _take(self, bank: HiddenBank, generation: int, batches: Iterator[torch.Tensor], where: str) -> None:
-        """Write a generation, and take down which of its tokens are out."""
+    def _take(self, bank: HiddenBank, generation: int, batches: Iterator[torch.Tensor], where: str) -> torch.Tensor:
+        """Write a generation."""
         outs: list[torch.Tensor] = []
 
         def noted(x_BLD: torch.Tensor) -> torch.Tensor:
@@ -78,52 +77,45 @@ class Engine:
             return x_BLD
 
         bank.write(generation, map(noted, batches), self.writer)
-        self.leave_out(where, torch.cat(outs).cpu())
+        return self.require_few(where, torch.cat(outs).cpu())
 
-    def batches(self, generation: int, phase: str) -> Iterator[torch.Tensor]:
-        """Hidden states on the device, the next batch under way while one is in use."""
-        return (x_BLD for (x_BLD,) in self.together(self.hidden.read(generation), phase=phase))
-
-    def together(self, *streams: Iterator[torch.Tensor], phase: str) -> Iterator[tuple[torch.Tensor, ...]]:
-        """Batches of several streams of hidden states, side by side."""
-        on_disk, total = self.fit.schedule.tier == "disk", -(-self.hidden.shape_NLD[0] // self.hidden.batch)
-        fetched = (ahead(batches, self.fetcher) if on_disk else batches for batches in streams)
+    def together(self, states: Sequence[HiddenStates], phase: str) -> Iterator[tuple[torch.Tensor, ...]]:
+        """Batches of several streams side by side on the device, the next under way while one is in use."""
+        on_disk, bank = self.fit.schedule.tier == "disk", states[0].bank
+        total = -(-bank.shape_NLD[0] // bank.batch)
+        fetched = (ahead(state.read(), self.fetcher) if on_disk else state.read() for state in states)
         rows = zip(*(upload_ahead(batches, self.stream.device) for batches in fetched), strict=True)
         for place, row in enumerate(rows):
             self.progress.phase(phase, place, total)
             yield row
 
-    def forward(self, layer: Callable[[torch.Tensor], torch.Tensor], x_BLD: torch.Tensor) -> torch.Tensor:
-        """The output of a layer, or of a half, computed on as many sequences at a time as fit."""
-        if len(x_BLD) <= self.ladder.micro:
-            return layer(x_BLD)
-        y_BLD = torch.empty_like(x_BLD, device=self.stream.device)
-        for part, room in zip(*(torch.split(tensor, self.ladder.micro) for tensor in (x_BLD, y_BLD)), strict=True):
-            room.copy_(layer(part))
-        return y_BLD
+    def observe(self, layer: StreamLayer, states: HiddenStates) -> torch.Tensor:
+        """Hidden states through the layer, for those who look at its inputs; the outputs are dropped."""
+        outs = [
+            rows_out(layer(part))
+            for (x_BLD,) in self.together([states], "capture")
+            for part in torch.split(x_BLD, self.ladder.micro)
+        ]
+        return self.require_few(layer.prefix, torch.cat(outs).cpu())
 
-    def observe(self, layer: StreamLayer, index: int) -> None:
-        """Generation `index` through the layer, for those who look at its inputs; the outputs are dropped."""
-        batches = self.batches(index, "capture")
-        parts = (part for x_BLD in batches for part in torch.split(x_BLD, self.ladder.micro))
-        self.leave_out(layer.prefix, torch.cat([rows_out(layer(part)) for part in parts]).cpu())
-
-    def advance(self, layer: StreamLayer, index: int) -> None:
-        """Generation `index` through the layer into generation `index + 1`, a batch at a time."""
-        with self.claim("propagate"):
-            self.carry(layer, index, self.hidden.read(index), self.hidden, index + 1)
-
-    def carry(
-        self, part: Callable[[torch.Tensor], torch.Tensor], index: int, source: Iterator[torch.Tensor],
-        target: HiddenBank, generation: int,
-    ) -> None:  # fmt: skip
-        """Every batch of `source` through a part of layer `index` into a generation of `target`."""
+    def carry(self, part: Part, index: int, states: HiddenStates, bank: HiddenBank, generation: int) -> torch.Tensor:
+        """Hidden states through a part of layer `index` into a generation of `bank`, a batch at a time."""
 
         def step(x_BLD: torch.Tensor) -> torch.Tensor:
             return self.ladder.climb("propagate", index, lambda: self.forward(part, x_BLD))
 
-        batches = self.together(source, phase="propagate")
-        self._take(target, generation, (step(x_BLD) for (x_BLD,) in batches), self.stream.layer_name(index))
+        with self.claim("propagate"):
+            batches = self.together([states], "propagate")
+            return self._take(bank, generation, (step(x_BLD) for (x_BLD,) in batches), self.stream.layer_name(index))
+
+    def forward(self, part: Part, x_BLD: torch.Tensor) -> torch.Tensor:
+        """The output of a part, computed on as many sequences at a time as fit."""
+        if len(x_BLD) <= self.ladder.micro:
+            return part(x_BLD)
+        y_BLD = torch.empty_like(x_BLD, device=self.stream.device)
+        for piece, room in zip(*(torch.split(tensor, self.ladder.micro) for tensor in (x_BLD, y_BLD)), strict=True):
+            room.copy_(part(piece))
+        return y_BLD
 
     def run(self, phase: str, index: int, attempt: Callable[[], T]) -> T:
         """`attempt` inside its claim, again where memory ran out and something could give way."""
@@ -166,30 +158,31 @@ class Engine:
 
 
 @contextlib.contextmanager
-def start_engine(
-    stream: ModelStream, choice: Fit, hidden: HiddenBank, name: str, first: int = 0, seconds: tuple[float, ...] = (),
-    beside: tuple[HiddenBank, ...] = (), most_out: float = MOST_OUT,
-) -> Iterator[Engine]:  # fmt: skip
-    """The engine for a run from layer `first`; `seconds` are those of the layers done before, `beside` the banks that go
-    with `hidden`, `most_out` the share of the tokens that may go bad. At the end all is written."""
+def start_runner(
+    stream: ModelStream, choice: Fit, banks: Sequence[HiddenBank], progress: Progress, most_out: float = MOST_OUT
+) -> Iterator[LayerRunner]:
+    """The runner for a run over these banks. At the end all is written.
+
+    Args: most_out, the share of the tokens that may go bad.
+    """
     schedule, device = choice.schedule, stream.device
     limit_vram(choice, device)
     with contextlib.ExitStack() as stack:
         stack.enter_context(choice.ram.claim(schedule.ram["layers"]))
         stack.enter_context(choice.vram.claim(schedule.vram.get("layers", {})))
         heap = stack.enter_context(KeptHeap(schedule.kept))
-        for bank in (hidden, *beside):
+        for bank in banks:
             stack.callback(bank.close)
-        progress = stack.enter_context(Progress(name, stream.depth, first, seconds))
+        stack.enter_context(progress)
         reader, fetcher, writer = (
             stack.enter_context(Worker(schedule.overlap, thread)) for thread in ("reader", "fetcher", "writer")
         )
         with clear_machine_faults():
-            yield Engine(
-            stream=stream, fit=choice, hidden=hidden, fetcher=fetcher, writer=writer, progress=progress,
-            staging=Staging(choice.work.staged, buffers(choice.work, schedule.overlap), device, reader),
-            ladder=Ladder(schedule.micro, device), heap=heap, most_out=most_out,
-        )  # fmt: skip
+            yield LayerRunner(
+                stream=stream, fit=choice, fetcher=fetcher, writer=writer, progress=progress,
+                staging=Staging(choice.work.staged, buffers(choice.work, schedule.overlap), device, reader),
+                ladder=Ladder(schedule.micro, device), heap=heap, most_out=most_out,
+            )  # fmt: skip
 
 
 @contextlib.contextmanager
@@ -216,15 +209,3 @@ def limit_vram(choice: Fit, device: torch.device) -> None:
     if device.type == "cuda":
         total = torch.cuda.get_device_properties(device).total_memory
         torch.cuda.set_per_process_memory_fraction(min(1.0, choice.vram.cap / total), device)
-
-
-def open_bank(
-    stream: ModelStream, tokens_NL: torch.Tensor, schedule: Schedule, folder: Path | None, name: str = "hidden"
-) -> HiddenBank:
-    """Hidden states in `folder`, if there is one, and in the memory that the schedule gives them."""
-    sequences, length = tokens_NL.shape
-    cache = {"vram": stream.device, "ram": torch.device("cpu"), "disk": None}[schedule.tier]
-    return HiddenBank(
-        (sequences, length, stream.width), stream.dtype, batch_of(length),
-        folder=folder, cache=cache, pinned=stream.device.type == "cuda", name=name,
-    )  # fmt: skip

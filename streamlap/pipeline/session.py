@@ -1,11 +1,13 @@
-"""Everything that is checked before the first heavy second: device, output folder, recipe against shapes, disk, fingerprint."""
+"""What every run that can be resumed does around its loop: room on the disk, the lock, stops, the journal, and tidying up."""
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
-import re
 import shutil
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,54 +15,113 @@ import torch
 import transformers
 
 from streamlap.data.calibration import token_hash
-from streamlap.errors import RecipeError
+from streamlap.errors import RecipeError, ResumeMismatch, shown
 from streamlap.families.stream import ModelStream
-from streamlap.output.folder import RECIPE_NAME, companions
-from streamlap.recipe import Recipe
-from streamlap.store.journal import JOURNAL_NAME, STATE_FOLDER, Journal
+from streamlap.planning.disk import DiskNeeds
+from streamlap.settings import RunSettings
+from streamlap.store.hidden import remove_hidden
+from streamlap.store.journal import STATE_FOLDER, Journal, save_tokens
 from streamlap.store.lock import OutputLock
-from streamlap.store.sink import file_hash, fsync_folder, remove_file
 from streamlap.store.source import data_digest
-from streamlap.system.budget import existing_ancestor, require_disk
+from streamlap.system.budget import existing_ancestor
+from streamlap.system.signals import Stops, stop_requests
 from streamlap.version import __version__
 
-COMPANION_BYTES = 64 << 20
-"""Room on the disk for what stands beside the shards and hidden states: tokenizer, report, kept channels."""
+
+@dataclass(frozen=True, kw_only=True)
+class Run:
+    """A run as its journal knows it: what goes on where, and from what."""
+
+    command: str
+    """compress, survey or export."""
+    out: Path
+    """The folder that is made, or the file of a survey."""
+    folder: Path
+    """Where its state lies: in the output folder, or in one beside the file."""
+    model: str
+    """The source: hub id, or the whole path of a folder."""
+    settings: RunSettings
+    own: Mapping[str, Any]
+    """What else the command was begun with."""
+
+    @property
+    def arguments(self) -> dict[str, Any]:
+        """What the journal keeps of it."""
+        return {"command": self.command, "model": self.model, "settings": self.settings.to_json(), **self.own}
+
+    @property
+    def hidden(self) -> Path:
+        """Hidden states live in the state folder, or in a folder of this output's own under `work`."""
+        mark = hashlib.sha256(str(self.folder.resolve()).encode()).hexdigest()[:16]
+        work = self.settings.work
+        return self.folder / STATE_FOLDER / "hidden" if work is None else Path(work) / f"streamlap-hidden-{mark}"
 
 
-def pick_device(name: str) -> str:
-    """auto, cpu, cuda or cuda:N -> a device that is there, a GPU by its number; it becomes torch's current one."""
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    if not re.fullmatch(r"cpu|cuda(:[0-9]+)?", name):
-        raise RecipeError(f"device is {name!r}; wanted auto, cpu, cuda or cuda:N.")
-    if name.startswith("cuda") and int(name[5:] or 0) >= torch.cuda.device_count():
-        raise RecipeError(
-            f"device is {name!r}, and torch sees {torch.cuda.device_count()} CUDA devices; use --device cpu."
-        )
-    if name.startswith("cuda"):
-        name = f"cuda:{int(name[5:] or 0)}"
-        torch.cuda.set_device(name)
-    return name
+@dataclass(frozen=True, kw_only=True)
+class Session:
+    """A run under way."""
+
+    run: Run
+    """As it was begun; a run that goes on is bound to the words of the one that began."""
+    journal: Journal
+    stops: Stops
+
+    @property
+    def state(self) -> Path:
+        return self.journal.state
 
 
-def check_output(folder: Path, out: Path, overwrite: bool) -> None:
-    """Refuse an output folder that is the input or holds something else; empty it where `overwrite` allows."""
-    check_apart(folder, out)
-    companions(folder)  # what cannot be copied at the end is said at the start
-    entries = {path.name for path in out.iterdir()} if out.exists() else set()
-    ours = STATE_FOLDER in entries or RECIPE_NAME in entries
-    if overwrite and entries:
-        if not ours:
-            raise RecipeError(
-                f"--overwrite: {out} was not written by streamlap ({min(entries)}, ...); choose another folder."
-            )
-        empty_output(out)
-    elif entries and not Journal.exists(out) and entries != {STATE_FOLDER}:
-        state = "holds a finished model" if RECIPE_NAME in entries else f"is not empty ({min(entries)}, ...)"
-        raise RecipeError(
-            f"output folder {out} {state}; wanted a new one. Choose another, or --overwrite a streamlap output."
-        )
+@contextlib.contextmanager
+def session(
+    run: Run, marks: Mapping[str, Any], needs: DiskNeeds, deadline: float, check: Callable[[], None],
+    tokens_NL: torch.Tensor | None = None,
+) -> Iterator[Session]:  # fmt: skip
+    """The block is the run, from where its journal stands. When it ends well nothing of its state stays; else all does.
+
+    Args: marks, all that the bytes of the result depend on; needs, room on the disk for a run that begins; deadline, on the
+    clock of `time.monotonic`; check, raises where the output may not be written, and is called once nobody else can write
+    there; tokens_NL, the calibration windows, which are kept beside the journal.
+    """
+    if not Journal.exists(run.folder):
+        needs.require(run.folder, run.hidden)
+    with OutputLock(run.folder), stop_requests(deadline, f"streamlap resume {run.out}") as stops:
+        check()
+        if tokens_NL is not None and not Journal.exists(run.folder):
+            save_tokens(run.folder, tokens_NL)
+        journal = Journal.open(run.folder, marks, run.arguments)
+        begun = parse_run(run.out, run.folder, journal.arguments)
+        yield Session(run=begun, journal=journal, stops=stops)
+        remove_hidden(begun.hidden)  # before the journal, which alone knows where they are
+        journal.remove()
+
+
+def read_run(out: Path, folder: Path) -> Run:
+    """The run that was begun there. Raises ResumeMismatch where there is none, or where it does not say how it was begun."""
+    journal = Journal.load(folder)
+    begun, versions = journal.start["fingerprint"].get("versions"), versions_mark()
+    if begun != versions:
+        journal.check({**journal.start["fingerprint"], "versions": versions})
+    return parse_run(out, folder, journal.arguments)
+
+
+def parse_run(out: Path, folder: Path, arguments: Mapping[str, Any]) -> Run:
+    """Raises ResumeMismatch for arguments that no run was begun with."""
+    own = {key: value for key, value in arguments.items() if key not in ("command", "model", "settings")}
+    try:
+        command, model, table = arguments.get("command"), arguments.get("model"), arguments.get("settings")
+        if not isinstance(command, str) or not isinstance(model, str) or not isinstance(table, dict):
+            raise ValueError(f"command is {shown(command)}, model {shown(model)}, settings {shown(table)}")
+        settings = RunSettings.from_json(table)
+    except (ValueError, RecipeError) as error:
+        raise ResumeMismatch(
+            f"{folder} does not say how it was begun ({error}). Delete it and give the first command again."
+        ) from error
+    return Run(command=command, out=out, folder=folder, model=model, settings=settings, own=own)
+
+
+def whole_name(model: str | Path, folder: Path) -> str:
+    """What a run that is resumed from elsewhere calls its source."""
+    return str(folder.resolve()) if Path(model).is_dir() else str(model)
 
 
 def check_apart(folder: Path, out: Path) -> None:
@@ -74,18 +135,14 @@ def check_apart(folder: Path, out: Path) -> None:
         raise RecipeError(f"output {out}: {existing_ancestor(out)} is a file; wanted a folder.")
 
 
-def empty_output(out: Path) -> None:
-    """Remove an earlier result. Cut short, what is left is no model and no run to resume, and is still known as ours."""
-    with OutputLock(out):
-        for mark in (out / "config.json", out / STATE_FOLDER / JOURNAL_NAME):
-            remove_file(mark)
-            fsync_folder(mark.parent)
-        for path in out.iterdir():
-            if path.is_dir() and not path.is_symlink():
-                shutil.rmtree(path) if path.name != STATE_FOLDER else None
-            else:
-                path.unlink()
-        shutil.rmtree(out / STATE_FOLDER, ignore_errors=True)  # on NFS the lock that is held stays until it is let go
+def remove_state(folder: Path) -> None:
+    """What an earlier run has left, where nobody is at work."""
+    with OutputLock(folder):
+        shutil.rmtree(folder)
+
+
+def versions_mark() -> str:
+    return f"streamlap {__version__}, torch {torch.__version__}, transformers {transformers.__version__}"
 
 
 def source_marks(stream: ModelStream) -> dict[str, Any]:
@@ -95,10 +152,7 @@ def source_marks(stream: ModelStream) -> dict[str, Any]:
         for name, h in stream.source.headers.items()
     }
     config = json.dumps(stream.raw_config, sort_keys=True).encode()
-    return {
-        **shards, "source config.json": hashlib.sha256(config).hexdigest()[:16],
-        "versions": f"streamlap {__version__}, torch {torch.__version__}, transformers {transformers.__version__}",
-    }  # fmt: skip
+    return {**shards, "source config.json": hashlib.sha256(config).hexdigest()[:16], "versions": versions_mark()}
 
 
 def stream_marks(stream: ModelStream, tokens_NL: torch.Tensor) -> dict[str, Any]:
@@ -107,26 +161,3 @@ def stream_marks(stream: ModelStream, tokens_NL: torch.Tensor) -> dict[str, Any]
         **source_marks(stream), "calibration tokens": f"{list(tokens_NL.shape)} {token_hash(tokens_NL)[:16]}",
         "compute": f"{stream.dtype} on {stream.device.type}",
     }  # fmt: skip
-
-
-def fingerprint(stream: ModelStream, recipe: Recipe, tokens_NL: torch.Tensor) -> dict[str, Any]:
-    """All that the bytes of the output depend on."""
-    # Not the names of files: the tokens that came out of them, or what a survey says, is what counts, however they are spelt.
-    rows = recipe.to_dict().items()
-    recipe_rows = {f"recipe {key}": value for key, value in rows if key not in ("calibration", "survey")}
-    survey = file_hash(Path(recipe.survey))[:16] if recipe.survey else None
-    return {**recipe_rows, **stream_marks(stream, tokens_NL), "survey": survey}
-
-
-def hidden_folder(out: Path, work: str | Path | None) -> Path:
-    """Hidden states live in the output's state folder, or in a folder of this output's own under `work`."""
-    mark = hashlib.sha256(str(out.resolve()).encode()).hexdigest()[:16]
-    return out / STATE_FOLDER / "hidden" if work is None else Path(work) / f"streamlap-hidden-{mark}"
-
-
-def forecast_disk(model_bytes: int, work_bytes: int, out: Path, folder: Path) -> None:
-    """Raise BudgetError before the first layer where the disk cannot hold the result and the hidden states."""
-    same_disk = existing_ancestor(folder).stat().st_dev == existing_ancestor(out).stat().st_dev
-    require_disk(out, model_bytes + COMPANION_BYTES + work_bytes * same_disk, "the output folder")
-    if not same_disk:
-        require_disk(folder, work_bytes, "the hidden states")

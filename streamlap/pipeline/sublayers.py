@@ -1,148 +1,127 @@
-"""A layer rebuilt half by half, beside the dense model: what `pipeline` does for the anchored methods of a recipe.
+"""A layer rebuilt sub-layer by sub-layer, beside the dense model: what anchored methods ask for.
 
-Two streams go through a layer: x, where the dense model is, and x^, where the compressed one is. A half is rebuilt to add to x^
-what brings it to where x will be. Between the halves both streams are kept in banks of their own, which need not outlive the
-process: a run that dies begins its layer anew.
+Two streams go through a layer: x, where the dense model is, and x^, where the compressed one is. A sub-layer is rebuilt to add
+to x^ what brings it to where x will be. Between the sub-layers both streams are kept in banks of their own.
 
-Shape suffixes: B batch, L length, D hidden.
+Shape suffixes: N windows, L length.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from pathlib import Path
+import functools
+from collections.abc import Sequence
 
 import torch
 
 from streamlap.errors import NumericalError, located
-from streamlap.families.layer import Edit, StreamLayer
-from streamlap.families.stream import ModelStream
-from streamlap.linalg.notes import note, under
-from streamlap.methods.base import Built, Candidates, Comparable, by_kin
-from streamlap.pipeline.observe import Place, View
-from streamlap.pipeline.runner import Engine, open_bank
-from streamlap.planning.schedule import Schedule
-from streamlap.store.hidden import HiddenBank
-from streamlap.system.meters import PhaseClock
+from streamlap.linalg.solution import joined
+from streamlap.methods.base import Solved, finite_error
+from streamlap.pipeline.hand import LayerEdits, LayerInHand, refuse_overflow
+from streamlap.pipeline.observe import SublayerView
+from streamlap.pipeline.runner import Part
+from streamlap.pipeline.streams import DenseBanks, HiddenStates
+from streamlap.planning.layouts import Candidate
+
+ATTENTION, FFN = "attention", "ffn"
 
 
-@dataclass(frozen=True, kw_only=True)
-class Banks:
-    """The streams beside the compressed one, which `Engine.hidden` holds."""
-
-    dense: HiddenBank
-    """The dense stream between layers; as durable as the compressed one."""
-    dense_middle: HiddenBank
-    middle: HiddenBank
-    """Both streams between the halves of the layer in hand."""
-
-    @property
-    def all(self) -> tuple[HiddenBank, ...]:
-        return self.dense, self.dense_middle, self.middle
-
-    def drop_middles(self, index: int) -> None:
-        """What lies between the halves of a layer that is done."""
-        self.dense_middle.drop(index)
-        self.middle.drop(index)
-
-
-def open_banks(stream: ModelStream, tokens_NL: torch.Tensor, schedule: Schedule, folder: Path | None) -> Banks:
-    """The banks in the memory that the schedule gives them. What lies between halves is in `folder` only where no memory is."""
-    between = folder if schedule.tier == "disk" else None
-    return Banks(
-        dense=open_bank(stream, tokens_NL, schedule, folder, "dense"),
-        dense_middle=open_bank(stream, tokens_NL, schedule, between, "dense-middle"),
-        middle=open_bank(stream, tokens_NL, schedule, between, "middle"),
+def run_dense(hand: LayerInHand, sublayer: str) -> torch.Tensor:
+    """The dense stream through a sub-layer that is not edited yet."""
+    banks, index = dense_banks(hand), hand.index
+    before, bank, generation = (
+        (banks.stream, banks.middle, index) if sublayer == ATTENTION else (banks.middle, banks.stream, index + 1)
     )
+    with hand.clock.phase("dense"):
+        states = HiddenStates(bank=before, generation=index)
+        return hand.runner.carry(part_of(hand, sublayer), index, states, bank, generation)
 
 
-HalfErrors = dict[str, dict[str, float]]
-"""Half -> method -> how far its output is from the target on held-out tokens, see `held_error`."""
+def rebuild_layer(hand: LayerInHand, out_NL: torch.Tensor) -> LayerEdits:
+    """Both sub-layers, rebuilt and applied; `run_dense` has been through attention, and `out_NL` are the tokens it lost.
 
-
-def rebuild_layer(
-    engine: Engine, banks: Banks, layer: StreamLayer, index: int, candidates: Mapping[str, Candidates],
-    clock: PhaseClock, ready: Callable[[], None],
-) -> tuple[list[Edit], HalfErrors]:  # fmt: skip
-    """Both halves of a layer, rebuilt and applied; the compressed stream is then at `banks.middle`, before the second half.
-
-    `ready` is called before the first solve. Gives the edits, and the errors of all methods by half.
+    The compressed stream is then between the sub-layers, before the second.
     """
+    banks, index = dense_banks(hand), hand.index
     before, between, after = (
-        Place(bank=banks.dense, generation=index), Place(bank=banks.dense_middle, generation=index),
-        Place(bank=banks.dense, generation=index + 1),
+        HiddenStates(bank=bank, generation=generation)
+        for bank, generation in ((banks.stream, index), (banks.middle, index), (banks.stream, index + 1))
+    )
+    middle = HiddenStates(bank=banks.compressed_middle, generation=index)
+
+    view = view_of(hand, ATTENTION, before, between, hand.compressed)
+    attention = rebuild(hand, view)
+    with hand.clock.phase("propagate"):
+        carried = hand.runner.carry(part_of(hand, ATTENTION), index, hand.compressed, middle.bank, index)
+    dense = run_dense(hand, FFN)
+    ffn = rebuild(hand, view_of(hand, FFN, between, after, middle))
+
+    outs = (out_NL, attention.out_NL, carried, dense, ffn.out_NL)
+    return LayerEdits(
+        edits=[*attention.edits, *ffn.edits], errors={**attention.errors, **ffn.errors},
+        notes=joined(attention.notes, ffn.notes), out_NL=functools.reduce(torch.logical_or, outs),
     )  # fmt: skip
-    with clock.phase("dense"), engine.claim("propagate"):
-        engine.carry(half_of(layer, "attention"), index, before.read(), banks.dense_middle, index)
-    ready()
-    edits: list[Edit] = []
-    errors: HalfErrors = {}
-    for half, dense, goal, bank in (
-        ("attention", before, between, engine.hidden),
-        ("ffn", between, after, banks.middle),
-    ):
-        if half == "ffn":
-            with clock.phase("dense"), engine.claim("propagate"):
-                engine.carry(half_of(layer, "ffn"), index, between.read(), banks.dense, index + 1)
-        view = View(
-            engine=engine, clock=clock, layer=layer, index=index, half=half, dense=dense, goal=goal,
-            stream=Place(bank=bank, generation=index),
-        )  # fmt: skip
-        with clock.phase("solve"), engine.claim("solve"), under(half), located(f"{layer.prefix} {half}"):
-            built, errors[half] = rebuild(view, candidates[half])
-        layer.apply(built.edits)
-        edits += built.edits
-        if half == "attention":
-            with clock.phase("propagate"), engine.claim("propagate"):
-                engine.carry(half_of(layer, half), index, engine.hidden.read(index), banks.middle, index)
-    return edits, errors
 
 
-def half_of(layer: StreamLayer, half: str) -> Callable[[torch.Tensor], torch.Tensor]:
-    return lambda x_BLD: layer.run_half(half, x_BLD)
+def finish_layer(hand: LayerInHand) -> torch.Tensor:
+    """The compressed stream from between the sub-layers through the rebuilt FFN, into what the next layer begins with."""
+    middle = HiddenStates(bank=dense_banks(hand).compressed_middle, generation=hand.index)
+    bank = hand.streams.compressed
+    return hand.runner.carry(part_of(hand, FFN), hand.index, middle, bank, hand.index + 1)
 
 
-def rebuild(view: View, candidates: Candidates) -> tuple[Built, dict[str, float]]:
-    """The best of the methods for a half, by its error on held-out tokens; and the errors of all, by name.
+def dense_banks(hand: LayerInHand) -> DenseBanks:
+    assert hand.streams.dense is not None, "a run beside the dense model keeps its stream"
+    return hand.streams.dense
+
+
+def part_of(hand: LayerInHand, sublayer: str) -> Part:
+    return functools.partial(hand.layer.run_sublayer, sublayer)
+
+
+def view_of(
+    hand: LayerInHand, sublayer: str, dense: HiddenStates, goal: HiddenStates, compressed: HiddenStates
+) -> SublayerView:
+    return SublayerView(
+        runner=hand.runner, clock=hand.clock, layer=hand.layer, index=hand.index, sublayer=sublayer, dense=dense, goal=goal,
+        compressed=compressed,
+    )  # fmt: skip
+
+
+def rebuild(hand: LayerInHand, view: SublayerView) -> LayerEdits:
+    """The best that the candidates of a sub-layer make of it, applied."""
+    name = view.sublayer
+    with hand.clock.phase("solve"), hand.runner.claim("solve"), located(f"{hand.layer.prefix} {name}"):
+        solved = best_of(view, hand.plan.candidates[name])
+    refuse_overflow(hand.layer, solved.edits)
+    hand.layer.apply(solved.edits)
+    notes = tuple(f"{name}: {note}" for note in joined(view.notes, solved.notes))
+    return LayerEdits(edits=solved.edits, errors={name: solved.errors}, notes=notes, out_NL=view.out_NL)
+
+
+def best_of(view: SublayerView, candidates: Sequence[Candidate]) -> Solved:
+    """What the candidate of least error on held-out tokens makes; its `errors` and `notes` are those of all.
 
     A method that fails on its numbers is passed over, with a note, as long as another does not. Raises NumericalError where
     all fail.
     """
-    best: Built | None = None
+    best: Solved | None = None
     errors: dict[str, float] = {}
+    notes: list[tuple[str, ...]] = []
     failed: NumericalError | None = None
-    for rivals in by_kin(candidates):
+    for found in candidates:
         try:
-            for name, (method, layout) in foremost(view, rivals, errors).items():
-                built = method.build(view, layout)
-                errors[name] = finite_error(built.error)
-                if best is None or built.error < best.error:
-                    best = built
+            solved = found.method.solve(view, found.layouts)
+            finite_error(solved.error)
         except NumericalError as error:
             failed = error
-            note(f"{', '.join(rivals)} failed: {str(error).split(';')[0]}")
+            notes.append((f"{found.name} failed: {str(error).split(';')[0]}",))
+            continue
+        notes.append(solved.notes)
+        variants = solved.errors or {"": solved.error}
+        errors |= {f"{found.name} {variant}".strip(): error for variant, error in variants.items()}
+        if best is None or solved.error < best.error:
+            best = solved
     if best is None:
-        assert failed is not None, "no method for a half"
+        assert failed is not None, "no method for a sub-layer"
         raise failed
-    return best, errors
-
-
-def finite_error(error: float) -> float:
-    """The error itself. Raises NumericalError where it is none to choose by: NaN would win or lose by its place in a list."""
-    if not math.isfinite(error):
-        raise NumericalError(f"its error on held-out tokens is {error}; wanted a number. Try dtype float32.")
-    return error
-
-
-def foremost(view: View, rivals: Candidates, errors: dict[str, float]) -> Candidates:
-    """Of several methods of one kin the one that looks best; `errors` learns how they look."""
-    method, _ = next(iter(rivals.values()))
-    if len(rivals) == 1 or not isinstance(method, Comparable):
-        return rivals
-    found = method.compare(view, {name: layout for name, (_, layout) in rivals.items()})
-    errors.update({name: error for name, error in found.items() if math.isfinite(error)})
-    best = min(found, key=lambda name: errors.get(name, math.inf))
-    finite_error(found[best])
-    return {best: rivals[best]}
+    return Solved(edits=best.edits, error=best.error, errors=errors, notes=joined(*notes))

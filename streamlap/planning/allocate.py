@@ -1,7 +1,7 @@
-"""How much every half of every layer may store: the same share of its parameters everywhere, or what a survey advises.
+"""How much every sub-layer may store: the same share of its parameters everywhere, or what a survey advises.
 
-A survey file says for every half how far the model's output moves when that half alone is cut, at several cuts (see
-`survey`). A curve through them tells what each half loses at any share, and the shares are chosen so that the sum is least.
+A survey file says for every sub-layer how far the model's output moves when that sub-layer alone is cut, at several cuts (see
+`pipeline.survey`). A curve through them tells what each loses at any share, and the shares are chosen so that the sum is least.
 """
 
 from __future__ import annotations
@@ -9,14 +9,13 @@ from __future__ import annotations
 import hashlib
 import json
 from dataclasses import asdict, dataclass
-from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 from streamlap.errors import RecipeError, first_line, shown
 from streamlap.families.stream import ModelStream
 from streamlap.linalg.allocation import Part, allocate, fit_curve
-from streamlap.methods.base import Budget
+from streamlap.planning.layouts import dense_parameters, uniform_parameters
 from streamlap.untrusted.json import parse_json, read_limited
 
 FORMAT_VERSION = 1
@@ -25,14 +24,14 @@ MOST_BYTES = 64 << 20
 
 @dataclass(frozen=True, kw_only=True)
 class Point:
-    """One cut of one half, all else dense."""
+    """One sub-layer cut, all else dense."""
 
     keep: float
-    """Share of the half's parameters that stayed."""
+    """Share of the sub-layer's parameters that stayed."""
     kl: float
     """Divergence of the model's predictions from the dense ones, nats a token."""
     error: float
-    """Of the half itself: squared, relative to its output, on held-out tokens."""
+    """Of the sub-layer itself: relative to its output, on held-out tokens."""
 
     def __post_init__(self) -> None:
         numbers = all(type(value) in (int, float) for value in (self.keep, self.kl, self.error))
@@ -50,7 +49,7 @@ class Survey:
     """Shape and hash of the tokens that it was measured on."""
     compute: str
     layers: tuple[dict[str, tuple[Point, ...]], ...]
-    """Half -> its points, a table for each layer."""
+    """Sub-layer -> its points, a table for each layer."""
 
     def to_json(self) -> dict[str, Any]:
         return {"format_version": FORMAT_VERSION, **asdict(self)}
@@ -63,11 +62,11 @@ class Survey:
             if table.pop("format_version") != FORMAT_VERSION:
                 raise ValueError(f"wanted format_version {FORMAT_VERSION}")
             layers = tuple(
-                {half: tuple(Point(**point) for point in points) for half, points in layer.items()}
+                {name: tuple(Point(**point) for point in points) for name, points in layer.items()}
                 for layer in table.pop("layers")
             )
             if not all(points for layer in layers for points in layer.values()):
-                raise ValueError("a half without points")
+                raise ValueError("a sub-layer without points")
             if not all(isinstance(table.get(key), str) for key in ("model", "calibration", "compute")):
                 raise ValueError("wanted model, calibration and compute as text")
             return cls(**table, layers=layers)
@@ -81,49 +80,34 @@ class Survey:
             ) from error
 
 
-def half_budgets(stream: ModelStream, ratio: float, index: int, survey: str | None = None) -> dict[str, Budget]:
-    """Half -> its budget in a layer."""
-    family = stream.family
-    if survey is None:
-        counts = {half: int((1.0 - ratio) * dense_parameters(stream, index, half)) for half in family.halves}
-    else:
-        counts = surveyed_parameters(stream, ratio, survey)[index]
-    return {
-        half: Budget(parameters=count, itemsize=stream.storage_itemsize(index), head_dim=stream.head_dim)
-        for half, count in counts.items()
-    }
-
-
-@lru_cache(maxsize=1)  # of one run: every layer of it asks, and all must go by one reading of the file
-def surveyed_parameters(stream: ModelStream, ratio: float, survey: str) -> list[dict[str, int]]:
-    """What the halves of every layer may store so that a survey's losses are least. Raises RecipeError for another model's."""
-    found, halves = Survey.read(Path(survey)), list(stream.family.halves)
+def read_survey(stream: ModelStream, path: Path) -> Survey:
+    """The survey of this model. Raises RecipeError for a file that is none, or one of another model."""
+    found = Survey.read(path)
     if (wanted := model_digest(stream)) != found.model:
         raise RecipeError(
-            f"survey {survey} was made of another model ({shown(found.model)}); {stream.folder} is {wanted}. "
+            f"survey {path} was made of another model ({shown(found.model)}); {stream.folder} is {wanted}. "
             "Make one of this model with streamlap survey."
         )
-    if [sorted(layer) for layer in found.layers] != [sorted(halves)] * stream.depth:
-        raise RecipeError(f"survey {survey} lacks a half of a layer; make it again with streamlap survey.")
+    if [sorted(layer) for layer in found.layers] != [sorted(stream.family.sublayers)] * stream.depth:
+        raise RecipeError(f"survey {path} lacks a sub-layer of a layer; make it again with streamlap survey.")
+    return found
+
+
+def layer_parameters(stream: ModelStream, ratio: float, survey: Survey | None) -> list[dict[str, int]]:
+    """What the sub-layers of every layer may store: all the same share, or so that a survey's losses are least."""
+    if survey is None:
+        return [uniform_parameters(stream, index, ratio) for index in range(stream.depth)]
+    names = list(stream.family.sublayers)
     parts = [
         Part(
-            parameters=dense_parameters(stream, index, half),
-            curve=fit_curve([(point.keep, point.kl) for point in layer[half]]),
+            parameters=dense_parameters(stream, index, name),
+            curve=fit_curve([(point.keep, point.kl) for point in layer[name]]),
         )
-        for index, layer in enumerate(found.layers)
-        for half in halves
+        for index, layer in enumerate(survey.layers)
+        for name in names
     ]
     counts = iter(allocate(parts, int((1.0 - ratio) * sum(part.parameters for part in parts))))
-    return [{half: next(counts) for half in halves} for _ in found.layers]
-
-
-def dense_parameters(stream: ModelStream, index: int, half: str) -> int:
-    """Parameters of the linears of a half before any edit, biases included."""
-    total = 0
-    for path in stream.family.half_linears(half):
-        out, inner = stream.dense_shape(index, path)
-        total += out * (inner + stream.has_bias(index, path))
-    return total
+    return [{name: next(counts) for name in names} for _ in survey.layers]
 
 
 def model_digest(stream: ModelStream) -> str:

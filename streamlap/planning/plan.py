@@ -1,34 +1,43 @@
-"""What a compression would take: sizes, peaks, bytes, operations, time. From headers alone, before any weight is read.
+"""A compression before it begins: what every layer becomes, what that takes, and the schedule that fits.
 
-The sizes are those that `compress` claims and writes; the seconds come from rates measured on this machine once a month.
+`make_plan` gives the value. `plan` shows it; `compress` goes by it, so that the sizes it claims and the forms it solves for are
+those that were shown. From headers alone, before any weight is read.
 """
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from streamlap.data.calibration import calibration_tokens
+from streamlap.errors import UnsupportedModel
 from streamlap.families.stream import ModelStream
-from streamlap.pipeline.session import COMPANION_BYTES, pick_device
-from streamlap.planning.forecast import LayerForecast, compression_workload, forecast
-from streamlap.planning.schedule import Caps, Fit, advice, fit
-from streamlap.planning.target import meet, parse_target
+from streamlap.planning.allocate import Survey, layer_parameters, read_survey
+from streamlap.planning.disk import COMPANION_BYTES
+from streamlap.planning.forecast import LayerPlan, compression_workload, forecast_layers, shape_key
+from streamlap.planning.layouts import Candidates, layer_candidates
+from streamlap.planning.schedule import Caps, Fit, advice, fit, require_fit
+from streamlap.planning.target import Target, meet, parse_target
 from streamlap.recipe import Recipe
+from streamlap.settings import RunSettings, split_options
 from streamlap.store.hub import header_source
 from streamlap.store.sink import shard_bytes
 from streamlap.system.allocator import steady_heap
-from streamlap.system.budget import existing_ancestor, parse_size
-from streamlap.system.speed import Machine, calibrated
+from streamlap.system.budget import existing_ancestor
+from streamlap.system.speed import Speed, calibrated
 
 SLACK = 1.8
 """Upper end of the range of seconds over its lower end: what lies between products and decompositions, and other programs."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class LayerPlan:
-    """One layer."""
+class LayerFigures:
+    """What a layer takes under the plan's schedule."""
 
     index: int
     output_bytes: int
@@ -40,105 +49,214 @@ class LayerPlan:
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """A compression, foretold."""
+    """A compression to come."""
 
-    fits: bool
-    ratio: float
-    """As asked for, or the one that keeps to the target."""
-    output_bytes: int
-    """Of all shards."""
-    peak_ram_bytes: int
-    peak_vram_bytes: int
-    disk_bytes: int
-    """Most that is on the disk at one time beside the source: shards, two generations of hidden states, small files."""
-    read_bytes: int
-    write_bytes: int
-    flops: int
-    seconds_low: float
-    """With every product and decomposition at its measured rate and nothing else; the upper end is a fixed multiple."""
-    seconds_high: float
-    advice: tuple[str, ...]
-    """Which knob to turn where it does not fit."""
-    calibration_tokens: tuple[int, int]
-    overlap: bool
-    hidden_states: str
-    """Where they stay between layers: vram, ram or disk."""
-    forward_tokens: int
-    """Tokens in one forward."""
+    recipe: Recipe
+    """With the ratio as asked for, or the one that keeps to the target."""
     layers: tuple[LayerPlan, ...]
+    fit: Fit
+    caps: Caps
+    outer_bytes: int
+    """Of the first shard: what lies outside the layers."""
+    first_read: int
+    """What is read before the first layer."""
+    speed: Speed | None = None
+    """Rates of the machine, where seconds are asked for."""
+
+    @property
+    def fits(self) -> bool:
+        return self.fit.fits
+
+    @property
+    def ratio(self) -> float:
+        return self.recipe.ratio
+
+    @property
+    def output_bytes(self) -> int:
+        """Of all shards."""
+        return self.outer_bytes + sum(layer.output_bytes for layer in self.layers)
+
+    @property
+    def peak_ram_bytes(self) -> int:
+        return self.fit.peak_ram
+
+    @property
+    def peak_vram_bytes(self) -> int:
+        return self.fit.peak_vram
+
+    @property
+    def disk_bytes(self) -> int:
+        """Most that is on the disk at one time beside the source: shards, two generations of hidden states, small files."""
+        return self.output_bytes + self.fit.work.disk_bytes + COMPANION_BYTES
+
+    @property
+    def read_bytes(self) -> int:
+        return self.first_read + sum(row.read_bytes for row in self.figures)
+
+    @property
+    def write_bytes(self) -> int:
+        return self._first_write + sum(row.write_bytes for row in self.figures)
+
+    @property
+    def flops(self) -> int:
+        return sum(row.flops for row in self.figures)
+
+    @property
+    def seconds_low(self) -> float:
+        """With every product and decomposition at its measured rate and nothing else; 0 where no rate is known."""
+        if self.speed is None:
+            return 0.0
+        first = self.first_read / self.speed.read + self._first_write / self.speed.write
+        return sum(row.seconds_low for row in self.figures) + first
+
+    @property
+    def seconds_high(self) -> float:
+        return SLACK * self.seconds_low
+
+    @property
+    def advice(self) -> tuple[str, ...]:
+        """Which knob to turn where it does not fit."""
+        return tuple(advice(self.fit, self.caps))
+
+    @property
+    def calibration_tokens(self) -> tuple[int, int]:
+        return self.fit.work.sequences, self.fit.work.length
+
+    @property
+    def overlap(self) -> bool:
+        return self.fit.schedule.overlap
+
+    @property
+    def hidden_states(self) -> str:
+        """Where they stay between layers: vram, ram or disk."""
+        return self.fit.schedule.tier
+
+    @property
+    def forward_tokens(self) -> int:
+        """Tokens in one forward."""
+        sequences, length = self.calibration_tokens
+        return min(self.fit.schedule.micro, sequences) * length
+
+    @cached_property
+    def figures(self) -> tuple[LayerFigures, ...]:
+        return tuple(self._figures(layer) for layer in self.layers)
+
+    @property
+    def _first_write(self) -> int:
+        return self.outer_bytes + self.fit.work.generation * self.layers[0].generations_written
+
+    def _figures(self, layer: LayerPlan) -> LayerFigures:
+        generation, last = self.fit.work.generation, layer.index + 1 == len(self.layers)
+        on_disk = self.hidden_states == "disk"
+        read = layer.source_bytes + layer.copied_bytes + (layer.generations_read - last) * generation * on_disk
+        written = layer.generations_written - last + layer.generations_spilled * on_disk
+        write = layer.output_bytes + layer.state_bytes + written * generation
+        return LayerFigures(
+            index=layer.index, output_bytes=layer.output_bytes, read_bytes=read, write_bytes=write,
+            flops=layer.flops + layer.flops64 + layer.flops32, seconds_low=self._seconds(layer, read, write),
+        )  # fmt: skip
+
+    def _seconds(self, layer: LayerPlan, read: int, write: int) -> float:
+        """The least that a layer takes. What overlaps takes as long as the longer of the two."""
+        speed = self.speed
+        if speed is None:
+            return 0.0
+        compute = layer.flops / speed.matmul + layer.flops64 / speed.matmul64 + layer.flops32 / speed.matmul32
+        compute += sum(size**3 for size in layer.decompositions) / speed.eigh
+        disk = read / speed.read + write / speed.write
+        upload = layer.source_bytes / speed.upload if self.fit.work.device.type == "cuda" else 0.0
+        return upload + (max(compute, disk) if self.overlap else compute + disk)
 
     def to_json(self) -> dict[str, Any]:
-        return asdict(self)
+        names = (
+            "fits", "ratio", "output_bytes", "peak_ram_bytes", "peak_vram_bytes", "disk_bytes", "read_bytes", "write_bytes",
+            "flops", "seconds_low", "seconds_high", "advice", "calibration_tokens", "overlap", "hidden_states",
+            "forward_tokens",
+        )  # fmt: skip
+        return {name: getattr(self, name) for name in names} | {"layers": [asdict(row) for row in self.figures]}
+
+    def require_fit(self) -> None:
+        """Raise BudgetError, with the smallest caps that would do, where even the leanest schedule does not fit."""
+        require_fit(self.fit, self.caps)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Decided:
+    """What every layer may become, before it is known on how many tokens."""
+
+    recipe: Recipe
+    """With the ratio that it comes to."""
+    candidates: Sequence[Candidates]
+    """A table for each layer."""
+
+
+def decide(stream: ModelStream, recipe: Recipe, target: Target | None = None) -> Decided:
+    """Raises RecipeError and UnsupportedModel for all in recipe and target that could stop a run later on."""
+    if stream.rows:
+        raise UnsupportedModel(f"{stream.folder} is already compressed by streamlap; wanted the original checkpoint.")
+    recipe.check_methods(stream.family)
+    survey = None if recipe.survey is None else read_survey(stream, Path(recipe.survey))
+    recipe = meet(stream, recipe, survey, target)
+    return Decided(recipe=recipe, candidates=all_candidates(stream, recipe, survey))
+
+
+def make_plan(stream: ModelStream, decided: Decided, shape_NL: tuple[int, int], settings: RunSettings) -> Plan:
+    """What that takes for so many calibration tokens, and how to go about it with these settings."""
+    layers = forecast_layers(stream, decided.recipe, decided.candidates, shape_NL)
+    ram, vram = settings.caps
+    caps = Caps(ram=ram, vram=vram)
+    choice = fit(compression_workload(stream, layers, shape_NL), caps, settings.overlap)
+    outer = stream.outer_tensors()
+    return Plan(
+        recipe=decided.recipe, layers=layers, fit=choice, caps=caps, outer_bytes=shard_bytes(outer),
+        first_read=sum(info.nbytes for info in outer.values()) + embedding_bytes(stream, choice),
+    )  # fmt: skip
+
+
+def all_candidates(stream: ModelStream, recipe: Recipe, survey: Survey | None) -> list[Candidates]:
+    """Of every layer; those of equal shapes and budgets share them."""
+    known: dict[str, Candidates] = {}
+    result = []
+    for index, parameters in enumerate(layer_parameters(stream, recipe.ratio, survey)):
+        key = f"{shape_key(stream, index, {})} {parameters}"
+        if key not in known:
+            known[key] = layer_candidates(stream, recipe, index, parameters)
+        result.append(known[key])
+    return result
 
 
 def plan(
     model: str | Path,
     recipe: Recipe | None = None,
     *,
-    device: str = "auto",
-    work: str | Path | None = None,
     target_size: int | str | None = None,
     target_params: int | str | None = None,
-    max_ram: int | str | None = None,
-    max_vram: int | str | None = None,
-    overlap: bool = True,
-    trust_remote_code: bool = False,
-    **overrides: Any,
+    **options: Any,
 ) -> Plan:
     """What `compress` with the same arguments would take. Of a hub id only config, tokenizer and shard headers are fetched.
 
-    Raises the StreamlapError that `compress` would raise before its first layer, but for one: where the memory does not do,
-    the plan says so in `fits` and `advice`.
+    `options` are single fields of RunSettings and of the recipe, as for `compress`. Raises the StreamlapError that `compress`
+    would raise before its first layer, but for one: where the memory does not do, the plan says so in `fits` and `advice`.
     """
-    target = parse_target(target_size, target_params, overrides.get("ratio"))
-    recipe, device = (recipe or Recipe()).override(**overrides), pick_device(device)
+    settings, changes = split_options(options)
+    target = parse_target(target_size, target_params, changes.get("ratio"))
+    recipe, settings = (recipe or Recipe()).override(**changes), settings.settled()
     steady_heap()
-    folder, source = header_source(str(model), trust_remote_code)
-    stream = ModelStream(folder, device, recipe.dtype, source)
-    recipe = meet(stream, recipe, target)
-    sequences, length = calibration_tokens(
-        recipe.calibration, folder, stream.vocabulary, stream.context, trust_remote_code
-    ).shape
-    layers = forecast(stream, recipe, (sequences, length))
-    caps = Caps(ram=parse_size(max_ram, "max_ram"), vram=parse_size(max_vram, "max_vram"))
-    choice = fit(compression_workload(stream, layers, (sequences, length)), caps, overlap)
-    machine = calibrated(device, stream.dtype, existing_ancestor(Path(work or ".")))
-    rows = [plan_layer(choice, machine, layer, index, stream.depth) for index, layer in enumerate(layers)]
-    outer = stream.outer_tensors()
-    outer_bytes = shard_bytes(outer)
-    first_write = outer_bytes + choice.work.generation * layers[0].generations_written
-    first_read = sum(info.nbytes for info in outer.values()) + embedding_bytes(stream, choice)
-    seconds = sum(row.seconds_low for row in rows) + first_read / machine.read + first_write / machine.write
-    output = outer_bytes + sum(layer.output_bytes for layer in layers)
-    return Plan(
-        fits=choice.fits, ratio=recipe.ratio, output_bytes=output,
-        peak_ram_bytes=choice.peak_ram, peak_vram_bytes=choice.peak_vram,
-        disk_bytes=output + choice.work.disk_bytes + COMPANION_BYTES,
-        read_bytes=first_read + sum(row.read_bytes for row in rows),
-        write_bytes=first_write + sum(row.write_bytes for row in rows),
-        flops=sum(row.flops for row in rows), seconds_low=seconds, seconds_high=SLACK * seconds,
-        advice=tuple(advice(choice, caps)), calibration_tokens=(sequences, length),
-        overlap=choice.schedule.overlap, hidden_states=choice.schedule.tier,
-        forward_tokens=min(choice.schedule.micro, sequences) * length, layers=tuple(rows),
-    )  # fmt: skip
+    folder, source = header_source(str(model), settings.trust_remote_code)
+    stream = ModelStream(folder, settings.device, recipe.dtype, source)
+    decided = decide(stream, recipe, target)
+    tokens_NL = calibration_tokens(
+        recipe.calibration, folder, stream.vocabulary, stream.context, settings.trust_remote_code
+    )
+    found = make_plan(stream, decided, windows_of(tokens_NL), settings)
+    speed = calibrated(settings.device, stream.dtype, existing_ancestor(Path(settings.work or ".")))
+    return replace(found, speed=speed)
 
 
-def plan_layer(choice: Fit, machine: Machine, layer: LayerForecast, index: int, depth: int) -> LayerPlan:
-    """Bytes, operations and the least seconds of one layer. What overlaps takes as long as the longer of the two."""
-    generation, last = choice.work.generation, index + 1 == depth
-    on_disk = choice.schedule.tier == "disk"
-    read = layer.source_bytes + layer.copied_bytes + (layer.generations_read - last) * generation * on_disk
-    written = layer.generations_written - last + layer.generations_spilled * on_disk
-    write = layer.output_bytes + layer.state_bytes + written * generation
-    compute = layer.flops / machine.matmul + layer.flops64 / machine.matmul64 + layer.flops32 / machine.matmul32
-    compute += sum(size**3 for size in layer.decompositions) / machine.eigh
-    disk = read / machine.read + write / machine.write
-    upload = layer.source_bytes / machine.upload if choice.work.device.type == "cuda" else 0.0
-    seconds = upload + (max(compute, disk) if choice.schedule.overlap else compute + disk)
-    return LayerPlan(
-        index=index, output_bytes=layer.output_bytes, read_bytes=read, write_bytes=write,
-        flops=layer.flops + layer.flops64 + layer.flops32, seconds_low=seconds,
-    )  # fmt: skip
+def windows_of(tokens_NL: torch.Tensor) -> tuple[int, int]:
+    """Their number and length."""
+    sequences, length = tokens_NL.shape
+    return sequences, length
 
 
 def embedding_bytes(stream: ModelStream, choice: Fit) -> int:

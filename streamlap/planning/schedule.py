@@ -114,7 +114,7 @@ def _gpu_schedule(work: Workload, overlap: bool, tier: str, micro: int) -> Sched
 
 
 def _solve(work: Workload, micro: int) -> int:
-    """What a solve holds; one that rebuilds halves goes back to the streams between its steps."""
+    """What a solve holds; one beside the dense model goes back to the streams between its steps."""
     return max(work.solve, work.capture + work.activations(micro, work.inner) if work.capture else 0)
 
 

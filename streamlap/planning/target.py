@@ -8,18 +8,18 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import itertools
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 
 import torch
 
 from streamlap.errors import RecipeError
 from streamlap.families.stream import ModelStream
-from streamlap.linalg.budget import index_parameters
-from streamlap.methods.base import Layout
-from streamlap.planning.forecast import dense_shapes, plan_halves, planned_tensors, shape_key
+from streamlap.loader.forms import index_parameters
+from streamlap.planning.allocate import Survey, layer_parameters
+from streamlap.planning.forecast import shape_key
+from streamlap.planning.layouts import layer_candidates, layer_entries, possible_layouts
 from streamlap.recipe import Recipe
 from streamlap.store.header import TensorInfo
 from streamlap.store.sink import shard_bytes
@@ -90,15 +90,14 @@ def parameters(tensors: Tensors) -> int:
     return total
 
 
-def meet(stream: ModelStream, recipe: Recipe, target: Target | None) -> Recipe:
+def meet(stream: ModelStream, recipe: Recipe, survey: Survey | None, target: Target | None) -> Recipe:
     """The recipe with the lowest ratio whose result is within the target.
 
     Raises RecipeError where no ratio that the methods can reach is, and where the model itself is smaller than the target.
     """
-    if target is None or stream.rows:  # a compressed model is refused where its layers are planned
+    if target is None:
         return recipe
-    recipe.check_paths(stream.family)
-    count = meter(stream, recipe, target)
+    count = meter(stream, recipe, survey, target)
 
     def reached(step: int) -> bool:
         with contextlib.suppress(RecipeError):
@@ -127,42 +126,28 @@ def last_good(good: int, bad: int, is_good: Callable[[int], bool]) -> int:
     return good
 
 
-def meter(stream: ModelStream, recipe: Recipe, target: Target) -> Callable[[int], int]:
+def meter(stream: ModelStream, recipe: Recipe, survey: Survey | None, target: Target) -> Callable[[int], int]:
     """Step -> what the result counts as at that ratio; RecipeError where the methods cannot reach it. 0 is the model itself.
 
-    Of several methods that may rebuild a half, the one that stores most counts: which one does is known only later.
+    Of several candidates for a sub-layer, the one that stores most counts: which one it will be is known only later.
     """
     alike: dict[str, list[int]] = {}
     for index in range(stream.depth):
-        own = f" {index}" if recipe.survey else ""  # a survey gives each layer a share of its own
+        own = f" {index}" if survey else ""  # a survey gives each layer a share of its own
         alike.setdefault(shape_key(stream, index, {}) + own, []).append(index)
     outer = target.count(stream.outer_tensors())
 
-    def layer(index: int, ratio: float) -> int:
-        layouts = possible_layouts(stream, replace(recipe, ratio=ratio), index) if ratio else [{}]
-        return max(target.count(whole(stream, index, layout)) for layout in layouts)
+    def layer(index: int, at: Recipe, parameters: Mapping[str, int]) -> int:
+        layouts = possible_layouts(layer_candidates(stream, at, index, parameters))
+        return max(target.count(layer_entries(stream, index, layout)) for layout in layouts)
 
     @functools.cache
     def total(step: int) -> int:
-        return outer + sum(len(indices) * layer(indices[0], step / STEPS) for indices in alike.values())
+        if step == 0:
+            dense = (target.count(layer_entries(stream, index, {})) for index in range(stream.depth))
+            return outer + sum(dense)
+        at = replace(recipe, ratio=step / STEPS)
+        parameters = layer_parameters(stream, at.ratio, survey)
+        return outer + sum(len(indices) * layer(indices[0], at, parameters[indices[0]]) for indices in alike.values())
 
     return total
-
-
-def whole(stream: ModelStream, index: int, layout: Layout) -> Tensors:
-    """Every tensor of the layer's shard."""
-    copied, made = planned_tensors(stream, index, layout)
-    return {**copied, **made}
-
-
-def possible_layouts(stream: ModelStream, recipe: Recipe, index: int) -> Iterator[Layout]:
-    """What the layer may become: one thing, or as many as methods try for its halves."""
-    if recipe.anchored:
-        tries = [candidates.values() for candidates in plan_halves(stream, recipe, index).values()]
-        for choice in itertools.product(*tries):
-            yield {path: row for _, layout in choice for path, row in layout.items()}
-        return
-    merged: Layout = {}
-    for method in recipe.one_pass:
-        merged |= method.layout(stream.family, dense_shapes(stream, index), recipe.ratio)
-    yield merged

@@ -48,7 +48,7 @@ class Workload:
     """The head as it is stored."""
     streams: int = 1
     """Hidden states kept beside each other: one where layers are edited in one pass; four where they are rebuilt beside
-    the dense model: its stream and the compressed one, before and after the first half."""
+    the dense model: its stream and the compressed one, before and after the first sub-layer."""
     capture: int = 0
     """What the sums over tokens hold, with the edits so far, where a solve looks at the streams itself."""
     refined: int = 0
@@ -103,15 +103,14 @@ class Workload:
 def layer_workload(stream: ModelStream, sequences: int, length: int) -> dict[str, Any]:
     """The sizes that compressing and evaluating share, as keywords of Workload."""
     tables = [stream.layer_tensors(index).values() for index in range(stream.depth)]
-    shapes = [stream.stored_shape(index, path) for index in range(stream.depth) for path in stream.family.linears]
-    query = stream.family.sites["attn_in"][0]
+    shapes = [stream.form(index, role).shape for index in range(stream.depth) for role in stream.family.roles]
     return {
         "device": stream.device, "itemsize": stream.dtype.itemsize, "sequences": sequences, "length": length,
         "staged": max(map(staged_bytes, tables)), "width": stream.width,
         "computed": max(sum(computed_bytes(info, stream.dtype) for info in table) for table in tables),
         "converts": any(info.dtype.is_floating_point and info.dtype != stream.dtype for table in tables for info in table),
         "inner": max(map(max, shapes)),
-        "heads": max(stream.dense_shape(index, query)[0] for index in range(stream.depth)),
+        "heads": max(stream.native(index, "q").shape[0] for index in range(stream.depth)),
     }  # fmt: skip
 
 

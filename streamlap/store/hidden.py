@@ -129,14 +129,6 @@ class HiddenBank:
         if self.folder is not None:
             remove_file(self._path(generation))
 
-    def remove(self) -> None:
-        """No generation is needed any more, of any bank in this folder. To be called before the journal goes, which alone
-        knows where they are."""
-        if self.folder is not None:
-            shutil.rmtree(self.folder, ignore_errors=True)
-            with contextlib.suppress(OSError):
-                fsync_folder(self.folder.parent)
-
     def _path(self, generation: int) -> Path:
         assert self.folder is not None
         return self.folder / f"{self._name}-{generation:05d}.bin"
@@ -182,6 +174,13 @@ class HiddenBank:
         while done < len(view):
             done += _read_some(handle, view[done:], start + done, self._path(generation))
         return x_BLD
+
+
+def remove_hidden(folder: Path) -> None:
+    """No generation of any bank in this folder is needed any more."""
+    shutil.rmtree(folder, ignore_errors=True)
+    with contextlib.suppress(OSError):
+        fsync_folder(folder.parent)
 
 
 def _write_batch(file: DurableFile, batch: Download) -> None:

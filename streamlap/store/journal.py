@@ -29,12 +29,6 @@ JOURNAL_NAME = "journal.jsonl"
 TOKENS_NAME = "tokens.npy"
 
 MOST_BYTES = 1 << 30
-PLACES = {"model": (str,), "device": (str,), "work": (str, type(None))}
-CAPS = {"max_ram": (int, type(None)), "max_vram": (int, type(None)), "overlap": (bool,)}
-ARGUMENTS: dict[str, dict[str, tuple[type, ...]]] = {
-    "compress": PLACES | {"recipe": (dict,)}, "survey": PLACES | CAPS | {"dtype": (str,)}, "export": {"model": (str,)},
-}  # fmt: skip
-"""Command -> what a run of it was begun with; further ones may be there."""
 
 
 def save_tokens(out: Path, tokens_NL: torch.Tensor) -> None:
@@ -64,13 +58,6 @@ def parse_start(line: bytes) -> dict[str, Any]:
     parts = ("fingerprint", "arguments")
     if not isinstance(start, dict) or not all(isinstance(start.get(part), dict) for part in parts):
         raise ValueError(f"its first line is {shown(start)}; wanted {' and '.join(parts)}")
-    arguments: dict[str, Any] = start["arguments"]
-    command = arguments.get("command", "compress")  # the only one whose journal did not say
-    if command not in list(ARGUMENTS):
-        raise ValueError(f"command is {shown(command)}; wanted one of {', '.join(ARGUMENTS)}")
-    for key, kinds in ARGUMENTS[command].items() if arguments else ():
-        if not isinstance(arguments.get(key), kinds):
-            raise ValueError(f"argument {key} is {shown(arguments.get(key))}")
     return start
 
 
@@ -102,9 +89,7 @@ class Journal:
 
     @property
     def arguments(self) -> dict[str, Any]:
-        """What the run was begun with. Raises ResumeMismatch where its first line does not say."""
-        if "model" not in self.start["arguments"]:
-            raise ResumeMismatch(f"{self.state.parent} does not say how it was begun. Give the first command again.")
+        """What the run was begun with, as the first line has it."""
         return dict(self.start["arguments"])
 
     @staticmethod

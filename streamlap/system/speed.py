@@ -48,7 +48,7 @@ DISK_BYTES, PIECE_BYTES, UPLOAD_BYTES = 1 << 28, 1 << 26, 1 << 27
 
 
 @dataclass(frozen=True, kw_only=True)
-class Machine:
+class Speed:
     """Rates of this machine, measured."""
 
     matmul: float
@@ -67,7 +67,7 @@ class Machine:
     """Bytes/s from pinned memory to the device; on a CPU from memory to memory."""
 
 
-def calibrated(device: str, dtype: torch.dtype, folder: Path) -> Machine:
+def calibrated(device: str, dtype: torch.dtype, folder: Path) -> Speed:
     """`measure`, or what it gave within the last month for this device, dtype, number of threads, torch and file system.
 
     It is kept in `$XDG_CACHE_HOME/streamlap/machine.json`, by default under ~/.cache. A cache that cannot be read or
@@ -78,10 +78,10 @@ def calibrated(device: str, dtype: torch.dtype, folder: Path) -> Machine:
     if key not in entries:
         entries[key] = asdict(measure(device, dtype, folder)) | {"measured": time.time()}
         _store(place, entries)
-    return Machine(**{field.name: entries[key][field.name] for field in fields(Machine)})
+    return Speed(**{field.name: entries[key][field.name] for field in fields(Speed)})
 
 
-def measure(device: str, dtype: torch.dtype, folder: Path) -> Machine:
+def measure(device: str, dtype: torch.dtype, folder: Path) -> Speed:
     """All rates, the disk's for the file system of `folder`, which need not exist yet. Takes a second or two.
 
     Raises BudgetError when the disk is full, StreamlapError when nothing can be written there.
@@ -89,7 +89,7 @@ def measure(device: str, dtype: torch.dtype, folder: Path) -> Machine:
     sizes: dict[str, Any] = CPU_MATMUL if torch.device(device).type == "cpu" else {}
     with _written(_existing(folder), DISK_BYTES) as (path, write):
         read = read_rate(path, DISK_BYTES)
-    return Machine(
+    return Speed(
         matmul=matmul_rate(device, dtype, **sizes),
         matmul64=matmul_rate(device, torch.float64, multiply=product, **sizes),
         matmul32=matmul_rate(device, torch.float32, multiply=product, **sizes),
@@ -238,7 +238,7 @@ def _load(place: Path) -> dict[str, dict[str, float]]:
 
 
 def _usable(row: Any) -> bool:
-    names = {"measured", *(field.name for field in fields(Machine))}
+    names = {"measured", *(field.name for field in fields(Speed))}
     if not isinstance(row, dict) or set(row) != names:
         return False
     good = all(isinstance(number, float) and math.isfinite(number) and number > 0 for number in row.values())

@@ -1,16 +1,16 @@
-"""What an anchored half takes, from shapes alone. Bounds on memory, counts of the large products.
+"""What an anchored sub-layer takes, from shapes alone. Bounds on memory, counts of the large products.
 
-n is the width of what the half reads, f of what its last linear reads, w of what is left of it, d of the stream.
+n is the width of what the sub-layer reads, f of what its last linear reads, w of what is left of it, d of the stream.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 
-from streamlap.families.table import Family
+from streamlap.families.linears import SUBLAYERS
 from streamlap.linalg.anchor import LARGE
 from streamlap.linalg.moments import CHUNK_TOKENS, ROW_BLOCK
-from streamlap.methods.base import Cost, Layout, Shapes
+from streamlap.methods.base import Cost, Layout, Layouts, Natives
 
 HELD_TOKENS = 4096
 """Most rows that are held out to choose by."""
@@ -19,44 +19,16 @@ SINGLE = 0.8
 """An eigen-problem in float32 takes as long as one of so much of its size in float64."""
 
 
-def half_cost(family: Family, half: str, shapes: Shapes, layout: Layout) -> Cost:
-    """The cost of one anchored method on one half."""
-    parts = family.halves[half]
-    reads, (last,) = family.sites[parts.reads], family.sites[parts.writes]
-    (d, f), n = shapes[last], shapes[reads[0]][1]
-    prunes = "in" in layout.get(last, {})
-    w = layout.get(last, {}).get("in", f)
-    widest = f if prunes else w
-    after = {
-        path: (layout[path].get("out", shapes[path][0]), layout[path].get("in", shapes[path][1]))
-        for path in (*reads, last)
-        if {"rank", "pivots"} & layout.get(path, {}).keys()
-    }
-    capture = _sum_bytes(widest, d) + _row_bytes(widest, d)
-    aims = _aim_bytes([shapes[path] for path in reads])
-    work = max(
-        capture,
-        24 * f * f + 3 * _itemsize(f) * d * f if prunes else 0,
-        max((_rank_bytes(*shape) for path, shape in after.items() if path != last), default=0),
-        24 * w * w + 6 * _itemsize(w) * d * w + (_rank_bytes(d, w) if last in after else 0) + _row_bytes(w, d),
-    )
-    flops = sum(_rank_flops(*shape) for shape in after.values()) + _last_flops(d, w, f, prunes)
-    return Cost(
-        workspace_bytes=aims + work, capture_bytes=capture,
-        flops=flops if widest <= LARGE else 0, flops32=flops if widest > LARGE else 0,
-        flops_per_token=n * n + w * w + 2 * d * w + (f * f if prunes else 0),
-        decompositions=tuple(_eigh_size(min(shape)) for shape in after.values()),
-    )  # fmt: skip
-
-
-def compared_cost(family: Family, half: str, shapes: Shapes, layouts: Collection[Layout]) -> Cost:
-    """The cost of comparing several settings of one method and building one: that of the costliest, a last linear for each
-    while channels go, and from then on the rows of all channels in what the others are cut to."""
-    parts = family.halves[half]
-    d, f = shapes[family.sites[parts.writes][0]]
-    costs = [half_cost(family, half, shapes, layout) for layout in layouts]
-    whole, lasts = (_itemsize(f) * d * f * count for count in (len(family.sites[parts.reads]), len(layouts)))
-    aims = _aim_bytes([shapes[path] for path in family.sites[parts.reads]])
+def anchored_cost(sublayer: str, natives: Natives, layouts: Layouts) -> Cost:
+    """The cost of one layout; of several, that of the costliest, a last linear for each while channels go, and from then on
+    the rows of all channels in what the others are cut to."""
+    reads, last = SUBLAYERS[sublayer].reads, SUBLAYERS[sublayer].writes
+    costs = [_layout_cost(reads, last, natives, layout) for layout in layouts.values()]
+    if len(costs) == 1:
+        return costs[0]
+    d, f = natives[last].shape
+    whole, lasts = (_itemsize(f) * d * f * count for count in (len(reads), len(layouts)))
+    aims = _aim_bytes([natives[role].shape for role in reads])
     removing = 24 * f * f + 3 * _itemsize(f) * d * f + lasts
     cutting = _itemsize(f) * f * f + lasts + _rank_bytes(f, d)
     return Cost(
@@ -68,8 +40,30 @@ def compared_cost(family: Family, half: str, shapes: Shapes, layouts: Collection
     )  # fmt: skip
 
 
+def _layout_cost(reads: Sequence[str], last: str, natives: Natives, layout: Layout) -> Cost:
+    (d, f), n = natives[last].shape, natives[reads[0]].shape[1]
+    w = layout[last].shape[1] if last in layout else f
+    prunes = w < f
+    after = {role: layout[role].shape for role in (*reads, last) if role in layout and layout[role].rank}
+    capture = _sum_bytes(f, d) + _row_bytes(f, d)
+    aims = _aim_bytes([natives[role].shape for role in reads])
+    work = max(
+        capture,
+        24 * f * f + 3 * _itemsize(f) * d * f if prunes else 0,
+        max((_rank_bytes(*shape) for role, shape in after.items() if role != last), default=0),
+        24 * w * w + 6 * _itemsize(w) * d * w + (_rank_bytes(d, w) if last in after else 0) + _row_bytes(w, d),
+    )
+    flops = sum(_rank_flops(*shape) for shape in after.values()) + _last_flops(d, w, f, prunes)
+    return Cost(
+        workspace_bytes=aims + work, capture_bytes=capture,
+        flops=flops if f <= LARGE else 0, flops32=flops if f > LARGE else 0,
+        flops_per_token=n * n + w * w + 2 * d * w + (f * f if prunes else 0),
+        decompositions=tuple(_eigh_size(min(shape)) for shape in after.values()),
+    )  # fmt: skip
+
+
 def _aim_bytes(shapes: Sequence[tuple[int, int]]) -> int:
-    """The Gram of a half's input, in float64 and in the dtype to solve in, and the linears that read it."""
+    """The Gram of a sub-layer's input, in float64 and in the dtype to solve in, and the linears that read it."""
     n = shapes[0][1]
     return (8 + _itemsize(n)) * n * n + _itemsize(n) * n * sum(rows for rows, _ in shapes)
 

@@ -14,63 +14,89 @@ from streamlap.families.layer import Edit, StreamLayer
 from streamlap.linalg.anchor import root
 from streamlap.linalg.obs import removals
 from streamlap.linalg.products import product
+from streamlap.linalg.solution import Solution, joined
 from streamlap.linalg.subspace import Subspace, subspace
 from streamlap.methods.anchored.fitting import Aim, dense_edit, map_error, narrowed, truncated_edit
-from streamlap.methods.base import HalfView, Layout
+from streamlap.methods.base import Layout, Layouts, StreamsView
 
 
 @dataclass(frozen=True, kw_only=True)
-class Compared:
+class Division:
+    """What is known of one layout before it is built; nothing unless there was a comparison."""
+
+    kept: torch.Tensor | None = None
+    """The channels that stay, ascending."""
+    subspaces: Solution[list[Subspace]] | None = None
+    """Of gate and up, with rows for all channels."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Divisions:
     """What comparing several layouts has found."""
 
-    errors: dict[str, float]
-    """Of each, as `Built.error`."""
-    kept: list[torch.Tensor]
-    """The channels that each width would keep."""
-    subspaces: list[Subspace]
-    """Of gate and up, with rows for all channels; none where no layout cuts a rank."""
+    errors: Mapping[str, float]
+    """Of each, as `Solved.error`."""
+    kept: Mapping[int, torch.Tensor]
+    """Width -> the channels that it would keep."""
+    subspaces: Solution[list[Subspace]] | None
+    """Of gate and up; none where no layout cuts a rank."""
+
+    def division(self, layout: Layout) -> Division:
+        down = layout.get("down")
+        kept = None if down is None else self.kept.get(down.shape[1])
+        return Division(kept=kept, subspaces=self.subspaces)
 
 
-def compare_layouts(view: HalfView, aims: list[Aim], layouts: Mapping[str, Layout], bias: bool) -> Compared:
+def compare(view: StreamsView, aims: Sequence[Aim], layouts: Layouts) -> Solution[Divisions]:
     """Each with the channels that it would keep, gate and up cut in the directions that serve the channels of the middle one,
     and the down that was fitted again for the lost channels, not yet for the ranks."""
-    (gate, _), (down,) = view.layer.family.sites["ffn_in"], view.layer.family.sites["ffn_mid"]
-    w_DF, gram_FF = reads_whole(view, aims, bias)
-    counts = {name: layout.get(down, {}).get("in", len(gram_FF)) for name, layout in layouts.items()}
-    ranks = {name: rank for name, layout in layouts.items() if (rank := rank_of(layout, gate)) is not None}
-    left = {len(found.kept_K): found for found in removals(w_DF, gram_FF, sorted(set(counts.values()), reverse=True))}
-    whole: list[Subspace] = []
+    w_DF, gram_FF = reads_whole(view, aims)
+    counts = {name: _width(layout, len(gram_FF)) for name, layout in layouts.items()}
+    ranks = {name: rank for name, layout in layouts.items() if (rank := _rank(layout, "gate"))}
+    found = list(removals(w_DF, gram_FF, sorted(set(counts.values()), reverse=True)))
+    left = {len(pruned.value.kept_K): pruned.value for pruned in found}
+    whole: Solution[list[Subspace]] | None = None
     if ranks:
         middle = sorted(counts[name] for name in ranks)[len(ranks) // 2]
         whole = subspaces(aims, left[middle].kept_K, max(ranks.values()))
-    errors = {}
+    errors, notes = {}, [*(pruned.notes for pruned in found), whole.notes if whole else ()]
     for name, layout in layouts.items():
         kept_K = left[counts[name]].kept_K
         edits = truncated(view.layer, aims, whole, ranks.get(name), kept_K)
-        w_DK = shortened(left[counts[name]].w_OK, gram_FF, kept_K, rank_of(layout, down))
-        errors[name] = map_error(w_DK, view.held_middles(edits, bias))
-    return Compared(errors=errors, kept=[found.kept_K for found in left.values()], subspaces=whole)
+        shortened = shorten(left[counts[name]].w_OK, gram_FF, kept_K, _rank(layout, "down"))
+        errors[name] = map_error(shortened.value, view.held_middles(edits))
+        notes += [shortened.notes, *(edit.notes for edit in edits)]
+    kept = {width: pruned.kept_K for width, pruned in left.items()}
+    return Solution(Divisions(errors=errors, kept=kept, subspaces=whole), notes=joined(*notes))
 
 
-def rank_of(layout: Layout, path: str) -> int | None:
+def kept_channels(view: StreamsView, aims: Sequence[Aim], count: int) -> Solution[torch.Tensor]:
+    """The channels that stay where so many do, ascending."""
+    pruned = next(removals(*reads_whole(view, aims), [count]))
+    return Solution(pruned.value.kept_K, notes=pruned.notes)
+
+
+def _width(layout: Layout, width: int) -> int:
+    return layout["down"].shape[1] if "down" in layout else width
+
+
+def _rank(layout: Layout, role: str) -> int | None:
     """None where a linear keeps its own."""
-    row = layout.get(path, {})
-    return row.get("rank", row.get("pivots"))
+    return layout[role].rank or None if role in layout else None
 
 
-def reads_whole(view: HalfView, aims: Sequence[Aim], bias: bool) -> tuple[torch.Tensor, torch.Tensor]:
-    """down, and the Gram of what it reads while gate and up are whole, its mean apart where a bias will make up for that."""
-    layer = view.layer
-    (down,) = layer.family.sites["ffn_mid"]
-    whole = [dense_edit(layer, aim, (aim.t_OI.shape[0], aim.t_OI.shape[1])) for aim in aims]
-    return layer.linear(down).weight, view.middle_gram(whole, bias)
+def reads_whole(view: StreamsView, aims: Sequence[Aim]) -> tuple[torch.Tensor, torch.Tensor]:
+    """down, and the Gram of what it reads while gate and up are whole."""
+    whole = [dense_edit(view.layer, aim) for aim in aims]
+    return view.layer.linear("down").weight, view.middle_gram(whole)
 
 
-def subspaces(aims: Sequence[Aim], serves: torch.Tensor | None, rank: int) -> list[Subspace]:
+def subspaces(aims: Sequence[Aim], serves: torch.Tensor | None, rank: int) -> Solution[list[Subspace]]:
     """Of linears that read the same: the best for the channels in `serves`, with the rows of all."""
     gram_II = aims[0].gram_II
     root_II = root(gram_II)
-    return [subspace(aim.t_OI, gram_II, rank, root_II, serves) for aim in aims]
+    found = [subspace(aim.t_OI, gram_II, rank, root_II.value, serves) for aim in aims]
+    return Solution([sub.value for sub in found], notes=joined(root_II.notes, *(sub.notes for sub in found)))
 
 
 def on_rows(found: Subspace, kept: torch.Tensor | None, rank: int) -> Subspace:
@@ -80,18 +106,20 @@ def on_rows(found: Subspace, kept: torch.Tensor | None, rank: int) -> Subspace:
 
 
 def truncated(
-    layer: StreamLayer, aims: Sequence[Aim], whole: Sequence[Subspace], rank: int | None, kept: torch.Tensor
-) -> list[Edit]:
+    layer: StreamLayer, aims: Sequence[Aim], whole: Solution[list[Subspace]] | None, rank: int | None,
+    kept: torch.Tensor,
+) -> list[Edit]:  # fmt: skip
     """gate and up on the channels `kept`, cut to a rank; where that is None, whole."""
     left = [narrowed(aim, kept) for aim in aims]
-    if rank is None:
-        return [dense_edit(layer, aim, (len(kept), aim.t_OI.shape[1]), kept) for aim in left]
-    return [truncated_edit(layer, aim, on_rows(found, kept, rank)) for aim, found in zip(left, whole, strict=True)]
+    if rank is None or whole is None:
+        return [dense_edit(layer, aim, kept) for aim in left]
+    pairs = zip(left, whole.value, strict=True)
+    return [truncated_edit(layer, aim, on_rows(found, kept, rank)) for aim, found in pairs]
 
 
-def shortened(w_DK: torch.Tensor, gram_FF: torch.Tensor, kept: torch.Tensor, rank: int | None) -> torch.Tensor:
+def shorten(w_DK: torch.Tensor, gram_FF: torch.Tensor, kept: torch.Tensor, rank: int | None) -> Solution[torch.Tensor]:
     """down cut to a rank, too, where it is to have one."""
     if rank is None:
-        return w_DK
+        return Solution(w_DK)
     found = subspace(w_DK, gram_FF[kept][:, kept], rank)
-    return product(found.basis_OR, found.map_RI)
+    return Solution(product(found.value.basis_OR, found.value.map_RI), notes=found.notes)

@@ -5,7 +5,7 @@ Shape suffixes: O out, I in, R rank.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -16,86 +16,85 @@ from streamlap.linalg.anchor import anchored, best_step, working
 from streamlap.linalg.moments import Sample
 from streamlap.linalg.pivot import folded_order, others, output_order, pivot_rows
 from streamlap.linalg.products import product
+from streamlap.linalg.solution import Solution, joined
 from streamlap.linalg.storage import as_stored, balanced
 from streamlap.linalg.subspace import Subspace, refit, subspace, two_factors
+from streamlap.loader.forms import Form, Pivoted
 from streamlap.loader.linears import LowRankLinear, PivotedLinear, StoredLinear
-from streamlap.methods.base import HalfView, Seen
+from streamlap.methods.base import Captured, StreamsView
 
 
 @dataclass(frozen=True, kw_only=True)
 class Aim:
-    """What a linear should be before anything is cut from it, and where it belongs."""
+    """What the linear of a role should be before anything is cut from it."""
 
-    path: str
+    role: str
     t_OI: torch.Tensor
     bias_O: torch.Tensor | None
     gram_II: torch.Tensor
+    """Of its inputs."""
 
 
-def input_aims(view: HalfView, paths: Sequence[str], step: float | None) -> list[Aim]:
-    """The linears at `paths`, which read a half's input, moved to give there what they gave before.
+def input_aims(view: StreamsView, roles: Sequence[str], step: float | None) -> Solution[list[Aim]]:
+    """The linears that read a sub-layer's input, moved to give there what they gave before.
 
     T = W + b (W' - W), W' = W (C + lambda)(S + lambda)^-1, with b = `step`, or where that is None the one that serves held-out
-    tokens best. Made once for all methods of a half.
+    tokens best.
     """
-    make = _unmoved_aims if step == 0 else _moved_aims
-    return view.once(("aims", *paths, step), lambda: make(view, paths, step))
-
-
-def _unmoved_aims(view: HalfView, paths: Sequence[str], step: float | None) -> list[Aim]:
-    gram_II = view.input_gram()
-    linears = {path: view.layer.linear(path) for path in paths}
-    return [
-        Aim(path=path, t_OI=dense.weight.to(gram_II.dtype), bias_O=dense.bias, gram_II=gram_II)
-        for path, dense in linears.items()
+    linears = {role: view.layer.linear(role) for role in roles}
+    if step == 0:
+        gram_II = view.input_gram()
+        targets = [linear.weight.to(gram_II.dtype) for linear in linears.values()]
+        notes: tuple[str, ...] = ()
+    else:
+        seen = view.inputs()
+        gram_II = seen.gram_II
+        into = anchored(torch.eye(len(gram_II)).to(gram_II), gram_II, seen.cross_AI)
+        targets = [_moved_input(linear.weight, into.value, seen, step) for linear in linears.values()]
+        notes = into.notes
+    aims = [
+        Aim(role=role, t_OI=t_OI, bias_O=linear.bias, gram_II=gram_II)
+        for (role, linear), t_OI in zip(linears.items(), targets, strict=True)
     ]
+    return Solution(aims, notes=notes)
 
 
-def _moved_aims(view: HalfView, paths: Sequence[str], step: float | None) -> list[Aim]:
-    seen, aims = view.inputs(), []
-    gram_II = seen.gram_II
-    into_II = anchored(torch.eye(len(gram_II)).to(gram_II), gram_II, seen.cross_AI)
-    for path in paths:
-        dense = view.layer.linear(path)
-        w_OI = dense.weight.to(gram_II.dtype)
-        target_TO = product(seen.held.anchor_TA.to(w_OI.dtype), w_OI.T)
-        t_OI = _moved(w_OI, product(w_OI, into_II), seen.held.x_TI, target_TO, step)
-        aims.append(Aim(path=path, t_OI=t_OI, bias_O=dense.bias, gram_II=gram_II))
-    return aims
+def _moved_input(w_OI: torch.Tensor, into_II: torch.Tensor, seen: Captured, step: float | None) -> torch.Tensor:
+    w_OI = w_OI.to(into_II.dtype)
+    target_TO = product(seen.held.anchor_TA.to(w_OI.dtype), w_OI.T)
+    return _part_of_the_way(w_OI, product(w_OI, into_II), seen.held.x_TI, target_TO, step)
 
 
-def _moved(
+def _part_of_the_way(
     w_OI: torch.Tensor, t_OI: torch.Tensor, x_TI: torch.Tensor, target_TO: torch.Tensor, step: float | None
 ) -> torch.Tensor:
-    """A part of the way from W to T: `step`, or what serves held-out tokens best."""
+    """From W towards T: `step` of it, or what serves held-out tokens best."""
     if step is None:
         step = best_step(w_OI, t_OI - w_OI, x_TI, target_TO)
     return torch.lerp(w_OI, t_OI, step)
 
 
-def output_aim(layer: StreamLayer, path: str, columns: torch.Tensor | None, seen: Seen, step: float | None) -> Aim:
-    """The linear at the end of a half, moved to add to the compressed stream what brings it to the dense one.
+def output_aim(
+    layer: StreamLayer, role: str, columns: torch.Tensor | None, seen: Captured, step: float | None
+) -> Solution[Aim]:
+    """The last linear of a sub-layer, moved to add to the compressed stream what brings it to the dense one.
 
     `columns`: which of its inputs are left, in the order in which they now come; None where nothing changed.
     """
-    dense = layer.linear(path)
-    return moved(path, dense.weight if columns is None else dense.weight[:, columns], dense.bias, seen, step)
+    dense = layer.linear(role)
+    return moved(role, dense.weight if columns is None else dense.weight[:, columns], dense.bias, seen, step)
 
 
 def moved(
-    path: str, w_OI: torch.Tensor, bias_O: torch.Tensor | None, seen: Seen, step: float | None,
-    columns: torch.Tensor | None = None,
-) -> Aim:  # fmt: skip
-    """The same for a linear at the end of a half that has become `w_OI`; it reads only `columns` of what was seen, if given."""
-    gram_II, cross_AI, x_TI = seen.gram_II, seen.cross_AI, seen.held.x_TI
-    if columns is not None:
-        gram_II, cross_AI, x_TI = gram_II[columns][:, columns], cross_AI[:, columns], x_TI[:, columns]
-    t_OI = w_OI.to(gram_II.dtype)
+    role: str, w_OI: torch.Tensor, bias_O: torch.Tensor | None, seen: Captured, step: float | None
+) -> Solution[Aim]:
+    """The same for a last linear that has become `w_OI`."""
+    t_OI, notes = w_OI.to(seen.gram_II.dtype), tuple[str, ...]()
     if step != 0:
-        t_OI = _moved(t_OI, anchored(t_OI, gram_II, cross_AI), x_TI, seen.held.anchor_TA, step)
-    if seen.means is not None:  # a place for what `with_bias` will find
-        bias_O = t_OI.new_zeros(len(t_OI)) if bias_O is None else bias_O.clone()
-    return Aim(path=path, t_OI=t_OI, bias_O=bias_O, gram_II=gram_II)
+        found = anchored(t_OI, seen.gram_II, seen.cross_AI)
+        t_OI = _part_of_the_way(t_OI, found.value, seen.held.x_TI, seen.held.anchor_TA, step)
+        notes = found.notes
+    return Solution(Aim(role=role, t_OI=t_OI, bias_O=bias_O, gram_II=seen.gram_II), notes=notes)
 
 
 def narrowed(aim: Aim, kept: torch.Tensor) -> Aim:
@@ -104,14 +103,14 @@ def narrowed(aim: Aim, kept: torch.Tensor) -> Aim:
     return replace(aim, t_OI=aim.t_OI[kept], bias_O=bias_O)
 
 
-def dense_edit(layer: StreamLayer, aim: Aim, of: tuple[int, int], kept: torch.Tensor | None = None) -> Edit:
+def dense_edit(layer: StreamLayer, aim: Aim, kept: torch.Tensor | None = None) -> Edit:
     """A plain linear, of fewer channels where `kept` says so."""
-    dtype = layer.storage_dtype(aim.path)
+    dtype, path = layer.storage_dtype(aim.role), layer.family.path(aim.role)
     module = nn.Linear(aim.t_OI.shape[1], aim.t_OI.shape[0], bias=aim.bias_O is not None, device="meta")
-    module.weight = nn.Parameter(as_stored(aim.t_OI, dtype, aim.path), requires_grad=False)
+    module.weight = nn.Parameter(as_stored(aim.t_OI, dtype, path), requires_grad=False)
     if aim.bias_O is not None:
-        module.bias = nn.Parameter(as_stored(aim.bias_O, dtype, f"{aim.path}.bias"), requires_grad=False)
-    return Edit(path=aim.path, module=module, of=of, error=0.0, kept=as_kept(kept))
+        module.bias = nn.Parameter(as_stored(aim.bias_O, dtype, f"{path}.bias"), requires_grad=False)
+    return Edit(role=aim.role, module=module, native=layer.native(aim.role), error=0.0, kept=as_kept(kept))
 
 
 def as_kept(kept: torch.Tensor | None) -> tuple[int, ...] | None:
@@ -119,50 +118,52 @@ def as_kept(kept: torch.Tensor | None) -> tuple[int, ...] | None:
 
 
 def low_rank_edit(
-    layer: StreamLayer, aim: Aim, row: Mapping[str, int], of: tuple[int, int], kept: torch.Tensor | None = None
+    layer: StreamLayer, aim: Aim, form: Form | None, kept: torch.Tensor | None = None
 ) -> tuple[Edit, torch.Tensor | None]:
-    """The edit that `row` describes; and, where it folds its order away, the natural row at each place of its output."""
-    if "rank" not in row and "pivots" not in row:
-        return dense_edit(layer, aim, of, kept), None
-    found = subspace(aim.t_OI, aim.gram_II, row.get("rank", row.get("pivots", 0)))
-    if "rank" in row:
-        return factored(layer, aim, found, of, kept), None
-    pivots_R = pivot_rows(found.basis_OR, row.get("groups", 1))
-    return pivoted(layer, aim, found, pivots_R, row.get("groups"), of, kept)
+    """The edit that gives a linear its form; and, where that folds its order away, the natural row at each place of its
+    output."""
+    if form is None or not form.rank:
+        return dense_edit(layer, aim, kept), None
+    found = subspace(aim.t_OI, aim.gram_II, form.rank)
+    if not isinstance(form, Pivoted):
+        return factored(layer, aim, found, kept), None
+    pivots = pivot_rows(found.value.basis_OR, form.groups or 1)
+    return pivoted(layer, aim, found, pivots, form.groups, kept)
 
 
 def truncated_edit(layer: StreamLayer, aim: Aim, found: Subspace) -> Edit:
     """The factors of a subspace as they are: to be looked at, not to be stored."""
-    dtype, bias_O = layer.storage_dtype(aim.path), aim.bias_O
+    dtype, bias_O = layer.storage_dtype(aim.role), aim.bias_O
     scale_R = found.map_RI.norm(dim=1).clamp_min(torch.finfo(found.map_RI.dtype).tiny)
-    up_OR, down_RI = balanced(found.basis_OR * scale_R, found.map_RI / scale_R[:, None], dtype, aim.path)
-    module = LowRankLinear.from_factors(up_OR, down_RI, None if bias_O is None else bias_O.to(dtype))
-    return Edit(
-        path=aim.path, module=module, of=(aim.t_OI.shape[0], aim.t_OI.shape[1]), error=found.error(len(down_RI))
-    )
+    path = layer.family.path(aim.role)
+    factors = balanced(found.basis_OR * scale_R, found.map_RI / scale_R[:, None], dtype, path)
+    module = LowRankLinear.from_factors(*factors.value, None if bias_O is None else bias_O.to(dtype))
+    return _edit(layer, aim, module, found.error(len(found.map_RI)), factors.notes)
 
 
-def factored(
-    layer: StreamLayer, aim: Aim, found: Subspace, of: tuple[int, int], kept: torch.Tensor | None = None
-) -> Edit:
+def factored(layer: StreamLayer, aim: Aim, found: Solution[Subspace], kept: torch.Tensor | None = None) -> Edit:
     """Two factors."""
-    dtype = layer.storage_dtype(aim.path)
-    up_OR, down_RI = two_factors(found, aim.gram_II, aim.t_OI, dtype, aim.path)
+    dtype = layer.storage_dtype(aim.role)
+    factors = two_factors(found.value, aim.gram_II, aim.t_OI, dtype, layer.family.path(aim.role))
+    up_OR, down_RI = factors.value
     bias = None if aim.bias_O is None else aim.bias_O.to(dtype)
     module = LowRankLinear.from_factors(up_OR.contiguous(), down_RI.contiguous(), bias)
-    return Edit(path=aim.path, module=module, of=of, error=found.error(down_RI.shape[0]), kept=as_kept(kept))
+    notes = joined(found.notes, factors.notes)
+    return _edit(layer, aim, module, found.value.error(len(down_RI)), notes, kept)
 
 
 def pivoted(
-    layer: StreamLayer, aim: Aim, found: Subspace, pivots_R: torch.Tensor, groups: int | None, of: tuple[int, int],
+    layer: StreamLayer, aim: Aim, found: Solution[Subspace], pivots: Solution[torch.Tensor], groups: int | None,
     kept: torch.Tensor | None = None,
 ) -> tuple[Edit, torch.Tensor | None]:  # fmt: skip
     """Pivot rows as they are, rounded, and the other rows fitted again to what the rounding made of them."""
-    dtype, rows = layer.storage_dtype(aim.path), aim.t_OI.shape[0]
-    base_RI = as_stored(product(found.basis_OR[pivots_R], found.map_RI), dtype, aim.path)
+    dtype, rows, pivots_R = layer.storage_dtype(aim.role), aim.t_OI.shape[0], pivots.value
+    path = layer.family.path(aim.role)
+    base_RI = as_stored(product(found.value.basis_OR[pivots_R], found.value.map_RI), dtype, path)
     order_O = None if groups is None else folded_order(pivots_R, rows, groups)
     rest_N = others(pivots_R, rows)
-    rest_NR = as_stored(refit(aim.t_OI[rest_N], base_RI, aim.gram_II), dtype, f"{aim.path}.rest")
+    fitted = refit(aim.t_OI[rest_N], base_RI, aim.gram_II)
+    rest_NR = as_stored(fitted.value, dtype, f"{path}.rest")
     bias_O = aim.bias_O if aim.bias_O is None or order_O is None else aim.bias_O[order_O]
     module = PivotedLinear.from_parts(
         base_RI.contiguous(), rest_NR.contiguous(), None if bias_O is None else bias_O.to(dtype),
@@ -170,31 +171,20 @@ def pivoted(
     )  # fmt: skip
     if kept is not None and order_O is not None:
         kept = kept[order_O]
-    error = found.error(len(pivots_R))
-    return Edit(path=aim.path, module=module, of=of, error=error, kept=as_kept(kept)), order_O
+    notes = joined(found.notes, pivots.notes, fitted.notes)
+    return _edit(layer, aim, module, found.value.error(len(pivots_R)), notes, kept), order_O
 
 
-def with_bias(layer: StreamLayer, edit: Edit, seen: Seen) -> Edit:
-    """The edit, with the bias that makes up for what it does to the means, where these were taken off what it is fitted to.
-
-    The weights that are best on centred tokens are best with it. FLAP's compensation (An et al. 2024, arXiv 2312.11983) is
-    the bias without the fit.
-    """
-    if seen.means is None:
-        return edit
-    mean_I, mean_O = seen.means
-    module, own = edit.module, layer.linear(edit.path).bias
-    assert isinstance(module, nn.Linear | StoredLinear)
-    w_OI = module.weight if isinstance(module, nn.Linear) else module.merged(torch.float32)
-    bias_O = mean_O - w_OI.to(mean_I.dtype) @ mean_I
-    stored_O = module.bias if isinstance(module, nn.Linear) else module.merged_bias()
-    assert isinstance(stored_O, nn.Parameter), "`moved` has made one"
-    stored_O.copy_(bias_O if own is None else bias_O + own)
-    return replace(edit, added_bias=own is None)
+def _edit(
+    layer: StreamLayer, aim: Aim, module: StoredLinear, error: float, notes: tuple[str, ...],
+    kept: torch.Tensor | None = None,
+) -> Edit:  # fmt: skip
+    native = layer.native(aim.role)
+    return Edit(role=aim.role, module=module, native=native, error=error, kept=as_kept(kept), notes=notes)
 
 
-def held_error(edit: Edit, seen: Seen) -> float:
-    """How far a half that ends in this edit is from its target on held-out tokens: root mean square over tokens of each
+def held_error(edit: Edit, seen: Captured) -> float:
+    """How far a sub-layer that ends in this edit is from its target on held-out tokens: root mean square over tokens of each
     token's squared error, over the mean of the target's. Tokens that are hit hard count for more than their share: a mean
     alone prefers to lose what few tokens need."""
     module = edit.module
@@ -203,7 +193,7 @@ def held_error(edit: Edit, seen: Seen) -> float:
 
 
 def map_error(w_OI: torch.Tensor, held: Sample) -> float:
-    """The same of a half that ends in the map W."""
+    """The same of a sub-layer that ends in the map W."""
     x_TI, w_OI, target_TO = working(held.x_TI, w_OI, held.anchor_TA)
     y_TO = product(x_TI, w_OI.T)
     missed = float((target_TO - y_TO).square().sum(dim=1).square().mean().sqrt())

@@ -5,60 +5,65 @@ What is left is plain attention of fewer heads, which loads wherever the layer's
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
 
 from streamlap.errors import RecipeError
-from streamlap.families.table import Family
 from streamlap.linalg.heads import group_order
-from streamlap.methods.anchored.costs import half_cost
+from streamlap.linalg.solution import joined
+from streamlap.loader.forms import Dense
+from streamlap.methods.anchored.costs import anchored_cost
 from streamlap.methods.anchored.fitting import dense_edit, held_error, input_aims, moved, narrowed
 from streamlap.methods.anchored.knobs import Steps
-from streamlap.methods.base import Budget, Built, Cost, HalfView, Layout, Shapes
+from streamlap.methods.base import Budget, Cost, Layouts, Natives, Solved, StreamsView
 
 
 @dataclass(frozen=True, kw_only=True)
 class AttentionGroups(Steps):
-    """Knobs of the method. Only whole KV heads go, so that a half may stay well below its budget."""
+    """Knobs of the method. Only whole KV heads go, so that a sub-layer may stay well below its budget."""
 
-    half: ClassVar[str] = "attention"
+    sublayer: ClassVar[str] = "attention"
+    needs: ClassVar[tuple[str, ...]] = ()
 
-    def layout(self, family: Family, shapes: Shapes, biased: Mapping[str, bool], budget: Budget) -> Layout:
-        (q, k, v), (o,) = family.sites["attn_in"], family.sites["attn_out"]
-        heads, queries = shapes[v][0] // budget.head_dim, shapes[q][0] // budget.head_dim
-        each = sum(shapes[path][0] // heads * (shapes[path][1] + biased[path]) for path in (q, k, v))
-        each += shapes[o][0] * (shapes[o][1] // heads)
-        kept = min(heads, (budget.parameters - shapes[o][0] * biased[o]) // each)
+    def layouts(self, natives: Natives, budget: Budget) -> Layouts:
+        q, v, o = (natives[role] for role in ("q", "v", "o"))
+        heads, queries = v.shape[0] // budget.head_dim, q.shape[0] // budget.head_dim
+        inputs = [natives[role] for role in ("q", "k", "v")]
+        each = sum(linear.shape[0] // heads * (linear.shape[1] + linear.bias) for linear in inputs)
+        each += o.shape[0] * (o.shape[1] // heads)
+        kept = min(heads, (budget.parameters - o.shape[0] * o.bias) // each)
         if kept < 1:
             raise RecipeError(
                 f"attention_groups: {budget.parameters} parameters hold no KV head of {each}; lower the ratio."
             )
         if kept == heads:
-            return {}
+            return {"": {}}
         narrow, wide = kept * budget.head_dim, kept * (queries // heads) * budget.head_dim
-        return {q: {"out": wide}, k: {"out": narrow}, v: {"out": narrow}, o: {"in": wide}}
+        out = {"q": wide, "k": narrow, "v": narrow}
+        layout = {role: Dense((count, natives[role].shape[1]), natives[role].bias) for role, count in out.items()}
+        return {"": layout | {"o": Dense((o.shape[0], wide), o.bias)}}
 
-    def cost(self, family: Family, shapes: Shapes, layout: Layout) -> Cost:
-        return half_cost(family, "attention", shapes, layout)
+    def cost(self, natives: Natives, layouts: Layouts) -> Cost:
+        return anchored_cost(self.sublayer, natives, layouts)
 
-    def build(self, view: HalfView, layout: Layout) -> Built:
-        layer = view.layer
-        (q, k, v), (o,) = layer.family.sites["attn_in"], layer.family.sites["attn_out"]
-        shapes, aims = layer.shapes((q, k, v, o)), input_aims(view, (q, k, v), self.input_step)
-        whole = [dense_edit(layer, aim, shapes[aim.path]) for aim in aims]
-        rows = {path: torch.arange(shapes[path][0], device=layer.linear(path).weight.device) for path in (q, k, v)}
+    def solve(self, view: StreamsView, layouts: Layouts) -> Solved:
+        (layout,), layer = layouts.values(), view.layer
+        inputs = input_aims(view, ("q", "k", "v"), self.input_step)
+        aims, notes = inputs.value, inputs.notes
+        whole = [dense_edit(layer, aim) for aim in aims]
+        rows = {aim.role: torch.arange(len(aim.t_OI), device=aim.t_OI.device) for aim in aims}
         if layout:
-            mixed, size = view.middle_gram(whole), layer.head_dim
-            heads = shapes[v][0] // size
-            order_G, _ = group_order(layer.linear(o).weight, mixed, heads, shapes[o][1] // size)
-            kept_G = order_G[heads - layout[v]["out"] // size :].sort().values
-            rows = {path: index.view(heads, -1)[kept_G].flatten() for path, index in rows.items()}
-        edits = [dense_edit(layer, narrowed(aim, rows[aim.path]), shapes[aim.path], rows[aim.path]) for aim in aims]
+            size = layer.head_dim
+            heads, queries = len(rows["v"]) // size, layer.native("o").shape[1] // size
+            order = group_order(layer.linear("o").weight, view.middle_gram(whole), heads, queries)
+            kept_G = order.value[0][heads - layout["v"].shape[0] // size :].sort().values
+            rows = {role: index.view(heads, -1)[kept_G].flatten() for role, index in rows.items()}
+            notes = joined(notes, order.notes)
+        edits = [dense_edit(layer, narrowed(aim, rows[aim.role]), rows[aim.role]) for aim in aims]
         seen = view.middles(edits if layout else whole)
-        dense = layer.linear(o)
-        aim = moved(o, dense.weight.double()[:, rows[q]], dense.bias, seen, self.step)
-        edits.append(dense_edit(layer, aim, shapes[o], rows[q] if layout else None))
-        return Built(edits=edits, error=held_error(edits[-1], seen))
+        dense = layer.linear("o")
+        output = moved("o", dense.weight.double()[:, rows["q"]], dense.bias, seen, self.step)
+        edits.append(dense_edit(layer, output.value, rows["q"] if layout else None))
+        return Solved(edits=edits, error=held_error(edits[-1], seen), notes=joined(notes, output.notes))

@@ -1,4 +1,4 @@
-"""The knobs that the anchored methods which cut ranks share."""
+"""The knobs that the anchored methods share."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from streamlap.methods.anchored.ranks import STORAGES, RankSite, share_ranks
 OUTPUTS = ("dense", "low_rank")
 
 LEAST = 0.6
-"""Share of their numbers that the other linears of a half must keep where the last one stays dense."""
+"""Share of their numbers that the other linears of a sub-layer must keep where the last one stays dense."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -19,9 +19,9 @@ class Steps:
     """How far linears are moved from what they were towards what brings the compressed stream to the dense one, 0 to 1."""
 
     step: float | None = None
-    """Of the last linear of the half. None is what serves held-out tokens best."""
+    """Of the last linear of the sub-layer. None is what serves held-out tokens best."""
     input_step: float | None = 0.0
-    """Of those that read the half's input."""
+    """Of those that read the sub-layer's input."""
 
     def __post_init__(self) -> None:
         for name, value in (("step", self.step), ("input_step", self.input_step)):
@@ -41,24 +41,15 @@ class Knobs(Steps):
     storage: str = "pivoted"
     """pivoted: rows of the matrix and a map from them to the others; factors: two factors."""
 
-    bias: bool = False
-    """Whether the last linear is fitted with a bias, which it gets where it has none."""
-
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not isinstance(self.bias, bool):
-            raise RecipeError(f"bias is {shown(self.bias)}; wanted true or false.")
         for name, value, choices in (("output", self.output, OUTPUTS), ("storage", self.storage, STORAGES)):
             if value not in choices:
                 raise RecipeError(f"{name} is {shown(value)}; wanted one of {', '.join(choices)}.")
 
     def ranks(self, others: Sequence[RankSite], last: RankSite, budget: int) -> dict[str, int | None]:
-        """Of the linears of a half within what it may store; None, or no entry, stays dense."""
+        """Of the linears of a sub-layer within what it may store; None, or no entry, stays dense."""
         rest = budget - last.stored(None)
         if self.output == "dense" and rest >= LEAST * sum(site.stored(None) for site in others):
             return share_ranks(others, rest)
         return share_ranks([*others, last], budget)
-
-    def bias_row(self, biased: bool) -> dict[str, int]:
-        """What the last linear's row says of a bias, given whether the dense one has its own."""
-        return {"bias": 1} if self.bias and not biased else {}

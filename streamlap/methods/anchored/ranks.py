@@ -1,8 +1,8 @@
-"""Ranks that use a budget up: how a half of a layer shares its stored parameters between its linears.
+"""Ranks that use a budget up: how a sub-layer shares its stored parameters between its linears.
 
-A site is a linear of O rows and I columns in identity-block or two-factor storage. Its rank grows in steps, and at the rank at
-which it would store no less than the dense matrix it stays dense. Sites get equal shares of what their dense forms store; what
-rounding leaves over goes to single steps, the dearest that still fits first.
+A site is a linear in identity-block or two-factor storage. Its rank grows in steps; where a rank would store no less than the
+dense matrix, the site stays dense. Sites get equal shares of what their dense forms store. What rounding leaves over goes to
+single steps, the dearest that still fits first.
 """
 
 from __future__ import annotations
@@ -11,36 +11,46 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from streamlap.errors import RecipeError
-from streamlap.linalg.budget import low_rank_parameters, pivoted_parameters
+from streamlap.loader.forms import Dense, Form, LowRank, Pivoted
 
 STORAGES = ("pivoted", "factors")
 
 
 @dataclass(frozen=True, kw_only=True)
 class RankSite:
-    """A linear, or several of one shape that are to have one rank (`copies`)."""
+    """A linear, or several of one shape that are to have one rank (`copies`); biases are not counted."""
 
     name: str
-    rows: int
-    columns: int
+    shape: tuple[int, int]
+    """(out, in)."""
+    itemsize: int
+    """Bytes of a weight."""
     storage: str = "pivoted"
-    step: int = 1
-    """Ranks are multiples of it."""
-    index: int = 0
-    """Parameters that a stored order counts as."""
+    groups: int | None = None
+    """Runs of rows whose pivots are chosen alike, so that no order is stored; None where one is."""
     copies: int = 1
 
-    def stored(self, rank: int | None) -> int:
-        """Parameters at a rank; None is dense."""
+    def at(self, rank: int | None) -> Form:
+        """The form at a rank; None is dense."""
         if rank is None:
-            return self.copies * self.rows * self.columns
-        formula = pivoted_parameters if self.storage == "pivoted" else low_rank_parameters
-        return self.copies * (formula(self.rows, self.columns, rank) + self.index)
+            return Dense(self.shape)
+        if self.storage == "factors":
+            return LowRank(self.shape, rank=rank)
+        return Pivoted(self.shape, rank=rank, groups=self.groups)
+
+    def stored(self, rank: int | None) -> int:
+        """Parameters at a rank."""
+        return self.copies * self.at(rank).parameters(self.itemsize)
+
+    @property
+    def step(self) -> int:
+        """Ranks are multiples of it."""
+        return self.groups or 1 if self.storage == "pivoted" else 1
 
     @property
     def most(self) -> int:
         """The largest rank that stores less than the dense matrix, 0 where none does."""
-        rank = (min(self.rows, self.columns) - 1) // self.step * self.step
+        rank = (min(self.shape) - 1) // self.step * self.step
         while rank > 0 and self.stored(rank) >= self.stored(None):
             rank -= self.step
         return rank
@@ -71,8 +81,8 @@ def share_ranks(sites: Sequence[RankSite], budget: int) -> dict[str, int | None]
     for site in sites:
         if ranks[site.name] == 0:
             raise RecipeError(
-                f"{budget} parameters for {', '.join(site.name for site in sites)} leave {site.name} "
-                f"[{site.rows}, {site.columns}] no rank; wanted at least {site.step}. Choose a lower ratio."
+                f"{budget} parameters for {', '.join(site.name for site in sites)} leave {site.name} {list(site.shape)} no "
+                f"rank; wanted at least {site.step}. Choose a lower ratio."
             )
     return ranks
 

@@ -1,26 +1,31 @@
-"""Attention as two activation-weighted factors: LoRAP's half for q, k, v, o (Li, Tang & Zhang 2024, arXiv 2404.09695)."""
+"""Attention as two activation-weighted factors: LoRAP's way with q, k, v, o (Li, Tang & Zhang 2024, arXiv 2404.09695)."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 
 from streamlap.errors import RecipeError
 from streamlap.families.layer import Edit, StreamLayer
-from streamlap.families.table import Family
 from streamlap.linalg.budget import lorap_pair_ranks
 from streamlap.linalg.lowrank import awsvd, awsvd_bytes, awsvd_flops
-from streamlap.linalg.statistics import Energy
 from streamlap.linalg.storage import balanced
+from streamlap.loader.forms import LowRank
 from streamlap.loader.linears import LowRankLinear
-from streamlap.methods.base import Cost, Layout, Shapes, Statistic
+from streamlap.methods.base import Budget, Cost, DenseView, Layouts, Natives, Solved
+
+READS = {"q": "q", "k": "q", "v": "q", "o": "o"}
+"""Role -> the role whose inputs it reads."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class AttentionAwsvd:
     """Knobs of the method. `Edit.error` is the discarded share of the squared singular values of W D."""
+
+    sublayer: ClassVar[str] = "attention"
+    needs: ClassVar[tuple[str, ...]] = ("q", "o")
 
     alpha: float = 3.0
     """Parameters given to (v, o) for each one given to (q, k)."""
@@ -29,44 +34,41 @@ class AttentionAwsvd:
         if not 1 <= self.alpha <= 100:
             raise RecipeError(f"attention_awsvd: alpha is {self.alpha}; wanted a number from 1 to 100.")
 
-    def paths(self, family: Family) -> tuple[str, ...]:
-        return (*family.sites["attn_in"], *family.sites["attn_out"])
+    def layouts(self, natives: Natives, budget: Budget) -> Layouts:
+        layout = {}
+        for pair in (("q", "o"), ("k", "v")):
+            ranks = lorap_pair_ranks(*natives[pair[0]].shape, budget.ratio, self.alpha)
+            for role, rank in zip(pair, ranks, strict=True):
+                shape = natives[role].shape
+                if rank is not None and rank < 1:
+                    raise RecipeError(
+                        f"attention_awsvd: ratio {budget.ratio} and alpha {self.alpha} leave {role} {list(shape)} rank "
+                        f"{rank}; wanted at least 1. Choose a lower ratio."
+                    )
+                if rank is not None:
+                    layout[role] = LowRank(shape, natives[role].bias, rank)
+        return {"": layout}
 
-    def layout(self, family: Family, shapes: Shapes, target: float) -> Layout:
-        (q, k, v), (o,) = family.sites["attn_in"], family.sites["attn_out"]
-        ranks: dict[str, int | None] = {}
-        for weak, strong in ((q, o), (k, v)):
-            ranks[weak], ranks[strong] = lorap_pair_ranks(*shapes[weak], target, self.alpha)
-        for path, rank in ranks.items():
-            if rank is not None and rank < 1:
-                raise RecipeError(
-                    f"attention_awsvd: ratio {target} and alpha {self.alpha} leave {path} {list(shapes[path])} rank "
-                    f"{rank}; wanted at least 1. Choose a lower ratio."
-                )
-        return {path: {"rank": rank} for path, rank in ranks.items() if rank is not None}
-
-    def cost(self, family: Family, shapes: Shapes, target: float) -> Cost:
-        ranks = {path: row["rank"] for path, row in self.layout(family, shapes, target).items()}
+    def cost(self, natives: Natives, layouts: Layouts) -> Cost:
+        forms = layouts[""].values()
         return Cost(
-            workspace_bytes=max((awsvd_bytes(*shapes[path], rank) for path, rank in ranks.items()), default=0),
-            flops=sum(awsvd_flops(*shapes[path], rank) for path, rank in ranks.items()),
-            decompositions=tuple(min(shapes[path]) for path in ranks),
+            workspace_bytes=max((awsvd_bytes(*form.shape, form.rank) for form in forms), default=0),
+            flops=sum(awsvd_flops(*form.shape, form.rank) for form in forms),
+            decompositions=tuple(min(form.shape) for form in forms),
         )
 
-    def wants(self, layer: StreamLayer) -> dict[str, Statistic]:
-        return {"attn_in": Energy(), "attn_out": Energy()}
-
-    def edit(self, layer: StreamLayer, stats: Mapping[str, Statistic], target: float) -> list[Edit]:
-        site_of = {path: site for site in ("attn_in", "attn_out") for path in layer.family.sites[site]}
-        layout = self.layout(layer.family, layer.shapes(self.paths(layer.family)), target)
-        return [factor(layer, path, stats[site_of[path]].scale(), row["rank"]) for path, row in layout.items()]
+    def solve(self, view: DenseView, layouts: Layouts) -> Solved:
+        return Solved(
+            edits=[factor(view.layer, role, view.scale(READS[role]), form.rank) for role, form in layouts[""].items()]
+        )
 
 
-def factor(layer: StreamLayer, path: str, scale_I: torch.Tensor, rank: int) -> Edit:
-    """The edit that replaces the linear at `path` by its activation-weighted factors. Its bias stays as it is."""
-    dense, dtype = layer.linear(path), layer.storage_dtype(path)
-    up_OR, down_RI, error = awsvd(dense.weight, scale_I, rank)
-    up_OR, down_RI = balanced(up_OR, down_RI, dtype, path)
+def factor(layer: StreamLayer, role: str, scale_I: torch.Tensor, rank: int) -> Edit:
+    """The edit that replaces the linear of a role by its activation-weighted factors. Its bias stays as it is."""
+    dense, dtype = layer.linear(role), layer.storage_dtype(role)
+    found = awsvd(dense.weight, scale_I, rank)
+    factors = balanced(*found.value, dtype, layer.family.path(role))
+    up_OR, down_RI = factors.value
     bias = None if dense.bias is None else dense.bias.to(dtype)
     module = LowRankLinear.from_factors(up_OR.contiguous(), down_RI.contiguous(), bias)
-    return Edit(path=path, module=module, of=(dense.out_features, dense.in_features), error=error)
+    return Edit(role=role, module=module, native=layer.native(role), error=found.error, notes=factors.notes)

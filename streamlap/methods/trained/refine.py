@@ -9,17 +9,17 @@ Shape suffixes: B batch, L length, D hidden.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 
+from streamlap.errors import RecipeError, shown
 from streamlap.linalg.rows import rows_out
+from streamlap.linalg.statistics import all_finite
+from streamlap.methods.base import Pair, Run
 
-Pair = tuple[torch.Tensor, torch.Tensor]
-"""x_BLD, the compressed stream before the layer, and goal_BLD, the dense one after it; see `linalg.rows.paired`."""
-Run = Callable[[Mapping[str, torch.Tensor], torch.Tensor], torch.Tensor]
-"""The layer as a function of its parameters by name, in float32, and of x_BLD."""
+MOST_EPOCHS = 10_000
 
 MASTER_BYTES = 16
 """For each parameter of the layer, in float32: itself, its gradient, and the two moments of AdamW."""
@@ -30,11 +30,11 @@ LEAST_SIZE = 1e-3
 
 
 @dataclass(frozen=True, kw_only=True)
-class Refinement:
+class Refine:
     """Knobs of the training."""
 
-    epochs: int
-    """Times that every calibration sequence is seen."""
+    epochs: int = 25
+    """Times that every calibration sequence is seen, at most."""
     learning_rate: float = 1e-2
     """Highest, as a share of each tensor's root mean square; from there it falls to nothing along a cosine."""
     warm_up: float = 0.1
@@ -44,10 +44,20 @@ class Refinement:
     seed: int = 0
     """Of the order of the sequences."""
 
-    def order(self, layer: int, epoch: int, numbers: Sequence[int]) -> list[int]:
-        """The sequences of these numbers, shuffled: a step takes one."""
-        generator = torch.Generator().manual_seed((self.seed << 40) + (layer << 20) + epoch)
-        return [numbers[place] for place in torch.randperm(len(numbers), generator=generator).tolist()]
+    def __post_init__(self) -> None:
+        if type(self.epochs) is not int or not 1 <= self.epochs <= MOST_EPOCHS:
+            raise RecipeError(
+                f"refine: epochs is {shown(self.epochs)}; wanted a whole number of epochs, 1 to {MOST_EPOCHS}."
+            )
+        if type(self.seed) is not int or not 0 <= self.seed < 2**20:
+            raise RecipeError(f"refine: seed is {shown(self.seed)}; wanted a whole number from 0 and below 2^20.")
+        for name, most in (("learning_rate", 1.0), ("warm_up", 1.0), ("patience", 1.0)):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value <= most:
+                raise RecipeError(f"refine: {name} is {shown(value)}; wanted a number above 0 and at most {most:g}.")
+
+    def start(self, parameters: Iterable[tuple[str, torch.Tensor]], run: Run, steps: int) -> Refining:
+        return Refining(self, parameters, run, steps)
 
     def rate(self, step: int, steps: int) -> float:
         """The learning rate of a step of so many."""
@@ -71,13 +81,10 @@ def distances(goal_BLD: torch.Tensor, y_BLD: torch.Tensor) -> torch.Tensor:
     return (goal_BLD - y_BLD).square().mean(dim=-1) / size_BL
 
 
-class Refiner:
-    """The training of one layer: its float32 masters, AdamW, and the best that came of it.
+class Refining:
+    """The training of one layer: its float32 masters, AdamW, and the best that came of it; see `base.Training`."""
 
-    Args: start, the parameters by name as they are stored; run, the layer; steps, in one epoch.
-    """
-
-    def __init__(self, knobs: Refinement, start: Iterable[tuple[str, torch.Tensor]], run: Run, steps: int) -> None:
+    def __init__(self, knobs: Refine, start: Iterable[tuple[str, torch.Tensor]], run: Run, steps: int) -> None:
         self.knobs, self._run, self._steps = knobs, run, steps
         self.dtypes: dict[str, torch.dtype] = {}
         self.masters: dict[str, torch.Tensor] = {}
@@ -108,6 +115,11 @@ class Refiner:
         most = self.knobs.patience * self.knobs.epochs
         return self.epoch >= self.knobs.epochs or waited >= most or not math.isfinite(self.held[-1])
 
+    def order(self, layer: int, numbers: Sequence[int]) -> list[int]:
+        """The sequences of these numbers, shuffled: a step takes one."""
+        generator = torch.Generator().manual_seed((self.knobs.seed << 40) + (layer << 20) + self.epoch)
+        return [numbers[place] for place in torch.randperm(len(numbers), generator=generator).tolist()]
+
     @property
     def rounded(self) -> dict[str, torch.Tensor]:
         """The masters as they would be stored."""
@@ -128,23 +140,28 @@ class Refiner:
         self._update = wanted / tokens or 1.0
         return missed / (self._update * tokens)
 
-    def descend(self, step: int, pair: Pair) -> None:
-        """The step of that number in this epoch, along the gradients of the loss on `pair`."""
+    def step(self, place: int, pair: Pair) -> float:
+        """The step of that number in this epoch, along the gradients of the loss on `pair`; gives that loss."""
         x_BLD, goal_BLD = pair
         self._adam.zero_grad()
         found = distances(goal_BLD, self._run(self.masters, x_BLD))
         loss = (found.mean() if found.numel() else found.sum()) / self._update
         loss.backward()  # type: ignore[no-untyped-call]
-        rate = self.knobs.rate(self.epoch * self._steps + step, self.knobs.epochs * self._steps)
+        rate = self.knobs.rate(self.epoch * self._steps + place, self.knobs.epochs * self._steps)
         for group in self._adam.param_groups:
             group["lr"] = rate * group["size"]
         self._adam.step()
+        return float(loss.detach())
 
     def close_epoch(self, loss: float) -> None:
         """Take down the loss after an epoch, and the parameters where it is the least so far."""
         if loss < min(self.held):
             self.best = {name: tensor.clone() for name, tensor in self.rounded.items()}
         self.held.append(loss)
+
+    def finish(self) -> dict[str, torch.Tensor]:
+        """The best, in the storage dtype; nothing where the start was never bettered, or where the best is not finite."""
+        return self.best if all(map(all_finite, self.best.values())) else {}
 
     def state(self) -> dict[str, torch.Tensor]:
         """All that the next epoch needs."""

@@ -76,12 +76,12 @@ def describe_export(out: Path, result: dict[str, int]) -> list[str]:
 
 
 def describe_survey(found: Survey) -> list[str]:
-    """A line for each half of each layer."""
-    lines = ["divergence from the dense model, nats a token, where one half alone is cut"]
+    """A line for each sub-layer of each layer."""
+    lines = ["divergence from the dense model, nats a token, where one sub-layer alone is cut"]
     for index, layer in enumerate(found.layers):
-        for half, points in layer.items():
+        for name, points in layer.items():
             cells = [f"{point.kl:.5f} at {point.keep:.0%}" for point in points]
-            lines.append(f"layer {index:<4}{half:<11}{'   '.join(cells)}")
+            lines.append(f"layer {index:<4}{name:<11}{'   '.join(cells)}")
     return lines
 
 
@@ -89,7 +89,7 @@ def describe_plan(plan: Plan) -> list[str]:
     sequences, length = plan.calibration_tokens
     hours = " to ".join(tqdm.format_interval(seconds) for seconds in (plan.seconds_low, plan.seconds_high))
     way = "read-ahead on" if plan.overlap else "read-ahead off"
-    heaviest = max(plan.layers, key=lambda layer: layer.seconds_low)
+    heaviest = max(plan.figures, key=lambda layer: layer.seconds_low)
     rows = [
         ("output", f"{show_size(plan.output_bytes)} of shards at ratio {plan.ratio:g}"),
         ("peak RAM", show_size(plan.peak_ram_bytes)),

@@ -1,0 +1,5 @@
+"""`python -m streamlap`, as `streamlap`."""
+
+from streamlap.cli import main
+
+main()

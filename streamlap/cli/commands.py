@@ -1,0 +1,201 @@
+"""The commands: options -> one call of the Python interface -> text or JSON."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+import streamlap
+from streamlap.cli.options import (
+    CapOptions,
+    Dtype,
+    Json,
+    Length,
+    Model,
+    Overwrite,
+    RecipeOptions,
+    RunOptions,
+    StopAfter,
+    TextOptions,
+    given,
+    takes,
+)
+from streamlap.cli.show import (
+    describe_demo,
+    describe_evaluation,
+    describe_export,
+    describe_inventory,
+    describe_plan,
+    describe_report,
+    describe_survey,
+    emit,
+)
+from streamlap.demo import run_demo
+from streamlap.errors import BudgetError
+from streamlap.planning.allocate import Survey
+from streamlap.recipe import Recipe
+
+
+def recipe_of(options: RecipeOptions) -> Recipe:
+    """The recipe of the file, or the default, with the options that were given in place of its own."""
+    base = Recipe.from_yaml(options.recipe) if options.recipe else Recipe()
+    changes = given(options, "recipe", "calibration", "ratio", "target_size", "target_params")
+    files = {"files": tuple(options.calibration)} if options.calibration else {}
+    return base.override(**changes, **files)
+
+
+def how_small(options: RecipeOptions) -> dict[str, Any]:
+    """The one of them that was given; of several the call complains."""
+    wishes = {"ratio": options.ratio, "target_size": options.target_size, "target_params": options.target_params}
+    return {name: value for name, value in wishes.items() if value is not None}
+
+
+@takes
+def compress(
+    model: Model,
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="New folder for the result.")],
+    recipe: RecipeOptions,
+    run: RunOptions,
+    stop_after: StopAfter = None,
+    overwrite: Overwrite = False,
+    as_json: Json = False,
+) -> None:
+    """Compress MODEL into the new folder OUT. A run that was killed goes on when the command is given again."""
+    report = streamlap.compress(
+        model, out, recipe_of(recipe), overwrite=overwrite, stop_after=stop_after, **given(run), **how_small(recipe)
+    )
+    emit(as_json, report.to_json(), describe_report(report))
+
+
+@takes
+def plan(model: Model, recipe: RecipeOptions, run: RunOptions, as_json: Json = False) -> None:
+    """What compress with the same options would take: size, memory, disk, time. From headers; exit 4 if it does not fit."""
+    result = streamlap.plan(model, recipe_of(recipe), **given(run), **how_small(recipe))
+    emit(as_json, result.to_json(), describe_plan(result))
+    if not result.fits:
+        raise typer.Exit(BudgetError.exit_code)
+
+
+@takes
+def survey(
+    model: Model,
+    file: Annotated[Path, typer.Argument(metavar="FILE", help="New JSON file for compress --survey.")],
+    text: TextOptions,
+    run: RunOptions,
+    stop_after: StopAfter = None,
+    overwrite: Overwrite = False,
+    as_json: Json = False,
+) -> None:
+    """Measure once what each sub-layer of each layer loses by being cut; serves compress --survey at every ratio."""
+    found = streamlap.survey(
+        model, file, files=tuple(text.calibration or ()), overwrite=overwrite, stop_after=stop_after,
+        **given(text, "calibration"), **given(run),
+    )  # fmt: skip
+    emit(as_json, found.to_json(), describe_survey(found))
+
+
+@takes
+def resume(
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="Folder of an interrupted run, or file of a survey.")],
+    caps: CapOptions,
+    stop_after: StopAfter = None,
+    as_json: Json = False,
+) -> None:
+    """Go on with an interrupted compress, survey or export; OUT knows everything that is needed, the caps included."""
+    result = streamlap.resume(out, stop_after=stop_after, **given(caps))
+    if isinstance(result, dict):
+        emit(as_json, result, describe_export(out, result))
+    elif isinstance(result, Survey):
+        emit(as_json, result.to_json(), describe_survey(result))
+    else:
+        emit(as_json, result.to_json(), describe_report(result))
+
+
+@takes
+def evaluate(
+    model: Model,
+    run: RunOptions,
+    text: Annotated[
+        list[str] | None,
+        typer.Option(help="Text or token ids, as for --calibration; default: the bundled validation text."),
+    ] = None,
+    length: Length = None,
+    stride: Annotated[
+        int | None, typer.Option(help="Overlapping windows, each scoring its last STRIDE tokens.")
+    ] = None,
+    limit: Annotated[int | None, typer.Option(help="Use at most this many tokens.")] = None,
+    dtype: Dtype = None,
+    as_json: Json = False,
+) -> None:
+    """Streaming perplexity of any checkpoint, original or compressed; never more than one layer in memory."""
+    result = streamlap.evaluate(
+        model, text, length=length, stride=stride, limit=limit, dtype=dtype or "auto", **given(run)
+    )
+    emit(as_json, result.to_json(), describe_evaluation(result))
+
+
+@takes
+def inspect(
+    path: Annotated[str, typer.Argument(metavar="PATH", help="Checkpoint, output folder or hub id.")],
+    as_json: Json = False,
+) -> None:
+    """What is in a checkpoint or output folder: kinds, shapes, ranks, widths and parameters of every site."""
+    table = streamlap.inspect(path)
+    emit(as_json, table, describe_inventory(table))
+
+
+@takes
+def verify(
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="Output folder, or any checkpoint folder.")],
+    as_json: Json = False,
+) -> None:
+    """Check every shard: header, hash, shapes against config.json, no NaN; exit 3 with the list of faults."""
+    result = streamlap.verify(out)
+    lines = [f"{row['file']}{' ' + row['tensor'] if row['tensor'] else ''}: {row['fault']}" for row in result["faults"]]
+    emit(as_json, result, lines or [f"{out} is whole"])
+    if not result["ok"]:
+        raise typer.Exit(3)
+
+
+@takes
+def export(
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="Folder that streamlap wrote.")],
+    destination: Annotated[Path, typer.Argument(metavar="DEST", help="New folder.")],
+    to: Annotated[str, typer.Option(help="dense: factors multiplied back, removed channels as zeros.")],
+    stop_after: StopAfter = None,
+    as_json: Json = False,
+) -> None:
+    """Write a compressed model in another container."""
+    if to != "dense":
+        raise typer.BadParameter(f"{to!r} is not known; wanted dense", param_hint="--to")
+    result = streamlap.export_dense(out, destination, stop_after=stop_after)
+    emit(as_json, result, describe_export(destination, result))
+
+
+@takes
+def demo(
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="New folder for the compressed model.")] = Path(
+        "streamlap-demo"
+    ),
+    ratio: Annotated[float, typer.Option(help="Fraction of the decoder-linear parameters to remove.")] = 0.2,
+    as_json: Json = False,
+) -> None:
+    """Offline, in two minutes: compress the bundled trained model, show what it cost and what it kept."""
+    result = run_demo(out, ratio)
+    emit(as_json, result.to_json(), describe_demo(result))
+
+
+def show_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"streamlap {streamlap.__version__}")
+        raise typer.Exit
+
+
+def whole(
+    version: Annotated[
+        bool, typer.Option("--version", callback=show_version, is_eager=True, help="Print the version and exit.")
+    ] = False,
+) -> None:
+    """Compress a huge language model on small hardware, one decoder layer at a time."""

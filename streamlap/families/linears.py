@@ -1,0 +1,46 @@
+"""The linears of a decoder layer by their roles. Methods ask for roles; only a family knows the paths.
+
+q k v    read the input of attention
+o        writes what attention adds to the hidden states
+gate up  read the input of the FFN
+down     writes what the FFN adds to the hidden states
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sublayer:
+    """A part of a decoder layer that adds something to the hidden states: attention or the FFN."""
+
+    module: str
+    """Its path in the layer."""
+    reads: tuple[str, ...]
+    """Roles of the linears that read its input."""
+    writes: str
+    """Role of the linear whose output is added to the hidden states."""
+
+    @property
+    def roles(self) -> tuple[str, ...]:
+        """All of its linears, in order."""
+        return *self.reads, self.writes
+
+
+ROLES = {
+    "q": "self_attn.q_proj",
+    "k": "self_attn.k_proj",
+    "v": "self_attn.v_proj",
+    "o": "self_attn.o_proj",
+    "gate": "mlp.gate_proj",
+    "up": "mlp.up_proj",
+    "down": "mlp.down_proj",
+}
+"""Role -> path in the layer, as most families have it."""
+
+SUBLAYERS = {
+    "attention": Sublayer(module="self_attn", reads=("q", "k", "v"), writes="o"),
+    "ffn": Sublayer(module="mlp", reads=("gate", "up"), writes="down"),
+}
+"""In the order in which a layer runs them."""

@@ -1,0 +1,59 @@
+"""The layer in hand: what every step of the loop is given, and what it gives back."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import torch
+
+from streamlap.errors import NumericalError
+from streamlap.families.layer import Edit, StreamLayer
+from streamlap.linalg.statistics import all_finite
+from streamlap.pipeline.runner import LayerRunner
+from streamlap.pipeline.streams import HiddenStates, Streams
+from streamlap.planning.forecast import LayerPlan
+from streamlap.system.meters import PhaseClock
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayerInHand:
+    """One layer in memory, with its plan, the streams around it, and what runs it."""
+
+    runner: LayerRunner
+    streams: Streams
+    plan: LayerPlan
+    layer: StreamLayer
+    clock: PhaseClock
+
+    @property
+    def index(self) -> int:
+        return self.plan.index
+
+    @property
+    def compressed(self) -> HiddenStates:
+        """The compressed stream before the layer."""
+        return HiddenStates(bank=self.streams.compressed, generation=self.index)
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayerEdits:
+    """The edits of a layer, applied, and what there is to say of them."""
+
+    edits: Sequence[Edit]
+    out_NL: torch.Tensor
+    """Tokens that were left out of something."""
+    errors: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
+    """Sub-layer -> what was tried -> how far its output is from the target on held-out tokens."""
+    notes: tuple[str, ...] = ()
+
+
+def refuse_overflow(layer: StreamLayer, edits: Iterable[Edit]) -> None:
+    """Raise NumericalError where an edit has no finite form in the storage dtype; nothing of it is written then."""
+    for edit in edits:
+        for name, tensor in edit.module.state_dict().items():
+            if not all_finite(tensor):
+                raise NumericalError(
+                    f"{layer.prefix}.{layer.family.path(edit.role)}: {name} is not finite in {tensor.dtype}; wanted numbers "
+                    f"that {tensor.dtype} can hold. Convert the checkpoint to bfloat16 or float32 and compress that."
+                )

@@ -1,0 +1,124 @@
+"""The one place where a ratio becomes ranks and widths: budgets of sub-layers -> what their linears may become."""
+
+from __future__ import annotations
+
+import copy
+import itertools
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from streamlap.families.stream import ModelStream
+from streamlap.loader.forms import Form
+from streamlap.loader.modules import carriers, disk_name
+from streamlap.methods.base import Budget, Cost, Layout, Layouts, Method, Natives
+from streamlap.recipe import Recipe
+from streamlap.store.header import TensorInfo
+from streamlap.store.sink import shard_bytes
+
+
+@dataclass(frozen=True, kw_only=True)
+class Candidate:
+    """A method that may compress a sub-layer, with what it may make of it."""
+
+    name: str
+    method: Method
+    layouts: Layouts
+    cost: Cost
+
+
+Candidates = Mapping[str, Sequence[Candidate]]
+"""Sub-layer -> those that may compress it; none where it stays as it is."""
+
+
+def uniform_parameters(stream: ModelStream, index: int, ratio: float) -> dict[str, int]:
+    """Sub-layer -> what it may store where all give the same share."""
+    return {name: int((1.0 - ratio) * dense_parameters(stream, index, name)) for name in stream.family.sublayers}
+
+
+def dense_parameters(stream: ModelStream, index: int, sublayer: str) -> int:
+    """Parameters of the linears of a sub-layer before any edit, biases included."""
+    natives, itemsize = stream.natives(index), stream.storage_itemsize(index)
+    return sum(natives[role].parameters(itemsize) for role in stream.family.sublayers[sublayer].roles)
+
+
+def layer_candidates(stream: ModelStream, recipe: Recipe, index: int, parameters: Mapping[str, int]) -> Candidates:
+    """What each sub-layer of a layer may become within its parameters; what attention leaves over, the FFN may use.
+
+    Raises RecipeError where a method cannot reach its budget.
+    """
+    natives, planned, spare = stream.natives(index), {}, 0
+    for name in stream.family.sublayers:
+        budget = Budget(
+            ratio=recipe.ratio, parameters=parameters[name] + spare, itemsize=stream.storage_itemsize(index),
+            head_dim=stream.head_dim,
+        )  # fmt: skip
+        planned[name] = [candidate(key, method, natives, budget) for key, method in recipe.of_sublayer(name).items()]
+        stored = [
+            sum(
+                layout.get(role, natives[role]).parameters(budget.itemsize)
+                for role in stream.family.sublayers[name].roles
+            )
+            for found in planned[name]
+            for layout in found.layouts.values()
+        ]
+        spare = budget.parameters - max(stored) if stored else 0
+    return planned
+
+
+def candidate(name: str, method: Method, natives: Natives, budget: Budget) -> Candidate:
+    layouts = method.layouts(natives, budget)
+    return Candidate(name=name, method=method, layouts=layouts, cost=method.cost(natives, layouts))
+
+
+def possible_layouts(candidates: Candidates) -> Iterator[Layout]:
+    """What the layer may become: one thing, or as many as there are ways to choose among candidates and their variants."""
+    tries = [
+        [layout for found in rivals for layout in found.layouts.values()] for rivals in candidates.values() if rivals
+    ]
+    for choice in itertools.product(*tries):
+        yield {role: form for layout in choice for role, form in layout.items()}
+
+
+def largest_layout(stream: ModelStream, index: int, candidates: Candidates) -> Layout:
+    """Of what may be made of each sub-layer, what stores most: which of them it will be is known only later."""
+
+    def stored(layout: Layout) -> int:
+        return shard_bytes(layer_entries(stream, index, layout))
+
+    merged: dict[str, Form] = {}
+    for rivals in candidates.values():
+        layouts = [layout for found in rivals for layout in found.layouts.values()]
+        if layouts:
+            largest = layouts[0] if len(layouts) == 1 else max(layouts, key=stored)
+            merged |= largest
+    return merged
+
+
+def layer_entries(stream: ModelStream, index: int, layout: Layout) -> dict[str, TensorInfo | torch.Tensor]:
+    """Every tensor of the layer's shard by name; see `planned_tensors`."""
+    copied, made = planned_tensors(stream, index, layout)
+    return {**copied, **made}
+
+
+def planned_tensors(
+    stream: ModelStream, index: int, layout: Layout
+) -> tuple[dict[str, TensorInfo], dict[str, torch.Tensor]]:
+    """What the layer's shard will hold, by name: places in the source that are copied, and tensors on meta that are made."""
+    stored, prefix = stream.layer_tensors(index), stream.layer_name(index)
+    module = copy.deepcopy(stream.layers[index])
+    edited = {stream.family.path(role): form for role, form in layout.items()}
+    for place, form in edited.items():
+        module.set_submodule(place, form.build("meta"))
+    parts = carriers(module)
+    copied: dict[str, TensorInfo] = {}
+    made: dict[str, torch.Tensor] = {}
+    for name, tensor in module.state_dict().items():
+        path = next((path for path in edited if name.startswith(path + ".")), None)
+        if path is None:
+            copied[f"{prefix}.{name}"] = stored[name]
+        else:
+            dtype = stored[f"{path}.weight"].dtype if tensor.is_floating_point() else tensor.dtype
+            made[f"{prefix}.{disk_name(name, parts)}"] = tensor.to(dtype)
+    return copied, made

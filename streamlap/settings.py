@@ -1,0 +1,84 @@
+"""How a run goes about its work: device, folders, caps, time. None of it changes the result; that is the recipe's part."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from typing import Any
+
+from streamlap.system.budget import parse_size
+from streamlap.system.device import pick_device
+from streamlap.system.signals import parse_time
+
+KEPT = ("device", "work", "max_ram", "max_vram", "overlap")
+"""What a run that is resumed begins with again; the others are given anew each time."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunSettings:
+    """Settings of one process. Raises RecipeError, naming the field, for what is no size or time."""
+
+    device: str = "auto"
+    """auto, cpu, cuda or cuda:N."""
+    work: str | Path | None = None
+    """Folder for hidden states between layers; None is inside the output."""
+    max_ram: int | str | None = None
+    """Cap on all that the process holds, as bytes or as text like 8GiB; None is what is free."""
+    max_vram: int | str | None = None
+    """The same on the GPU."""
+    overlap: bool = True
+    """Whether reading, writing and computing go on beside each other."""
+    stop_after: float | str | None = None
+    """Time, in seconds or as text like 3h50m, after which the run ends at its next commit; None is never."""
+    trust_remote_code: bool = False
+    """Whether a tokenizer that is code in the model folder may run; no other code of it ever does."""
+
+    def __post_init__(self) -> None:
+        for name in ("max_ram", "max_vram"):
+            object.__setattr__(self, name, parse_size(getattr(self, name), name))
+        if self.stop_after is not None:
+            object.__setattr__(self, "stop_after", parse_time(self.stop_after, "stop_after"))
+        object.__setattr__(self, "work", self.work and str(Path(self.work).resolve()))
+
+    @property
+    def caps(self) -> tuple[int | None, int | None]:
+        """Bytes of RAM and of VRAM."""
+        ram, vram = self.max_ram, self.max_vram
+        assert not isinstance(ram, str), "parsed above"
+        assert not isinstance(vram, str), "parsed above"
+        return ram, vram
+
+    def settled(self) -> RunSettings:
+        """The same with a device that is there, which becomes torch's current one. Raises RecipeError where there is none."""
+        return replace(self, device=pick_device(self.device))
+
+    def deadline(self) -> float:
+        """When to stop, for a run that begins now, on the clock of `time.monotonic`."""
+        assert not isinstance(self.stop_after, str), "parsed above"
+        return math.inf if self.stop_after is None else time.monotonic() + self.stop_after
+
+    def to_json(self) -> dict[str, Any]:
+        """What the journal keeps."""
+        return {name: getattr(self, name) for name in KEPT}
+
+    @classmethod
+    def from_json(cls, table: Mapping[str, Any]) -> RunSettings:
+        """Raises ValueError for a table that `to_json` did not write."""
+        kinds: dict[str, tuple[type, ...]] = {
+            "device": (str,), "work": (str, type(None)), "max_ram": (int, type(None)), "max_vram": (int, type(None)),
+            "overlap": (bool,),
+        }  # fmt: skip
+        for name, kind in kinds.items():
+            if type(table.get(name)) not in kind:
+                raise ValueError(f"setting {name} is {table.get(name)!r:.100}")
+        return cls(**{name: table[name] for name in KEPT})
+
+
+def split_options(options: Mapping[str, Any]) -> tuple[RunSettings, dict[str, Any]]:
+    """Settings from the options that are theirs, and the other options."""
+    names = {entry.name for entry in fields(RunSettings)}
+    own = {name: value for name, value in options.items() if name in names}
+    return RunSettings(**own), {name: value for name, value in options.items() if name not in names}

@@ -1,0 +1,25 @@
+"""The device that a run computes on."""
+
+from __future__ import annotations
+
+import re
+
+import torch
+
+from streamlap.errors import RecipeError
+
+
+def pick_device(name: str) -> str:
+    """auto, cpu, cuda or cuda:N -> a device that is there, a GPU by its number; it becomes torch's current one."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if not re.fullmatch(r"cpu|cuda(:[0-9]+)?", name):
+        raise RecipeError(f"device is {name!r}; wanted auto, cpu, cuda or cuda:N.")
+    if name.startswith("cuda") and int(name[5:] or 0) >= torch.cuda.device_count():
+        raise RecipeError(
+            f"device is {name!r}, and torch sees {torch.cuda.device_count()} CUDA devices; use --device cpu."
+        )
+    if name.startswith("cuda"):
+        name = f"cuda:{int(name[5:] or 0)}"
+        torch.cuda.set_device(name)
+    return name
