@@ -20,7 +20,7 @@ from transformers import (
     Qwen3Config,
 )
 
-from streamlap.loader.modules import LowRankLinear, PaddedLinear, PivotedLinear, SlicedLinear
+from streamlap.loader.linears import LowRankLinear, PivotedLinear
 from streamlap.loader.shim import write_shim
 
 Rows = dict[str, dict[str, int]]
@@ -65,8 +65,8 @@ def all_kinds(head_dim: int) -> Rows:
     return {
         attention.format(0, "q"): {"pivots": 7},
         attention.format(0, "k"): {"pivots": 4, "groups": 2},
-        attention.format(0, "v"): {"out_heads": 2, "head_dim": 5},
-        attention.format(0, "o"): {"in_heads": 4, "head_dim": 5, "bias": 1},
+        attention.format(0, "v"): {"rank": 5},
+        attention.format(0, "o"): {"rank": 6, "bias": 1},
         mlp.format(0, "gate"): {"pivots": 6, "groups": 3, "out": 33},
         mlp.format(0, "up"): {"pivots": 5, "out": 33},
         mlp.format(0, "down"): {"in": 33, "bias": 1},
@@ -83,8 +83,6 @@ def all_kinds(head_dim: int) -> Rows:
 SINGLE: dict[str, Rows] = {
     "ordered": {"model.layers.0.self_attn.o_proj": {"pivots": 7}},
     "folded": {"model.layers.0.mlp.up_proj": {"pivots": 6, "groups": 2}},
-    "padded": {"model.layers.0.self_attn.v_proj": {"out_heads": 2, "head_dim": 5}},
-    "sliced": {"model.layers.0.self_attn.o_proj": {"in_heads": 4, "head_dim": 5}},
     "biased": {"model.layers.0.mlp.down_proj": {"in": 40, "bias": 1}},
 }
 TOKENS_BL = torch.arange(24).reshape(2, 12) * 7 % 96
@@ -145,28 +143,11 @@ def stored_parts(
         module = PivotedLinear.from_parts(weight[pivots], rest_NR, bias, stored, row.get("groups", 1))
         orders = {} if stored is None else {"order": stored}
         return {"weight": weight[pivots], "rest.weight": rest_NR, **orders, **biases}, module
-    if "out_heads" in row:
-        inner = linear(weight[kept_O := leading(len(weight), row["out_heads"], row["head_dim"])], bias, kept_O)
-        return dict(inner.state_dict()), PaddedLinear(inner, row["out_heads"], len(weight) // row["out_heads"])
-    if "in_heads" in row:
-        width = weight.shape[1]
-        inner = linear(weight[:, leading(width, row["in_heads"], row["head_dim"])], bias)
-        return dict(inner.state_dict()), SlicedLinear(inner, row["in_heads"], width // row["in_heads"])
-    inner = linear(weight, bias)
-    return dict(inner.state_dict()), inner
-
-
-def leading(width: int, heads: int, head_dim: int) -> torch.Tensor:
-    """The first `head_dim` channels of each head of `width` channels."""
-    return torch.arange(width).unflatten(0, (heads, -1))[:, :head_dim].flatten()
-
-
-def linear(weight: torch.Tensor, bias: torch.Tensor | None, kept_O: torch.Tensor | slice = slice(None)) -> nn.Linear:
-    module = nn.Linear(weight.shape[1], weight.shape[0], bias is not None)
-    module.weight = nn.Parameter(weight.contiguous())
+    dense = nn.Linear(weight.shape[1], weight.shape[0], bias is not None)
+    dense.weight = nn.Parameter(weight)
     if bias is not None:
-        module.bias = nn.Parameter(bias[kept_O])
-    return module
+        dense.bias = nn.Parameter(bias)
+    return dict(dense.state_dict()), dense
 
 
 def edit_config(folder: Path, **changes: Any) -> None:

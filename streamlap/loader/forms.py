@@ -20,7 +20,7 @@ from typing import ClassVar
 import torch
 from torch import nn
 
-from .linears import LowRankLinear, PivotedLinear, StoredLinear
+from .linears import LowRankLinear, PivotedLinear
 
 INDEX_ITEMSIZE = 4
 """Bytes of one number of a stored order: it is int32."""
@@ -31,6 +31,9 @@ short = _REPR.repr
 """What stands in a file as messages show it; no file can make them long."""
 
 WANTED = "at most one of 'rank' and 'pivots' (it may have 'groups'), and 'out', 'in' or 'bias'"
+
+HEAD_CUTS = {"out_heads", "in_heads"}
+"""Keys of forms that version 0.4 wrote and no other."""
 
 
 @dataclass(frozen=True)
@@ -206,18 +209,21 @@ def index_parameters(rows: int, itemsize: int) -> int:
 
 def form_of(module: nn.Module) -> Form:
     """The form of a module of a compressed or native layer."""
-    return MODULES.get(type(module), Dense).from_module(module)
+    form = next((form for kind, form in MODULES.items() if isinstance(module, kind)), Dense)
+    return form.from_module(module)
 
 
 def read_row(path: str, row: Mapping[str, int], native: Dense) -> Form:
     """The form that the row at `path` puts in place of `native`. Raises ValueError for a row that does not fit it."""
     kind = next((kind for kind in FORMS if kind.keys[0] in row), Dense)
     if not row or row.keys() - {*kind.keys, "out", "in", "bias"}:
-        raise ValueError(f"streamlap module {short(path)}: seen {short(dict(row))}; wanted {WANTED}")
+        hint = " Version 0.4 alone reads cuts of value heads." if row.keys() & HEAD_CUTS else ""
+        raise ValueError(f"streamlap module {short(path)}: seen {short(dict(row))}; wanted {WANTED}.{hint}")
     for key, width in zip(("out", "in"), native.shape, strict=True):
         check_size(path, key, row.get(key, width), width)
-    for key in row.keys() & set(kind.keys):
-        check_size(path, key, row[key], max(native.shape))
+    for key in kind.keys[1:]:
+        if row.get(key, 1) is None:  # null, which `from_row` would take for a key that is not there
+            check_size(path, key, row[key], max(native.shape))
     if "bias" in row:
         check_size(path, "bias", row["bias"], 1)
         if native.bias:
@@ -238,8 +244,3 @@ def check_size(path: str, key: str, size: int, most: int) -> None:
 def kind_of(form: Form, native: Dense) -> str:
     """dense, low_rank, pivoted, or pruned: a dense one of another width."""
     return "pruned" if isinstance(form, Dense) and form.shape != native.shape else form.kind
-
-
-def is_stored(module: nn.Module) -> bool:
-    """Whether a module is one of the compressed forms."""
-    return isinstance(module, StoredLinear)

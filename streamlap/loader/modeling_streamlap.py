@@ -10,9 +10,8 @@ from typing import Any
 
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
-from .forms import Form  # noqa: F401
-
 # For what their import does. All are named here: older transformers copy only the files that this very one imports.
+from .forms import Form  # noqa: F401
 from .hf_plugin import StreamlapQuantizer  # noqa: F401
 from .linears import StoredLinear  # noqa: F401
 from .modules import swap_modules  # noqa: F401

@@ -43,7 +43,8 @@ from transformers.distributed import DistributedConfig
 from transformers.trainer_utils import validate_quantization_for_training
 
 from streamlap.loader import hf_plugin
-from streamlap.loader.modules import LowRankLinear, StoredLinear
+from streamlap.loader.forms import form_of
+from streamlap.loader.linears import LowRankLinear, StoredLinear
 from streamlap.loader.shim import SHIM_FILES, write_shim
 
 REPOSITORY = Path(__file__).parents[2]
@@ -100,7 +101,7 @@ def test_loads_every_kind(tmp_path: Path, family: str, dtype: torch.dtype) -> No
     assert torch.equal(logits(model), logits(case.reference))
     assert not any(info[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"))
     kinds = [type(module).__name__ for module in model.modules() if isinstance(module, StoredLinear)]
-    assert sorted(kinds) == ["LowRankLinear", "PaddedLinear", *["PivotedLinear"] * 5, "SlicedLinear"]
+    assert sorted(kinds) == [*["LowRankLinear"] * 3, *["PivotedLinear"] * 5]
     assert model.get_submodule(Q_PROJ).order.dtype == torch.int32
     model.save_pretrained(tmp_path / "second")
     assert_same_tensors(load_file(tmp_path / "second" / "model.safetensors"), case.tensors)
@@ -119,6 +120,62 @@ def test_a_model_without_whole_groups_of_heads(tmp_path: Path, family: str) -> N
     assert_generates(model, case.reference)
     compiled = torch.compile(model, fullgraph=True, backend="eager")
     torch.testing.assert_close(logits(compiled), logits(case.reference), atol=1e-5, rtol=1e-5)
+
+
+def as_written_by_0_4(dense: dict[str, torch.Tensor], rows: Rows) -> dict[str, torch.Tensor]:
+    """Random tensors of a compressed folder, as docs/formats.md has them; `dense` gets the matrices that they stand for."""
+    stored = dict(dense)
+    for path, row in rows.items():
+        whole_OI, bias_O = torch.zeros_like(dense[f"{path}.weight"]), dense.get(f"{path}.bias")
+        out, width = row.get("out", len(whole_OI)), row.get("in", whole_OI.shape[1])
+        parts, w_oi = parts_and_matrix(row, out, width)
+        if bias_O is not None or "bias" in row:
+            parts["bias"] = torch.randn(out)
+            dense[f"{path}.bias"] = nn.functional.pad(parts["bias"], (0, len(whole_OI) - out))
+        whole_OI[:out, :width] = w_oi
+        dense[f"{path}.weight"] = whole_OI
+        stored |= {f"{path}.{name}": part for name, part in parts.items()}
+    return stored
+
+
+def parts_and_matrix(row: dict[str, int], out: int, width: int) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
+    """What lies on disk for a row, by the end of its name, and the matrix [out, width] that it is."""
+    if "rank" in row:
+        up_OR, down_RI = torch.randn(out, row["rank"]), torch.randn(row["rank"], width)
+        return {"weight": up_OR, "down.weight": down_RI}, up_OR @ down_RI
+    if "pivots" not in row:
+        w_OI = torch.randn(out, width)
+        return {"weight": w_OI}, w_OI
+    base_RI, rest_NR = torch.randn(row["pivots"], width), torch.randn(out - row["pivots"], row["pivots"])
+    parts, groups = {"weight": base_RI, "rest.weight": rest_NR}, row.get("groups", 1)
+    runs = zip(base_RI.chunk(groups), (rest_NR @ base_RI).chunk(groups), strict=True)
+    z_OI = torch.cat([part for run in runs for part in run])
+    if "groups" in row:
+        return parts, z_OI
+    order_O = torch.randperm(out, dtype=torch.int32)
+    return {**parts, "order": order_O}, torch.stack([z_OI[source] for source in order_O.tolist()])
+
+
+@pytest.mark.parametrize(("version", "rows"), [(1, MIXED), (2, MIXED), (2, all_kinds(8))], ids=["1", "2", "2-kinds"])
+def test_folders_of_version_0_4_load_the_same(tmp_path: Path, version: int, rows: Rows) -> None:
+    """Against dense matrices in a native model, so that no module of the loader is on both sides."""
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(FAMILIES["qwen2-tied"]()).eval()
+    model.save_pretrained(tmp_path)
+    dense = load_file(tmp_path / "model.safetensors")
+    stored = as_written_by_0_4(dense, rows)
+    save_file(stored, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    edit_config(tmp_path, quantization_config=TABLE | {"format_version": version, "modules": rows})
+    for name, tensor in dense.items():
+        path, _, leaf = name.rpartition(".")
+        model.get_submodule(path).register_parameter(leaf, nn.Parameter(tensor))
+    model.tie_weights()
+    loaded, info = load(tmp_path, output_loading_info=True)
+    assert not any(info[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    torch.testing.assert_close(logits(loaded), logits(model), atol=1e-4, rtol=1e-4)
+    assert {path: form_of(loaded.get_submodule(path)).own for path in rows} == {
+        path: {key: row[key] for key in ("rank", "pivots", "groups") if key in row} for path, row in rows.items()
+    }
 
 
 def test_reads_version_1_and_writes_version_2(tmp_path: Path) -> None:
@@ -349,6 +406,8 @@ Q_PROJ = "model.layers.0.self_attn.q_proj"
         ({"modules": {".*q_proj": {"rank": 7}}}, r"'\.\*q_proj'.*no such module"),
         ({"modules": {Q_PROJ: {}}}, f"'{Q_PROJ}'.*seen {{}}; wanted at most one of 'rank'"),
         ({"modules": {Q_PROJ: {"rank": "7"}}}, f"'{Q_PROJ}'.*rank = '7'; wanted an integer"),
+        ({"modules": {Q_PROJ: {"rank": None}}}, f"'{Q_PROJ}'.*rank = None; wanted an integer 1..31"),
+        ({"modules": {Q_PROJ: {"out_heads": 2, "head_dim": 5}}}, f"'{Q_PROJ}'.*seen {{'head_dim': 5, 'out_heads': 2}}"),
         ({"modules": {Q_PROJ: {"pivots": 32}}}, f"'{Q_PROJ}'.*pivots = 32; wanted an integer 1..31"),
         ({"modules": {Q_PROJ: {"rank": 32}}}, f"'{Q_PROJ}'.*rank = 32; wanted an integer 1..31"),
         ({"modules": {"model.layers.2.self_attn.q_proj": {"rank": 7}}}, "'model.layers.2.self_attn.q_proj'.*no such"),
@@ -395,9 +454,12 @@ def test_shim_is_the_packages_own_files(tmp_path: Path) -> None:
         os.umask(old_mask)
     assert sorted(path.name for path in tmp_path.iterdir()) == sorted(SHIM_FILES)
     for name in SHIM_FILES:
-        assert (tmp_path / name).read_bytes() == (REPOSITORY / "streamlap" / name).read_bytes()
+        assert (tmp_path / name).read_bytes() == (REPOSITORY / "streamlap" / "loader" / name).read_bytes()
         assert (tmp_path / name).stat().st_mode & 0o777 == 0o640
         assert "import streamlap" not in (tmp_path / name).read_text()
+    # Older transformers copy what the first file imports, and not what these import.
+    first, *others = SHIM_FILES
+    assert {f"{name}.py" for name in dynamic_module_utils.get_relative_imports(tmp_path / first)} == set(others)
     for auto_class, reference in auto_map.items():
         file, name = reference.split(".")
         assert hasattr(AutoModelForCausalLM if "Model" in auto_class else AutoConfig, "from_pretrained")
@@ -524,7 +586,7 @@ torch.distributed.init_process_group("gloo")
 tokens_BL = torch.arange(24).reshape(2, 12) * 7 % 96
 model = AutoModelForCausalLM.from_pretrained(folder, distributed_config=DistributedConfig(tp_size=2))
 attention = model.model.layers[0].self_attn
-split = attention.q_proj.up if hasattr(attention.q_proj, "up") else attention.v_proj.inner
+split = attention.v_proj.up
 assert split.weight.to_local().shape[0] * 2 == split.weight.shape[0]
 result = model(tokens_BL, labels=tokens_BL)
 result.loss.backward()
@@ -540,7 +602,7 @@ def test_tensor_parallel_is_refused_where_a_pivoted_output_would_be_split(kinds:
     plan = {"model.layers.*.self_attn.q_proj": "colwise", "model.layers.*.self_attn.o_proj": "rowwise"}
     model.hf_quantizer.update_parallel_plan(model, plan)
     assert [key for key in plan if "o_proj." in key] == [
-        f"model.layers.*.self_attn.o_proj.{p}" for p in ("inner", "base")
+        f"model.layers.*.self_attn.o_proj.{p}" for p in ("down", "base")
     ]
     model.config.distributed_config = DistributedConfig(tp_size=2)
     with pytest.raises(ValueError, match=rf"'{Q_PROJ}': seen {{'pivots': 7}} under .* 'colwise'"):
@@ -548,8 +610,8 @@ def test_tensor_parallel_is_refused_where_a_pivoted_output_would_be_split(kinds:
 
 
 SPLIT: Rows = {
-    "model.layers.0.self_attn.v_proj": {"out_heads": 2, "head_dim": 5},
-    "model.layers.0.self_attn.o_proj": {"in_heads": 4, "head_dim": 5, "bias": 1},
+    "model.layers.0.self_attn.v_proj": {"rank": 5},
+    "model.layers.0.self_attn.o_proj": {"rank": 6, "bias": 1},
     "model.layers.0.mlp.down_proj": {"pivots": 7, "bias": 1},
     "model.layers.1.self_attn.o_proj": {"pivots": 9},
     "model.layers.1.mlp.up_proj": {"bias": 1},

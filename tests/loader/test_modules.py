@@ -7,19 +7,9 @@ import pytest
 import torch
 from torch import nn
 
-from streamlap.loader.modules import (
-    LowRankLinear,
-    PaddedLinear,
-    PivotedLinear,
-    SlicedLinear,
-    StoredLinear,
-    carriers,
-    dense_linear,
-    disk_name,
-    merge_modules,
-    module_row,
-    swap_modules,
-)
+from streamlap.loader.forms import Dense, form_of
+from streamlap.loader.linears import LowRankLinear, PivotedLinear, StoredLinear
+from streamlap.loader.modules import carriers, dense_linear, disk_name, merge_modules, swap_modules
 
 
 class GatedMLP(nn.Module):
@@ -97,8 +87,6 @@ ROWS: dict[str, dict[str, int]] = {
     "ordered": {"pivots": 4},
     "folded": {"pivots": 4, "groups": 1},
     "folded in groups": {"pivots": 4, "groups": 2},
-    "padded": {"out_heads": 2, "head_dim": 3},
-    "sliced": {"in_heads": 3, "head_dim": 2},
 }
 every_row = pytest.mark.parametrize("row", ROWS.values(), ids=ROWS)
 
@@ -133,17 +121,6 @@ def test_parts_that_do_not_fit_are_refused(order_O: torch.Tensor | None, groups:
         PivotedLinear.from_parts(torch.zeros(4, 6), torch.zeros(6, 4), None, order_O, groups)
 
 
-def test_a_head_cut_leaves_the_tails_of_heads_out() -> None:
-    x_TI = torch.randn(3, 12, dtype=torch.float64)
-    padded, sliced = made(ROWS["padded"], bias=True), made(ROWS["sliced"])
-    assert isinstance(padded, PaddedLinear)
-    assert isinstance(sliced, SlicedLinear)
-    y_THK = padded(x_TI).unflatten(-1, (2, 5))
-    torch.testing.assert_close(y_THK[..., :3].flatten(1), padded.inner(x_TI))
-    assert not y_THK[..., 3:].any()
-    torch.testing.assert_close(sliced(x_TI), sliced.inner(x_TI[:, [0, 1, 4, 5, 8, 9]]))
-
-
 @every_row
 @pytest.mark.parametrize("bias", [False, True])
 def test_every_kind_is_its_dense_linear(row: dict[str, int], bias: bool) -> None:
@@ -153,8 +130,8 @@ def test_every_kind_is_its_dense_linear(row: dict[str, int], bias: bool) -> None
     x_BLI = torch.randn(2, 4, 12, dtype=torch.float64)
     torch.testing.assert_close(module(x_BLI), dense(x_BLI))
     assert (module.out_features, module.in_features) == (10, 12)
-    assert module_row(module, (10, 12)) == row
-    assert module_row(module, (11, 13)) == {**row, "out": 10, "in": 12}
+    assert form_of(module).row(Dense((10, 12), bias)) == row
+    assert form_of(module).row(Dense((11, 13), bias)) == {**row, "out": 10, "in": 12}
     assert dense_linear(module, (10, 12), torch.float32).weight.dtype == torch.float32
 
 
@@ -228,20 +205,15 @@ def test_swap_modules_builds_what_the_table_says(mlp: GatedMLP) -> None:
     [
         ({"gate.inner": {"rank": 2}}, "'gate.inner'.*no such module"),
         ({"norm": {"rank": 2}}, "'norm'.*LayerNorm"),
-        ({"gate": {}}, "'gate'.*wanted at most one of 'rank', 'pivots'"),
+        ({"gate": {}}, "'gate'.*wanted at most one of 'rank' and 'pivots'"),
         ({"gate": {"rank": 2, "pivots": 2}}, "'gate'.*wanted at most one of"),
         ({"gate": {"groups": 2}}, "'gate'.*wanted at most one of"),
         ({"gate": {"rank": 2, "groups": 2}}, "'gate'.*wanted at most one of"),
-        ({"gate": {"out_heads": 2}}, "'gate'.*wanted at most one of"),
-        ({"gate": {"head_dim": 2}}, "'gate'.*wanted at most one of"),
-        ({"gate": {"out_heads": 2, "in_heads": 2, "head_dim": 2}}, "'gate'.*wanted at most one of"),
+        ({"gate": {"groups": 2, "out": 4}}, "'gate'.*wanted at most one of"),
         ({"gate": {"pivots": 9}}, r"pivots = 9.*1\.\.8"),
         ({"down": {"pivots": 8}}, r"pivots = 8.*1\.\.7"),
         ({"gate": {"pivots": 6, "groups": 4}}, "groups = 4.*divisor of 6 and 6"),
         ({"gate": {"pivots": 6, "groups": 0}}, r"groups = 0.*1\.\.6"),
-        ({"gate": {"out_heads": 5, "head_dim": 2}}, "out_heads = 5.*divisor of 12"),
-        ({"gate": {"out_heads": 3, "head_dim": 4}}, r"head_dim = 4.*1\.\.3"),
-        ({"down": {"in_heads": 3, "head_dim": 4}}, r"head_dim = 4.*1\.\.3"),
         ({"gate": {"bias": 2}}, r"bias = 2.*1\.\.1"),
         ({"gate": {"bias": True}}, "bias = True.*integer"),
         ({"down": {"bias": 1}}, "'down'.*seen a bias.*has its own"),
@@ -280,11 +252,11 @@ def test_merge_modules_is_the_way_back(mlp: GatedMLP) -> None:
     assert {mlp.get_submodule(path).weight.dtype for path in dense_shapes} == {torch.float32}
 
 
-def test_new_biases_and_cut_heads_merge_too() -> None:
+def test_new_biases_and_narrow_outputs_merge_too() -> None:
     torch.manual_seed(0)
     root = nn.Sequential(nn.Linear(8, 12, bias=False), nn.Linear(12, 8, bias=False)).double()
     shapes = {"0": (12, 8), "1": (8, 12)}
-    swap_modules(root, {"0": {"out_heads": 2, "head_dim": 3, "out": 8}, "1": {"in": 8, "bias": 1}})
+    swap_modules(root, {"0": {"pivots": 3, "out": 8}, "1": {"in": 8, "bias": 1}})
     x_TI = torch.randn(5, 8, dtype=torch.float64)
     wanted_TO = root(x_TI)
     merge_modules(root, shapes)
