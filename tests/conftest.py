@@ -9,6 +9,7 @@ os.environ.setdefault("TQDM_DISABLE", "1")
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -35,6 +36,17 @@ PICO = {
     "pad_token_id": None,
 }
 
+ROPE = {"rope_theta": 10_000.0, "factor": 4.0, "original_max_position_embeddings": 8}
+PICO_OF: dict[str, dict[str, Any]] = {
+    "smollm3": {"no_rope_layer_interval": 2, "use_sliding_window": True, "sliding_window": 5},
+    "ministral": {"sliding_window": 5, "layer_types": ["sliding_attention", "full_attention", "sliding_attention"]},
+    "ministral3": {"rope_parameters": ROPE | {"rope_type": "yarn", "llama_4_scaling_beta": 0.1}},
+    "seed_oss": {"attention_bias": True, "attention_out_bias": False},
+    "ernie4_5": {"use_bias": True},
+    "hunyuan_v1_dense": {"rope_parameters": ROPE | {"rope_type": "dynamic", "alpha": 1000.0}},
+}
+"""Model type -> what shows, in three layers of 64 tokens, what its layers do and others do not."""
+
 TEXT = "\n".join(f"On day {day} the {noun} went to sea, and {noun} {day} came home again." for day in range(60)
                  for noun in ("boat", "captain", "old man", "whale"))  # fmt: skip
 
@@ -54,7 +66,9 @@ def make_pico(
 ) -> Path:
     """Write a random model of `model_type`; biases and norms are random too, so that losing one shows."""
     torch.manual_seed(seed)
-    settings = AutoConfig.for_model(model_type, **(PICO | {"tie_word_embeddings": tied} | config))
+    settings = AutoConfig.for_model(
+        model_type, **(PICO | PICO_OF.get(model_type, {}) | {"tie_word_embeddings": tied} | config)
+    )
     model = AutoModelForCausalLM.from_config(settings)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
