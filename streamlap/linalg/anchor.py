@@ -73,7 +73,7 @@ def _enough(gram_II: torch.Tensor, damping: float) -> tuple[Solution[torch.Tenso
             f"a Gram of size {len(gram_II)} is not positive definite after damping of {used:g}; wanted finite statistics "
             "of the inputs. Take more calibration text, or dtype float32."
         )
-    return Solution(factor_II), used
+    return Solution(factor_II, notes=_damping_notes(gram_II, used, damping)), used
 
 
 def root(gram_II: torch.Tensor) -> Solution[torch.Tensor]:

@@ -25,7 +25,8 @@ def weights(out: int, width: int, seed: int = 0) -> tuple[torch.Tensor, torch.Te
 @pytest.mark.parametrize("shape", [(24, 24), (16, 40), (40, 16)])
 def test_full_rank_factors_give_the_matrix_back(shape: tuple[int, int]) -> None:
     w_OI, scale_I = weights(*shape)
-    up_OR, down_RI, error = awsvd(w_OI, scale_I, min(shape))
+    found = awsvd(w_OI, scale_I, min(shape))
+    (up_OR, down_RI), error = found.value, found.error
     torch.testing.assert_close(up_OR @ down_RI, w_OI.double(), rtol=1e-9, atol=1e-9)
     assert error == pytest.approx(0, abs=1e-12)
 
@@ -34,7 +35,8 @@ def test_full_rank_factors_give_the_matrix_back(shape: tuple[int, int]) -> None:
 @pytest.mark.parametrize("rank", [1, 7, 15])
 def test_error_equals_the_measured_one_and_the_tail_of_an_independent_svd(shape: tuple[int, int], rank: int) -> None:
     w_OI, scale_I = weights(*shape)
-    up_OR, down_RI, error = awsvd(w_OI, scale_I, rank)
+    found = awsvd(w_OI, scale_I, rank)
+    (up_OR, down_RI), error = found.value, found.error
     weighted_OI = w_OI.double() * scale_I.double()
     measured = ((w_OI.double() - up_OR @ down_RI) * scale_I.double()).square().sum() / weighted_OI.square().sum()
     values = torch.linalg.svdvals(weighted_OI)
@@ -45,7 +47,7 @@ def test_error_equals_the_measured_one_and_the_tail_of_an_independent_svd(shape:
 def test_the_scale_is_split_between_the_factors() -> None:
     """up = U S^1/2, so its columns have the norms S^1/2; one factor with all of S would lose bits in bf16."""
     w_OI, scale_I = weights(16, 40)
-    up_OR, _, _ = awsvd(w_OI, scale_I, 5)
+    up_OR, _ = awsvd(w_OI, scale_I, 5).value
     values = torch.linalg.svdvals(w_OI.double() * scale_I.double())[:5]
     torch.testing.assert_close(up_OR.square().sum(0), values, rtol=1e-9, atol=0)
 
@@ -56,11 +58,11 @@ def test_blocks_of_rows_or_columns_give_the_same_factors(
     shape: tuple[int, int], dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     w_OI, scale_I = weights(*shape)
-    up_OR, down_RI, error = awsvd(w_OI.to(dtype), scale_I, 9)
+    whole = awsvd(w_OI.to(dtype), scale_I, 9)
     monkeypatch.setattr(lowrank, "BLOCK", 7)
     blocked = awsvd(w_OI.to(dtype), scale_I, 9)
-    torch.testing.assert_close(blocked[0] @ blocked[1], up_OR @ down_RI, rtol=1e-9, atol=1e-9)
-    assert blocked[2] == pytest.approx(error, rel=1e-9)
+    torch.testing.assert_close(torch.mm(*blocked.value), torch.mm(*whole.value), rtol=1e-9, atol=1e-9)
+    assert blocked.error == pytest.approx(whole.error, rel=1e-9)
 
 
 @pytest.mark.parametrize("threads", [1, 3, 4])
@@ -98,9 +100,9 @@ def test_a_decomposition_that_fails_leaves_the_threads_as_they_were(monkeypatch:
 @pytest.mark.parametrize("shape", [(12, 20), (20, 12)])
 def test_a_rank_deficient_matrix_gives_finite_factors(shape: tuple[int, int]) -> None:
     w_OI = torch.outer(torch.arange(1.0, shape[0] + 1), torch.arange(1.0, shape[1] + 1))
-    up_OR, down_RI, error = awsvd(w_OI, torch.ones(shape[1]), 6)
-    torch.testing.assert_close(up_OR @ down_RI, w_OI.double(), rtol=1e-9, atol=1e-9)
-    assert error < 1e-12
+    found = awsvd(w_OI, torch.ones(shape[1]), 6)
+    torch.testing.assert_close(torch.mm(*found.value), w_OI.double(), rtol=1e-9, atol=1e-9)
+    assert found.error < 1e-12
 
 
 def published_rule(h: int, s: float, alpha: float) -> tuple[int, int | None]:

@@ -33,23 +33,24 @@ def test_what_is_left_is_what_refits_give(counts: list[int], monkeypatch: pytest
     w_OF, x_TF = problem()
     before = w_OF.clone()
     found = list(removals(w_OF, x_TF.T @ x_TF, counts, TINY))
-    assert [len(removal.kept_K) for removal in found] == counts
+    assert [len(solution.value.kept_K) for solution in found] == counts
     assert torch.equal(w_OF, before)
-    for removal in found:
-        assert removal.kept_K.tolist() == sorted(set(removal.kept_K.tolist()))
-        assert removal.lost == pytest.approx(refit_loss(w_OF, x_TF, removal.kept_K), rel=1e-6, abs=1e-9)
-        x_TK = x_TF[:, removal.kept_K]
+    for solution in found:
+        pruned = solution.value
+        assert pruned.kept_K.tolist() == sorted(set(pruned.kept_K.tolist()))
+        assert solution.error == pytest.approx(refit_loss(w_OF, x_TF, pruned.kept_K), rel=1e-6, abs=1e-9)
+        x_TK = x_TF[:, pruned.kept_K]
         refit_OK = torch.linalg.lstsq(x_TK, x_TF @ w_OF.double().T).solution.T
-        torch.testing.assert_close(removal.w_OK, refit_OK, rtol=1e-6, atol=1e-6)
+        torch.testing.assert_close(pruned.w_OK, refit_OK, rtol=1e-6, atol=1e-6)
 
 
 def test_the_first_to_go_has_the_lowest_score() -> None:
     w_OF, x_TF = problem()
     inverse_FF = torch.linalg.inv(x_TF.T @ x_TF)
     score_F = w_OF.double().square().sum(0) / inverse_FF.diagonal()
-    (removal,) = removals(w_OF, x_TF.T @ x_TF, [WIDTH - 1], TINY)
-    assert set(range(WIDTH)) - set(removal.kept_K.tolist()) == {int(score_F.argmin())}
-    assert removal.lost == pytest.approx(float(score_F.min()), rel=1e-6)
+    (solution,) = removals(w_OF, x_TF.T @ x_TF, [WIDTH - 1], TINY)
+    assert set(range(WIDTH)) - set(solution.value.kept_K.tolist()) == {int(score_F.argmin())}
+    assert solution.error == pytest.approx(float(score_F.min()), rel=1e-6)
     rest = Rest(w_OF, x_TF.T @ x_TF, TINY)
     for channel in range(WIDTH):
         kept = [other for other in range(WIDTH) if other != channel]
@@ -81,10 +82,10 @@ def test_dead_channels_go_first_and_cost_nothing(scale: float) -> None:
     w_OF[:, dead] *= 100
     x_TF[:, dead] = 0
     before = w_OF.clone()
-    (removal,) = removals(w_OF, x_TF.T @ x_TF * scale, [WIDTH - 2], 1e-3)
+    (solution,) = removals(w_OF, x_TF.T @ x_TF * scale, [WIDTH - 2], 1e-3)
     assert torch.equal(w_OF, before)
-    assert set(range(WIDTH)) - set(removal.kept_K.tolist()) == set(dead)
-    assert removal.lost == 0
+    assert set(range(WIDTH)) - set(solution.value.kept_K.tolist()) == set(dead)
+    assert solution.error == 0
 
 
 def test_twins_are_not_both_removed() -> None:
@@ -92,17 +93,17 @@ def test_twins_are_not_both_removed() -> None:
     w_OF, x_TF = problem()
     x_TF[:, 4] = x_TF[:, 9]
     first, last = removals(w_OF, x_TF.T @ x_TF, [WIDTH - 1, WIDTH - 16], 1e-7)
-    assert len({4, 9} & set(first.kept_K.tolist())) == 1
-    assert first.lost < 1e-6 * last.lost
-    assert last.lost == pytest.approx(refit_loss(w_OF, x_TF, last.kept_K), rel=1e-3)
+    assert len({4, 9} & set(first.value.kept_K.tolist())) == 1
+    assert first.error < 1e-6 * last.error
+    assert last.error == pytest.approx(refit_loss(w_OF, x_TF, last.value.kept_K), rel=1e-3)
 
 
 def test_nothing_to_remove() -> None:
     w_OF, x_TF = problem()
-    (removal,) = removals(w_OF, x_TF.T @ x_TF, [WIDTH])
-    assert removal.kept_K.tolist() == list(range(WIDTH))
-    assert removal.lost == 0
-    assert torch.equal(removal.w_OK, w_OF.double())
+    (solution,) = removals(w_OF, x_TF.T @ x_TF, [WIDTH])
+    assert solution.value.kept_K.tolist() == list(range(WIDTH))
+    assert solution.error == 0
+    assert torch.equal(solution.value.w_OK, w_OF.double())
 
 
 @pytest.mark.parametrize("tokens", [1, 10])
@@ -110,8 +111,8 @@ def test_fewer_tokens_than_channels_work(tokens: int) -> None:
     w_OF, x_TF = problem(tokens)
     gram_FF = (x_TF.float().T @ x_TF.float()).double()
     found = list(removals(w_OF, gram_FF, [20, 12, 2]))
-    assert all(bool(torch.isfinite(removal.w_OK).all()) for removal in found)
-    lost = [removal.lost for removal in found]
+    assert all(bool(torch.isfinite(solution.value.w_OK).all()) for solution in found)
+    lost = [solution.error for solution in found]
     assert lost == sorted(lost)
 
 

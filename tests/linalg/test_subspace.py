@@ -42,7 +42,7 @@ def plain(t_OI: torch.Tensor, gram_II: torch.Tensor, rank: int) -> torch.Tensor:
 @pytest.mark.parametrize("shape", SHAPES)
 def test_full_rank_gives_the_map_back(shape: tuple[int, int]) -> None:
     t_OI, gram_II = problem(shape)
-    found = subspace(t_OI, gram_II, min(shape))
+    found = subspace(t_OI, gram_II, min(shape)).value
     torch.testing.assert_close(found.basis_OR @ found.map_RI, t_OI, rtol=1e-9, atol=1e-9)
     assert found.error(min(shape)) == 0
 
@@ -50,7 +50,7 @@ def test_full_rank_gives_the_map_back(shape: tuple[int, int]) -> None:
 @pytest.mark.parametrize("shape", SHAPES)
 def test_every_rank_errs_by_its_tail_and_no_map_errs_less(shape: tuple[int, int]) -> None:
     t_OI, gram_II = problem(shape)
-    found = subspace(t_OI, gram_II, min(shape))
+    found = subspace(t_OI, gram_II, min(shape)).value
     total = float((t_OI @ gram_II * t_OI).sum())
     assert float(found.energies.sum()) == pytest.approx(total, rel=1e-8)
     assert found.energies.tolist() == sorted(found.energies.tolist(), reverse=True)
@@ -67,7 +67,7 @@ def test_every_rank_errs_by_its_tail_and_no_map_errs_less(shape: tuple[int, int]
 @pytest.mark.parametrize("shape", SHAPES)
 def test_a_smaller_rank_is_the_beginning_of_a_larger_one(shape: tuple[int, int]) -> None:
     t_OI, gram_II = problem(shape)
-    small, large = subspace(t_OI, gram_II, 3), subspace(t_OI, gram_II, 7)
+    small, large = (subspace(t_OI, gram_II, rank).value for rank in (3, 7))
     first_OI = large.basis_OR[:, :3] @ large.map_RI[:3]
     torch.testing.assert_close(small.basis_OR @ small.map_RI, first_OI, rtol=1e-9, atol=1e-9)
     torch.testing.assert_close(large.basis_OR.T @ large.basis_OR, torch.eye(7).double(), rtol=0, atol=1e-12)
@@ -76,7 +76,7 @@ def test_a_smaller_rank_is_the_beginning_of_a_larger_one(shape: tuple[int, int])
 @pytest.mark.parametrize("shape", SHAPES)
 def test_a_root_that_is_known_gives_the_same(shape: tuple[int, int]) -> None:
     t_OI, gram_II = problem(shape)
-    alone, given = subspace(t_OI, gram_II, 5), subspace(t_OI, gram_II, 5, root(gram_II))
+    alone, given = (subspace(t_OI, gram_II, 5, root_II).value for root_II in (None, root(gram_II).value))
     for name in ("basis_OR", "map_RI", "energies"):
         assert torch.equal(getattr(alone, name), getattr(given, name)), name
 
@@ -90,12 +90,12 @@ def test_rows_that_are_not_served_are_the_best_combinations(rows: int, columns: 
     """And those that are, as if they were alone."""
     t_OI, gram_II = problem((rows, columns))
     serves = torch.randperm(rows, generator=torch.Generator().manual_seed(5))[:count].sort().values
-    alone, found = subspace(t_OI[serves], gram_II, 6), subspace(t_OI, gram_II, 6, serves=serves)
+    alone, found = subspace(t_OI[serves], gram_II, 6).value, subspace(t_OI, gram_II, 6, serves=serves).value
     torch.testing.assert_close(found.energies, alone.energies, rtol=1e-9, atol=0)
     together = alone.basis_OR @ alone.map_RI
     torch.testing.assert_close(found.basis_OR[serves] @ found.map_RI, together, rtol=1e-4, atol=1e-4)
     for rank in (2, 6):
-        best_OR = refit(t_OI, found.map_RI[:rank], gram_II)
+        best_OR = refit(t_OI, found.map_RI[:rank], gram_II).value
         torch.testing.assert_close(found.basis_OR[:, :rank], best_OR, rtol=1e-4, atol=1e-4)
 
 
@@ -105,7 +105,7 @@ def test_rows_are_themselves_at_full_rank_though_few_tokens_came(rows: int, colu
     t_OI, _ = problem((rows, columns))
     t_OI[count:] = torch.randn(rows - count, count).double() @ t_OI[:count]
     x_TI = torch.randn(3, columns, generator=torch.Generator().manual_seed(1)).double()
-    found = subspace(t_OI, x_TI.T @ x_TI, min(count, columns), serves=torch.arange(count))
+    found = subspace(t_OI, x_TI.T @ x_TI, min(count, columns), serves=torch.arange(count)).value
     torch.testing.assert_close(found.basis_OR @ found.map_RI, t_OI, rtol=1e-5, atol=1e-5)
 
 
@@ -119,7 +119,7 @@ def test_few_tokens_and_a_dead_input_are_harmless(shape: tuple[int, int], scale:
     gram_II = x_TI.T @ x_TI
     total = float((t_OI @ gram_II * t_OI).sum())
     for rank in range(1, min(shape) + 1):
-        found = subspace(t_OI, gram_II, rank)
+        found = subspace(t_OI, gram_II, rank).value
         w_OI = found.basis_OR @ found.map_RI
         assert bool(torch.isfinite(w_OI).all())
         assert w_OI.norm() <= t_OI.norm() * (1 + 1e-9)
@@ -138,7 +138,7 @@ def test_statistics_that_are_not_finite_are_an_error(shape: tuple[int, int]) -> 
 def test_what_a_solve_looks_at_stays_as_it_was() -> None:
     t_OI, gram_II = problem((20, 8))
     before = t_OI.clone(), gram_II.clone()
-    two_factors(subspace(t_OI, gram_II, 3), gram_II, t_OI, torch.float64)
+    two_factors(subspace(t_OI, gram_II, 3).value, gram_II, t_OI, torch.float64)
     assert torch.equal(t_OI, before[0])
     assert torch.equal(gram_II, before[1])
 
@@ -146,8 +146,8 @@ def test_what_a_solve_looks_at_stays_as_it_was() -> None:
 @pytest.mark.parametrize("shape", SHAPES)
 def test_the_scale_is_shared_by_the_factors(shape: tuple[int, int]) -> None:
     t_OI, gram_II = problem(shape)
-    found = subspace(t_OI, gram_II, 5)
-    up_OR, down_RI = two_factors(found, gram_II, t_OI, torch.float64)
+    found = subspace(t_OI, gram_II, 5).value
+    up_OR, down_RI = two_factors(found, gram_II, t_OI, torch.float64).value
     torch.testing.assert_close(up_OR.norm(dim=0), down_RI.norm(dim=1), rtol=1e-4, atol=0)
     best = float(found.energies[5:].sum())
     assert measured(t_OI, up_OR @ down_RI, gram_II) == pytest.approx(best, rel=1e-6)
@@ -156,12 +156,12 @@ def test_the_scale_is_shared_by_the_factors(shape: tuple[int, int]) -> None:
 @pytest.mark.parametrize("shape", SHAPES)
 def test_a_refit_after_rounding_brings_the_error_down(shape: tuple[int, int]) -> None:
     t_OI, gram_II = problem(shape)
-    found = subspace(t_OI, gram_II, 5)
-    up_OR, down_RI = two_factors(found, gram_II, t_OI, torch.bfloat16)
+    found = subspace(t_OI, gram_II, 5).value
+    up_OR, down_RI = two_factors(found, gram_II, t_OI, torch.bfloat16).value
     assert up_OR.dtype == down_RI.dtype == torch.bfloat16
     down_RI = down_RI.double()
     unfitted_OR = found.basis_OR * found.map_RI.norm(dim=1).sqrt()
-    fitted_OR = refit(t_OI, down_RI, gram_II)
+    fitted_OR = refit(t_OI, down_RI, gram_II).value
     assert measured(t_OI, fitted_OR @ down_RI, gram_II) < measured(t_OI, unfitted_OR @ down_RI, gram_II)
     assert torch.equal(up_OR, fitted_OR.to(torch.bfloat16))
 
@@ -172,7 +172,7 @@ def test_a_refit_is_weighted_least_squares() -> None:
     base_RI *= torch.logspace(0, -6, 5, dtype=torch.float64)[:, None]  # rows of very different size
     factor_II = torch.linalg.cholesky(gram_II)
     expected_OR = torch.linalg.lstsq((base_RI @ factor_II).T, (t_OI @ factor_II).T).solution.T
-    found_OR = refit(t_OI, base_RI, gram_II)
+    found_OR = refit(t_OI, base_RI, gram_II).value
     assert measured(t_OI, found_OR @ base_RI, gram_II) == pytest.approx(
         measured(t_OI, expected_OR @ base_RI, gram_II), rel=1e-8
     )
@@ -186,13 +186,13 @@ def test_a_refit_follows_the_map_where_no_token_went() -> None:
     t_OI = t_OI[:, :5] @ base_RI
     x_I = torch.randn(12, generator=torch.Generator().manual_seed(3)).double()
     for gram_II in (torch.outer(x_I, x_I), torch.zeros(12, 12).double()):
-        torch.testing.assert_close(refit(t_OI, base_RI, gram_II) @ base_RI, t_OI, rtol=1e-6, atol=1e-6)
+        torch.testing.assert_close(refit(t_OI, base_RI, gram_II).value @ base_RI, t_OI, rtol=1e-6, atol=1e-6)
 
 
 def test_a_refit_to_rows_that_repeat_is_finite() -> None:
     t_OI, gram_II = problem((20, 12))
     base_RI = t_OI[[0, 1, 1, 0]] * torch.tensor([1.0, 1.0, 2.0, 0.0]).double()[:, None]
-    fitted_OR = refit(t_OI[:2], base_RI, gram_II)
+    fitted_OR = refit(t_OI[:2], base_RI, gram_II).value
     assert bool(torch.isfinite(fitted_OR).all())
     torch.testing.assert_close(fitted_OR @ base_RI, t_OI[:2], rtol=1e-6, atol=1e-6)
 
@@ -203,14 +203,14 @@ PIVOTS = [(12, 12, 5, 1), (8, 20, 3, 1), (20, 8, 6, 1), (24, 24, 12, 4), (32, 16
 @pytest.mark.parametrize(("rows", "columns", "rank", "groups"), PIVOTS)
 def test_pivot_rows_and_a_map_are_the_matrix(rows: int, columns: int, rank: int, groups: int) -> None:
     t_OI, gram_II = problem((rows, columns))
-    found = subspace(t_OI, gram_II, rank)
+    found = subspace(t_OI, gram_II, rank).value
     w_OI = found.basis_OR @ found.map_RI
-    pivots_R = pivot_rows(found.basis_OR, groups)
+    pivots_R = pivot_rows(found.basis_OR, groups).value
     assert pivots_R.tolist() == sorted(set(pivots_R.tolist()))
     assert torch.bincount(pivots_R // (rows // groups), minlength=groups).tolist() == [rank // groups] * groups
     rest_N = others(pivots_R, rows)
     assert sorted([*pivots_R.tolist(), *rest_N.tolist()]) == list(range(rows))
-    rest_NR = refit(w_OI[rest_N], w_OI[pivots_R], gram_II)
+    rest_NR = refit(w_OI[rest_N], w_OI[pivots_R], gram_II).value
     torch.testing.assert_close(rest_NR @ w_OI[pivots_R], w_OI[rest_N], rtol=1e-8, atol=1e-8)
 
 
@@ -220,7 +220,7 @@ def test_the_map_from_the_pivots_is_of_moderate_size(groups: int, seed: int) -> 
     """Rows taken at random give coefficients of hundreds and more: rounding would be amplified as much."""
     generator = torch.Generator().manual_seed(seed)
     basis_OR = torch.linalg.qr(torch.randn(64, 32, generator=generator, dtype=torch.float64)).Q
-    pivots_R = pivot_rows(basis_OR, groups)
+    pivots_R = pivot_rows(basis_OR, groups).value
     rest_NR = basis_OR[others(pivots_R, 64)] @ torch.linalg.inv(basis_OR[pivots_R])
     assert rest_NR.abs().max() < 12
 
@@ -228,7 +228,7 @@ def test_the_map_from_the_pivots_is_of_moderate_size(groups: int, seed: int) -> 
 def test_a_group_never_spans_what_another_has() -> None:
     """The second half repeats the first: its pivots are those that the first left out."""
     first = torch.eye(4, dtype=torch.float64)
-    pivots_R = pivot_rows(torch.cat([first, first]), groups=2)
+    pivots_R = pivot_rows(torch.cat([first, first]), groups=2).value
     assert sorted((pivots_R % 4).tolist()) == [0, 1, 2, 3]
 
 
@@ -237,12 +237,12 @@ def test_a_pivot_is_chosen_by_what_all_before_it_have_left() -> None:
     head = torch.tensor([[3.0, 0, 0, 0, 0, 0], [2, 2, 0, 0, 0, 0], [-1, 1.9, 0, 0, 0, 0], [0, 0, 1, 0, 0, 0]])
     other = torch.tensor([[0.0, 0, 0, 1, 0, 0], [0, 0, 0, 0, 1, 0], [0, 0, 0, 0, 0, 1], [0, 0, 0, 0, 0, 0]])
     basis_OR = torch.cat([head, other]).double()
-    assert pivot_rows(basis_OR, groups=2).tolist() == [0, 1, 3, 4, 5, 6]
+    assert pivot_rows(basis_OR, groups=2).value.tolist() == [0, 1, 3, 4, 5, 6]
 
 
 def test_a_head_of_silent_rows_still_has_pivots_of_its_own() -> None:
     basis_OR = torch.cat([torch.zeros(4, 6), torch.randn(4, 6)]).double()
-    assert pivot_rows(basis_OR, groups=2)[:3].unique().tolist() == [0, 1, 2]
+    assert pivot_rows(basis_OR, groups=2).value[:3].unique().tolist() == [0, 1, 2]
 
 
 @pytest.mark.parametrize("seed", range(4))
@@ -251,7 +251,7 @@ def test_pivots_that_two_matrices_share_serve_both(seed: int, block: int, monkey
     monkeypatch.setattr(pivot, "BLOCK", block)
     generator = torch.Generator().manual_seed(seed)
     gate, up = (torch.linalg.qr(torch.randn(96, 32, generator=generator, dtype=torch.float64)).Q for _ in range(2))
-    pivots_R = shared_pivot_rows([gate, up])
+    pivots_R = shared_pivot_rows([gate, up]).value
     assert pivots_R.tolist() == sorted(set(pivots_R.tolist()))
     assert len(pivots_R) == 32
     for basis_OR in (gate, up):
@@ -262,21 +262,21 @@ def test_pivots_that_two_matrices_share_serve_both(seed: int, block: int, monkey
 def test_a_row_that_is_nothing_in_one_matrix_is_no_shared_pivot(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(pivot, "POOL", 1)
     gate, up = torch.tensor([[0.9], [0.4]]).double(), torch.tensor([[0.0], [1.0]]).double()
-    assert shared_pivot_rows([gate, up]).tolist() == [1]
+    assert shared_pivot_rows([gate, up]).value.tolist() == [1]
 
 
 def test_shared_pivots_are_never_chosen_twice(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(pivot, "BLOCK", 1)
     basis_OR = torch.zeros(6, 3).double()
     basis_OR[0] = torch.tensor([0.3, 0.5, 0.7])
-    assert len(shared_pivot_rows([basis_OR]).unique()) == 3
+    assert len(shared_pivot_rows([basis_OR]).value.unique()) == 3
 
 
 def test_shared_pivots_of_one_matrix_span_it_too() -> None:
     basis_OR = torch.zeros(9, 3).double()
     basis_OR[[1, 4, 7]] = torch.eye(3).double()
-    assert shared_pivot_rows([basis_OR]).tolist() == [1, 4, 7]
-    assert shared_pivot_rows([basis_OR[:3], torch.eye(3).double()]).tolist() == [0, 1, 2]
+    assert shared_pivot_rows([basis_OR]).value.tolist() == [1, 4, 7]
+    assert shared_pivot_rows([basis_OR[:3], torch.eye(3).double()]).value.tolist() == [0, 1, 2]
 
 
 @pytest.mark.parametrize("groups", [3, 5])
@@ -288,11 +288,11 @@ def test_groups_that_do_not_divide_are_refused(groups: int) -> None:
 @pytest.mark.parametrize(("rows", "columns", "rank", "groups"), PIVOTS)
 def test_orders_agree_with_the_module(rows: int, columns: int, rank: int, groups: int) -> None:
     t_OI, gram_II = problem((rows, columns))
-    found = subspace(t_OI, gram_II, rank)
+    found = subspace(t_OI, gram_II, rank).value
     w_OI = found.basis_OR @ found.map_RI
-    pivots_R = pivot_rows(found.basis_OR, groups)
+    pivots_R = pivot_rows(found.basis_OR, groups).value
     base_RI, rest_N = w_OI[pivots_R], others(pivots_R, rows)
-    rest_NR = refit(w_OI[rest_N], base_RI, gram_II)
+    rest_NR = refit(w_OI[rest_N], base_RI, gram_II).value
     x_TI, bias_O = torch.randn(3, columns).double(), torch.randn(rows).double()
     expected_TO = x_TI @ w_OI.T + bias_O
     stored = PivotedLinear.from_parts(base_RI, rest_NR, bias_O, output_order(pivots_R, rows))
