@@ -193,6 +193,7 @@ class StreamLayer:
     def apply(self, edits: Iterable[Edit]) -> None:
         for edit in edits:
             path = self.family.path(edit.role)
+            assert edit.form.bias >= edit.native.bias, f"{path}: its bias is lost"
             self._edited[path] = edit.module
             self.module.set_submodule(path, self._running(edit))
 

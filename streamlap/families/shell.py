@@ -1,8 +1,8 @@
 """The model without its layers' weights: what config.json describes, whether what is stored fits it, and what the model does
 before its first layer and after its last one.
 
-The model exists on the `meta` device only. A `Shell` is a copy of it with stand-ins in place of the decoder layers: the model's
-own forward runs through them. So no family has to say what it does to embeddings, masks, positions or logits.
+The model exists on the `meta` device only. A shell is a copy of it with stand-ins in place of the decoder layers, through which
+its own forward runs. So no family has to say what it does to embeddings, masks, positions or logits.
 
 Shape suffixes: B batch, L length, D hidden, T tokens, U different tokens of a batch, V vocabulary.
 """
@@ -160,7 +160,7 @@ class AfterLayers:
 
 
 def shell_of(model: PreTrainedModel, family: Family, stand_in: nn.Module, device: torch.device) -> PreTrainedModel:
-    """A copy of the model on meta in which `stand_in` is every layer; what is computed and not stored is on `device`."""
+    """A copy of the model on meta in which every layer is `stand_in`; buffers that are computed, not stored, are real."""
     layers = model.get_submodule(family.layers)
     stand_ins = nn.ModuleList([stand_in] * len(list(layers.children())))
     shell = copy.deepcopy(model, {id(layers): stand_ins})  # as if the layers had been copied already

@@ -199,7 +199,8 @@ class ModelStream:
         """Final norm and output head, read into memory: x_TD -> logits_TV in the compute dtype."""
         after = AfterLayers(self.model, self.family, self.device)
         names = {name: self.head_name if name == f"{self.family.head}.weight" else name for name in after.weights}
-        after.load({name: self.source.read(stored).to(self.device, self.dtype) for name, stored in names.items()})
+        tensors = ((name, self.source.read(stored)) for name, stored in names.items())
+        after.load({name: tensor.to(self.device, self._computed(tensor)) for name, tensor in tensors})
         return lambda x_TD: after.logits(x_TD.to(self.device, self.dtype))
 
     def _materialise(self, meta: nn.Module, tensors: Mapping[str, torch.Tensor]) -> nn.Module:

@@ -40,7 +40,7 @@ class Family:
 
     def role(self, path: str) -> str:
         """The role of the linear at a path in the layer."""
-        return next(role for role, place in self.roles.items() if place == path)
+        return {place: role for role, place in self.roles.items()}[path]
 
     def readers(self, role: str) -> tuple[str, ...]:
         """The roles of all linears that read what the linear of `role` reads, itself among them."""

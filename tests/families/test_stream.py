@@ -230,8 +230,8 @@ def test_inspect_counts_what_is_stored(tmp_path: Path, dtype: torch.dtype) -> No
     assert seen == {
         "self_attn.q_proj": ("pivoted", [32, 32], 7, None),
         "self_attn.k_proj": ("pivoted", [16, 32], 4, None),
-        "self_attn.v_proj": ("head_cut", [16, 32], None, 10),
-        "self_attn.o_proj": ("head_cut", [32, 32], None, 20),
+        "self_attn.v_proj": ("low_rank", [16, 32], 5, None),
+        "self_attn.o_proj": ("low_rank", [32, 32], 6, None),
         "mlp.gate_proj": ("pivoted", [33, 32], 6, None),
         "mlp.up_proj": ("pivoted", [33, 32], 5, None),
         "mlp.down_proj": ("pruned", [32, 33], None, 33),
