@@ -19,7 +19,7 @@ from streamlap.errors import CheckpointError, UnsupportedModel
 from streamlap.families.shell import COMPUTE_DTYPES
 from streamlap.families.stream import ModelStream, batch_of
 from streamlap.families.table import FAMILIES
-from streamlap.linalg.budget import index_parameters
+from streamlap.loader.forms import index_parameters
 from streamlap.methods import PRESETS
 from streamlap.planning.workload import evaluation_workload
 from streamlap.store.hidden import HiddenBank
