@@ -169,8 +169,7 @@ class Recipe:
     @classmethod
     def from_dict(cls, table: Mapping[str, Any]) -> Recipe:
         """The recipe that a parsed YAML or JSON object stands for. Raises RecipeError for unknown keys and bad values."""
-        values = dict(table)
-        epochs = values.pop("refine", 0)
+        values = {key: value for key, value in table.items() if key != "refine"}
         _refuse_unknown("recipe", values, cls)
         preset = values.setdefault("preset", "custom" if "methods" in values else "best")
         if "methods" in values:
@@ -181,8 +180,8 @@ class Recipe:
             values["methods"] = tuple(_parse_method(row) for row in values["methods"])
         else:
             values["methods"] = preset_methods(preset)
-        if epochs != 0:
-            values["methods"] = with_refinement(values["methods"], epochs)
+        if "refine" in table:
+            values["methods"] = with_refinement(values["methods"], table["refine"])
         calibration = values.get("calibration") or {}
         if not isinstance(calibration, Mapping):
             raise RecipeError(f"calibration is {shown(calibration)}; wanted files, samples, length and seed.")

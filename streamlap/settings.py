@@ -18,6 +18,14 @@ KEPT = ("device", "work", "max_ram", "max_vram", "overlap")
 
 
 @dataclass(frozen=True, kw_only=True)
+class Caps:
+    """Limits in bytes; None is what the machine has free."""
+
+    ram: int | None = None
+    vram: int | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
 class RunSettings:
     """Settings of one process. Raises RecipeError, naming the field, for what is no size or time."""
 
@@ -44,12 +52,11 @@ class RunSettings:
         object.__setattr__(self, "work", self.work and str(Path(self.work).resolve()))
 
     @property
-    def caps(self) -> tuple[int | None, int | None]:
-        """Bytes of RAM and of VRAM."""
+    def caps(self) -> Caps:
         ram, vram = self.max_ram, self.max_vram
         assert not isinstance(ram, str), "parsed above"
         assert not isinstance(vram, str), "parsed above"
-        return ram, vram
+        return Caps(ram=ram, vram=vram)
 
     def settled(self) -> RunSettings:
         """The same with a device that is there, which becomes torch's current one. Raises RecipeError where there is none."""

@@ -25,7 +25,7 @@ from streamlap.errors import NumericalError, RecipeError, shown
 from streamlap.families.stream import HEAD_TOKENS, ModelStream
 from streamlap.pipeline.runner import LayerRunner, start_runner
 from streamlap.pipeline.streams import HiddenStates, open_bank
-from streamlap.planning.schedule import Caps, Fit, Schedule, fit, require_fit
+from streamlap.planning.schedule import Fit, Schedule, fit, require_fit
 from streamlap.planning.workload import evaluation_workload
 from streamlap.settings import split_options
 from streamlap.store.hidden import HiddenBank
@@ -83,12 +83,10 @@ def evaluate(
     stream = ModelStream(folder, settings.device, dtype)
     files = (text,) if isinstance(text, str | Path) else tuple(text or bundled_text("validation"))
     tokens_NL = choose_windows(stream, [str(file) for file in files], length, stride, limit, settings.trust_remote_code)
-    ram, vram = settings.caps
-    caps = Caps(ram=ram, vram=vram)
     windows, window = tokens_NL.shape
     work = evaluation_workload(stream, windows, window, disk=settings.work is not None)
-    choice = fit(work, caps, settings.overlap)
-    require_fit(choice, caps)
+    choice = fit(work, settings.caps, settings.overlap)
+    require_fit(choice, settings.caps)
     nll_NL = token_losses(stream, tokens_NL, choice, Path(settings.work) if settings.work else None)
     scored_NL = nll_NL if stride is None else nll_NL[:, -stride:]
     mean = float(scored_NL.double().mean())

@@ -97,7 +97,8 @@ def compress_layer(
         layer = runner.layer(index, kwargs)
     hand = LayerInHand(runner=runner, streams=job.streams, plan=job.plan.layers[index], layer=layer, clock=clock)
     if check:
-        check_sublayers(hand)
+        with clock.phase("read"):
+            check_sublayers(hand)
     made = edit_layer(hand, before)  # what runs next is what is saved
     trace = train(job, hand)
     with clock.phase("write"):
@@ -137,9 +138,8 @@ def wait(hand: LayerInHand, before: Future[Committed]) -> None:
 
 def train(job: Job, hand: LayerInHand) -> Trace | None:
     """The layer trained further, where the recipe says so."""
-    for method in job.plan.recipe.trained:
-        return train_layer(hand, method, job.session)
-    return None
+    methods = job.plan.recipe.trained
+    return train_layer(hand, methods[0], job.session) if methods else None
 
 
 def propagate(hand: LayerInHand, trained: bool) -> torch.Tensor:

@@ -36,10 +36,10 @@ def resume(
     given = RunSettings(max_ram=max_ram, max_vram=max_vram, stop_after=stop_after)
     path = Path(path)
     path = path if path.name else path.absolute()  # `.` has none
-    if path.name.endswith(STATE_FOLDER) and path.name != STATE_FOLDER:  # the state of a survey beside its file
-        path = path.with_name(path.name.removesuffix(STATE_FOLDER))
     folder = state_of(path) if not path.is_dir() and Journal.exists(state_of(path)) else path
-    run = read_run(path, folder)
+    run = read_run(folder)
+    if run.command == "survey":  # its state lies beside its file
+        run = replace(run, out=folder.with_name(folder.name.removesuffix(STATE_FOLDER)))
     if run.command not in COMMANDS:
         raise ResumeMismatch(f"{folder} was begun by {shown(run.command)}; wanted one of {', '.join(COMMANDS)}.")
     caps = {name: getattr(given, name) or getattr(run.settings, name) for name in ("max_ram", "max_vram")}

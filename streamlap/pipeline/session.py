@@ -95,13 +95,16 @@ def session(
         journal.remove()
 
 
-def read_run(out: Path, folder: Path) -> Run:
-    """The run that was begun there. Raises ResumeMismatch where there is none, or where it does not say how it was begun."""
+def read_run(folder: Path) -> Run:
+    """The run that was begun there, as if its output were that folder.
+
+    Raises ResumeMismatch where there is none, where another version began it, or where it does not say how it was begun.
+    """
     journal = Journal.load(folder)
     begun, versions = journal.start["fingerprint"].get("versions"), versions_mark()
     if begun != versions:
         journal.check({**journal.start["fingerprint"], "versions": versions})
-    return parse_run(out, folder, journal.arguments)
+    return parse_run(folder, folder, journal.arguments)
 
 
 def parse_run(out: Path, folder: Path, arguments: Mapping[str, Any]) -> Run:

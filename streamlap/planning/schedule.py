@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from streamlap.errors import BudgetError
 from streamlap.families.stream import batch_of
 from streamlap.planning.workload import Workload
+from streamlap.settings import Caps as Caps
 from streamlap.store.hidden import IN_FLIGHT
 from streamlap.store.source import CHUNK_BYTES
 from streamlap.system.allocator import CAN_KEEP
@@ -147,14 +148,6 @@ def schedules(work: Workload, overlap: bool) -> Iterator[Schedule]:
     while micro > 1:
         micro = -(-micro // 2)
         yield make_schedule(work, False, tiers[-1], micro)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Caps:
-    """Limits in bytes; None is what the machine has free."""
-
-    ram: int | None = None
-    vram: int | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -10,7 +10,7 @@ from streamlap.methods.anchored.attention import AttentionAnchored
 from streamlap.methods.anchored.ffn import FfnAnchored
 from streamlap.methods.base import Budget, Layout
 from streamlap.planning.layouts import Candidate, candidate, dense_parameters, planned_tensors
-from streamlap.planning.schedule import Caps, Fit, fit, require_fit
+from streamlap.planning.schedule import Fit, fit, require_fit
 from streamlap.planning.workload import Workload, evaluation_workload
 from streamlap.settings import RunSettings
 
@@ -44,10 +44,8 @@ class SurveyPlan:
 def plan_survey(stream: ModelStream, shape_NL: tuple[int, int], settings: RunSettings) -> SurveyPlan:
     """Raises BudgetError, with the smallest caps that would do, where nothing fits."""
     cuts = {cut: cut_candidate(stream, cut) for cut in all_cuts(stream)}
-    ram, vram = settings.caps
-    caps = Caps(ram=ram, vram=vram)
-    choice = fit(survey_workload(stream, cuts, *shape_NL), caps, settings.overlap)
-    require_fit(choice, caps)
+    choice = fit(survey_workload(stream, cuts, *shape_NL), settings.caps, settings.overlap)
+    require_fit(choice, settings.caps)
     return SurveyPlan(cuts=cuts, fit=choice)
 
 
