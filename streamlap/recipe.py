@@ -234,13 +234,15 @@ def _knobs(method: AnyMethod) -> dict[str, Any]:
     }
 
 
-KNOB_TYPES: dict[str, tuple[type, ...]] = {
-    "float": (float, int), "int": (int,), "str": (str,), "None": (type(None),), "tuple[float, ...]": (list, tuple),
-}  # fmt: skip
-KNOB_WORDS = {
-    "float": "a number", "int": "a whole number", "str": "a word", "None": "nothing", "tuple[float, ...]": "a list of numbers",
-}  # fmt: skip
-"""By the annotation of a knob, what it may be."""
+KNOBS: dict[str, tuple[tuple[type, ...], str]] = {
+    "float": ((float, int), "a number"),
+    "int": ((int,), "a whole number"),
+    "str": ((str,), "a word"),
+    "bool": ((bool,), "true or false"),
+    "None": ((type(None),), "nothing"),
+    "tuple[float, ...]": ((list, tuple), "a list of numbers"),
+}
+"""Annotation of a knob -> what it may be, and how messages say it."""
 
 
 def _parse_method(row: Any) -> AnyMethod:
@@ -254,8 +256,8 @@ def _parse_method(row: Any) -> AnyMethod:
     _refuse_unknown(row["method"], knobs, kind)
     for entry in fields(kind):
         value, wanted = knobs.get(entry.name, entry.default), str(entry.type).split(" | ")
-        if not any(type(value) in KNOB_TYPES[name] for name in wanted):
-            words = " or ".join(KNOB_WORDS[name] for name in wanted)
+        if not any(type(value) in KNOBS[name][0] for name in wanted):
+            words = " or ".join(KNOBS[name][1] for name in wanted)
             raise RecipeError(f"{row['method']}: {entry.name} is {shown(value)}; wanted {words}.")
     method: AnyMethod = kind(
         **{name: tuple(value) if isinstance(value, list) else value for name, value in knobs.items()}

@@ -9,6 +9,7 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
+from streamlap.errors import shown
 from streamlap.system.budget import parse_size
 from streamlap.system.device import pick_device
 from streamlap.system.signals import parse_time
@@ -79,8 +80,8 @@ class RunSettings:
             "overlap": (bool,),
         }  # fmt: skip
         for name, kind in kinds.items():
-            if type(table.get(name)) not in kind:
-                raise ValueError(f"setting {name} is {table.get(name)!r:.100}")
+            if name not in table or type(table[name]) not in kind:
+                raise ValueError(f"setting {name} is {shown(table[name]) if name in table else 'absent'}")
         return cls(**{name: table[name] for name in KEPT})
 
 

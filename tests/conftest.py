@@ -1,4 +1,7 @@
-"""Pico models on disk: real architectures, a few thousand random weights, made when a test asks for one."""
+"""Pico models on disk: real architectures, a few thousand random weights, made when a test asks for one.
+
+And one small run of which many tests ask: a `source`, `compress` on it, the bytes of the `whole` run, and one that is `broken`.
+"""
 
 from __future__ import annotations
 
@@ -7,15 +10,21 @@ import os
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TQDM_DISABLE", "1")
 
-from collections.abc import Callable
+import shutil
+import threading
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from crashes import crash_after
+from outputs import contents
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
+
+import streamlap
 
 torch.set_num_threads(2)
 
@@ -51,6 +60,7 @@ TEXT = "\n".join(f"On day {day} the {noun} went to sea, and {noun} {day} came ho
                  for noun in ("boat", "captain", "old man", "whale"))  # fmt: skip
 
 MakeModel = Callable[..., Path]
+Compress = Callable[..., streamlap.Report]
 
 
 def make_pico(
@@ -120,3 +130,68 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("text") / "text.txt"
     path.write_text(TEXT)
     return path
+
+
+# --- a run ---------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="session")
+def source(pico: MakeModel) -> Path:
+    """The checkpoint of two layers that `compress` and `whole` go by; a test file may have another."""
+    return pico("llama", tokenizer=True, num_hidden_layers=2)
+
+
+@pytest.fixture
+def compress(source: Path, tokens: Path) -> Compress:
+    """compress(out, **options): `source`, unless another `model` is given, on `tokens`."""
+    return lambda out, **options: streamlap.compress(options.pop("model", source), out, files=(str(tokens),), **options)
+
+
+@pytest.fixture(scope="session")
+def unbroken(tokens: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[Path], dict[str, Any]]:
+    """unbroken(source) -> the bytes of a run that nothing befalls; equal calls share them, so do not change them."""
+    made: dict[Path, dict[str, Any]] = {}
+
+    def run(source: Path) -> dict[str, Any]:
+        if source not in made:
+            out = tmp_path_factory.mktemp("unbroken") / "out"
+            streamlap.compress(source, out, files=(str(tokens),))
+            made[source] = contents(out)
+        return made[source]
+
+    return run
+
+
+@pytest.fixture
+def whole(unbroken: Callable[[Path], dict[str, Any]], source: Path) -> dict[str, Any]:
+    """The bytes of an unbroken run of `source`."""
+    return unbroken(source)
+
+
+@pytest.fixture(scope="session")
+def cut_short(tokens: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[Path], Path]:
+    """cut_short(source) -> the output folder of a run that died with one layer committed; do not change it."""
+    made: dict[Path, Path] = {}
+
+    def run(source: Path) -> Path:
+        if source not in made:
+            out = made[source] = tmp_path_factory.mktemp("broken") / "out"
+            with pytest.MonkeyPatch.context() as patch:
+                crash_after(1, patch, lambda: streamlap.compress(source, out, files=(str(tokens),)))
+        return made[source]
+
+    return run
+
+
+@pytest.fixture
+def broken(cut_short: Callable[[Path], Path], source: Path, tmp_path: Path) -> Path:
+    """An output folder with one layer of `source` committed."""
+    return Path(shutil.copytree(cut_short(source), tmp_path / "out"))
+
+
+@pytest.fixture
+def no_thread_stays() -> Iterator[None]:
+    """The test leaves the threads as they were."""
+    before = set(threading.enumerate())
+    yield
+    assert set(threading.enumerate()) == before

@@ -1,6 +1,7 @@
-"""The floors of the code: imports go down or stay, never up and never in a circle, and only the command line talks or exits.
+"""The rooms of the code: each folder of the package, and each file at its top. Imports between rooms go down, never up or in a
+circle, and only the command line talks or exits.
 
-docs/how-it-works.md draws the floors; a new module needs a floor here and there.
+docs/how-it-works.md draws the floors; a new room needs a floor here and there.
 """
 
 from __future__ import annotations
@@ -8,49 +9,49 @@ from __future__ import annotations
 import ast
 import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from graphlib import CycleError, TopologicalSorter
 from importlib import metadata
 from pathlib import Path
 
 import pytest
 
+from streamlap.loader.shim import SHIM_FILES
+
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "streamlap"
 
 FLOORS = {
-    4: {"", "cli", "cli.__main__", "cli.jobs", "cli.options", "cli.results", "cli.wording"},
-    3: {
-        "pipeline", "editing", "recovery", "halves", "views",
-        "allocate", "survey", "sweep", "job", "cuts", "divergence", "preflight", "evaluate", "engine", "forecast", "sizing",
-        "workload", "plan",
-        "inventory", "verification", "loading", "report", "resuming", "target", "export", "export.dense",
-        "export.folder", "demo",
-    },
-    2: {
-        "methods", "methods.base", "methods.attention_anchored", "methods.attention_heads", "methods.attention_groups",
-        "methods.ffn_anchored", "methods.ffn_shares", "methods.refine_block", "methods.fitting", "methods.knobs",
-        "methods.costs", "methods.attention_awsvd", "methods.ffn_lorap", "recipe", "calibration", "tokenizer",
-    },
-    1: {
-        "store", "store.confine", "store.header", "store.hidden", "store.hub", "store.journal", "store.lock",
-        "store.npy", "store.sink",
-        "store.source", "store.staging", "store.transfer", "store.worker",
-        "families", "families.bounds", "families.layer", "families.shell", "families.stream",
-    },
-    0: {
-        "linalg", "linalg.allocation", "linalg.anchor", "linalg.budget", "linalg.channels", "linalg.heads", "linalg.lowrank",
-        "linalg.moments", "linalg.notes", "linalg.obs", "linalg.pivot", "linalg.products", "linalg.ranks", "linalg.rows",
-        "linalg.statistics", "linalg.storage", "linalg.subspace",
-        "linears", "modules", "memory", "cgroups", "meters", "heap", "machine", "progress", "errors", "hf_plugin",
-        "modeling_streamlap", "shim", "stopping", "strictjson", "strictyaml", "version",
-    },
-}  # fmt: skip
-"""Modules by their names inside the package; "" is the package root."""
-FLOOR_OF = {module: floor for floor, modules in FLOORS.items() for module in modules}
+    11: {"__main__"},
+    10: {"cli"},
+    9: {"", "demo"},
+    8: {"pipeline"},
+    7: {"planning"},
+    6: {"data"},
+    5: {"recipe"},
+    4: {"methods", "output"},
+    3: {"families", "settings"},
+    2: {"store", "system"},
+    1: {"linalg", "untrusted"},
+    0: {"errors", "loader", "version"},
+}
+"""Rooms by their names inside the package; "" is the package root."""
+FLOOR_OF = {room: floor for floor, rooms in FLOORS.items() for room in rooms}
 
-COPIED = {"linears", "modules", "hf_plugin", "modeling_streamlap"}
+MOST_AT_THE_TOP = 8
+"""Files beside the rooms that are folders."""
+
+COPIED = {f"loader.{name.removesuffix('.py')}" for name in SHIM_FILES}
 """Files that go into every output folder, so that they must stand alone."""
+WITHOUT_TRANSFORMERS = {"loader.linears", "loader.forms", "loader.modules"}
+
+STATELESS = {"linalg", "methods", "planning", "pipeline"}
+"""Rooms in which nothing outlives a run, and nothing is handed on behind the arguments."""
+
+CACHES = {"cache", "lru_cache", "functools.cache", "functools.lru_cache"}
+
+NO_ROOMS = {"corpus", "scripts"}
+"""Folders of tests that belong to no room."""
 
 TALKERS = {"print", "input", "exit", "quit", "sys.exit", "os._exit", "logging.basicConfig", "typer.echo", "click.echo"}
 
@@ -98,35 +99,85 @@ def outside(module: str) -> set[str]:
     return {name.split(".")[0] for name in imports(module)} - {"streamlap", *sys.stdlib_module_names}
 
 
-def test_every_module_has_a_floor() -> None:
-    assert set(SOURCES) == set(FLOOR_OF)
+def room(module: str) -> str:
+    return module.split(".")[0]
 
 
-@pytest.mark.parametrize("module", SOURCES)
-def test_imports_point_down(module: str) -> None:
-    up = {other: FLOOR_OF[other] for other in inside(module) if FLOOR_OF[other] > FLOOR_OF[module]}
-    assert not up, f"{module or 'streamlap'} on floor {FLOOR_OF[module]} imports from above: {up}"
+ROOMS = sorted({room(module) for module in SOURCES})
+FOLDERS = {path.name for path in PACKAGE.iterdir() if (path / "__init__.py").is_file()}
 
 
-def test_no_import_cycles() -> None:
-    cycle: list[str] = []
+def other_rooms(name: str) -> dict[str, set[str]]:
+    """Room -> the imports from it, of all that a room imports from elsewhere."""
+    found: dict[str, set[str]] = {}
+    for module in SOURCES:
+        for other in inside(module) if room(module) == name else ():
+            if room(other) != name:
+                found.setdefault(room(other), set()).add(f"{module} -> {other}")
+    return found
+
+
+def circle(graph: Mapping[str, set[str]]) -> list[str]:
+    """Nodes that lead back to the first; none where there is no way back."""
     try:
-        TopologicalSorter({module: inside(module) for module in SOURCES}).prepare()
+        TopologicalSorter(graph).prepare()
     except CycleError as error:
-        cycle = error.args[1]
-    assert not cycle, " -> ".join(cycle)
+        return list(error.args[1])
+    return []
 
 
-@pytest.mark.parametrize("module", [module for module in SOURCES if module.split(".")[0] == "linalg"])
+def test_every_room_has_a_floor() -> None:
+    assert set(ROOMS) == set(FLOOR_OF)
+    assert sum(map(len, FLOORS.values())) == len(ROOMS), "one floor each"
+
+
+@pytest.mark.parametrize("name", ROOMS)
+def test_imports_between_rooms_point_down(name: str) -> None:
+    up = {other: words for other, words in other_rooms(name).items() if FLOOR_OF[other] >= FLOOR_OF[name]}
+    assert not up, f"{name or 'streamlap'} is on floor {FLOOR_OF[name]}"
+
+
+def test_there_is_no_circle_of_rooms_and_none_of_modules() -> None:
+    rooms, modules = {name: set(other_rooms(name)) for name in ROOMS}, {module: inside(module) for module in SOURCES}
+    for graph in (rooms, modules):
+        assert not circle(graph), " -> ".join(circle(graph))
+
+
+def test_few_files_lie_beside_the_rooms() -> None:
+    assert len(list(PACKAGE.glob("*.py"))) <= MOST_AT_THE_TOP
+
+
+def test_tests_lie_in_rooms_as_the_code_does() -> None:
+    folders = {path.parent.name for path in (ROOT / "tests").glob("*/test_*.py")}
+    assert folders - NO_ROOMS == FOLDERS
+
+
+@pytest.mark.parametrize("module", [module for module in SOURCES if room(module) == "linalg"])
 def test_linalg_is_torch_only(module: str) -> None:
     assert outside(module) <= {"torch"}
-    assert all(other.split(".")[0] in ("linalg", "errors") for other in inside(module))
+    assert all(room(other) in ("linalg", "errors") for other in inside(module))
 
 
 @pytest.mark.parametrize("module", sorted(COPIED))
 def test_copied_files_stand_alone(module: str) -> None:
     assert inside(module) <= COPIED
-    assert outside(module) <= ({"torch"} if module in ("linears", "modules") else {"torch", "transformers"})
+    assert outside(module) <= ({"torch"} if module in WITHOUT_TRANSFORMERS else {"torch", "transformers"})
+
+
+@pytest.mark.parametrize("module", [module for module in SOURCES if room(module) in STATELESS])
+def test_no_state_of_a_run_lives_in_a_module(module: str) -> None:
+    """No variable of a context, no `global`, and no cache but inside a call."""
+    tree = TREES[module]
+    assert "contextvars" not in {name.split(".")[0] for name in imports(module)}
+    assert not any(isinstance(node, ast.Global) for node in ast.walk(tree))
+    named = {node for node in ast.walk(tree) if isinstance(node, ast.Name | ast.Attribute)}
+    caches = {node for node in named if ast.unparse(node) in CACHES}
+    within = {node for call in functions(tree) for part in call.body for node in ast.walk(part)}
+    assert not caches - within, [node.lineno for node in caches - within]
+
+
+def functions(tree: ast.Module) -> Iterator[ast.FunctionDef]:
+    return (node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef))
 
 
 def test_only_the_command_line_talks_or_exits() -> None:
@@ -134,9 +185,7 @@ def test_only_the_command_line_talks_or_exits() -> None:
         f"{module}:{node.lineno}: {ast.unparse(node.func)}"
         for module, tree in TREES.items()
         for node in ast.walk(tree)
-        if isinstance(node, ast.Call)
-        and ast.unparse(node.func) in TALKERS | {"SystemExit"}
-        and module.split(".")[0] != "cli"
+        if isinstance(node, ast.Call) and ast.unparse(node.func) in TALKERS | {"SystemExit"} and room(module) != "cli"
     }
     assert not found
 
@@ -153,6 +202,6 @@ def test_the_picture_of_the_floors_is_this_one() -> None:
     page = (ROOT / "docs" / "how-it-works.md").read_text(encoding="utf-8")
     drawn = {
         int(floor): set(re.findall(r"`(\w+)`", cell)) | ({""} if "package root" in cell else set())
-        for floor, cell in re.findall(r"^\| (\d) \| (.+?) \|", page, re.M)
+        for floor, cell in re.findall(r"^\| (\d+) \| (.+?) \|", page, re.M)
     }
-    assert drawn == {floor: {module.split(".")[0] for module in modules} for floor, modules in FLOORS.items()}
+    assert drawn == FLOORS

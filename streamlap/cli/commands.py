@@ -9,6 +9,7 @@ import typer
 
 import streamlap
 from streamlap.cli.options import (
+    RATIO,
     CapOptions,
     Dtype,
     Json,
@@ -179,7 +180,7 @@ def demo(
     out: Annotated[Path, typer.Argument(metavar="OUT", help="New folder for the compressed model.")] = Path(
         "streamlap-demo"
     ),
-    ratio: Annotated[float, typer.Option(help="Fraction of the decoder-linear parameters to remove.")] = 0.2,
+    ratio: Annotated[float, RATIO] = 0.2,
     as_json: Json = False,
 ) -> None:
     """Offline, in two minutes: compress the bundled trained model, show what it cost and what it kept."""

@@ -22,6 +22,8 @@ Model = Annotated[str, typer.Argument(metavar="MODEL", help="Checkpoint folder o
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout instead of text.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace an earlier result of streamlap.")]
 Dtype = Annotated[str | None, typer.Option(help="Compute dtype: auto, float32, float16 or bfloat16.")]
+RATIO = typer.Option(help="Fraction of the decoder-linear parameters to remove.")
+"""The same wherever there is one; its default is not."""
 Length = Annotated[
     int | None, typer.Option(help="Tokens a window; default 2048, of a survey 256, or the model's context.")
 ]
@@ -78,7 +80,7 @@ class TextOptions:
 class RecipeOptions(TextOptions):
     """All that decides the result."""
 
-    ratio: Annotated[float | None, typer.Option(help="Fraction of the decoder-linear parameters to remove.")] = None
+    ratio: Annotated[float | None, RATIO] = None
     target_size: Annotated[
         str | None, typer.Option(help="In place of --ratio: most that all shards may take, like 24GB.")
     ] = None

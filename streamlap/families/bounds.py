@@ -9,9 +9,10 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from torch import nn
 from transformers import CONFIG_MAPPING, PreTrainedConfig
 
-from streamlap.errors import CheckpointError, shown, whole
+from streamlap.errors import CheckpointError, UnsupportedModel, shown, whole
 from streamlap.families.table import Family
 from streamlap.loader.forms import Dense, Form
 
@@ -90,6 +91,18 @@ def check_depth(depth: int, names: Iterable[str], family: Family, folder: Path) 
             f"{folder / 'config.json'} has num_hidden_layers {depth}, and the shards hold {extent}; wanted both to agree. "
             "Fetch config.json, index and shards of one revision."
         )
+
+
+def check_roles(model: nn.Module, family: Family, depth: int) -> None:
+    """Raise UnsupportedModel where the row of a family names a linear that its layers do not have."""
+    for index in range(depth):
+        layer = model.get_submodule(f"{family.layers}.{index}")
+        names = {name for name, _ in layer.named_modules()}
+        if missing := [f"{role} ({path})" for role, path in family.roles.items() if path not in names]:
+            raise UnsupportedModel(
+                f"layer {index} of {family.model_type} has no {', '.join(missing)}; wanted a linear for each role of the "
+                "family's row. docs/add-a-family.md says which models a row can describe."
+            )
 
 
 def check_widths(

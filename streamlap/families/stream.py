@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 from streamlap.errors import CheckpointError, RecipeError, whole
-from streamlap.families.bounds import check_depth, check_widths, native_config
+from streamlap.families.bounds import check_depth, check_roles, check_widths, native_config
 from streamlap.families.layer import StreamLayer
 from streamlap.families.shell import (
     COMPUTE_DTYPES,
@@ -80,6 +80,7 @@ class ModelStream:
         self.config: Any = self.model.config
         self._dense = swapped(self.model, self.rows)  # the linears that an earlier compression replaced, by path
         self.layers = list(self.model.get_submodule(self.family.layers).children())
+        check_roles(self.model, self.family, depth)
         self.dtype = self._resolve_dtype(dtype)
         self._check_tensors()
         for index in range(self.depth) if self.rows else ():
@@ -189,6 +190,12 @@ class ModelStream:
         if staging is not None and index + 1 < self.depth:
             staging.prefetch(self.layer_tensors(index + 1))
         return StreamLayer(module, self.layer_name(index), self.family, kwargs, stored, self.natives(index))
+
+    def check_sublayers(self, tokens_NL: torch.Tensor, writes: bool) -> None:
+        """Raise UnsupportedModel where the sub-layers of the first layer are not that layer, on the first window: a family that
+        was understood wrongly must not be compressed. See `StreamLayer.check_sublayers`."""
+        x_BLD = next(self.embed(tokens_NL[:1]))
+        self.layer(0, self.layer_kwargs(tokens_NL.shape[1])[0]).check_sublayers(x_BLD, writes)
 
     @property
     def head_name(self) -> str:

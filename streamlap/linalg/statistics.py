@@ -1,4 +1,4 @@
-"""Streaming statistics of a site's inputs. Each equals its one-shot formula, whatever the batches and their order.
+"""Streaming statistics of a linear's inputs. Each equals its one-shot formula, whatever the batches and their order.
 
 Shape suffixes: T tokens, I in.
 """

@@ -96,6 +96,7 @@ def run_compression(run: Run, stream: ModelStream, plan: Plan, tokens_NL: torch.
     def check() -> None:
         check_output(stream.folder, out, overwrite=False)
 
+    stream.check_sublayers(tokens_NL, writes=plan.recipe.anchored)
     with session(run, marks, needs, deadline, check, tokens_NL) as running:
         recipe = begun_recipe(running.run)
         streams = open_streams(stream, tokens_NL, plan.fit.schedule, running.run.hidden, recipe.anchored)

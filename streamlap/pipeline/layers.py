@@ -60,7 +60,7 @@ def compress_layers(job: Job) -> None:
             for index in range(first, stream.depth):
                 if job.session.stops.due(moved=index > first):
                     raise job.session.stops.stopped(f"at layer {index} of {stream.depth}")
-                committed = compress_layer(job, runner, index, kwargs[index], committed, check=index == first)
+                committed = compress_layer(job, runner, index, kwargs[index], committed)
                 runner.require_baseline(index)
                 progress.next()
                 reset_peaks()  # here, so that layer 0 also answers for what came before it
@@ -89,16 +89,13 @@ def done_already() -> Future[Committed]:
 
 
 def compress_layer(
-    job: Job, runner: LayerRunner, index: int, kwargs: dict[str, Any], before: Future[Committed], check: bool
+    job: Job, runner: LayerRunner, index: int, kwargs: dict[str, Any], before: Future[Committed]
 ) -> Future[Committed]:
     """One layer through memory. Its commit, which this returns, may still be under way while the next layer is computed."""
     clock = PhaseClock(runner.progress.phase)
     with clock.phase("read"):
         layer = runner.layer(index, kwargs)
     hand = LayerInHand(runner=runner, streams=job.streams, plan=job.plan.layers[index], layer=layer, clock=clock)
-    if check:
-        with clock.phase("read"):
-            check_sublayers(hand)
     made = edit_layer(hand, before)  # what runs next is what is saved
     trace = train(job, hand)
     with clock.phase("write"):
@@ -112,12 +109,6 @@ def compress_layer(
         excluded_tokens=int(out_NL.sum()), peak_vram_bytes=peak_vram_bytes(), baseline_ram_bytes=ram_bytes(),
     )  # fmt: skip
     return runner.writer.submit(commit, job, report, digest, before)
-
-
-def check_sublayers(hand: LayerInHand) -> None:
-    """Raise UnsupportedModel where the family's sub-layers are not the layer: one that was understood wrongly must not be
-    compressed."""
-    hand.layer.check_sublayers(hand.compressed.pick(0), writes=hand.streams.dense is not None)
 
 
 def edit_layer(hand: LayerInHand, before: Future[Committed]) -> LayerEdits:

@@ -111,12 +111,12 @@ def best_of(view: SublayerView, candidates: Sequence[Candidate]) -> Solved:
     for found in candidates:
         try:
             solved = found.method.solve(view, found.layouts)
+            notes.append(solved.notes)
             finite_error(solved.error)
         except NumericalError as error:
             failed = error
             notes.append((f"{found.name} failed: {str(error).split(';')[0]}",))
             continue
-        notes.append(solved.notes)
         variants = solved.errors or {"": solved.error}
         errors |= {f"{found.name} {variant}".strip(): error for variant, error in variants.items()}
         if best is None or solved.error < best.error:

@@ -127,6 +127,7 @@ def run_survey(run: Run, stream: ModelStream, plan: SurveyPlan, tokens_NL: torch
     marks, file = stream_marks(stream, tokens_NL), run.out
     hidden = disk_generations(stream.depth) * plan.fit.work.generation
     needs = DiskNeeds(output_bytes=COMPANION_BYTES, hidden_bytes=hidden)
+    stream.check_sublayers(tokens_NL, writes=True)
     with session(run, marks, needs, deadline, lambda: check_file(file, overwrite=False), tokens_NL) as running:
         sweep = open_sweep(stream, plan, tokens_NL, running)
         result = written(sweep, marks) if file.exists() else None

@@ -82,8 +82,6 @@ def sweep_layers(sweep: Sweep) -> None:
             if stops.due(moved=index > first):
                 raise stops.stopped(f"at layer {index} of {stream.depth}")
             layer = runner.layer(index, kwargs[index])
-            if index == first:
-                layer.check_sublayers(sweep.dense.pick(index, [0]), writes=True)
             errors = carry_through(sweep, runner, layer, index)
             del layer
             commit(sweep, index, errors)

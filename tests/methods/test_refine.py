@@ -21,9 +21,11 @@ from transformers import AutoModelForCausalLM
 import streamlap
 from streamlap.errors import RecipeError, ResumeMismatch
 from streamlap.families.stream import ModelStream
-from streamlap.methods.trained.refine import Refinement, Refiner, distances
-from streamlap.pipeline import refine as recovery
-from streamlap.planning.forecast import compression_workload, forecast
+from streamlap.methods.base import Training
+from streamlap.methods.trained.refine import Refine, Refining, distances
+from streamlap.pipeline import train as training_loop
+from streamlap.planning.forecast import compression_workload, forecast_layers
+from streamlap.planning.plan import decide
 from streamlap.planning.schedule import make_schedule
 from streamlap.recipe import Recipe
 from streamlap.store.sink import ShardFolder
@@ -117,9 +119,8 @@ def test_no_epochs_is_no_refinement(
 def test_a_layer_that_does_not_gain_stays_as_it_was(
     compress: Compress, plain: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, rate: float
 ) -> None:
-    knobs = Refinement(epochs=2, learning_rate=rate)
-    monkeypatch.setattr(Recipe, "refinement", property(lambda recipe: knobs))
-    report = compress(tmp_path / "out")
+    monkeypatch.setattr(Refine, "rate", lambda *_: rate)
+    report = compress(tmp_path / "out", refine=2)
     assert all(layer.refinement["best"] == layer.refinement["start"] for layer in report.layers)  # type: ignore[index]
     before, after = shards(plain), shards(tmp_path / "out")
     assert all(torch.equal(before[name], after[name]) for name in before)
@@ -146,7 +147,7 @@ def test_a_run_that_dies_goes_on_with_the_next_epoch(
     monkeypatch: pytest.MonkeyPatch,
     layer: int,
 ) -> None:
-    write, train, begun = ShardFolder.write, recovery.train_epoch, []
+    write, train, begun = ShardFolder.write, training_loop.train_epoch, []
 
     def die(folder: ShardFolder, shard: str, tensors: Any) -> str:
         digest = write(folder, shard, tensors)
@@ -159,11 +160,12 @@ def test_a_run_that_dies_goes_on_with_the_next_epoch(
         with pytest.raises(Crash):
             compress(tmp_path / "out")
 
-    def count(refiner: Refiner, lessons: recovery.Lessons) -> None:
-        begun.append((lessons.index, refiner.epoch))
-        train(refiner, lessons)
+    def count(training: Training, lessons: training_loop.Lessons, epochs: int) -> None:
+        assert epochs == EPOCHS
+        begun.append((lessons.hand.index, training.epoch))
+        train(training, lessons, epochs)
 
-    monkeypatch.setattr(recovery, "train_epoch", count)
+    monkeypatch.setattr(training_loop, "train_epoch", count)
     assert (tmp_path / "out" / STATE / f"refine-{layer:05d}.safetensors").is_file()
     streamlap.resume(tmp_path / "out")
     assert begun == [(layer, 2)] + [(later, epoch) for later in range(layer + 1, 2) for epoch in range(EPOCHS)]
@@ -196,10 +198,12 @@ def test_other_epochs_are_another_run(compress: Compress, tmp_path: Path, monkey
         raise Crash
 
     with monkeypatch.context() as patch:
-        patch.setattr(recovery, "train_epoch", die)
+        patch.setattr(training_loop, "train_epoch", die)
         with pytest.raises(Crash):
             compress(tmp_path / "out")
-    with pytest.raises(ResumeMismatch, match="recipe refine: the folder has 3, this run has 4"):
+    with pytest.raises(
+        ResumeMismatch, match=r"recipe methods: the folder has .*'epochs': 3.*, this run has .*'epochs': 4"
+    ):
         compress(tmp_path / "out", refine=4)
 
 
@@ -208,8 +212,9 @@ def test_other_epochs_are_another_run(compress: Compress, tmp_path: Path, monkey
 
 def test_a_plan_counts_memory_operations_and_bytes(source: Path) -> None:
     stream = ModelStream(source, dtype="float32")
+    recipes = [Recipe(ratio=0.4, dtype="float32").override(refine=epochs) for epochs in (0, EPOCHS)]
     without, within = (
-        forecast(stream, Recipe(ratio=0.4, dtype="float32", refine=epochs), SHAPE_NL) for epochs in (0, EPOCHS)
+        forecast_layers(stream, recipe, decide(stream, recipe).candidates, SHAPE_NL) for recipe in recipes
     )
     before, after = (compression_workload(stream, layers, SHAPE_NL) for layers in (without, within))
     layer = {name: tensor for name, tensor in stream.layer_tensors(0).items() if tensor.dtype.is_floating_point}
@@ -218,6 +223,7 @@ def test_a_plan_counts_memory_operations_and_bytes(source: Path) -> None:
     assert after.refinement["refinement"] == 16 * after.refined
     assert after.edits == within[0].edits_bytes > without[0].edits_bytes, "what was copied is now made"
     assert within[0].copied_bytes == 0
+    assert within[0].trained == after.refined
     assert after.disk_bytes - before.disk_bytes == 2 * (12 * after.refined + after.edits)
     schedule = make_schedule(after, False, "ram", 4)
     assert schedule.ram["refine"] == after.refinement
@@ -243,7 +249,7 @@ import torch
 from streamlap.families.stream import ModelStream
 from streamlap.system.allocator import steady_heap
 from streamlap.system.meters import peak_ram_bytes, ram_bytes, reset_peaks
-from streamlap.methods.trained.refine import Refinement, Refiner
+from streamlap.methods.trained.refine import Refine
 from streamlap.planning.workload import evaluation_workload
 
 torch.set_num_threads(1)
@@ -254,14 +260,14 @@ pair = torch.randn(1, 1024, 1024), torch.randn(1, 1024, 1024)
 for _ in range(2):  # the first time libraries set themselves up
     reset_peaks()
     before = ram_bytes()
-    refiner = Refiner(Refinement(epochs=2), layer.stored_parameters(), layer.with_parameters, 1)
-    refiner.held.append(1e9)
+    training = Refine(epochs=2).start(layer.stored_parameters(), layer.with_parameters, 1)
+    training.held.append(1e9)
     for _ in range(2):
-        refiner.descend(0, pair)
-        refiner.close_epoch(refiner.measure([pair]))
+        training.step(0, pair)
+        training.close_epoch(training.measure([pair]))
     seen = peak_ram_bytes() - before
-    parameters = sum(master.numel() for master in refiner.masters.values())
-    del refiner
+    parameters = sum(master.numel() for master in training.masters.values())
+    del training
 work = replace(evaluation_workload(stream, 1, 1024), refined=parameters, edits=2 * parameters)
 print(sum(work.refinement.values()) - work.edits, seen)
 """
@@ -282,74 +288,81 @@ def test_what_is_counted_is_what_a_medium_layer_takes(pico: MakeModel) -> None:
 
 
 def test_only_what_is_rebuilt_beside_the_dense_model_is_refined() -> None:
-    with pytest.raises(RecipeError, match="refine is 2, and preset lorap"):
-        Recipe(refine=2).override(preset="lorap")
+    with pytest.raises(RecipeError, match="methods have refine, and preset lorap"):
+        Recipe().override(refine=2).override(preset="lorap")
 
 
-@pytest.mark.parametrize("epochs", [-1, 1.0, True, 10**5])
+@pytest.mark.parametrize("epochs", [-1, 1.0, 0.0, True, False, None, 10**5])
 def test_epochs_are_a_whole_number(epochs: object) -> None:
-    with pytest.raises(RecipeError, match=f"refine is {epochs!r}"):
+    with pytest.raises(RecipeError, match=f"refine: epochs is {epochs!r}; wanted a whole number of epochs"):
         Recipe.from_dict({"refine": epochs})
+    with pytest.raises(RecipeError, match=f"refine: epochs is {epochs!r}; wanted a whole number"):
+        Recipe.from_dict({"preset": "best", "methods": [{"method": "refine", "epochs": epochs}]})
+
+
+@pytest.mark.parametrize("name", ["learning_rate", "warm_up", "patience"])
+@pytest.mark.parametrize("value", [0, -0.1, 1.5, True, math.nan])
+def test_shares_are_above_nothing_and_at_most_all(name: str, value: float) -> None:
+    with pytest.raises(RecipeError, match=f"refine: {name} is {value!r}; wanted a number"):
+        Refine(**{name: value})
 
 
 # --- the training alone --------------------------------------------------------------------------------------------------
 
 
-def toy(
-    knobs: Refinement, steps: int, dtype: torch.dtype = torch.bfloat16
-) -> tuple[Refiner, torch.Tensor, torch.Tensor]:
+def toy(knobs: Refine, steps: int, dtype: torch.dtype = torch.bfloat16) -> tuple[Refining, torch.Tensor, torch.Tensor]:
     """A layer of one matrix, its inputs and a goal that it can reach."""
     torch.manual_seed(0)
     w_DD, x_BLD = torch.randn(6, 6), torch.randn(2, 9, 6)
     start = (w_DD + 0.2 * torch.randn(6, 6)).to(dtype)
-    refiner = Refiner(knobs, [("w", start)], lambda values, x: x @ values["w"], steps)
-    return refiner, x_BLD, x_BLD @ w_DD
+    training = Refining(knobs, [("w", start)], lambda values, x: x @ values["w"], steps)
+    return training, x_BLD, x_BLD @ w_DD
 
 
 def test_the_first_token_does_not_count() -> None:
-    refiner, x_BLD, goal_BLD = toy(Refinement(epochs=1), 1)
-    loss = refiner.measure([(x_BLD, goal_BLD)])
+    training, x_BLD, goal_BLD = toy(Refine(epochs=1), 1)
+    loss = training.measure([(x_BLD, goal_BLD)])
     goal_BLD[:, 0] *= 1000
-    assert refiner.measure([(x_BLD, goal_BLD)]) == loss
+    assert training.measure([(x_BLD, goal_BLD)]) == loss
     goal_BLD[:, 1] *= 1000
-    assert refiner.measure([(x_BLD, goal_BLD)]) != loss
+    assert training.measure([(x_BLD, goal_BLD)]) != loss
 
 
 def test_a_token_counts_by_its_share_of_the_stream() -> None:
-    _, x_BLD, goal_BLD = toy(Refinement(epochs=1), 1)
+    _, x_BLD, goal_BLD = toy(Refine(epochs=1), 1)
     scale_BL1 = torch.logspace(-2, 2, 9)[None, :, None]
     assert torch.allclose(distances(goal_BLD, x_BLD), distances(goal_BLD * scale_BL1, x_BLD * scale_BL1))
 
 
 def test_the_loss_is_that_of_the_rounded_numbers_and_the_best_is_kept() -> None:
-    refiner, x_BLD, goal_BLD = toy(Refinement(epochs=40, patience=1.0), 1)
+    training, x_BLD, goal_BLD = toy(Refine(epochs=40, patience=1.0), 1)
     pair = (x_BLD, goal_BLD)
-    refiner.held.append(refiner.measure([pair]))
-    while not refiner.ends:
-        refiner.descend(0, pair)
-        refiner.close_epoch(refiner.measure([pair]))
-    kept = refiner.best["w"]
+    training.held.append(training.measure([pair]))
+    while not training.ends:
+        training.step(0, pair)
+        training.close_epoch(training.measure([pair]))
+    kept = training.best["w"]
     assert kept.dtype == torch.bfloat16
     found = distances(goal_BLD, x_BLD @ kept.float()).sum() / distances(goal_BLD, x_BLD).sum()
-    assert min(refiner.held) == pytest.approx(float(found), rel=1e-6)
-    assert min(refiner.held) < 0.5 * refiner.held[0]
+    assert min(training.held) == pytest.approx(float(found), rel=1e-6)
+    assert min(training.held) < 0.5 * training.held[0]
 
 
 def test_it_ends_when_nothing_is_gained_for_long() -> None:
-    refiner, *_ = toy(Refinement(epochs=40, learning_rate=0.0, patience=0.1), 1)
-    refiner.held = [0.3]
+    training, *_ = toy(Refine(epochs=40, patience=0.1), 1)
+    training.held = [0.3]
     for loss in (0.4, 0.6, 0.4, 0.5):
-        refiner.close_epoch(loss)
-        assert not refiner.ends
-    refiner.close_epoch(0.41)
-    assert refiner.ends
-    assert not refiner.best, "nothing was better than the start"
-    refiner.held = [0.5, math.nan]
-    assert refiner.ends
+        training.close_epoch(loss)
+        assert not training.ends
+    training.close_epoch(0.41)
+    assert training.ends
+    assert not training.best, "nothing was better than the start"
+    training.held = [0.5, math.nan]
+    assert training.ends
 
 
 def test_a_state_goes_on_bit_by_bit_and_only_from_its_own_start() -> None:
-    knobs = Refinement(epochs=4)
+    knobs = Refine(epochs=4)
     (whole, x_BLD, goal_BLD), (later, *_), (other, *_) = (toy(knobs, 2) for _ in range(3))
     whole.held = [whole.measure([(x_BLD, goal_BLD)])]
     later.held, other.held = [later.measure([(x_BLD, goal_BLD)])], [0.123]
@@ -358,28 +371,31 @@ def test_a_state_goes_on_bit_by_bit_and_only_from_its_own_start() -> None:
             state = {name: tensor.clone() for name, tensor in whole.state().items()}
             later.load(state)
             other.load(state)
-        for refiner in (whole, later)[: 1 + (epoch >= 2)]:
+        for training in (whole, later)[: 1 + (epoch >= 2)]:
             for step in range(2):
-                refiner.descend(step, (x_BLD, goal_BLD))
-            refiner.close_epoch(refiner.measure([(x_BLD, goal_BLD)]))
+                training.step(step, (x_BLD, goal_BLD))
+            training.close_epoch(training.measure([(x_BLD, goal_BLD)]))
     assert later.held == whole.held
     assert torch.equal(later.best["w"], whole.best["w"])
     assert other.held == [0.123]
 
 
 def test_the_rate_rises_and_falls() -> None:
-    knobs = Refinement(epochs=1, learning_rate=2.0, warm_up=0.25)
+    knobs = Refine(epochs=1, learning_rate=0.5, warm_up=0.25)
     rates = [knobs.rate(step, 100) for step in range(100)]
-    assert rates[0] == pytest.approx(2.0 / 25)
-    assert max(rates) == rates[25] == 2.0
+    assert rates[0] == pytest.approx(0.5 / 25)
+    assert max(rates) == rates[25] == 0.5
     assert rates[:26] == sorted(rates[:26])
     assert rates[25:] == sorted(rates[25:], reverse=True)
-    assert 0 < rates[-1] < 0.01
+    assert 0 < rates[-1] < 0.0025
 
 
 def test_every_sequence_once_an_epoch_and_never_twice_in_one_order() -> None:
-    knobs, numbers = Refinement(epochs=3), list(range(40, 60))
-    orders = [tuple(knobs.order(layer, epoch, numbers)) for layer in range(2) for epoch in range(3)]
+    (training, *_), (again, *_), numbers = toy(Refine(epochs=3), 1), toy(Refine(epochs=3), 1), list(range(40, 60))
+    orders = []
+    for epoch in range(3):
+        training.held = again.held = [0.1] * (epoch + 1)
+        orders += [tuple(training.order(layer, numbers)) for layer in range(2)]
     assert all(sorted(order) == numbers for order in orders)
     assert len(set(orders)) == 6
-    assert tuple(knobs.order(1, 2, numbers)) == orders[-1]
+    assert tuple(again.order(1, numbers)) == orders[-1]

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import math
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,20 +21,20 @@ from safetensors.torch import load_file, save_file
 
 import streamlap
 from streamlap.cli import main
-from streamlap.cli.wording import describe_report
+from streamlap.cli.show import describe_report
 from streamlap.errors import NumericalError
+from streamlap.families import stream as families_stream
 from streamlap.families.layer import StreamLayer
 from streamlap.families.stream import ModelStream
-from streamlap.families.table import stream as families_stream
 from streamlap.linalg.rows import MOST_OUT, any_out, blanked, carried, marked, paired, require_few, rows_out
 from streamlap.linalg.statistics import Energy
 from streamlap.methods import AttentionAnchored, FfnAnchored
-from streamlap.methods.base import Built
+from streamlap.methods.base import Solved
 from streamlap.methods.trained.refine import distances
 from streamlap.output.report import LayerReport
 from streamlap.pipeline.divergence import divergence, mean_divergence
-from streamlap.pipeline.observe import View
-from streamlap.planning.cuts import Cut
+from streamlap.pipeline.observe import SublayerView
+from streamlap.planning.survey import Cut
 from streamlap.recipe import Recipe
 from streamlap.store.hidden import HiddenBank
 from streamlap.store.journal import Journal
@@ -165,13 +167,13 @@ def test_how_many_may_be_out() -> None:
         require_few(out_NL, 0.0, "here")
 
 
-@pytest.mark.parametrize("half", ["attention", "ffn", "whole"])
-def test_a_layer_leaves_other_tokens_as_they_are(pico: MakeModel, half: str) -> None:
+@pytest.mark.parametrize("part", ["attention", "ffn", "whole"])
+def test_a_layer_leaves_other_tokens_as_they_are(pico: MakeModel, part: str) -> None:
     stream = ModelStream(pico("llama"))
     layer = stream.layer(1, stream.layer_kwargs(16)[1])
     x_BLD = marked(hidden_states())
     out_BL = rows_out(x_BLD)
-    run = layer if half == "whole" else (lambda given_BLD: layer.run_half(half, given_BLD))
+    run = layer if part == "whole" else functools.partial(layer.run_sublayer, part)
     y_BLD = run(x_BLD)
     assert torch.equal(rows_out(y_BLD), out_BL)
     assert torch.equal(y_BLD[~out_BL], run(blanked(x_BLD, out_BL))[~out_BL])
@@ -186,17 +188,17 @@ def test_statistics_are_those_of_the_good_rows(pico: MakeModel, batch: int) -> N
     x_BLD = marked(hidden_states())
     out_BL = rows_out(x_BLD)
     seen, wanted = Energy(), Energy()
-    with layer.observed([("ffn_in", seen)]):
+    with layer.observed([("gate", seen)]):
         for part in x_BLD.split(batch):
             layer(part)
-    inputs_BLD = layer.normed("ffn", layer.run_half("attention", blanked(x_BLD, out_BL)))
+    inputs_BLD = layer.sublayer_input("ffn", layer.run_sublayer("attention", blanked(x_BLD, out_BL)))
     for x_LD, out_L in zip(inputs_BLD, out_BL, strict=True):
         wanted.update(x_LD[~out_L])
     assert seen.tokens == wanted.tokens == 46
     assert torch.equal(seen.scale(), wanted.scale())
 
 
-def test_a_careful_look_leaves_out_what_is_bad_at_the_site(sources: dict[str, Path]) -> None:
+def test_a_careful_look_leaves_out_what_is_bad_at_the_linear(sources: dict[str, Path]) -> None:
     stream = ModelStream(sources["inside"], dtype="float16")
     layer = stream.layer(1, stream.layer_kwargs(16)[1])
     x_BLD = torch.randn(2, 16, 32, generator=torch.Generator().manual_seed(0)).half()
@@ -204,9 +206,9 @@ def test_a_careful_look_leaves_out_what_is_bad_at_the_site(sources: dict[str, Pa
     x_BLD[1, 3, LOUD] = 100
     hasty, careful, wanted = Energy(), Energy(), Energy()
     for energy, look in ((hasty, False), (careful, True)):
-        with layer.observed([("ffn_mid", energy)], careful=look):
+        with layer.observed([("down", energy)], careful=look):
             assert rows_out(layer(x_BLD)).nonzero().tolist() == [[1, 3]]
-    middle_BLF = layer.middle("ffn", layer.run_half("attention", x_BLD))
+    middle_BLF = layer.sublayer_middle("ffn", layer.run_sublayer("attention", x_BLD))
     wanted.update(middle_BLF[0])
     wanted.update(torch.cat([middle_BLF[1, :3], middle_BLF[1, 4:]]))
     assert not hasty.finite
@@ -244,27 +246,27 @@ def test_tokens_that_go_bad_are_left_out_and_counted(
     assert not any("NaN" in json.dumps(layer["errors"]) for layer in saved["layers"])
 
 
-@pytest.mark.parametrize("half", ["attention", "ffn"])
-def test_what_is_bad_at_a_site_alone_is_left_out_of_that_layer_only(
-    pico: MakeModel, few: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, half: str
+@pytest.mark.parametrize("sublayer", ["attention", "ffn"])
+def test_what_is_bad_inside_alone_is_left_out_of_that_layer_only(
+    pico: MakeModel, few: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, sublayer: str
 ) -> None:
     """In the compressed stream the linear before the last one overflows for one token, and the stream goes on."""
-    middle, sums, seen = StreamLayer.middle, View._sums, list[tuple[int, bool]]()
+    middle, sums, seen = StreamLayer.sublayer_middle, SublayerView._sums, list[tuple[int, bool]]()
 
-    def overflow(layer: StreamLayer, at: str, x_BLD: torch.Tensor) -> torch.Tensor:
-        y_BLI = middle(layer, at, x_BLD)
-        if layer.prefix.endswith(".1") and at == half and len(y_BLI) == SHAPE_NL[0]:
+    def overflow(layer: StreamLayer, name: str, x_BLD: torch.Tensor) -> torch.Tensor:
+        y_BLI = middle(layer, name, x_BLD)
+        if layer.prefix.endswith(".1") and name == sublayer and len(y_BLI) == SHAPE_NL[0]:
             y_BLI[2, 3, 4] = math.inf
         return y_BLI
 
     def count(*args: Any) -> Any:
         found = sums(*args)
-        if found[2].any():
-            seen.append((found[0].tokens + found[1].tokens, bool(found[0].finite and found[1].finite)))
+        if found.out_NL.any():
+            seen.append((found.moments.tokens + found.held.tokens, found.finite))
         return found
 
-    monkeypatch.setattr(StreamLayer, "middle", overflow)
-    monkeypatch.setattr(View, "_sums", count)
+    monkeypatch.setattr(StreamLayer, "sublayer_middle", overflow)
+    monkeypatch.setattr(SublayerView, "_sums", count)
     report = compress(pico("llama"), tmp_path / "out", few, dtype="float32")
     assert [layer.excluded_tokens for layer in report.layers] == [0, 1, 0]
     assert set(seen) == {(191, True)}
@@ -372,7 +374,7 @@ def test_a_divergence_is_the_mean_of_the_good_tokens(pico: MakeModel) -> None:
         bank = HiddenBank((3, 16, 32), torch.float32, 2, cache=torch.device("cpu"))
         bank.write(stream.depth, x_NLD.split(2))
         banks.append(bank)
-    cut, head = Cut(index=0, half="ffn", keep=0.6), stream.head()
+    cut, head = Cut(index=0, sublayer="ffn", keep=0.6), stream.head()
     wanted = divergence(head(dense_NLD[good_NL]), head(copy_NLD[good_NL])) / int(good_NL.sum())
     assert mean_divergence(stream, stream.head(), banks[0], banks[1], cut) == pytest.approx(wanted, rel=1e-6)
     banks[1].write(stream.depth, torch.full_like(copy_NLD, math.nan).split(2))
@@ -387,7 +389,7 @@ def test_a_divergence_that_is_nan_is_not_zero(pico: MakeModel) -> None:
     bank.write(stream.depth, torch.randn(3, 16, 32).split(3))
     stream.head = lambda: lambda x_TD: torch.full((len(x_TD), 4), math.inf)  # type: ignore[method-assign]
     with pytest.raises(NumericalError, match="divergence nan over 48 tokens"):
-        mean_divergence(stream, stream.head(), bank, bank, Cut(index=0, half="ffn", keep=0.6))
+        mean_divergence(stream, stream.head(), bank, bank, Cut(index=0, sublayer="ffn", keep=0.6))
 
 
 # --- what a method is compared by -------------------------------------------------------------------------------------------
@@ -397,30 +399,31 @@ def test_a_divergence_that_is_nan_is_not_zero(pico: MakeModel) -> None:
 def test_an_error_that_is_no_number_loses(
     pico: MakeModel, tokens: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, first: bool
 ) -> None:
-    """Whichever comes first: NaN is less than nothing and nothing is less than NaN."""
-    build = AttentionAnchored.build
+    """Whichever comes first: NaN is less than nothing and nothing is less than NaN. What it took is noted all the same."""
+    solve = AttentionAnchored.solve
 
-    def spoilt(method: AttentionAnchored, *args: Any) -> Built:
-        built = build(method, *args)
-        return Built(edits=built.edits, error=math.nan) if method.storage == "factors" else built
+    def spoilt(method: AttentionAnchored, *args: Any) -> Solved:
+        solved = solve(method, *args)
+        return replace(solved, error=math.nan, notes=("care",)) if method.storage == "factors" else solved
 
-    monkeypatch.setattr(AttentionAnchored, "build", spoilt)
+    monkeypatch.setattr(AttentionAnchored, "solve", spoilt)
     attention = [AttentionAnchored(storage="factors"), AttentionAnchored()]
-    methods = (*(attention if first else attention[::-1]), FfnAnchored(share=1.0))
+    methods = (*(attention if first else attention[::-1]), FfnAnchored(shares=(1.0,)))
     recipe = Recipe(preset="custom", methods=methods, ratio=0.4)
     report = streamlap.compress(pico("llama"), tmp_path / "out", recipe, files=(str(tokens),))
     name = f"attention_anchored {int(not first)}"
     for layer in report.layers:
         assert "pivots" in layer.edits[0].row
         assert len(layer.errors["attention"]) == 1
-        assert layer.numerics == (f"attention: {name} failed: its error on held-out tokens is nan",)
+        failed = f"attention: {name} failed: its error on held-out tokens is nan"
+        assert layer.numerics == ("attention: care", failed)
     assert any("special care in 3 layers" in line for line in describe_report(report))
 
 
 def test_no_method_left_is_an_error(
     pico: MakeModel, tokens: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(AttentionAnchored, "build", lambda *_: Built(edits=[], error=math.inf))
+    monkeypatch.setattr(AttentionAnchored, "solve", lambda *_: Solved(edits=[], error=math.inf))
     with pytest.raises(NumericalError, match=r"^model.layers.0 attention: its error on held-out tokens is inf; wanted"):
         streamlap.compress(pico("llama"), tmp_path / "out", files=(str(tokens),))
 

@@ -12,15 +12,13 @@ import numpy as np
 import pytest
 import torch
 from conftest import MakeModel
+from crashes import keep_on_disk
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import streamlap
 from streamlap.errors import BudgetError
-from streamlap.families.stream import ModelStream, batch_of
+from streamlap.families.stream import ModelStream
 from streamlap.families.table import FAMILIES
-from streamlap.planning import schedule as sizing
-from streamlap.planning.schedule import Schedule, make_schedule
-from streamlap.planning.workload import Workload
 from streamlap.store.hidden import HiddenBank
 
 
@@ -82,11 +80,6 @@ def test_rows_of_token_ids_may_be_cut_into_shorter_windows(pico: MakeModel, toke
     assert result.nll == pytest.approx(in_memory_nll(pico("llama"), rows.view(-1, 8)), rel=1e-6)
 
 
-def on_disk(work: Workload, overlap: bool) -> list[Schedule]:
-    """In place of `schedules`: hidden states go to the disk, however much memory there is."""
-    return [make_schedule(work, overlap, "disk", batch_of(work.length))]
-
-
 def note_writes(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Path | None, int]]:
     """(folder, generation) of everything that a bank takes in from now on."""
     written: list[tuple[Path | None, int]] = []
@@ -108,7 +101,7 @@ def test_hidden_states_on_disk_give_the_same_numbers(
     in_ram = streamlap.evaluate(pico("llama"), tokens, work=tmp_path, overlap=overlap)
     assert written == [(None, generation) for generation in range(4)]
     written.clear()
-    monkeypatch.setattr(sizing, "schedules", on_disk)
+    keep_on_disk(monkeypatch)
     from_files = streamlap.evaluate(pico("llama"), tokens, work=tmp_path, overlap=overlap)
     assert written == [(tmp_path, generation) for generation in range(4)]
     assert from_files.nll == in_ram.nll
@@ -118,7 +111,7 @@ def test_hidden_states_on_disk_give_the_same_numbers(
 def test_a_disk_too_small_for_the_hidden_states_is_seen_at_once(
     pico: MakeModel, tokens: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(sizing, "schedules", on_disk)
+    keep_on_disk(monkeypatch)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=49151))
     with pytest.raises(BudgetError, match=r"hidden states takes 49,152 bytes under .*, and 49,151 are free"):
         streamlap.evaluate(pico("llama"), tokens, work=tmp_path)

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import json
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -15,17 +17,16 @@ from typing import Any
 import numpy as np
 import power
 import pytest
-from conftest import VOCABULARY, MakeModel
+from conftest import VOCABULARY, Compress, MakeModel
+from crashes import keep_on_disk
 from faults import CHANGES, STEPS, Disk, dies
-from outputs import STATE, contents
+from outputs import STATE, contents, is_begun
 
 import streamlap
 from streamlap.errors import CheckpointError
-from streamlap.families.stream import batch_of
-from streamlap.planning import schedule as sizing
-from streamlap.planning.schedule import Schedule, make_schedule
-from streamlap.planning.workload import Workload
 from streamlap.store.journal import Journal
+
+ROOT = Path(__file__).parents[2]
 
 
 @dataclass(kw_only=True)
@@ -136,14 +137,9 @@ def die_at_every(command: Command, out: Path, stride: int = 1, begin: int = 1, *
     return step - stride, ended
 
 
-def on_disk(work: Workload, overlap: bool) -> list[Schedule]:
-    """In place of `schedules`: hidden states are read from the disk, however much memory there is."""
-    return [make_schedule(work, overlap, "disk", batch_of(work.length))]
-
-
 def read_from_disk(command: Command, monkeypatch: pytest.MonkeyPatch) -> Command:
     """The same with nothing beside the loop, and hidden states that are read from the disk."""
-    monkeypatch.setattr(sizing, "schedules", on_disk)
+    keep_on_disk(monkeypatch)
     return replace(command, run=lambda out: command.run(out, overlap=False))
 
 
@@ -187,6 +183,50 @@ def test_death_at_every_write_too(
     steps, ended = die_at_every(command, tmp_path / "out", kinds=CHANGES, half=True)
     print(json.dumps({"command": name, "overlap": overlap, "boundaries": steps, "after the end": ended}))
     assert steps > 50
+
+
+def test_death_twice(compress: Compress, whole: dict[str, Any], tmp_path: Path) -> None:
+    """The resumed run dies too, and the next, each five steps later than the one before."""
+    out, step = tmp_path / "out", 20
+    assert dies(lambda: compress(out), tmp_path, at=step, kinds=STEPS)
+    while dies(lambda: streamlap.resume(out), tmp_path, at=step, kinds=STEPS):
+        step += 5
+        if not is_begun(out):
+            break
+        assert not streamlap.verify(out)["ok"]
+    assert step > 40
+    shutil.rmtree(out / STATE, ignore_errors=True)
+    assert contents(out) == whole
+
+
+def test_death_while_an_old_result_is_replaced(compress: Compress, whole: dict[str, Any], tmp_path: Path) -> None:
+    """With --overwrite: at no step do the remains of the old result pass for a model or for a run to resume."""
+    compress(tmp_path / "old", ratio=0.5)
+    begun = 0
+    for step in range(1, 45):
+        out = Path(shutil.copytree(tmp_path / "old", tmp_path / str(step)))
+        assert dies(lambda out=out: compress(out, overwrite=True), out, at=step, kinds=STEPS)
+        kept = (out / "config.json").exists()
+        assert kept == (step <= 5), "a lock in a folder of its own, and then it is the first to go"
+        begun += is_begun(out)
+        assert not (kept and is_begun(out))
+        compress(out, overwrite=True)
+        assert contents(out) == whole
+        shutil.rmtree(out)
+    assert begun < 10, "only the last steps are those of the new run"
+
+
+@pytest.mark.nightly
+def test_sigkill_at_random_moments(tmp_path: Path) -> None:
+    """One family and every command; the script without --only has the others."""
+    only = ["llama-tied", "lorap", "best", "best --refine 2", "survey", "export"]
+    command = [sys.executable, ROOT / "scripts" / "bench_resume.py", "--kills", "30", "--only", *only]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    result = json.loads(done.stdout)
+    assert result["differing_bytes"] == 0
+    assert len(result["cases"]) == 5
+    assert result["kills"] >= 30
+    assert result["unfinished"] > 20
 
 
 # --- power cuts ----------------------------------------------------------------------------------------------------------

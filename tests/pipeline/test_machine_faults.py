@@ -16,48 +16,33 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import MakeModel
+from conftest import Compress, MakeModel
+from crashes import in_layer
 from outputs import contents
 from safetensors.torch import load_file, save_file
 
 import streamlap
 from streamlap import cli
 from streamlap.errors import CheckpointError, ResumeMismatch, StreamlapError
-from streamlap.pipeline import compress as pipeline
 from streamlap.store.journal import Journal
 
-Compress = Callable[..., streamlap.Report]
 
-
-@pytest.fixture
-def source(pico: MakeModel, tmp_path: Path) -> Path:
-    """A checkpoint of several shards that a test may spoil."""
+@pytest.fixture(scope="module")
+def original(pico: MakeModel, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A checkpoint of several shards, with the name that its copies have."""
     made = pico("llama", tokenizer=True, num_hidden_layers=3, shard_size="40KB")
-    return Path(shutil.copytree(made, tmp_path / "source"))
+    return Path(shutil.copytree(made, tmp_path_factory.mktemp("original") / "source"))
 
 
 @pytest.fixture
-def compress(source: Path, tokens: Path) -> Compress:
-    return lambda out, **changes: streamlap.compress(source, out, files=(str(tokens),), **changes)
+def source(original: Path, tmp_path: Path) -> Path:
+    """One that a test may spoil."""
+    return Path(shutil.copytree(original, tmp_path / "source"))
 
 
 @pytest.fixture
-def whole(compress: Compress, tmp_path: Path) -> dict[str, Any]:
-    """The bytes of an unbroken run."""
-    compress(tmp_path / "whole")
-    return contents(tmp_path / "whole")
-
-
-def in_layer(index: int, monkeypatch: pytest.MonkeyPatch, act: Callable[[], object]) -> None:
-    """`act` happens while the loop is at that layer."""
-    edit_layer = pipeline.edit_layer
-
-    def edit(job: Any, engine: Any, layer: Any, here: int, *rest: Any) -> Any:
-        if here == index:
-            act()
-        return edit_layer(job, engine, layer, here, *rest)
-
-    monkeypatch.setattr(pipeline, "edit_layer", edit)
+def whole(unbroken: Callable[[Path], dict[str, Any]], original: Path) -> dict[str, Any]:
+    return unbroken(original)
 
 
 def shard_of(source: Path, tensor: str) -> Path:
@@ -108,42 +93,26 @@ def test_a_shard_that_changes_during_the_run(
     assert contents(tmp_path / "out") == whole
 
 
-def test_other_weights_under_the_same_header_are_not_gone_on_with(
-    compress: Compress, source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    out = tmp_path / "out"
-    in_layer(1, monkeypatch, lambda: (_ for _ in ()).throw(StreamlapError("enough")))
-    with pytest.raises(StreamlapError, match="enough"):
-        compress(out)
+def test_other_weights_under_the_same_header_are_not_gone_on_with(broken: Path, source: Path) -> None:
     shard = shard_of(source, "model.layers.2.mlp.up_proj.weight")
     retrain(shard)
     words = (
         rf"{shard.name}: the folder has '\d+ bytes, header (\w+), data \w+', this run has '\d+ bytes, header \1, data"
     )
     with pytest.raises(ResumeMismatch, match=words):
-        streamlap.resume(out)
+        streamlap.resume(broken)
 
 
 def test_a_source_that_moved_is_gone_on_with(
-    compress: Compress,
-    source: Path,
-    whole: dict[str, Any],
-    tmp_path: Path,
-    tokens: Path,
-    monkeypatch: pytest.MonkeyPatch,
+    broken: Path, compress: Compress, source: Path, whole: dict[str, Any], tmp_path: Path
 ) -> None:
     """What counts is what is in the shards, not where they lie or when they were written."""
-    out = tmp_path / "out"
-    with monkeypatch.context() as patch:
-        in_layer(1, patch, lambda: (_ for _ in ()).throw(StreamlapError("enough")))
-        with pytest.raises(StreamlapError, match="enough"):
-            compress(out)
     moved = Path(shutil.copytree(source, tmp_path / "elsewhere" / "source"))
     for shard in moved.glob("*.safetensors"):
         touch(shard)
     shutil.rmtree(source)
-    streamlap.compress(moved, out, files=(str(tokens),))
-    assert contents(out) == whole
+    compress(broken, model=moved)
+    assert contents(broken) == whole
 
 
 # --- the device, threads, memory -----------------------------------------------------------------------------------------

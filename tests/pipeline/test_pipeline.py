@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 import stat
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +14,7 @@ import pytest
 import torch
 from conftest import MakeModel
 from safetensors import safe_open
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 import streamlap
@@ -22,7 +23,9 @@ from streamlap.families.stream import ModelStream
 from streamlap.linalg.budget import lorap_pair_ranks, lorap_removal
 from streamlap.linalg.channels import kept_channels, lorap_scores
 from streamlap.linalg.lowrank import awsvd
-from streamlap.methods import PRESETS, attention_awsvd
+from streamlap.linalg.solution import Solution
+from streamlap.methods import METHODS, PRESETS
+from streamlap.methods.lorap import attention as lorap_attention
 from streamlap.store.journal import Journal
 
 
@@ -30,7 +33,7 @@ def compressed(pico: MakeModel, tokens: Path, out: Path, family: str = "llama", 
     return streamlap.compress(pico(family), out, files=(str(tokens),), **({"ratio": 0.4} | settings))
 
 
-def site_inputs(model: torch.nn.Module, tokens_NL: torch.Tensor, path: str) -> torch.Tensor:
+def linear_inputs(model: torch.nn.Module, tokens_NL: torch.Tensor, path: str) -> torch.Tensor:
     """All inputs x_TI of one linear while the whole model runs in memory."""
     seen: list[torch.Tensor] = []
     hook = model.get_submodule(path).register_forward_pre_hook(lambda _, args: seen.append(args[0].flatten(0, 1)))
@@ -57,16 +60,16 @@ def test_every_layer_is_edited_from_the_compressed_prefix(
     for index in range(3):
         base = f"model.layers.{index}"
         scales = {
-            site: scale_of(site_inputs(model, tokens_NL, f"{base}.{path}"))
-            for site, path in {
-                "in": "self_attn.q_proj", "out": "self_attn.o_proj", "ffn": "mlp.gate_proj", "mid": "mlp.down_proj",
+            role: scale_of(linear_inputs(model, tokens_NL, f"{base}.{path}"))
+            for role, path in {
+                "q": "self_attn.q_proj", "o": "self_attn.o_proj", "gate": "mlp.gate_proj", "down": "mlp.down_proj",
             }.items()
         }  # fmt: skip
         for weak, strong in (("q", "o"), ("k", "v")):
             shape = model.get_submodule(f"{base}.self_attn.{weak}_proj").weight.shape
             for name, rank in zip((weak, strong), lorap_pair_ranks(*shape, 0.4, 3.0), strict=True):
                 linear = model.get_submodule(f"{base}.self_attn.{name}_proj")
-                up, down, _ = awsvd(linear.weight.detach(), scales["out" if name == "o" else "in"], rank)
+                up, down = awsvd(linear.weight.detach(), scales["o" if name == "o" else "q"], rank).value
                 mine = (
                     written.read(f"{base}.self_attn.{name}_proj.weight").double()
                     @ written.read(f"{base}.self_attn.{name}_proj.down.weight").double()
@@ -75,7 +78,7 @@ def test_every_layer_is_edited_from_the_compressed_prefix(
                 linear.weight.data = mine.float()
         mlp = model.get_submodule(f"{base}.mlp")
         weights = (mlp.gate_proj.weight, mlp.up_proj.weight, mlp.down_proj.weight)
-        kept = kept_channels(lorap_scores(*weights, scales["ffn"], scales["mid"]), lorap_removal(48, 0.4, 0.01))
+        kept = kept_channels(lorap_scores(*weights, scales["gate"], scales["down"]), lorap_removal(48, 0.4, 0.01))
         assert kept_of[f"{index}.mlp.down_proj"] == kept.tolist()
         gone = torch.ones(48, dtype=torch.bool).index_fill(0, kept, False)
         mlp.down_proj.weight.data[:, gone] = 0
@@ -165,27 +168,43 @@ def test_inspect_of_an_original_finds_nothing_removed(pico: MakeModel) -> None:
 
 
 def test_methods_may_be_chosen_one_by_one(pico: MakeModel, tokens: Path, tmp_path: Path) -> None:
-    from streamlap.methods import METHODS
-
     report = compressed(pico, tokens, tmp_path / "out", methods=(METHODS["attention_awsvd"](),))
     assert {edit.path.split(".")[0] for layer in report.layers for edit in layer.edits} == {"self_attn"}
     assert report.recipe["preset"] == "custom"
 
 
-def test_a_layer_with_dead_channels_is_compressed(pico: MakeModel, tokens: Path, tmp_path: Path) -> None:
-    from safetensors.torch import save_file
+def spoilt(model: Path, folder: Path, change: Callable[[dict[str, torch.Tensor]], None]) -> Path:
+    """A copy of a checkpoint with other weights."""
+    shutil.copytree(model, folder)
+    weights = load_file(folder / "model.safetensors")
+    change(weights)
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+    return folder
 
-    source = tmp_path / "source"
-    source.mkdir()
-    for path in pico("llama").iterdir():
-        (source / path.name).write_bytes(path.read_bytes())
-    weights = load_file(source / "model.safetensors")
+
+def dead_channels(weights: dict[str, torch.Tensor]) -> None:
     weights["model.layers.0.mlp.up_proj.weight"][:20] = 0
     weights["model.layers.1.input_layernorm.weight"][:8] = 0
-    save_file(weights, source / "model.safetensors", {"format": "pt"})
-    out = tmp_path / "out"
-    streamlap.compress(source, out, ratio=0.4, files=(str(tokens),))
+    weights["model.layers.1.self_attn.v_proj.weight"][:2] = 0
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_a_layer_with_dead_channels_is_compressed(pico: MakeModel, tokens: Path, tmp_path: Path, preset: str) -> None:
+    """And the report says which; two heads of o read what a dead row of v writes."""
+    source, out = spoilt(pico("llama"), tmp_path / "source", dead_channels), tmp_path / "out"
+    report = streamlap.compress(source, out, ratio=0.4, preset=preset, files=(str(tokens),))
     assert streamlap.verify(out) == {"ok": True, "faults": []}
+    first, second = ("ffn: ", "attention: ") if preset == "best" else ("", "")
+    assert [layer.numerics for layer in report.layers] == [
+        (f"{first}20 dead inputs of mlp.down_proj",),
+        (
+            f"{second}8 dead inputs of self_attn.q_proj, self_attn.k_proj, self_attn.v_proj",
+            f"{second}4 dead inputs of self_attn.o_proj",
+        ),
+        (),
+    ]
+    saved = json.loads((out / "streamlap_report.json").read_text())
+    assert [tuple(layer["numerics"]) for layer in saved["layers"]] == [layer.numerics for layer in report.layers]
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen2"])
@@ -208,14 +227,12 @@ def test_dense_export_is_a_plain_model_with_the_same_logits(
 
 def tiny_inputs_of_large_weights(pico: MakeModel, folder: Path) -> Path:
     """In the last layer, whose output nobody looks at: the inputs of o are tiny, its weights near the end of float16."""
-    from safetensors.torch import save_file
 
-    shutil.copytree(pico("llama", dtype=torch.float16), folder)
-    weights = load_file(folder / "model.safetensors")
-    weights["model.layers.2.self_attn.v_proj.weight"][:] = 6e-8
-    weights["model.layers.2.self_attn.o_proj.weight"] *= 20000
-    save_file(weights, folder / "model.safetensors", {"format": "pt"})
-    return folder
+    def change(weights: dict[str, torch.Tensor]) -> None:
+        weights["model.layers.2.self_attn.v_proj.weight"][:] = 6e-8
+        weights["model.layers.2.self_attn.o_proj.weight"] *= 20000
+
+    return spoilt(pico("llama", dtype=torch.float16), folder, change)
 
 
 def test_what_the_storage_dtype_cannot_hold_is_refused(pico: MakeModel, tokens: Path, tmp_path: Path) -> None:
@@ -239,7 +256,9 @@ def test_an_edit_that_is_not_finite_is_refused(
     pico: MakeModel, tokens: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Whatever a method of one's own may do."""
-    monkeypatch.setattr(attention_awsvd, "balanced", lambda up_OR, down_RI, *_: (up_OR.float(), down_RI.float() / 0))
+    monkeypatch.setattr(
+        lorap_attention, "balanced", lambda up_OR, down_RI, *_: Solution((up_OR.float(), down_RI.float() / 0))
+    )
     with pytest.raises(
         NumericalError, match=r"model.layers.0.self_attn.q_proj: down.weight is not finite in torch.float32"
     ):

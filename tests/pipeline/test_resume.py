@@ -1,287 +1,165 @@
-"""A run that dies anywhere is known as unfinished, goes on, and ends in the bytes of the unbroken run."""
+"""`resume` takes up what was stopped, a compression, an export or a survey, and refuses what does not say how it was begun."""
 
 from __future__ import annotations
 
 import json
-import os
 import shutil
-import subprocess
-import sys
-import threading
-import time
-from collections import defaultdict
-from collections.abc import Callable
+import signal
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from conftest import MakeModel
+import torch
+import transformers
+from conftest import Compress
 from crashes import crash_after
-from faults import STEPS, dies
-from outputs import STATE, contents, is_begun
+from faults import Crash, Disk
+from outputs import STATE, contents
+from typer.testing import CliRunner
 
 import streamlap
-from streamlap.errors import NumericalError, RecipeError, ResumeMismatch
-from streamlap.pipeline import compress as pipeline
-from streamlap.pipeline import session as preflight
+from streamlap.cli import app
+from streamlap.errors import BudgetError, CheckpointError, Interrupted, RecipeError, ResumeMismatch
+from streamlap.families.stream import ModelStream
+from streamlap.pipeline import session
+from streamlap.pipeline.resume import COMMANDS
+from streamlap.pipeline.survey import state_of
+from streamlap.planning.schedule import schedules
+from streamlap.planning.workload import evaluation_workload
+from streamlap.recipe import Recipe
+from streamlap.settings import RunSettings
 from streamlap.store.journal import Journal
 from streamlap.store.lock import OutputLock
-
-ROOT = Path(__file__).parents[2]
-JOURNAL = f"{STATE}/journal.jsonl"
-
-Compress = Callable[..., streamlap.Report]
+from streamlap.store.sink import ShardFolder
 
 
-@pytest.fixture
-def source(pico: MakeModel) -> Path:
-    return pico("llama", tokenizer=True, num_hidden_layers=2)
+@pytest.fixture(scope="module")
+def out(source: Path, tokens: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A compressed folder."""
+    folder = tmp_path_factory.mktemp("resuming") / "out"
+    streamlap.compress(source, folder, files=(str(tokens),))
+    return folder
 
 
-@pytest.fixture
-def compress(source: Path, tokens: Path) -> Compress:
-    def run(out: Path, **changes: Any) -> streamlap.Report:
-        return streamlap.compress(changes.pop("model", source), out, files=(str(tokens),), **changes)
-
-    return run
+# --- export --------------------------------------------------------------------------------------------------------------
 
 
-@pytest.fixture
-def whole(compress: Compress, tmp_path: Path) -> dict[str, Any]:
-    """The bytes of an unbroken run."""
-    compress(tmp_path / "whole")
-    return contents(tmp_path / "whole")
-
-
-@pytest.fixture
-def broken(compress: Compress, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """An output folder with one layer of two committed."""
-    crash_after(1, monkeypatch, lambda: compress(tmp_path / "out"))
-    return tmp_path / "out"
-
-
-# --- death at a step -----------------------------------------------------------------------------------------------------
-
-
-def test_death_twice(compress: Compress, whole: dict[str, Any], tmp_path: Path) -> None:
-    """The resumed run dies too, and the next, each five steps later than the one before."""
-    out, step = tmp_path / "out", 20
-    assert dies(lambda: compress(out), tmp_path, at=step, kinds=STEPS)
-    while dies(lambda: streamlap.resume(out), tmp_path, at=step, kinds=STEPS):
-        step += 5
-        if not is_begun(out):
-            break
-        assert not streamlap.verify(out)["ok"]
-    assert step > 40
-    shutil.rmtree(out / STATE, ignore_errors=True)
-    assert contents(out) == whole
-
-
-def test_death_while_an_old_result_is_replaced(compress: Compress, whole: dict[str, Any], tmp_path: Path) -> None:
-    """With --overwrite: at no step do the remains of the old result pass for a model or for a run to resume."""
-    compress(tmp_path / "old", ratio=0.5)
-    begun = 0
-    for step in range(1, 45):
-        out = Path(shutil.copytree(tmp_path / "old", tmp_path / str(step)))
-        assert dies(lambda out=out: compress(out, overwrite=True), out, at=step, kinds=STEPS)
-        kept = (out / "config.json").exists()
-        assert kept == (step <= 5), "a lock in a folder of its own, and then it is the first to go"
-        begun += is_begun(out)
-        assert not (kept and is_begun(out))
-        compress(out, overwrite=True)
-        assert contents(out) == whole
-        shutil.rmtree(out)
-    assert begun < 10, "only the last steps are those of the new run"
-
-
-@pytest.mark.parametrize("overlap", [True, False])
-def test_a_file_is_on_the_disk_before_it_gets_its_name(
-    compress: Compress, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, overlap: bool
+@pytest.mark.parametrize("again", ["resume", "export"])
+def test_an_export_goes_on_after_its_last_shard(
+    out: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, again: str
 ) -> None:
-    """fsync of all its bytes, rename, fsync of the folder: in this order for every file, in whatever thread."""
-    events: dict[int, list[tuple[str, Any]]] = defaultdict(list)
-    fsync, replace = os.fsync, os.replace
-
-    def note_fsync(handle: int) -> None:
-        fsync(handle)
-        stat = os.fstat(handle)
-        events[threading.get_ident()].append(("fsync", (stat.st_ino, stat.st_size)))
-
-    def note_replace(old: Any, new: Any) -> None:
-        stat, seen = os.stat(old), events[threading.get_ident()]
-        seen.append(("replace", (stat.st_ino, stat.st_size)))
-        replace(old, new)
-        seen.append(("folder", os.stat(Path(new).parent).st_ino))
-
-    monkeypatch.setattr(os, "fsync", note_fsync)
-    monkeypatch.setattr(os, "replace", note_replace)
-    compress(tmp_path / "out", overlap=overlap)
-    assert len(events) == (2 if overlap else 1), "threads that write"
-    renames = [(seen, place) for seen in events.values() for place, (kind, _) in enumerate(seen) if kind == "replace"]
-    assert len(renames) > 10
-    for seen, place in renames:
-        (before, synced), (_, renamed), (_, folder), (after, inode) = seen[place - 1 : place + 3]
-        assert (before, after) == ("fsync", "fsync")
-        assert synced == renamed
-        assert inode[0] == folder
+    whole, dense, written = tmp_path / "whole", tmp_path / "dense", []
+    streamlap.export_dense(out, whole)
+    crash_after(2, monkeypatch, lambda: streamlap.export_dense(out, dense))
+    fault = streamlap.verify(dense)["faults"][0]["fault"]
+    assert fault == f"the run is not finished; go on with: streamlap resume {dense}"
+    write = ShardFolder.write
+    monkeypatch.setattr(
+        ShardFolder, "write", lambda folder, shard, *rest: written.append(shard) or write(folder, shard, *rest)
+    )
+    result = streamlap.resume(dense) if again == "resume" else streamlap.export_dense(out, dense)
+    assert written == ["model-00003-of-00003.safetensors"]
+    assert isinstance(result, dict)
+    assert result["shards"] == 3
+    assert contents(dense) == contents(whole)
+    assert not (dense / STATE).exists()
 
 
-EVENTS = {
-    "lorap": [
-        "model-00001-of-00003.safetensors", "hidden-00000.bin",
-        "model-00002-of-00003.safetensors", "hidden-00001.bin", "layer 0", "no hidden-00000.bin",
-        "model-00003-of-00003.safetensors", "layer 1", "no hidden-00001.bin",
-    ],
-    "best": [
-        "model-00001-of-00003.safetensors", "hidden-00000.bin", "dense-00000.bin", "dense-00001.bin",
-        "model-00002-of-00003.safetensors", "hidden-00001.bin", "layer 0", "no hidden-00000.bin", "no dense-00000.bin",
-        "dense-00002.bin",
-        "model-00003-of-00003.safetensors", "layer 1", "no hidden-00001.bin", "no dense-00001.bin",
-    ],
-}  # fmt: skip
+def test_an_export_stops_on_request(out: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    append = Journal.append
 
-
-@pytest.mark.parametrize("preset", EVENTS)
-@pytest.mark.parametrize("overlap", [True, False])
-def test_a_layer_is_committed_when_all_of_it_is_on_the_disk(
-    compress: Compress, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, overlap: bool, preset: str
-) -> None:
-    """Its shard, the hidden states that it gave, the journal; only then do those that it was given go."""
-    events: list[str] = []
-    replace, append, unlink = os.replace, Journal.append, os.unlink
-
-    def note_replace(old: Any, new: Any) -> None:
-        replace(old, new)
-        events.append(Path(new).name)
-
-    def note_append(journal: Journal, line: dict[str, Any]) -> None:
+    def append_and_stop(journal: Journal, line: dict[str, Any]) -> None:
         append(journal, line)
-        events.append(f"layer {line['index']}")
+        signal.raise_signal(signal.SIGTERM)
 
-    def note_unlink(path: Any, **rest: Any) -> None:
-        unlink(path, **rest)
-        events.append(f"no {Path(path).name}")
-
-    monkeypatch.setattr(os, "replace", note_replace)
-    monkeypatch.setattr(Journal, "append", note_append)
-    monkeypatch.setattr(os, "unlink", note_unlink)
-    compress(tmp_path / "out", overlap=overlap, preset=preset)
-    first = events.index("model-00001-of-00003.safetensors")
-    assert events[first : first + len(EVENTS[preset])] == EVENTS[preset]
+    monkeypatch.setattr(Journal, "append", append_and_stop)
+    with pytest.raises(Interrupted, match=r"stopped at shard 1 of 3; go on with: streamlap resume .*dense"):
+        streamlap.export_dense(out, tmp_path / "dense")
 
 
-def test_an_error_takes_nothing_from_the_layer_before(
-    compress: Compress, whole: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_an_export_of_another_source_is_refused(
+    out: Path, source: Path, tokens: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Its commit may still be under way in the thread beside the loop, here because it waits for the error."""
-    out, failing = tmp_path / "out", threading.Event()
-    edit_layer, append = pipeline.edit_layer, Journal.append
+    other, dense = tmp_path / "other", tmp_path / "dense"
+    streamlap.compress(source, other, ratio=0.5, files=(str(tokens),))
+    crash_after(1, monkeypatch, lambda: streamlap.export_dense(out, dense))
+    with pytest.raises(ResumeMismatch, match=r"source config.json: the folder has '\w+', this run has"):
+        streamlap.export_dense(other, dense)
+    with pytest.raises(ResumeMismatch, match=r"command: the folder has 'export', this run has None"):
+        streamlap.compress(source, dense, files=(str(tokens),))
 
-    def fail(job: Any, engine: Any, layer: Any, index: int, *rest: Any) -> Any:
-        if index == 1:
-            failing.set()
-            raise NumericalError("layer 1 cannot be done")
-        return edit_layer(job, engine, layer, index, *rest)
 
-    def wait(journal: Journal, line: dict[str, Any]) -> None:
-        assert failing.wait(60)
-        time.sleep(0.05)
-        append(journal, line)
+def test_an_export_writes_alone_and_into_a_new_folder(out: Path, tmp_path: Path) -> None:
+    with OutputLock(tmp_path / "dense"), pytest.raises(ResumeMismatch, match="is being written by process"):
+        streamlap.export_dense(out, tmp_path / "dense")
+    streamlap.export_dense(out, tmp_path / "dense")
+    with pytest.raises(RecipeError, match=r"dense is not empty \(config.json, ...\); wanted a new folder"):
+        streamlap.export_dense(out, tmp_path / "dense")
 
+
+# --- survey --------------------------------------------------------------------------------------------------------------
+
+
+def test_a_survey_is_resumed_by_its_file(
+    source: Path, tokens: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where the text that it was to measure on is gone."""
+    ids, file, whole = tmp_path / "ids.npy", tmp_path / "survey.json", tmp_path / "whole.json"
+    ids.write_bytes(tokens.read_bytes())
+    streamlap.survey(source, whole, files=(str(ids),))
+    work = tmp_path / "work"
+    crash_after(1, monkeypatch, lambda: streamlap.survey(source, file, files=(str(ids),), work=work))
+    ids.unlink()
+    done = CliRunner().invoke(app, ["resume", str(file), "--max-ram", "100GiB", "--json"])
+    assert done.exit_code == 0, done.output
+    assert file.read_bytes() == whole.read_bytes()
+    assert json.loads(done.stdout) == json.loads(file.read_text())
+    assert not list(work.iterdir())
+    assert not state_of(file).exists()
+
+
+def test_a_survey_is_resumed_from_inside_its_state(
+    source: Path, tokens: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = tmp_path / "survey.json"
+    crash_after(1, monkeypatch, lambda: streamlap.survey(source, file, files=(str(tokens),)))
+    monkeypatch.chdir(state_of(file))
+    streamlap.resume(".")
+    assert file.exists()
+
+
+def test_a_survey_that_died_while_it_tidied_up_is_not_measured_again(
+    source: Path, tokens: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = tmp_path / "survey.json"
     with monkeypatch.context() as patch:
-        patch.setattr(pipeline, "edit_layer", fail)
-        patch.setattr(Journal, "append", wait)
-        with pytest.raises(NumericalError, match="layer 1 cannot be done"):
-            compress(out)
-    assert len((out / JOURNAL).read_bytes().splitlines()) == 2
-    assert not list(out.rglob("*.tmp"))
-    streamlap.resume(out)
-    assert contents(out) == whole
+        Disk(patch, at=1, kinds={"unlink"}, name="journal.jsonl")
+        with pytest.raises(Crash):
+            streamlap.survey(source, file, files=(str(tokens),))
+    assert not list(tmp_path.rglob("*.bin")), "what only the journal leads to goes before it"
+    first = file.read_bytes()
+    streamlap.resume(file)
+    assert file.read_bytes() == first
+    assert list(tmp_path.iterdir()) == [file]
 
 
-# --- the journal ---------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("kept", [0.0, 0.01, 0.5, 0.99, -1])
-def test_a_torn_last_line_never_happened(
-    broken: Path, whole: dict[str, Any], monkeypatch: pytest.MonkeyPatch, kept: float
+def test_the_state_of_a_survey_leads_to_it_too(
+    source: Path, tokens: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Nor does it spoil the line that takes its place, which a second death shows."""
-    raw = (broken / JOURNAL).read_bytes()
-    start = raw.index(b"\n") + 1
-    length = len(raw) - start
-    (broken / JOURNAL).write_bytes(raw[: start + (length - 1 if kept < 0 else int(kept * length))])
-    crash_after(1, monkeypatch, lambda: streamlap.resume(broken))
-    streamlap.resume(broken)
+    file = tmp_path / "survey.json"
+    crash_after(1, monkeypatch, lambda: streamlap.survey(source, file, files=(str(tokens),)))
+    streamlap.resume(state_of(file))
+    assert list(tmp_path.iterdir()) == [file]
+
+
+def test_a_folder_is_resumed_from_inside(broken: Path, whole: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(broken)
+    streamlap.resume(".")
     assert contents(broken) == whole
 
 
-def test_a_refused_resume_does_not_touch_the_journal(broken: Path) -> None:
-    """The line that looks torn may be one that the running process is just writing."""
-    torn = (broken / JOURNAL).read_bytes()[:-9]
-    (broken / JOURNAL).write_bytes(torn)
-    with OutputLock(broken), pytest.raises(ResumeMismatch, match="being written by process"):
-        streamlap.resume(broken)
-    assert (broken / JOURNAL).read_bytes() == torn
-
-
-def test_what_another_process_finished_meanwhile_is_not_begun_again(
-    broken: Path, compress: Compress, whole: dict[str, Any], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Between a look at the journal and the lock there is time for that."""
-    saved_tokens = pipeline.saved_tokens
-
-    def read_and_lose_the_race(out: Path) -> Any:
-        tokens_NL = saved_tokens(out)
-        compress(out)
-        return tokens_NL
-
-    monkeypatch.setattr(pipeline, "saved_tokens", read_and_lose_the_race)
-    with pytest.raises(RecipeError, match="holds a finished model"):
-        streamlap.resume(broken)
-    assert streamlap.verify(broken)["ok"]
-    assert {name: data for name, data in contents(broken).items() if STATE not in name} == whole
-
-
-def edit_line(number: int, change: Callable[[bytes], bytes]) -> Callable[[list[bytes]], list[bytes]]:
-    return lambda lines: [change(line) if place == number else line for place, line in enumerate(lines)]
-
-
-DAMAGE: dict[str, Callable[[list[bytes]], list[bytes]]] = {
-    "first line cut": edit_line(0, lambda line: line[:40] + b"\n"),
-    "first line of another kind": edit_line(0, lambda line: b"[1]\n"),
-    "middle line cut": edit_line(1, lambda line: line[:40] + b"\n"),
-    "middle line not text": edit_line(1, lambda line: b"\xff\xfe\n"),
-    "middle line gone": lambda lines: [lines[0], lines[2]],
-    "a line twice": lambda lines: [lines[0], lines[1], lines[1]],
-    "first line gone": lambda lines: lines[1:],
-    "empty": lambda lines: [],
-}
-
-
-@pytest.mark.parametrize("case", DAMAGE)
-@pytest.mark.parametrize("again", ["resume", "compress"])
-def test_a_damaged_journal_is_refused(broken: Path, compress: Compress, case: str, again: str) -> None:
-    lines = (broken / JOURNAL).read_bytes().splitlines(keepends=True)
-    second = lines[1].replace(b'"index": 0', b'"index": 1')
-    (broken / JOURNAL).write_bytes(b"".join(DAMAGE[case]([*lines, second])))
-    with pytest.raises(
-        ResumeMismatch, match=r"journal.jsonl is damaged .* Delete .*out and give the first command again"
-    ):
-        streamlap.resume(broken) if again == "resume" else compress(broken)
-
-
-@pytest.mark.parametrize("data", [None, b"", b"PK\x03\x04", b"\x93NUMPY"])
-def test_damaged_tokens_are_made_anew_by_compress(
-    broken: Path, compress: Compress, whole: dict[str, Any], data: bytes | None
-) -> None:
-    path = broken / STATE / "tokens.npy"
-    path.unlink() if data is None else path.write_bytes(data)
-    with pytest.raises(ResumeMismatch, match=r"tokens.npy cannot be read .* first command again"):
-        streamlap.resume(broken)
-    compress(broken)
-    assert contents(broken) == whole
+# --- what cannot be resumed ----------------------------------------------------------------------------------------------
 
 
 def test_there_must_be_something_to_resume(compress: Compress, tmp_path: Path) -> None:
@@ -292,123 +170,228 @@ def test_there_must_be_something_to_resume(compress: Compress, tmp_path: Path) -
     assert not (tmp_path / "nowhere").exists()
 
 
-# --- another run ---------------------------------------------------------------------------------------------------------
+def test_what_the_last_death_leaves_is_a_finished_folder(
+    source: Path, out: Path, tokens: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The journal is gone, the lock and the tokens are still there."""
+    late, dense = tmp_path / "late", tmp_path / "dense"
+    for name, run in (
+        (late, lambda: streamlap.compress(source, late, files=(str(tokens),))),
+        (dense, lambda: streamlap.export_dense(out, dense)),
+    ):
+        with monkeypatch.context() as patch:
+            Disk(patch, name, at=1, kinds={"unlink"}, name="lock")
+            with pytest.raises(Crash):
+                run()
+        assert (name / STATE / "lock").exists()
+        assert streamlap.verify(name)["ok"]
+        with pytest.raises(ResumeMismatch, match="nothing to resume"):
+            streamlap.resume(name)
+    with pytest.raises(RecipeError, match="holds a finished model"):
+        streamlap.compress(source, late, files=(str(tokens),))
+    assert streamlap.evaluate(late, tokens).nll == streamlap.evaluate(out, tokens).nll
 
-CHANGES: dict[str, tuple[dict[str, Any], str]] = {
-    "ratio": ({"ratio": 0.3}, "recipe ratio: the folder has 0.2, this run has 0.3"),
-    "dtype": ({"dtype": "bfloat16"}, "recipe dtype: the folder has 'auto', this run has 'bfloat16'"),
-    "samples": ({"samples": 5}, "calibration tokens: the folder has '[12, 16] "),
-    "seed": ({"samples": 5, "seed": 1}, "calibration tokens: the folder has '[12, 16] "),
-    "methods": ({"methods": ()}, "recipe methods: the folder has [{'method': 'attention_anchored'"),
-    "preset": ({"preset": "lorap"}, "recipe preset: the folder has 'best', this run has 'lorap'"),
+
+# --- a journal that does not say how it was begun ------------------------------------------------------------------------
+
+OWN: dict[str, dict[str, Any]] = {"compress": {"recipe": Recipe().to_dict()}, "survey": {"dtype": "auto"}, "export": {}}
+"""What each command keeps of its own."""
+
+
+def begun(folder: Path, kind: str, **changes: Any) -> Path:
+    """What a run of that command leaves; its model is not there, so that to open it is an error of another kind. Gives what
+    `resume` is to be asked for."""
+    table = {"command": kind, "model": str(folder / "gone"), "settings": RunSettings(device="cpu").to_json()}
+    arguments = table | OWN[kind] | changes
+    arguments = {key: value for key, value in arguments.items() if value is not ...}
+    place = folder / "survey.json" if kind == "survey" else folder / "out"
+    output = state_of(place) if kind == "survey" else place
+    (output / STATE).mkdir(parents=True)
+    Journal.create(output, {"versions": session.versions_mark()}, arguments)
+    return place
+
+
+def resume_once(place: Path) -> ResumeMismatch:
+    """The one error that comes of it, which has changed nothing."""
+    before = contents(place.parent)
+    with pytest.raises(ResumeMismatch) as refusal:
+        streamlap.resume(place)
+    assert contents(place.parent) == before
+    assert refusal.value.exit_code == 5
+    assert "\n" not in str(refusal.value)
+    return refusal.value
+
+
+def test_every_command_is_known_here() -> None:
+    assert set(OWN) == set(COMMANDS)
+
+
+@pytest.mark.parametrize("command", OWN)
+def test_undamaged_the_journal_leads_to_the_model(tmp_path: Path, command: str) -> None:
+    with pytest.raises(CheckpointError, match="gone"):
+        streamlap.resume(begun(tmp_path, command))
+
+
+def settings(**changes: Any) -> dict[str, Any]:
+    table = RunSettings(device="cpu").to_json() | changes
+    return {"settings": {key: value for key, value in table.items() if value is not ...}}
+
+
+DAMAGED: dict[str, dict[str, Any]] = {
+    "no command": {"command": ...},
+    "command is a number": {"command": 7},
+    "command is a list": {"command": ["compress"]},
+    "no model": {"model": ...},
+    "model is nothing": {"model": None},
+    "model is a list": {"model": ["m"]},
+    "no settings": {"settings": ...},
+    "settings are nothing": {"settings": None},
+    "settings are a list": {"settings": [1]},
+    "settings are empty": {"settings": {}},
+    "no device": settings(device=...),
+    "device is a number": settings(device=0),
+    "no work": settings(work=...),
+    "work is a number": settings(work=5),
+    "work is no path": settings(work="a\0b"),
+    "no max_ram": settings(max_ram=...),
+    "max_ram is text": settings(max_ram="8GiB"),
+    "max_ram is a fraction": settings(max_ram=0.5),
+    "max_ram is true": settings(max_ram=True),
+    "max_ram is below zero": settings(max_ram=-1),
+    "no max_vram": settings(max_vram=...),
+    "max_vram is a list": settings(max_vram=[1]),
+    "no overlap": settings(overlap=...),
+    "overlap is a number": settings(overlap=1),
+    "overlap is nothing": settings(overlap=None),
+    "nothing at all": dict.fromkeys(("command", "model", "settings", "recipe", "dtype"), ...),
 }
 
 
-@pytest.mark.parametrize("case", CHANGES)
-def test_other_settings_are_refused(broken: Path, compress: Compress, case: str) -> None:
-    changes, words = CHANGES[case]
-    before = contents(broken)
-    with pytest.raises(ResumeMismatch) as refusal:
-        compress(broken, **changes)
-    assert words in str(refusal.value)
-    assert "begun by another run" in str(refusal.value)
-    assert "--overwrite" in str(refusal.value)
-    assert {name: data for name, data in contents(broken).items() if "holder" not in name} == {
-        name: data for name, data in before.items() if "holder" not in name
-    }
+@pytest.mark.parametrize("case", DAMAGED)
+@pytest.mark.parametrize("command", OWN)
+def test_damaged_arguments_are_one_refusal(tmp_path: Path, command: str, case: str) -> None:
+    place = begun(tmp_path, command, **DAMAGED[case])
+    words = str(resume_once(place))
+    assert "does not say how it was begun" in words
+    assert "Delete it and give the first command again" in words
+    assert str(state_of(place) if command == "survey" else place) in words
 
 
-def change_shard(folder: Path) -> None:
-    path = folder / "model.safetensors"
-    raw = path.read_bytes()
-    path.write_bytes(raw.replace(b'{"format":"pt"}', b'{"format":"PT"}'))
+@pytest.mark.parametrize("command", OWN)
+@pytest.mark.parametrize("name", ["rm -rf", "resume", "", "Compress"])
+def test_an_unknown_command_is_refused_by_name(tmp_path: Path, command: str, name: str) -> None:
+    words = str(resume_once(begun(tmp_path, command, command=name)))
+    assert f"was begun by {name!r}; wanted one of compress, survey, export" in words
 
 
-def change_config(folder: Path) -> None:
-    path = folder / "config.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | {"rms_norm_eps": 0.1}))
+RECIPES: dict[str, Any] = {
+    "none": ...,
+    "nothing": None,
+    "text": "best",
+    "a number": 5,
+    "a list": [["ratio", 0.2], "ratio"],
+    "unknown keys": {"rate": 0.2},
+    "a ratio that is text": {"ratio": "0.2"},
+    "methods that are text": {"methods": "best"},
+    "an unknown method": {"methods": [{"method": "magic"}]},
+    "a knob that is a list": {"methods": [{"method": "refine", "epochs": [1]}]},
+    "a calibration that is a list": {"calibration": [1]},
+    "calibration files that are numbers": {"calibration": {"files": [1]}},
+}
 
 
-@pytest.mark.parametrize(
-    ("change", "words"),
-    [
-        (change_shard, r"source model.safetensors: the folder has '\d+ bytes"),
-        (change_config, "source config.json: the"),
-    ],
-)
-def test_another_source_is_refused(
-    source: Path, compress: Compress, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
-    change: Callable[[Path], None], words: str,
-) -> None:  # fmt: skip
-    model, out = Path(shutil.copytree(source, tmp_path / "source")), tmp_path / "out"
-    crash_after(1, monkeypatch, lambda: compress(out, model=model))
-    change(model)
-    with pytest.raises(ResumeMismatch, match=words):
-        streamlap.resume(out)
-    with pytest.raises(ResumeMismatch, match=words):
-        compress(out, model=model)
+@pytest.mark.parametrize("case", RECIPES)
+def test_a_recipe_that_cannot_be_used_is_one_refusal(tmp_path: Path, case: str) -> None:
+    words = str(resume_once(begun(tmp_path, "compress", recipe=RECIPES[case])))
+    assert "has no recipe that can be used" in words
+    assert "Delete it and give the first command again" in words
 
 
-def test_other_tokens_are_refused(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    ids, out = tmp_path / "ids.npy", tmp_path / "out"
-    np.save(ids, np.zeros((3, 16), int))
-    crash_after(1, monkeypatch, lambda: streamlap.compress(source, out, files=(str(ids),)))
-    np.save(ids, np.ones((3, 16), int))
-    with pytest.raises(ResumeMismatch, match=r"calibration tokens: the folder has '\[3, 16\] \w+', this run has"):
-        streamlap.compress(source, out, files=(str(ids),))
+@pytest.mark.parametrize("dtype", [..., None, 16, ["auto"]])
+def test_a_survey_without_its_dtype_is_one_refusal(tmp_path: Path, dtype: Any) -> None:
+    words = str(resume_once(begun(tmp_path, "survey", dtype=dtype)))
+    assert "does not say its dtype. Delete it and give the first command again" in words
 
 
-def test_another_version_is_refused(broken: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(preflight, "__version__", "99.0")
-    with pytest.raises(ResumeMismatch, match=r"versions: the folder has 'streamlap .* this run has 'streamlap 99.0"):
-        streamlap.resume(broken)
-
-
-def test_hidden_states_that_were_changed_are_refused(broken: Path) -> None:
-    hidden = broken / STATE / "hidden" / "hidden-00001.bin"
-    hidden.write_bytes(hidden.read_bytes()[:-1])
-    with pytest.raises(ResumeMismatch, match=r"hidden-00001.bin has 24575 bytes .* wanted 24576"):
-        streamlap.resume(broken)
-
-
-# --- where the hidden states are -----------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("again", ["resume", "compress", "compress elsewhere"])
-def test_work_is_used_and_left_empty(
-    compress: Compress, whole: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, again: str
+def test_the_first_command_is_refused_as_well_until_the_folder_is_gone(
+    broken: Path, compress: Compress, whole: dict[str, Any]
 ) -> None:
-    out, work = tmp_path / "out", tmp_path / "a" / "work"
-    crash_after(1, monkeypatch, lambda: compress(out, work=work))
-    assert {path.name for path in work.rglob("*.bin")} == {"hidden-00001.bin", "dense-00001.bin", "dense-00002.bin"}
-    assert not list(out.rglob("*.bin"))
-    if again == "resume":
-        streamlap.resume(out)
-    else:  # the folder knows where they are
-        compress(out, work=work if again == "compress" else None)
-    assert contents(out) == whole
-    assert not list(work.iterdir())
+    path = broken / STATE / "journal.jsonl"
+    first, *rest = path.read_text().splitlines(keepends=True)
+    start = json.loads(first)
+    del start["arguments"]["recipe"]
+    path.write_text("".join([json.dumps(start) + "\n", *rest]))
+    for again in (streamlap.resume, compress):
+        with pytest.raises(
+            ResumeMismatch, match=r"has no recipe that can be used.* Delete it and give the first command"
+        ):
+            again(broken)
+    shutil.rmtree(broken)
+    compress(broken)
+    assert contents(broken) == whole
 
 
-def test_a_stale_generation_goes_at_once(broken: Path, compress: Compress, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Death between the commit and the removal must not cost the disk a third generation."""
-    stale = broken / STATE / "hidden" / "hidden-00000.bin"
-    stale.touch()
-    crash_after(0, monkeypatch, lambda: compress(broken))
-    assert not stale.exists()
+# --- another version -----------------------------------------------------------------------------------------------------
+
+HERE = f"torch {torch.__version__}, transformers {transformers.__version__}"
+LIBRARIES: dict[str, str | None] = {
+    "an older streamlap": f"streamlap 0.3.0, {HERE}",
+    "a newer streamlap": f"streamlap 99.0, {HERE}",
+    "another torch": f"streamlap {streamlap.__version__}, torch 1.0, transformers {transformers.__version__}",
+    "none that is known": None,
+}
 
 
-# --- death at random moments ---------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("case", LIBRARIES)
+@pytest.mark.parametrize("command", OWN)
+def test_a_run_begun_by_another_version_names_both_before_the_model_is_opened(
+    tmp_path: Path, command: str, case: str
+) -> None:
+    """Also where that version kept other arguments than this one, which then are not called damaged."""
+    for number, changes in enumerate(({}, {"settings": ..., "device": "cpu"}, {"command": "later"})):
+        place = begun(tmp_path / str(number), command, **changes)
+        path = next(place.parent.rglob("journal.jsonl"))
+        start = json.loads(path.read_text())
+        start["fingerprint"] = {"versions": LIBRARIES[case]} if LIBRARIES[case] else {}
+        path.write_text(json.dumps(start) + "\n")
+        with pytest.raises(ResumeMismatch) as refusal:
+            streamlap.resume(place)
+        row = f"versions: the folder has {LIBRARIES[case]!r}, this run has 'streamlap {streamlap.__version__}, {HERE}'"
+        assert row in str(refusal.value)
+        assert str(refusal.value).count("the folder has ") == 1, "all else is not this run's to compare"
 
 
-@pytest.mark.nightly
-def test_sigkill_at_random_moments(tmp_path: Path) -> None:
-    """One family and every command; the script without --only has the others."""
-    only = ["llama-tied", "lorap", "best", "best --refine 2", "survey", "export"]
-    command = [sys.executable, ROOT / "scripts" / "bench_resume.py", "--kills", "30", "--only", *only]
-    done = subprocess.run(command, capture_output=True, text=True, check=True)
-    result = json.loads(done.stdout)
-    assert result["differing_bytes"] == 0
-    assert len(result["cases"]) == 5
-    assert result["kills"] >= 30
-    assert result["unfinished"] > 20
+def test_another_version_is_refused_by_the_first_command_too(
+    broken: Path, compress: Compress, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(session, "__version__", "99.0")
+    for again in (streamlap.resume, compress):
+        with pytest.raises(
+            ResumeMismatch, match=r"versions: the folder has 'streamlap .* this run has 'streamlap 99.0"
+        ):
+            again(broken)
+
+
+# --- where temporary files are -------------------------------------------------------------------------------------------
+
+
+def test_an_evaluation_without_work_keeps_to_memory(
+    source: Path, tokens: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not one file is made; where memory is too short the error says what would help, before a layer is read."""
+    with monkeypatch.context() as patch:
+        disk = Disk(patch)
+        streamlap.evaluate(source, tokens)
+    assert not [done for done in disk.operations if done.kind not in ("open", "read") and "proc" not in done.path.parts]
+    work = evaluation_workload(ModelStream(source), 12, 16, disk=False)
+    assert {row.tier for overlap in (True, False) for row in schedules(work, overlap)} == {"ram"}
+    assert [row.micro for row in schedules(work, False)][-1] == 1, "a forward may still be shorter"
+    many = tmp_path / "many.npy"
+    np.save(many, np.zeros((2000, 32), np.uint16))
+    with pytest.raises(
+        BudgetError, match=r"With --work FOLDER hidden states go to the disk there, and 0\.\d\dGiB of RAM"
+    ):
+        streamlap.evaluate(source, many, max_ram="1MiB")
+    with pytest.raises(BudgetError) as refusal:
+        streamlap.evaluate(source, many, max_ram="1MiB", work=tmp_path / "work")
+    assert "--work" not in str(refusal.value)

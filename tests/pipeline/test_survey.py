@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import json
 import shutil
 import signal
@@ -15,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import MakeModel
-from crashes import crash_after
+from crashes import crash_after, keep_on_disk
 from faults import Crash
 from torch import nn
 from transformers import AutoModelForCausalLM
@@ -23,21 +22,25 @@ from transformers import AutoModelForCausalLM
 import streamlap
 from streamlap.errors import BudgetError, Interrupted, RecipeError, ResumeMismatch, UnsupportedModel
 from streamlap.families.layer import Edit
-from streamlap.families.stream import ModelStream, batch_of
+from streamlap.families.stream import ModelStream
 from streamlap.linalg.allocation import LEAST, MOST
-from streamlap.methods.base import Built, Cost
+from streamlap.loader.forms import Form
+from streamlap.methods.base import Cost, Solved
 from streamlap.output.inspect import count_parameters
+from streamlap.pipeline import survey as surveying
 from streamlap.pipeline import sweep
-from streamlap.planning import allocate, cuts
-from streamlap.planning import schedule as sizing
-from streamlap.planning.allocate import Point, Survey, dense_parameters, half_budgets, surveyed_parameters
-from streamlap.planning.cuts import LEVELS, survey_workload
-from streamlap.planning.forecast import plan_layers
+from streamlap.planning import allocate
+from streamlap.planning import schedule as scheduling
+from streamlap.planning import survey as planning
+from streamlap.planning.allocate import Point, Survey, layer_parameters, read_survey
+from streamlap.planning.layouts import dense_parameters, largest_layout
+from streamlap.planning.plan import decide
 from streamlap.planning.schedule import make_schedule, peak
+from streamlap.planning.survey import LEVELS, all_cuts, cut_candidate, survey_workload
+from streamlap.planning.workload import Workload
 from streamlap.recipe import Recipe
 from streamlap.store.journal import Journal
 
-surveying = importlib.import_module("streamlap.survey")  # by attribute the name is the function's
 DEPTH = 3
 Measure = Callable[..., Survey]
 
@@ -89,33 +92,39 @@ def test_the_deeper_cut_moves_the_predictions_more(whole: Path) -> None:
 
 
 class Silence:
-    """A method whose half adds nothing, or, with `keeps`, is what it was."""
+    """A method whose sub-layer adds nothing, or, with `keeps`, is what it was."""
 
     def __init__(self, last: str, keeps: bool = False) -> None:
         self.last, self.keeps = last, keeps
 
-    def layout(self, *_: Any) -> dict[str, Any]:
-        return {}
+    def layouts(self, *_: Any) -> dict[str, dict[str, Form]]:
+        return {"": {}}
 
-    def cost(self, *_: Any) -> Any:
+    def cost(self, *_: Any) -> Cost:
         return Cost(workspace_bytes=1 << 20, capture_bytes=1 << 20)
 
-    def build(self, view: Any, _: Any) -> Built:
-        dense = view.layer.linear(self.last)
-        module = nn.Linear(dense.in_features, dense.out_features, bias=False)
+    def solve_each(self, view: Any, layouts: dict[str, Any]) -> dict[str, Solved]:
+        native = view.layer.native(self.last)
+        module = nn.Linear(*reversed(native.shape), bias=False)
         nn.init.zeros_(module.weight)
-        edit = Edit(path=self.last, module=module, of=(dense.out_features, dense.in_features), error=1.0)
-        return Built(edits=[] if self.keeps else [edit], error=1.0)
+        edit = Edit(role=self.last, module=module, native=native, error=1.0)
+        return {name: Solved(edits=[] if self.keeps else [edit], error=1.0) for name in layouts}
 
 
-LASTS = {"attention": "self_attn.o_proj", "ffn": "mlp.down_proj"}
+LASTS = {"attention": "o", "ffn": "down"}
+
+
+def silence(monkeypatch: pytest.MonkeyPatch, keeps: bool = False) -> None:
+    """In place of what cuts sub-layers."""
+    cutters = {sublayer: Silence(last, keeps) for sublayer, last in LASTS.items()}
+    for module in (planning, sweep):
+        monkeypatch.setattr(module, "CUTTERS", cutters)
 
 
 def test_a_copy_without_a_cut_does_not_diverge(
     measure: Measure, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(cuts, "CUTTERS", {half: Silence(last, keeps=True) for half, last in LASTS.items()})
-    monkeypatch.setattr(sweep, "CUTTERS", cuts.CUTTERS)
+    silence(monkeypatch, keeps=True)
     found = measure(tmp_path / "survey.json")
     assert {point.kl for layer in found.layers for points in layer.values() for point in points} == {0.0}
 
@@ -123,9 +132,8 @@ def test_a_copy_without_a_cut_does_not_diverge(
 def test_divergences_are_those_of_the_whole_model(
     measure: Measure, source: Path, tokens: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Against transformers, with the same half of the same layer silenced."""
-    monkeypatch.setattr(cuts, "CUTTERS", {half: Silence(last) for half, last in LASTS.items()})
-    monkeypatch.setattr(sweep, "CUTTERS", cuts.CUTTERS)
+    """Against transformers, with the same sub-layer of the same layer silenced."""
+    silence(monkeypatch)
     found = measure(tmp_path / "survey.json")
     ids_NL = torch.from_numpy(np.load(tokens).astype(np.int64))
 
@@ -138,8 +146,8 @@ def test_divergences_are_those_of_the_whole_model(
 
     p_NLV = log_probabilities(None)
     for index, layer in enumerate(found.layers):
-        for half, points in layer.items():
-            q_NLV = log_probabilities(f"model.layers.{index}.{LASTS[half]}")
+        for sublayer, points in layer.items():
+            q_NLV = log_probabilities(ModelStream(source).linear_name(index, LASTS[sublayer]))
             wanted = float((p_NLV.exp() * (p_NLV - q_NLV)).sum(-1).mean())
             assert wanted > 1e-4
             assert [point.kl for point in points] == pytest.approx([wanted] * len(LEVELS), rel=1e-3)
@@ -155,9 +163,7 @@ def test_a_killed_run_ends_in_the_same_file(
 ) -> None:
     file = tmp_path / "survey.json"
     if not overlap:  # and hidden states are read from the disk
-        monkeypatch.setattr(
-            sizing, "schedules", lambda work, overlap: [make_schedule(work, overlap, "disk", batch_of(work.length))]
-        )
+        keep_on_disk(monkeypatch)
     crash_after(layers, monkeypatch, lambda: measure(file, overlap=overlap))
     assert not file.exists()
     assert Journal.load(state_of(file)).next_layer == layers
@@ -269,9 +275,14 @@ def test_a_file_that_is_there_is_left_alone(measure: Measure, whole: Path, tmp_p
 # --- memory ------------------------------------------------------------------------------------------------------------
 
 
+def workload(stream: ModelStream) -> Workload:
+    """Of a survey on the tokens of these tests."""
+    return survey_workload(stream, {cut: cut_candidate(stream, cut) for cut in all_cuts(stream)}, 12, 16)
+
+
 def test_the_claims_hold_every_stream(source: Path) -> None:
     stream = ModelStream(source)
-    work = survey_workload(stream, 12, 16)
+    work = workload(stream)
     assert work.streams == 2 + 4 * DEPTH
     in_ram, on_disk = (make_schedule(work, True, tier, 12) for tier in ("ram", "disk"))
     assert in_ram.ram["layers"]["hidden states"] == work.streams * work.generation
@@ -291,19 +302,19 @@ def test_a_cap_below_all_streams_keeps_them_on_the_disk(
     measure: Measure, whole: Path, source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """One byte less than the fastest schedule takes, and nothing else is free."""
-    work = survey_workload(ModelStream(source), 12, 16)
+    work = workload(ModelStream(source))
     seen: list[str] = []
-    monkeypatch.setattr(sizing, "ram_bytes", lambda: 0)
-    cap = sizing.RUNTIME_BYTES + peak(make_schedule(work, True, "ram", 12).ram) - 1
-    fit = sizing.fit
+    monkeypatch.setattr(scheduling, "ram_bytes", lambda: 0)
+    cap = scheduling.RUNTIME_BYTES + peak(make_schedule(work, True, "ram", 12).ram) - 1
+    fit = scheduling.fit
 
     def note(*arguments: Any) -> Any:
         choice = fit(*arguments)
         seen.append(choice.schedule.tier)
         return choice
 
-    monkeypatch.setattr(surveying, "fit", note)
-    monkeypatch.setattr("streamlap.pipeline.runner.Engine.require_baseline", lambda *_: None)
+    monkeypatch.setattr(planning, "fit", note)
+    monkeypatch.setattr("streamlap.pipeline.runner.LayerRunner.require_baseline", lambda *_: None)
     measure(tmp_path / "survey.json", max_ram=cap)
     assert seen == ["disk"]
     assert (tmp_path / "survey.json").read_bytes() == whole.read_bytes()
@@ -325,8 +336,8 @@ def written(model: Path, file: Path, kls: Callable[[int, str], float]) -> str:
     stream = ModelStream(model)
     layers = tuple(
         {
-            half: tuple(Point(keep=keep, kl=kls(index, half) * (1 - keep) ** 2, error=0.1) for keep in LEVELS)
-            for half in stream.family.halves
+            name: tuple(Point(keep=keep, kl=kls(index, name) * (1 - keep) ** 2, error=0.1) for keep in LEVELS)
+            for name in stream.family.sublayers
         }
         for index in range(stream.depth)
     )
@@ -337,23 +348,28 @@ def written(model: Path, file: Path, kls: Callable[[int, str], float]) -> str:
 
 @pytest.mark.parametrize("ratio", [0.05, 0.2, 0.3, 0.5, 0.7])
 def test_the_ratio_is_met_over_all_layers(wide: Path, tmp_path: Path, ratio: float) -> None:
-    survey = written(wide, tmp_path / "survey.json", lambda index, half: (1 + 3 * index) * (2 if half == "ffn" else 1))
-    stream, recipe = ModelStream(wide), Recipe(ratio=ratio, survey=survey)
-    layouts = plan_layers(stream, recipe)
-    rows = {f"{stream.layer_name(i)}.{path}": row for i, layout in enumerate(layouts) for path, row in layout.items()}
+    survey = written(wide, tmp_path / "survey.json", lambda index, name: (1 + 3 * index) * (2 if name == "ffn" else 1))
+    stream = ModelStream(wide)
+    candidates = decide(stream, Recipe(ratio=ratio, survey=survey)).candidates
+    layouts = [largest_layout(stream, index, found) for index, found in enumerate(candidates)]
+    rows = {
+        stream.linear_name(index, role): form.row(stream.native(index, role))
+        for index, layout in enumerate(layouts)
+        for role, form in layout.items()
+    }
     found = count_parameters(stream, rows)
     assert found.ratio_decoder == pytest.approx(ratio, abs=0.002)
     assert found.ratio_decoder >= ratio
-    assert len({json.dumps(layout, sort_keys=True) for layout in layouts}) > 1
+    assert len({str(sorted(layout.items())) for layout in layouts}) > 1
 
 
-def test_halves_that_lose_more_keep_more(wide: Path, tmp_path: Path) -> None:
-    survey = written(wide, tmp_path / "survey.json", lambda index, half: 9.0 if (index, half) == (2, "ffn") else 1.0)
+def test_sub_layers_that_lose_more_keep_more(wide: Path, tmp_path: Path) -> None:
+    survey = written(wide, tmp_path / "survey.json", lambda index, name: 9.0 if (index, name) == (2, "ffn") else 1.0)
     stream = ModelStream(wide)
     keeps = {
-        (index, half): budget.parameters / dense_parameters(stream, index, half)
-        for index in range(stream.depth)
-        for half, budget in half_budgets(stream, 0.4, index, survey).items()
+        (index, name): count / dense_parameters(stream, index, name)
+        for index, counts in enumerate(layer_parameters(stream, 0.4, read_survey(stream, Path(survey))))
+        for name, count in counts.items()
     }
     assert max(keeps, key=lambda place: keeps[place]) == (2, "ffn")
     assert min(keeps.values()) >= LEAST * 0.6 - 1e-3
@@ -362,9 +378,10 @@ def test_halves_that_lose_more_keep_more(wide: Path, tmp_path: Path) -> None:
 
 def test_without_a_survey_all_keep_the_same(wide: Path) -> None:
     stream = ModelStream(wide)
-    for index in range(stream.depth):
-        for half, budget in half_budgets(stream, 0.3, index).items():
-            assert budget.parameters == int(0.7 * dense_parameters(stream, index, half))
+    given = layer_parameters(stream, 0.3, None)
+    assert len(given) == stream.depth
+    for index, counts in enumerate(given):
+        assert counts == {name: int(0.7 * dense_parameters(stream, index, name)) for name in ("attention", "ffn")}
 
 
 def test_compress_goes_by_it(source: Path, whole: Path, tokens: Path, tmp_path: Path) -> None:
@@ -410,17 +427,17 @@ def test_a_damaged_survey_is_refused(
     file = tmp_path / "survey.json"
     file.write_text(json.dumps(table))
     with pytest.raises(RecipeError, match="survey"):
-        surveyed_parameters(ModelStream(source), 0.2, str(file))
+        read_survey(ModelStream(source), file)
 
 
 def test_a_survey_that_is_no_file_is_refused(source: Path, tmp_path: Path) -> None:
     for path in (tmp_path / "none.json", tmp_path):
         with pytest.raises(RecipeError, match="cannot be read"):
-            surveyed_parameters(ModelStream(source), 0.2, str(path))
+            read_survey(ModelStream(source), path)
 
 
 def test_one_pass_methods_take_no_survey() -> None:
-    with pytest.raises(RecipeError, match="rebuild halves"):
+    with pytest.raises(RecipeError, match="anchored methods"):
         Recipe(survey="survey.json").override(preset="lorap")
     with pytest.raises(RecipeError, match="survey is 3"):
         replace(Recipe(), survey=3)

@@ -15,22 +15,27 @@ from streamlap.errors import UnsupportedModel
 from streamlap.families.layer import Edit
 from streamlap.families.stream import ModelStream
 from streamlap.families.table import FAMILIES
-from streamlap.linalg.budget import index_parameters, low_rank_parameters, pivot_rank, pivoted_parameters
-from streamlap.loader.modules import PaddedLinear, PivotedLinear, SlicedLinear
-from streamlap.methods import METHODS, Method
+from streamlap.loader.forms import Dense, Form, LowRank, Pivoted
+from streamlap.loader.linears import LowRankLinear, PivotedLinear
 from streamlap.methods.anchored.attention import AttentionAnchored
 from streamlap.methods.anchored.ffn import FfnAnchored
-from streamlap.output.inspect import count_parameters, site_parameters
+from streamlap.methods.anchored.ranks import RankSite
+from streamlap.methods.base import Method
+from streamlap.methods.lorap.ffn import FfnLorap
+from streamlap.output.inspect import count_parameters
 from streamlap.planning import forecast as foretelling
-from streamlap.planning.forecast import compression_workload, forecast, planned_tensors
+from streamlap.planning.forecast import LayerPlan, compression_workload, forecast_layers
+from streamlap.planning.layouts import planned_tensors
+from streamlap.planning.plan import decide
 from streamlap.recipe import Recipe
 
 SHAPE_NL = (12, 16)
 
 
-def foretold(source: Path, **settings: object) -> list[foretelling.LayerForecast]:
+def foretold(source: Path, **settings: object) -> tuple[LayerPlan, ...]:
     recipe = Recipe().override(**settings)
-    return forecast(ModelStream(source, dtype=recipe.dtype), recipe, SHAPE_NL)
+    stream = ModelStream(source, dtype=recipe.dtype)
+    return forecast_layers(stream, recipe, decide(stream, recipe).candidates, SHAPE_NL)
 
 
 def shards(out: Path) -> list[Path]:
@@ -48,9 +53,9 @@ def test_every_shard_has_the_size_that_was_foretold(
     streamlap.compress(source, tmp_path / "out", ratio=ratio, preset="lorap", files=(str(tokens),))
     assert [layer.output_bytes for layer in layers] == [path.stat().st_size for path in shards(tmp_path / "out")]
     for layer, path in zip(layers, shards(tmp_path / "out"), strict=True):
-        tensors = load_file(path)
+        tensors, edited_paths = load_file(path), [FAMILIES[family].path(role) for role in layer.layout]
         edited = {
-            name: tensor.nbytes for name, tensor in tensors.items() if any(f".{site}." in name for site in layer.layout)
+            name: tensor.nbytes for name, tensor in tensors.items() if any(f".{site}." in name for site in edited_paths)
         }
         assert layer.edits_bytes == sum(edited.values())
         assert layer.edits_bytes + layer.copied_bytes == sum(tensor.nbytes for tensor in tensors.values())
@@ -60,11 +65,11 @@ def test_every_shard_has_the_size_that_was_foretold(
 def test_no_shard_is_larger_than_was_foretold_where_methods_compete(
     pico: MakeModel, tokens: Path, tmp_path: Path, family: str
 ) -> None:
-    """Which of them rebuilds a half is known only later; where one alone tries, the size is the one foretold."""
+    """Which of them rebuilds a sub-layer is known only later; where one alone tries, the size is the one foretold."""
     source, out = pico(family, dtype=torch.bfloat16), tmp_path / "out"
     rows = zip(foretold(source, ratio=0.5), compressed_sizes(source, out, tokens), strict=True)
     assert all(0.9 * layer.output_bytes < size <= layer.output_bytes for layer, size in rows)
-    alone = {"methods": (METHODS["attention_anchored"](), METHODS["ffn_anchored"](share=0.5))}  # type: ignore[call-arg]
+    alone = {"methods": (AttentionAnchored(), FfnAnchored(shares=(0.5,)))}
     sizes = compressed_sizes(source, tmp_path / "alone", tokens, **alone)
     assert [layer.output_bytes for layer in foretold(source, ratio=0.5, **alone)] == sizes
 
@@ -110,25 +115,25 @@ def test_only_what_is_factored_is_decomposed(pico: MakeModel) -> None:
     """k and v are 16 rows high; at a ratio of a fifth v and o stay as they are."""
     assert sorted(foretold(pico("llama"), ratio=0.5, preset="lorap")[0].decompositions) == [16, 16, 32, 32]
     assert sorted(foretold(pico("llama"), ratio=0.2, preset="lorap")[0].decompositions) == [16, 32]
-    assert foretold(pico("llama"), methods=(METHODS["ffn_lorap"](),))[0].decompositions == ()
+    assert foretold(pico("llama"), methods=(FfnLorap(),))[0].decompositions == ()
 
 
 def test_of_settings_that_are_compared_one_is_built(pico: MakeModel) -> None:
-    """Time is that of the costliest, memory somewhat more; settings of another kin come on top."""
+    """Time is that of the costliest, memory somewhat more; another method comes on top."""
     shares = (0.25, 0.5, 1.0)
-    single = [foretold(pico("llama"), methods=recipe_of(share))[1] for share in shares]
-    (_, compared, _) = foretold(pico("llama"), methods=recipe_of(*shares))
+    single = [foretold(pico("llama"), methods=anchored_with(share))[1] for share in shares]
+    (_, compared, _) = foretold(pico("llama"), methods=anchored_with(*shares))
     assert compared.flops64 == max(layer.flops64 for layer in single)
     assert compared.flops == pytest.approx(max(layer.flops for layer in single), rel=1e-3)
     assert compared.decompositions == max((layer.decompositions for layer in single), key=len)
     assert max(layer.solve_bytes for layer in single) < compared.solve_bytes
-    other = FfnAnchored(share=0.5, storage="factors")
-    (_, both, _) = foretold(pico("llama"), methods=(*recipe_of(*shares), other))
+    other = FfnAnchored(shares=(0.5,), storage="factors")
+    (_, both, _) = foretold(pico("llama"), methods=(*anchored_with(*shares), other))
     assert both.flops64 > compared.flops64
 
 
-def recipe_of(*shares: float) -> tuple[Method, ...]:
-    return AttentionAnchored(), *(FfnAnchored(share=share) for share in shares)
+def anchored_with(*shares: float) -> tuple[Method, ...]:
+    return AttentionAnchored(), FfnAnchored(shares=shares)
 
 
 def test_the_workload_is_that_of_the_largest_layer(pico: MakeModel) -> None:
@@ -149,32 +154,41 @@ def test_a_compressed_model_is_refused(pico: MakeModel, tokens: Path, tmp_path: 
 
 
 def edits_of_every_kind(dtype: torch.dtype) -> list[Edit]:
-    """Of a pico llama's layer."""
+    """Of a pico llama's layer, which has no biases."""
 
     def weight(rows: int, columns: int) -> torch.Tensor:
         return torch.randn(rows, columns, dtype=dtype)
 
+    def edit(role: str, module: nn.Module, native: tuple[int, int]) -> Edit:
+        return Edit(role=role, module=module, native=Dense(native), error=0.0)
+
     ordered = PivotedLinear.from_parts(weight(6, 32), weight(26, 6), None, torch.randperm(32))
-    folded = PivotedLinear.from_parts(weight(8, 32), weight(40, 8), None, groups=2)
-    padded = PaddedLinear(nn.Linear(32, 6, bias=False, dtype=dtype), heads=2, full=8)
-    sliced = SlicedLinear(nn.Linear(12, 32, dtype=dtype), heads=4, full=8)
+    factors = LowRankLinear.from_factors(weight(16, 5), weight(5, 32), None)
+    mended = LowRankLinear.from_factors(weight(32, 7), weight(7, 32), torch.randn(32, dtype=dtype))
+    folded = PivotedLinear.from_parts(weight(8, 32), weight(32, 8), None, groups=2)
     return [
-        Edit(path="self_attn.q_proj", module=ordered, of=(32, 32), error=0.0),
-        Edit(path="self_attn.v_proj", module=padded, of=(16, 32), error=0.0),
-        Edit(path="self_attn.o_proj", module=sliced, of=(32, 32), error=0.0, added_bias=True),
-        Edit(path="mlp.gate_proj", module=folded, of=(48, 32), error=0.0),
-        Edit(path="mlp.down_proj", module=nn.Linear(48, 32, dtype=dtype), of=(32, 48), error=0.0, added_bias=True),
+        edit("q", ordered, (32, 32)),
+        edit("v", factors, (16, 32)),
+        edit("o", mended, (32, 32)),
+        edit("gate", folded, (48, 32)),
+        edit("up", nn.Linear(32, 40, bias=False, dtype=dtype), (48, 32)),
+        edit("down", nn.Linear(40, 32, dtype=dtype), (32, 48)),
     ]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_layer_of_every_kind_is_written_as_it_was_foretold(pico: MakeModel, dtype: torch.dtype) -> None:
     stream, edits = ModelStream(pico("llama", dtype=dtype), dtype="float32"), edits_of_every_kind(dtype)
-    layout = {edit.path: edit.row for edit in edits}
-    assert layout["self_attn.q_proj"] == {"pivots": 6}
-    assert layout["self_attn.o_proj"] == {"in_heads": 4, "head_dim": 3, "bias": 1}
-    assert layout["mlp.gate_proj"] == {"pivots": 8, "groups": 2}
-    assert layout["mlp.down_proj"] == {"bias": 1}
+    layout = {edit.role: edit.form for edit in edits}
+    rows = {stream.linear_name(1, edit.role): edit.form.row(edit.native) for edit in edits}
+    assert {name.removeprefix("model.layers.1."): row for name, row in rows.items()} == {
+        "self_attn.q_proj": {"pivots": 6},
+        "self_attn.v_proj": {"rank": 5},
+        "self_attn.o_proj": {"rank": 7, "bias": 1},
+        "mlp.gate_proj": {"pivots": 8, "groups": 2, "out": 40},
+        "mlp.up_proj": {"out": 40},
+        "mlp.down_proj": {"in": 40, "bias": 1},
+    }
     layer = stream.layer(1, stream.layer_kwargs(8)[1])
     layer.apply(edits)
     layer(torch.randn(1, 8, 32))
@@ -183,31 +197,37 @@ def test_a_layer_of_every_kind_is_written_as_it_was_foretold(pico: MakeModel, dt
     assert {name: (t.dtype, tuple(t.shape)) for name, t in written.items()} == {
         name: (t.dtype, tuple(t.shape)) for name, t in {**copied, **made}.items()
     }
-    rows = {f"model.layers.1.{path}": row for path, row in layout.items()}
     before, stored = count_parameters(stream, {}), sum(t.nbytes for t in written.values()) // dtype.itemsize
     dense = sum(info.numel for info in stream.layer_tensors(1).values())
     assert before.total_after - count_parameters(stream, rows).total_after == dense - stored
 
 
-def test_a_bias_that_no_one_announced_is_a_fault(pico: MakeModel) -> None:
-    stream = ModelStream(pico("llama"))
-    edit = Edit(path="mlp.up_proj", module=nn.Linear(32, 48), of=(48, 32), error=0.0)
-    with pytest.raises(AssertionError, match=r"mlp\.up_proj: added_bias is wrong"):
-        stream.layer(0, stream.layer_kwargs(8)[0]).apply([edit])
+def test_a_bias_that_gets_lost_is_a_fault(pico: MakeModel) -> None:
+    """No row could say so. One that comes on top the row says by itself."""
+    stream = ModelStream(pico("qwen2"))
+    layer, native = stream.layer(0, stream.layer_kwargs(8)[0]), stream.native(0, "q")
+    assert native.bias
+    edit = Edit(role="q", module=nn.Linear(32, 32, bias=False), native=native, error=0.0)
+    with pytest.raises(AssertionError, match=r"self_attn\.q_proj: its bias is lost"):
+        layer.apply([edit])
 
 
 @pytest.mark.parametrize("shape", [(32, 32), (16, 40), (40, 16)])
 @pytest.mark.parametrize("keep", [0.2, 0.5, 0.8, 1.0])
-def test_the_pivot_rank_is_the_largest_that_fits(shape: tuple[int, int], keep: float) -> None:
-    rank, budget = pivot_rank(*shape, keep), keep * shape[0] * shape[1]
-    assert pivoted_parameters(*shape, rank) <= budget
-    assert rank == min(shape) or pivoted_parameters(*shape, rank + 1) > budget
-    assert pivoted_parameters(*shape, rank) == low_rank_parameters(*shape, rank) - rank * rank
-    assert rank == min(shape) or low_rank_parameters(*shape, rank) > pivoted_parameters(*shape, rank)
+@pytest.mark.parametrize("groups", [1, 2])
+def test_the_rank_is_the_largest_that_fits(shape: tuple[int, int], keep: float, groups: int) -> None:
+    site, budget = RankSite(name="q", shape=shape, itemsize=4, groups=groups), keep * shape[0] * shape[1]
+    rank = site.rank_within(budget)
+    assert (rank is None) == (keep == 1.0)
+    if rank is not None:
+        assert site.at(rank) == Pivoted(shape, rank=rank, groups=groups)
+        assert rank % groups == 0
+        assert site.stored(rank) <= budget < site.stored(rank + groups)
+        assert site.stored(rank) == LowRank(shape, rank=rank).parameters(4) - rank * rank
 
 
 def test_an_index_counts_as_its_bytes() -> None:
-    assert (index_parameters(100, 4), index_parameters(100, 2)) == (100, 200)
-    assert site_parameters((40, 32), {"pivots": 8}, False, 2) == 8 * (40 + 32 - 8) + 80
-    assert site_parameters((40, 32), {"pivots": 8, "bias": 1}, False, 2) == 8 * (40 + 32 - 8) + 80 + 40
-    assert site_parameters((40, 32), {"pivots": 8, "groups": 4}, True, 2) == 8 * (40 + 32 - 8) + 40
+    ordered: Form = Pivoted((40, 32), rank=8)
+    assert (ordered.parameters(4), ordered.parameters(2)) == (8 * (40 + 32 - 8) + 40, 8 * (40 + 32 - 8) + 80)
+    assert Pivoted((40, 32), bias=True, rank=8).parameters(2) == 8 * (40 + 32 - 8) + 80 + 40
+    assert Pivoted((40, 32), bias=True, rank=8, groups=4).parameters(2) == 8 * (40 + 32 - 8) + 40

@@ -19,13 +19,15 @@ from streamlap.families.table import FAMILIES
 from streamlap.output.inspect import count_parameters
 from streamlap.planning import target
 from streamlap.planning.allocate import Point, Survey, model_digest
-from streamlap.planning.forecast import plan_layers
-from streamlap.planning.target import last_good, meet, meter, parse_count, parse_target
+from streamlap.planning.layouts import Candidates, largest_layout
+from streamlap.planning.plan import decide
+from streamlap.planning.target import last_good, meter, parse_count, parse_target
 from streamlap.recipe import Recipe
 
 
 def solved(folder: Path, recipe: Recipe | None = None, **wish: int | str) -> Recipe:
-    return meet(ModelStream(folder), recipe or Recipe(), parse_target(wish.get("size"), wish.get("params")))
+    target = parse_target(wish.get("size"), wish.get("params"))
+    return decide(ModelStream(folder), recipe or Recipe(), target).recipe
 
 
 def stored_bytes(folder: Path) -> int:
@@ -69,7 +71,7 @@ def test_what_is_counted_is_what_is_written(
     streamlap.compress(source, tmp_path / "out", recipe, files=(str(tokens),))
     stream = ModelStream(source)
     counted = {
-        name: meter(stream, recipe, wish)(target.STEPS * 2 // 5)
+        name: meter(stream, recipe, None, wish)(target.STEPS * 2 // 5)
         for name, wish in (("size", parse_target("1GB", None)), ("params", parse_target(None, "1B")))
         if wish
     }
@@ -84,7 +86,7 @@ def test_what_is_counted_is_what_is_written(
 def test_a_ratio_of_nothing_is_the_model_itself(pico: MakeModel) -> None:
     stream, wish = ModelStream(pico("qwen2", tied=True)), parse_target(None, "1M")
     assert wish is not None
-    assert meter(stream, Recipe(), wish)(0) == count_parameters(stream, {}).total_before
+    assert meter(stream, Recipe(), None, wish)(0) == count_parameters(stream, {}).total_before
 
 
 @pytest.mark.parametrize("preset", ["best", "lorap"])
@@ -99,7 +101,7 @@ def test_a_model_of_some_size_comes_close_to_its_target(preset: str, ratio: floa
         found = solved(folder, recipe, **wish)
         asked = parse_target(wish.get("size"), wish.get("params"))
         assert asked is not None
-        count = meter(stream, found, asked)(round(found.ratio * target.STEPS))
+        count = meter(stream, found, None, asked)(round(found.ratio * target.STEPS))
         assert unit * wanted - 0.002 * unit * parameters.decoder_before < count <= unit * wanted
         assert found == Recipe().override(preset=preset, ratio=found.ratio)
 
@@ -107,7 +109,7 @@ def test_a_model_of_some_size_comes_close_to_its_target(preset: str, ratio: floa
 def test_a_survey_gives_every_layer_a_share_of_its_own(tmp_path: Path) -> None:
     stream = ModelStream(bundled("model"))
     layers = tuple(
-        {half: (Point(keep=0.5, kl=0.01 * (index + 1), error=0.1),) for half in stream.family.halves}
+        {name: (Point(keep=0.5, kl=0.01 * (index + 1), error=0.1),) for name in stream.family.sublayers}
         for index in range(stream.depth)
     )
     survey = Survey(model=model_digest(stream), calibration="", compute="", layers=layers)
@@ -115,25 +117,26 @@ def test_a_survey_gives_every_layer_a_share_of_its_own(tmp_path: Path) -> None:
     parameters = count_parameters(stream, {})
     wanted = parameters.total_before - round(0.4 * parameters.decoder_before)
     recipe = solved(bundled("model"), Recipe(survey=str(tmp_path / "survey.json")), params=wanted)
-    layers_planned = plan_layers(stream, recipe)
+    planned = enumerate(decide(stream, recipe).candidates)
+    layouts = [largest_layout(stream, index, candidates) for index, candidates in planned]
     rows = {
-        f"{stream.layer_name(index)}.{path}": row
-        for index, layout in enumerate(layers_planned)
-        for path, row in layout.items()
+        stream.linear_name(index, role): form.row(stream.native(index, role))
+        for index, layout in enumerate(layouts)
+        for role, form in layout.items()
     }
-    assert layers_planned[0] != layers_planned[-1]
+    assert layouts[0] != layouts[-1]
     assert wanted - 0.002 * parameters.decoder_before < count_parameters(stream, rows).total_after <= wanted
 
 
 def test_layers_of_one_shape_are_worked_out_once(pico: MakeModel, monkeypatch: pytest.MonkeyPatch) -> None:
     seen = []
-    real = target.possible_layouts
+    real = target.layer_candidates
 
-    def note(stream: ModelStream, recipe: Recipe, index: int) -> object:
+    def note(stream: ModelStream, recipe: Recipe, index: int, parameters: dict[str, int]) -> Candidates:
         seen.append((index, recipe.ratio))
-        return real(stream, recipe, index)
+        return real(stream, recipe, index, parameters)
 
-    monkeypatch.setattr(target, "possible_layouts", note)
+    monkeypatch.setattr(target, "layer_candidates", note)
     solved(pico("llama", num_hidden_layers=11), params="0.055M")
     reached = [row for row in seen if row[1] < 0.5]
     assert {index for index, _ in seen} == {0, 10}, "the last has a longer name"

@@ -8,45 +8,27 @@ import os
 import shutil
 import subprocess
 from collections import namedtuple
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from conftest import MakeModel
+from conftest import Compress, MakeModel
+from crashes import keep_on_disk
 from faults import Disk
 from outputs import contents
 
 import streamlap
 from streamlap.errors import BudgetError, CheckpointError, StreamlapError
-from streamlap.families.stream import batch_of
-from streamlap.pipeline import session as preflight
-from streamlap.planning import schedule as sizing
-from streamlap.planning.schedule import Schedule, make_schedule
-from streamlap.planning.workload import Workload
+from streamlap.planning.disk import DiskNeeds
 from streamlap.store.hidden import HiddenBank
 from streamlap.store.lock import OutputLock
 from streamlap.store.sink import ShardFolder
 from streamlap.store.source import INDEX_NAME, SafetensorsFolder
 
 Usage = namedtuple("Usage", "total used free")
-
-Compress = Callable[..., streamlap.Report]
-
-
-@pytest.fixture
-def compress(pico: MakeModel, tokens: Path) -> Compress:
-    source = pico("llama", tokenizer=True, num_hidden_layers=2)
-    return lambda out, **changes: streamlap.compress(source, out, files=(str(tokens),), **changes)
-
-
-@pytest.fixture
-def whole(compress: Compress, tmp_path: Path) -> dict[str, Any]:
-    """The bytes of an unbroken run."""
-    compress(tmp_path / "whole")
-    return contents(tmp_path / "whole")
 
 
 def assert_unfinished(out: Path) -> None:
@@ -148,7 +130,7 @@ def test_a_real_disk_that_fills(
     monkeypatch: pytest.MonkeyPatch, place: str,
 ) -> None:  # fmt: skip
     """The forecast was right, and then somebody else took the space."""
-    monkeypatch.setattr(preflight, "require_disk", lambda *_: None)
+    monkeypatch.setattr(DiskNeeds, "require", lambda *_: None)
     out, work = (small_disk / "out", None) if place == "output" else (tmp_path / "out", small_disk)
     filler = small_disk / "filler"
     filler.write_bytes(bytes(100 << 10 if place == "output" else 210 << 10))
@@ -185,11 +167,6 @@ FAILS: dict[str, tuple[str, str, type[StreamlapError], str]] = {
 }  # fmt: skip
 
 
-def on_disk(work: Workload, overlap: bool) -> list[Schedule]:
-    """In place of `schedules`: hidden states are read from the disk, however much memory there is."""
-    return [make_schedule(work, overlap, "disk", batch_of(work.length))]
-
-
 @pytest.mark.parametrize("case", FAILS)
 @pytest.mark.parametrize("overlap", [True, False])
 def test_a_disk_that_fails(
@@ -197,7 +174,7 @@ def test_a_disk_that_fails(
     case: str, overlap: bool,
 ) -> None:  # fmt: skip
     operation, file, kind, words = FAILS[case]
-    monkeypatch.setattr(sizing, "schedules", on_disk)
+    keep_on_disk(monkeypatch)
     with monkeypatch.context() as patch:
         Disk(patch, at=1, kinds={operation}, name=file, error=errno.EIO)
         with pytest.raises(StreamlapError, match=words) as failure:
@@ -246,11 +223,11 @@ UNREADABLE = {
 @pytest.mark.parametrize("case", UNREADABLE)
 @pytest.mark.parametrize("overlap", [True, False])
 def test_a_source_that_fails(
-    pico: MakeModel, compress: Compress, whole: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    source: Path, compress: Compress, whole: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
     case: str, overlap: bool,
 ) -> None:  # fmt: skip
     tensor, step = UNREADABLE[case]
-    info = SafetensorsFolder(pico("llama", tokenizer=True, num_hidden_layers=2)).info(tensor)
+    info = SafetensorsFolder(source).info(tensor)
     with monkeypatch.context() as patch:
         Disk(patch, at=step, kinds={"read"}, name=info.path.name, offset=info.begin, error=errno.EIO)
         with pytest.raises(

@@ -177,7 +177,7 @@ def test_what_is_neither_folder_nor_id_is_refused(name: str) -> None:
 
 LIST_HEADERS = f"""
 import json, sys
-sys.path.insert(0, {str(Path(__file__).parents[1])!r})
+sys.path[:0] = {[str(folder) for folder in Path(__file__).parents[:2]]}
 from test_hub import listed
 from streamlap.errors import CheckpointError
 from streamlap.store.hub import header_source

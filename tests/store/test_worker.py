@@ -11,6 +11,8 @@ import pytest
 
 from streamlap.store.worker import Worker, ahead
 
+pytestmark = pytest.mark.usefixtures("no_thread_stays")
+
 PATIENCE = 30.0
 """Seconds until a test gives up on another thread."""
 
@@ -20,13 +22,6 @@ def wait_until(true: Callable[[], bool]) -> None:
     while not true():
         assert time.monotonic() < deadline, "the other thread never came to it"
         time.sleep(0.001)
-
-
-@pytest.fixture(autouse=True)
-def no_thread_stays() -> Iterator[None]:
-    before = set(threading.enumerate())
-    yield
-    assert set(threading.enumerate()) == before
 
 
 @pytest.mark.parametrize("overlap", [True, False])

@@ -7,12 +7,13 @@ import re
 import sys
 import threading
 import time
-from collections.abc import Iterator
 
 import pytest
 
 from streamlap.system import progress
 from streamlap.system.progress import RECENT, Progress
+
+pytestmark = pytest.mark.usefixtures("no_thread_stays")
 
 SWITCHES = ("TQDM_DISABLE", "HF_HUB_DISABLE_PROGRESS_BARS")
 
@@ -36,13 +37,6 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     monkeypatch.setattr(progress, "bytes_moved", lambda: (clock.moved, 0))
     monkeypatch.setattr(progress, "ram_bytes", lambda: 3 << 29)
     return clock
-
-
-@pytest.fixture(autouse=True)
-def no_thread_stays() -> Iterator[None]:
-    before = set(threading.enumerate())
-    yield
-    assert set(threading.enumerate()) == before
 
 
 @pytest.fixture

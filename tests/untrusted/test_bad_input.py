@@ -339,7 +339,7 @@ WORDS: dict[str, tuple[list[str], tuple[str, ...]]] = {
     "ratio -1": (["--ratio", "-1"], ("ratio is -1.0", "between 0 and 1")),
     "ratio 2": (["--ratio", "2"], ("ratio is 2.0", "between 0 and 1")),
     "ratio nan": (["--ratio", "nan"], ("ratio is nan", "between 0 and 1")),
-    "ratio out of reach": (["--ratio", "0.99"], ("leave self_attn.q_proj [32, 32] no rank", "lower ratio")),
+    "ratio out of reach": (["--ratio", "0.99"], ("leave q [32, 32] no rank", "lower ratio")),
     "preset": (["--preset", "magic"], ("preset is 'magic'", "one of best, lorap")),
     "device": (["--device", "tpu"], ("device is 'tpu'", "cuda:N")),
     "device number": (["--device", "cuda:x"], ("device is 'cuda:x'", "cuda:N")),
@@ -379,9 +379,9 @@ RECIPES: dict[str, tuple[str, tuple[str, ...]]] = {
     "method is a list": ("methods: [{method: []}]", ("[]", "attention_awsvd")),
     "methods is a number": ("methods: 5", ("methods", "5", "attention_awsvd")),
     "methods is text": ("methods: ffn_lorap", ("methods", "ffn_lorap", "attention_awsvd")),
-    "two methods on one path": (
+    "two methods for one sub-layer": (
         "methods: [{method: ffn_lorap}, {method: ffn_lorap, protect: 0}]",
-        ("methods ffn_lorap and ffn_lorap", "mlp.gate_proj", "one"),
+        ("methods ffn_lorap, ffn_lorap both edit ffn", "one for a sub-layer"),
     ),
     "knob is text": ("methods: [{method: attention_awsvd, alpha: big}]", ("attention_awsvd", "alpha is 'big'")),
     "knob out of range": ("methods: [{method: attention_awsvd, alpha: 0}]", ("alpha is 0", "1 to 100")),
@@ -390,26 +390,58 @@ RECIPES: dict[str, tuple[str, tuple[str, ...]]] = {
         "methods: [{method: ffn_anchored, storage: zip}]",
         ("storage is 'zip'", "one of pivoted, factors"),
     ),
-    "share out of range": ("methods: [{method: ffn_anchored, share: 1.5}]", ("share is 1.5", "0 to 1")),
-    "share is text": (
-        "methods: [{method: ffn_anchored, share: half}]",
-        ("ffn_anchored", "share is 'half'", "a number"),
+    "share out of range": (
+        "methods: [{method: ffn_anchored, shares: [0, 1.5]}]",
+        ("shares is (0, 1.5)", "from 0 to 1"),
     ),
-    "share is nothing": ("methods: [{method: ffn_anchored, share: }]", ("ffn_anchored", "share is None", "a number")),
+    "share is text": ("methods: [{method: ffn_anchored, shares: [half]}]", ("shares is ('half',)", "from 0 to 1")),
+    "share is true": ("methods: [{method: ffn_anchored, shares: [true]}]", ("shares is (True,)", "from 0 to 1")),
+    "share is nan": ("methods: [{method: ffn_anchored, shares: [.nan]}]", ("shares is (nan,)", "from 0 to 1")),
+    "share twice": ("methods: [{method: ffn_anchored, shares: [1, 1.0]}]", ("shares is (1, 1.0)", "different numbers")),
+    "no share": ("methods: [{method: ffn_anchored, shares: []}]", ("shares is ()", "1 to 16")),
+    "17 shares": (
+        f"methods: [{{method: ffn_anchored, shares: {[number / 16 for number in range(17)]}}}]",
+        ("shares is (0.0, 0.0625", "1 to 16"),
+    ),
+    "shares is a number": (
+        "methods: [{method: ffn_anchored, shares: 0.5}]",
+        ("ffn_anchored", "shares is 0.5", "a list of numbers"),
+    ),
+    "shares is nothing": (
+        "methods: [{method: ffn_anchored, shares: }]",
+        ("ffn_anchored", "shares is None", "a list of numbers"),
+    ),
+    "the share of 0.4": ("methods: [{method: ffn_anchored, share: 0.5}]", ("unknown keys share;", "shares")),
+    "the bias of 0.4": ("methods: [{method: attention_anchored, bias: true}]", ("unknown keys bias;", "storage")),
+    "the heads of 0.4": ("methods: [{method: attention_heads}]", ("'attention_heads'", "attention_anchored")),
     "step out of range": ("methods: [{method: attention_anchored, step: 2}]", ("step is 2", "0 to 1")),
-    "a half is no knob": ("methods: [{method: attention_anchored, half: ffn}]", ("unknown keys half", "output")),
+    "a sub-layer is no knob": (
+        "methods: [{method: attention_anchored, sublayer: ffn}]",
+        ("unknown keys sublayer", "output"),
+    ),
     "another output": ("methods: [{method: ffn_anchored, output: sparse}]", ("output is 'sparse'", "dense, low_rank")),
     "input step of a word": (
         "methods: [{method: ffn_anchored, input_step: far}]",
         ("input_step is 'far'", "a number or nothing"),
     ),
-    "a half without a method": (
+    "a sub-layer without a method": (
         "methods: [{method: attention_anchored}]",
-        ("methods are attention_anchored", "for every half: attention, ffn"),
+        ("methods are attention_anchored", "for every sub-layer: attention, ffn"),
     ),
     "methods of both kinds": (
         "methods: [{method: attention_anchored}, {method: ffn_lorap}]",
         ("methods are attention_anchored, ffn_lorap", "one-pass methods alone"),
+    ),
+    "training alone": ("methods: [{method: refine}]", ("methods have refine", "wanted anchored methods")),
+    "training after one pass": ("{preset: lorap, refine: 2}", ("methods have refine", "preset lorap", "refine 0")),
+    "two trainings": (
+        "methods: [{method: attention_anchored}, {method: ffn_anchored}, {method: refine}, {method: refine, epochs: 2}]",
+        ("methods have 2 that train (refine, refine)", "wanted one"),
+    ),
+    "epochs is text": ("refine: often", ("refine: epochs is 'often'", "1 to 10000")),
+    "rate out of range": (
+        "methods: [{method: refine, learning_rate: 2}]",
+        ("refine: learning_rate is 2", "above 0 and at most 1"),
     ),
     "unknown preset": ("preset: magic", ("preset is 'magic'", "lorap")),
     "preset is a list": ("preset: [lorap]", ("preset is ['lorap']", "one of best, lorap")),

@@ -30,8 +30,10 @@ from streamlap.errors import CheckpointError, RecipeError, ResumeMismatch, Strea
 from streamlap.families.stream import ModelStream
 from streamlap.output.folder import companions, licence_of, model_card
 from streamlap.output.report import Parameters, Report
+from streamlap.pipeline.session import versions_mark
 from streamlap.planning.allocate import Survey
 from streamlap.recipe import Recipe
+from streamlap.settings import KEPT, RunSettings
 from streamlap.store.journal import STATE_FOLDER, Journal, saved_tokens
 from streamlap.store.source import SafetensorsFolder
 from streamlap.system.speed import _load
@@ -452,9 +454,9 @@ MODULES: dict[str, Case] = {
     "width of 10^12": (rows(q={"out": 10**12}), WRONG, (Q, "out = 1000000000000")),
     "two kinds": (rows(q={"rank": 7, "pivots": 7}), WRONG, (Q, "at most one of")),
     "unknown keys": (rows(q={f"k{number}": 1 for number in range(10**4)}), WRONG, (Q, "at most one of")),
-    "heads without head_dim": (rows(v={"out_heads": 2}), WRONG, ("v_proj", "head_dim")),
+    "cuts of value heads": (rows(v={"out_heads": 2}), WRONG, ("v_proj", "'out_heads': 2", "Version 0.4 alone")),
     "groups of zero": (rows(k={"pivots": 4, "groups": 0}), WRONG, ("k_proj", "groups = 0")),
-    "rank that the tensor has not": (rows(o={"in_heads": 4, "head_dim": 6, "bias": 1}), WRONG, ("o_proj", "has shape")),
+    "rank that the tensor has not": (rows(o={"rank": 7, "bias": 1}), WRONG, ("o_proj", "has shape")),
 }  # fmt: skip
 
 
@@ -560,12 +562,11 @@ def test_a_hostile_survey(tmp_path: Path, case: str) -> None:
     refused_by(lambda: Survey.read(tmp_path / "s.json"), RecipeError, "s.json", *words)
 
 
-START = {"fingerprint": {}, "arguments": {"model": "m", "recipe": {}, "device": "cpu", "work": None}}
+START = {"fingerprint": {}, "arguments": {}}
 JOURNALS: dict[str, tuple[list[bytes], tuple[str, ...]]] = {
     "empty": ([], ("damaged",)),
     "a list": ([b"[]"], ("first line is []",)),
     "arguments are a list": ([b'{"fingerprint":{},"arguments":[]}'], ("wanted fingerprint and arguments",)),
-    "model is a number": ([json.dumps(START | {"arguments": {"model": 5}}).encode()], ("argument model is 5",)),
     "deep": ([b'{"a":' * 99_999], ("nested too deeply",)),
     "a key twice": ([b'{"fingerprint":{},"fingerprint":{}}'], ("stands twice",)),
     "lines out of order": ([json.dumps(START).encode(), b'{"index":1}'], ("line 2 is not that of layer 0",)),
@@ -597,10 +598,50 @@ def test_a_fingerprint_puts_no_line_of_its_own_into_a_message(tmp_path: Path) ->
     assert len(str(caught.value)) < 1000
 
 
-def test_a_state_that_does_not_say_how_it_was_begun_is_not_resumed(tmp_path: Path) -> None:
+def begun(**changes: Any) -> dict[str, Any]:
+    """Arguments of a journal, some of them changed; those of the settings by name."""
+    own = {name: changes.pop(name) for name in KEPT if name in changes}
+    settings = RunSettings().to_json() | own
+    return {"command": "compress", "model": "m", "settings": settings, "recipe": Recipe().to_dict()} | changes
+
+
+ARGUMENTS: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
+    "none": ({}, ("does not say how it was begun (command is None, model None, settings None)",)),
+    "command is a list": (begun(command=["compress"]), ("how it was begun", "command is ['compress']")),
+    "command of another": (begun(command="a\nb"), ("was begun by 'a\\nb'", "one of compress, survey, export")),
+    "command is dunder": (begun(command="__init__"), ("was begun by '__init__'",)),
+    "model is a number": (begun(model=5), ("how it was begun", "model 5")),
+    "settings are a list": (begun(settings=[1] * 10**5), ("how it was begun", "settings [1, 1")),
+    "settings are empty": (begun(settings={}), ("how it was begun", "setting device is None")),
+    "device is a number": (begun(device=5), ("how it was begun", "setting device is 5")),
+    "work is a number": (begun(work=5), ("how it was begun", "setting work is 5")),
+    "cap is text": (begun(max_ram="x\n" * 10**5), ("how it was begun", "setting max_ram is 'x\\nx")),
+    "cap is true": (begun(max_vram=True), ("how it was begun", "setting max_vram is True")),
+    "overlap is 1": (begun(overlap=1), ("how it was begun", "setting overlap is 1")),
+    "no recipe": ({key: value for key, value in begun().items() if key != "recipe"}, ("no recipe that can be used",)),
+    "recipe is a list": (begun(recipe=[]), ("no recipe that can be used",)),
+    "recipe of magic": (begun(recipe={"preset": "magic"}), ("no recipe that can be used", "preset is 'magic'")),
+    "dtype is a number": (begun(command="survey", dtype=5), ("does not say its dtype",)),
+}
+
+
+@pytest.mark.parametrize("case", ARGUMENTS)
+def test_a_state_that_does_not_say_how_it_was_begun_is_not_resumed(tmp_path: Path, case: str) -> None:
+    arguments, words = ARGUMENTS[case]
     (tmp_path / STATE_FOLDER).mkdir()
-    Journal.create(tmp_path, {}, {})
-    refused(tmp_path, (lambda f: None, ResumeMismatch, ("does not say how it was begun",)), "resume", tmp_path)
+    Journal.create(tmp_path, {"versions": versions_mark()}, arguments)
+    refused(tmp_path, (lambda f: None, ResumeMismatch, words), "resume", tmp_path)
+
+
+def test_a_state_of_another_version_is_not_resumed(tmp_path: Path) -> None:
+    (tmp_path / STATE_FOLDER).mkdir()
+    Journal.create(tmp_path, {"versions": "streamlap 0.1\n\x1b[2J" * 99}, begun())
+    with pytest.raises(ResumeMismatch, match=r"versions: the folder has 'streamlap 0\.1") as caught:
+        streamlap.resume(tmp_path)
+    assert versions_mark() in str(caught.value)
+    assert len(str(caught.value).splitlines()) == 3
+    assert "\x1b" not in str(caught.value)
+    assert len(str(caught.value)) < MOST_WORDS
 
 
 def npy(shape: str, descr: str = "<i8", data: bytes = b"\0" * 8) -> bytes:

@@ -56,7 +56,7 @@ class AttentionAnchored(Knobs):
         return RankSite(name=role, shape=shape, itemsize=budget.itemsize, storage=self.storage, groups=groups)
 
     def cost(self, natives: Natives, layouts: Layouts) -> Cost:
-        return anchored_cost(self.sublayer, natives, layouts)
+        return anchored_cost(("q", "k", "v"), "o", natives, layouts)
 
     def solve(self, view: StreamsView, layouts: Layouts) -> Solved:
         (layout,), layer, edits, columns = layouts.values(), view.layer, [], None

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from streamlap.families.linears import SUBLAYERS
 from streamlap.linalg.anchor import LARGE
 from streamlap.linalg.moments import CHUNK_TOKENS, ROW_BLOCK
 from streamlap.methods.base import Cost, Layout, Layouts, Natives
@@ -19,10 +18,12 @@ SINGLE = 0.8
 """An eigen-problem in float32 takes as long as one of so much of its size in float64."""
 
 
-def anchored_cost(sublayer: str, natives: Natives, layouts: Layouts) -> Cost:
+def anchored_cost(reads: Sequence[str], last: str, natives: Natives, layouts: Layouts) -> Cost:
     """The cost of one layout; of several, that of the costliest, a last linear for each while channels go, and from then on
-    the rows of all channels in what the others are cut to."""
-    reads, last = SUBLAYERS[sublayer].reads, SUBLAYERS[sublayer].writes
+    the rows of all channels in what the others are cut to.
+
+    Args: reads, roles that read the sub-layer's input; last, the role that writes its output.
+    """
     costs = [_layout_cost(reads, last, natives, layout) for layout in layouts.values()]
     if len(costs) == 1:
         return costs[0]

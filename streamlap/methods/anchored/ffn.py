@@ -86,7 +86,7 @@ class FfnAnchored(Knobs):
         return inner, RankSite(name="down", shape=(hidden, kept), itemsize=item, storage=storage)
 
     def cost(self, natives: Natives, layouts: Layouts) -> Cost:
-        return anchored_cost(self.sublayer, natives, layouts)
+        return anchored_cost(("gate", "up"), "down", natives, layouts)
 
     def solve(self, view: StreamsView, layouts: Layouts) -> Solved:
         inputs = input_aims(view, ("gate", "up"), self.input_step)

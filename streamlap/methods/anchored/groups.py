@@ -46,7 +46,7 @@ class AttentionGroups(Steps):
         return {"": layout | {"o": Dense((o.shape[0], wide), o.bias)}}
 
     def cost(self, natives: Natives, layouts: Layouts) -> Cost:
-        return anchored_cost(self.sublayer, natives, layouts)
+        return anchored_cost(("q", "k", "v"), "o", natives, layouts)
 
     def solve(self, view: StreamsView, layouts: Layouts) -> Solved:
         (layout,), layer = layouts.values(), view.layer

@@ -17,10 +17,10 @@ import pytest
 import torch
 
 from streamlap.errors import BudgetError, CheckpointError, StreamlapError
-from streamlap.system import speed as machine
-from streamlap.system.speed import Machine, calibrated, measure
+from streamlap.system import speed
+from streamlap.system.speed import Speed, calibrated, measure
 
-RATES = Machine(matmul=1e12, matmul64=2e11, matmul32=4e11, eigh=5e9, read=2e9, write=1e9, upload=2e10)
+RATES = Speed(matmul=1e12, matmul64=2e11, matmul32=4e11, eigh=5e9, read=2e9, write=1e9, upload=2e10)
 
 
 @pytest.fixture(autouse=True)
@@ -33,15 +33,15 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def measured(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, ...]]:
     """What has been measured, each in no time."""
     calls: list[tuple[Any, ...]] = []
-    monkeypatch.setattr(machine, "measure", lambda *words: calls.append(words) or RATES)
+    monkeypatch.setattr(speed, "measure", lambda *words: calls.append(words) or RATES)
     return calls
 
 
 @pytest.fixture
 def small(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(machine, "CPU_MATMUL", {"tokens": 16, "columns": 64, "rows": 32})
-    monkeypatch.setattr(machine, "DISK_BYTES", 1 << 16)
-    monkeypatch.setattr(machine, "UPLOAD_BYTES", 1 << 16)
+    monkeypatch.setattr(speed, "CPU_MATMUL", {"tokens": 16, "columns": 64, "rows": 32})
+    monkeypatch.setattr(speed, "DISK_BYTES", 1 << 16)
+    monkeypatch.setattr(speed, "UPLOAD_BYTES", 1 << 16)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -57,41 +57,41 @@ def test_all_rates_are_numbers_and_nothing_is_left(tmp_path: Path, small: None, 
 
 def test_a_rate_is_work_by_the_shortest_time(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """With a clock that says that the first call takes 4 s, the second 2 s and so on."""
-    monkeypatch.setattr(machine, "PATIENCE", 100.0)
+    monkeypatch.setattr(speed, "PATIENCE", 100.0)
     ticks = iter([0.0, 0.0, 4.0, 4.0, 4.0, 6.0, 6.0, 6.0, 9.0, 9.0, 9.0, 19.0])
-    monkeypatch.setattr(machine.time, "perf_counter", lambda: next(ticks))
-    assert machine.matmul_rate("cpu", torch.float32, tokens=3, columns=5, rows=7) == 2 * 3 * 5 * 7 / 2.0
+    monkeypatch.setattr(speed.time, "perf_counter", lambda: next(ticks))
+    assert speed.matmul_rate("cpu", torch.float32, tokens=3, columns=5, rows=7) == 2 * 3 * 5 * 7 / 2.0
 
 
 def test_what_is_slow_is_tried_once(monkeypatch: pytest.MonkeyPatch) -> None:
     ticks = iter([0.0, 0.0, 3.0, 3.0])
-    monkeypatch.setattr(machine.time, "perf_counter", lambda: next(ticks))
-    assert machine.eigh_rate("cpu", size=6) == 6**3 / 3.0
+    monkeypatch.setattr(speed.time, "perf_counter", lambda: next(ticks))
+    assert speed.eigh_rate("cpu", size=6) == 6**3 / 3.0
 
 
 def test_the_first_call_on_a_gpu_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
     """And every time is taken once the device has come to an end."""
     events: list[str] = []
     ticks = iter([0.0, 0.0, 3.0, 3.0])
-    monkeypatch.setattr(machine.time, "perf_counter", lambda: events.append("clock") or next(ticks))
+    monkeypatch.setattr(speed.time, "perf_counter", lambda: events.append("clock") or next(ticks))
     monkeypatch.setattr(torch.accelerator, "synchronize", lambda device: events.append(str(device)))
-    assert machine._seconds(lambda: events.append("work"), "cuda:1") == 3.0
+    assert speed._seconds(lambda: events.append("work"), "cuda:1") == 3.0
     assert events == ["work", "cuda:1", "clock", "clock", "work", "cuda:1", "clock", "clock"]
 
 
 def test_eigen_decompositions_are_timed_as_the_solvers_do_them(monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[torch.Tensor] = []
-    monkeypatch.setattr(machine, "eigh", seen.append)
-    machine.eigh_rate("cpu", size=8)
+    monkeypatch.setattr(speed, "eigh", seen.append)
+    speed.eigh_rate("cpu", size=8)
     assert {(gram.shape, gram.dtype) for gram in seen} == {((8, 8), torch.float64)}
     assert torch.equal(seen[0], seen[0].T)
 
 
 def test_a_file_is_read_as_far_as_asked_and_from_the_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(machine, "PIECE_BYTES", 400)
+    monkeypatch.setattr(speed, "PIECE_BYTES", 400)
     (tmp_path / "file").write_bytes(bytes(1000))
     events: list[str] = []
-    read, drop = os.preadv, machine._drop_cache
+    read, drop = os.preadv, speed._drop_cache
 
     def preadv(handle: int, buffers: list[memoryview], offset: int) -> int:
         count = read(handle, buffers, offset)
@@ -99,11 +99,11 @@ def test_a_file_is_read_as_far_as_asked_and_from_the_disk(tmp_path: Path, monkey
         return count
 
     monkeypatch.setattr(os, "preadv", preadv)
-    monkeypatch.setattr(machine, "_drop_cache", lambda handle: (events.append("drop"), drop(handle)))
-    assert machine.read_rate(tmp_path / "file", 900) > 0
+    monkeypatch.setattr(speed, "_drop_cache", lambda handle: (events.append("drop"), drop(handle)))
+    assert speed.read_rate(tmp_path / "file", 900) > 0
     assert events == ["drop", "400 at 0", "400 at 400", "100 at 800", "drop"]
     events.clear()
-    assert machine.read_rate(tmp_path / "file", 5000) > 0
+    assert speed.read_rate(tmp_path / "file", 5000) > 0
     assert events[-2:] == ["0 at 1000", "drop"]
 
 
@@ -115,34 +115,34 @@ def test_the_page_cache_is_dropped_for_the_whole_file_once_it_is_on_the_disk(
     monkeypatch.setattr(os, "fsync", lambda handle: calls.append(("fsync",)))
     monkeypatch.setattr(os, "posix_fadvise", lambda handle, *words: calls.append(words))
     (tmp_path / "file").write_bytes(b"x")
-    machine.read_rate(tmp_path / "file", 1)
+    speed.read_rate(tmp_path / "file", 1)
     assert calls == [("fsync",), (0, 0, os.POSIX_FADV_DONTNEED)] * 2
 
 
 def test_what_is_written_is_synced_and_gone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(machine, "PIECE_BYTES", 400)
+    monkeypatch.setattr(speed, "PIECE_BYTES", 400)
     sizes: list[int] = []
     monkeypatch.setattr(os, "fsync", lambda handle: sizes.append(os.fstat(handle).st_size))
-    assert machine.write_rate(tmp_path, 1000) > 0
+    assert speed.write_rate(tmp_path, 1000) > 0
     assert sizes == [400, 800, 1000]
     assert not list(tmp_path.iterdir())
 
 
 def test_a_slow_disk_is_not_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(machine, "PIECE_BYTES", 400)
-    monkeypatch.setattr(machine, "DISK_PATIENCE", 1.0)
-    monkeypatch.setattr(machine.time, "perf_counter", iter([0.0, 0.5, 1.5, 2.0] * 2).__next__)
-    assert machine.write_rate(tmp_path, 1000) == 400 / 2.0
+    monkeypatch.setattr(speed, "PIECE_BYTES", 400)
+    monkeypatch.setattr(speed, "DISK_PATIENCE", 1.0)
+    monkeypatch.setattr(speed.time, "perf_counter", iter([0.0, 0.5, 1.5, 2.0] * 2).__next__)
+    assert speed.write_rate(tmp_path, 1000) == 400 / 2.0
     (tmp_path / "file").write_bytes(bytes(1000))
-    assert machine.read_rate(tmp_path / "file", 1000) == 400 / 2.0
+    assert speed.read_rate(tmp_path / "file", 1000) == 400 / 2.0
 
 
 def test_what_cannot_be_read_is_said(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="absent: No such file"):
-        machine.read_rate(tmp_path / "absent", 10)
+        speed.read_rate(tmp_path / "absent", 10)
     (tmp_path / "empty").touch()
     with pytest.raises(CheckpointError, match="is empty"):
-        machine.read_rate(tmp_path / "empty", 10)
+        speed.read_rate(tmp_path / "empty", 10)
 
 
 @pytest.mark.parametrize(("number", "kind"), [(errno.ENOSPC, BudgetError), (errno.EROFS, StreamlapError)])
@@ -154,7 +154,7 @@ def test_what_cannot_be_written_is_said(
 
     monkeypatch.setattr(os, "fsync", fail)
     with pytest.raises(StreamlapError, match=os.strerror(number)) as failure:
-        machine.write_rate(tmp_path, 10)
+        speed.write_rate(tmp_path, 10)
     assert failure.type is kind
     assert not list(tmp_path.iterdir())
 
@@ -169,8 +169,8 @@ def test_a_second_call_measures_nothing(tmp_path: Path, measured: list[tuple[Any
 CHANGES: dict[str, Callable[[pytest.MonkeyPatch], object]] = {
     "threads": lambda patch: patch.setattr(torch, "get_num_threads", lambda: 77),
     "torch": lambda patch: patch.setattr(torch, "__version__", "77.0"),
-    "processor": lambda patch: patch.setattr(machine, "_cpu_model", lambda: "another"),
-    "disk": lambda patch: patch.setattr(machine, "_existing", lambda folder: Path("/proc")),
+    "processor": lambda patch: patch.setattr(speed, "_cpu_model", lambda: "another"),
+    "disk": lambda patch: patch.setattr(speed, "_existing", lambda folder: Path("/proc")),
 }
 
 

@@ -11,48 +11,27 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import MakeModel
-from outputs import STATE, contents
+from conftest import Compress
+from crashes import in_layer
+from outputs import contents
 
 import streamlap
 from streamlap import cli
 from streamlap.errors import Interrupted, RecipeError, ResumeMismatch
-from streamlap.methods.trained.refine import Refiner
-from streamlap.pipeline import compress as pipeline
-from streamlap.pipeline import divergence
+from streamlap.families.stream import ModelStream
+from streamlap.methods.trained.refine import Refining
 from streamlap.store.journal import Journal
 from streamlap.store.lock import OutputLock
 from streamlap.system.signals import parse_time
 
-JOURNAL = f"{STATE}/journal.jsonl"
-
-Compress = Callable[..., streamlap.Report]
-
-
-@pytest.fixture
-def source(pico: MakeModel) -> Path:
-    return pico("llama", tokenizer=True, num_hidden_layers=2)
-
-
-@pytest.fixture
-def compress(source: Path, tokens: Path) -> Compress:
-    return lambda out, **changes: streamlap.compress(source, out, files=(str(tokens),), **changes)
-
-
-@pytest.fixture
-def whole(compress: Compress, tmp_path: Path) -> dict[str, Any]:
-    """The bytes of an unbroken run."""
-    compress(tmp_path / "whole")
-    return contents(tmp_path / "whole")
-
 
 def layers_done(out: Path) -> int:
-    return len((out / JOURNAL).read_bytes().splitlines()) - 1
+    return Journal.load(out).next_layer
 
 
 # --- signals -------------------------------------------------------------------------------------------------------------
@@ -66,17 +45,15 @@ def handlers() -> Iterator[None]:
     assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == before
 
 
-def signal_in_layer(index: int, monkeypatch: pytest.MonkeyPatch, *numbers: int) -> None:
+def signal_in_layer(index: int, patch: pytest.MonkeyPatch, *numbers: int) -> None:
     """While the loop is at that layer."""
-    edit_layer = pipeline.edit_layer
 
-    def send(job: Any, engine: Any, layer: Any, here: int, *rest: Any) -> Any:
-        for number in numbers if here == index else ():
+    def send() -> None:
+        for number in numbers:
             with contextlib.suppress(Exception):  # as a library may do where the signal strikes
                 os.kill(os.getpid(), number)
-        return edit_layer(job, engine, layer, here, *rest)
 
-    monkeypatch.setattr(pipeline, "edit_layer", send)
+    in_layer(index, patch, send)
 
 
 @pytest.mark.usefixtures("handlers")
@@ -117,14 +94,11 @@ def test_a_commit_that_is_under_way_is_finished_also_where_all_stops_at_once(
     """The thread beside the loop is in the commit of layer 0 when two signals strike the loop in layer 1, and a third while
     that is waited for: it tears nothing away, the lock least of all."""
     out, begun, append = tmp_path / "out", threading.Event(), Journal.append
-    edit_layer = pipeline.edit_layer
 
-    def send(job: Any, engine: Any, layer: Any, index: int, *rest: Any) -> Any:
-        if index == 1:
-            assert begun.wait(60)
-            for _ in range(2):
-                os.kill(os.getpid(), signal.SIGINT)
-        return edit_layer(job, engine, layer, index, *rest)
+    def send() -> None:
+        assert begun.wait(60)
+        for _ in range(2):
+            os.kill(os.getpid(), signal.SIGINT)
 
     def take_time(journal: Journal, line: dict[str, Any]) -> None:
         begun.set()
@@ -136,7 +110,7 @@ def test_a_commit_that_is_under_way_is_finished_also_where_all_stops_at_once(
         append(journal, line)
 
     with monkeypatch.context() as patch:
-        patch.setattr(pipeline, "edit_layer", send)
+        in_layer(1, patch, send)
         patch.setattr(Journal, "append", take_time)
         with pytest.raises(Interrupted, match="stopped at once"):
             compress(out)
@@ -149,10 +123,10 @@ WAITING = """
 import sys
 import torch
 from streamlap import cli
-from streamlap.pipeline import compress as pipeline
+from streamlap.pipeline import layers
 torch.set_num_threads(2)  # as in the process that this one is held against: products as small as these depend on it
-edit_layer = pipeline.edit_layer
-pipeline.edit_layer = lambda *job: (print("in a layer", flush=True), sys.stdin.readline(), edit_layer(*job))[2]
+edit_layer = layers.edit_layer
+layers.edit_layer = lambda *job: (print("in a layer", flush=True), sys.stdin.readline(), edit_layer(*job))[2]
 cli.main()
 """
 
@@ -252,15 +226,15 @@ def test_time_that_is_left_stops_nothing(compress: Compress, whole: dict[str, An
 def test_a_refined_layer_stops_after_an_epoch_and_goes_on_there(
     compress: Compress, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    out, close = tmp_path / "out", Refiner.close_epoch
+    out, close = tmp_path / "out", Refining.close_epoch
     compress(tmp_path / "whole", refine=3)
     epochs: list[int] = []
 
-    def count(refiner: Refiner, held: float) -> None:
-        close(refiner, held)
-        epochs.append(refiner.epoch)
+    def count(training: Refining, held: float) -> None:
+        close(training, held)
+        epochs.append(training.epoch)
 
-    monkeypatch.setattr(Refiner, "close_epoch", count)
+    monkeypatch.setattr(Refining, "close_epoch", count)
     with pytest.raises(
         Interrupted, match=r"stopped in layer 0 after 1 of 3 epochs; go on with: streamlap resume .*out"
     ):
@@ -283,10 +257,8 @@ def test_a_survey_stops_too(source: Path, tokens: Path, tmp_path: Path, monkeypa
     with pytest.raises(Interrupted, match="stopped at layer 1 of 2"):
         sweep("survey.json", stop_after=1e-9)
     with monkeypatch.context() as patch:
-        head = pipeline.ModelStream.head
-        patch.setattr(
-            divergence.ModelStream, "head", lambda stream: (os.kill(os.getpid(), signal.SIGTERM), head(stream))[1]
-        )
+        head = ModelStream.head
+        patch.setattr(ModelStream, "head", lambda stream: (os.kill(os.getpid(), signal.SIGTERM), head(stream))[1])
         with pytest.raises(
             Interrupted, match="stopped at the head, with 0 of 8 cuts measured; go on with: streamlap resume"
         ):

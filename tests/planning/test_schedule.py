@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 
 from streamlap.errors import BudgetError
 from streamlap.families.stream import HEAD_TOKENS, ModelStream
-from streamlap.planning import schedule as sizing
+from streamlap.planning import schedule as scheduling
 from streamlap.planning.schedule import RUNTIME_BYTES, Caps, fit, least_cap, make_schedule, peak, require_fit, schedules
 from streamlap.planning.workload import Workload, evaluation_workload, layer_workload
 from streamlap.store.source import CHUNK_BYTES
@@ -41,9 +41,9 @@ FORWARD, AFTER = 4096 * 176, 4096 * 152
 @pytest.fixture(autouse=True)
 def process(monkeypatch: pytest.MonkeyPatch) -> None:
     """This process holds that much."""
-    monkeypatch.setattr(sizing, "ram_bytes", lambda: HELD)
-    monkeypatch.setattr(sizing, "warm_up", lambda device: None)
-    monkeypatch.setattr(sizing, "vram_state", lambda device: (0, 1 << 40))
+    monkeypatch.setattr(scheduling, "ram_bytes", lambda: HELD)
+    monkeypatch.setattr(scheduling, "warm_up", lambda device: None)
+    monkeypatch.setattr(scheduling, "vram_state", lambda device: (0, 1 << 40))
 
 
 # --- what is held --------------------------------------------------------------------------------------------------------
@@ -174,10 +174,10 @@ def test_shorter_forwards_are_the_last_resort() -> None:
     assert not any(row.overlap for row in schedules(WORK, False))
 
 
-def test_freed_memory_stays_where_halves_are_rebuilt_on_a_cpu_and_there_is_room(
+def test_freed_memory_stays_where_layers_are_rebuilt_on_a_cpu_and_there_is_room(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(sizing, "CAN_KEEP", True)
+    monkeypatch.setattr(scheduling, "CAN_KEEP", True)
     solve = 10**9
     work = replace(WORK, solve=solve, capture=1, streams=4)
     rows = list(schedules(work, True))
@@ -188,7 +188,7 @@ def test_freed_memory_stays_where_halves_are_rebuilt_on_a_cpu_and_there_is_room(
     assert make_schedule(replace(work, solve=4096), True, "ram", 4, 0.5).kept == 256 << 20
     for other in (WORK, replace(work, device=CUDA)):
         assert not any(row.kept for row in schedules(other, True))
-    monkeypatch.setattr(sizing, "CAN_KEEP", False)
+    monkeypatch.setattr(scheduling, "CAN_KEEP", False)
     assert list(schedules(work, True)) == rows[2:]
 
 
@@ -211,7 +211,7 @@ def test_the_first_schedule_that_fits_is_taken(overlap: bool) -> None:
 def test_without_a_cap_all_that_is_free_may_be_taken(monkeypatch: pytest.MonkeyPatch) -> None:
     room = RUNTIME_BYTES + peak(make_schedule(WORK, True, "ram", 4).ram)
     for free, tier in ((room, "ram"), (room - 1, "disk")):
-        monkeypatch.setattr(sizing, "free_ram", lambda: free)  # noqa: B023
+        monkeypatch.setattr(scheduling, "free_ram", lambda: free)  # noqa: B023
         choice = fit(WORK, Caps())
         assert (choice.ram.cap, choice.ram.base) == (HELD + free, BASE)
         assert choice.schedule.tier == tier
@@ -248,7 +248,7 @@ def test_too_small_a_cap_is_refused_by_its_flag_with_the_least_that_does() -> No
 
 
 def test_too_small_a_machine_is_said_without_a_flag(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sizing, "free_ram", lambda: 1 << 20)
+    monkeypatch.setattr(scheduling, "free_ram", lambda: 1 << 20)
     words = refusal(WORK, Caps())
     assert words.startswith("201.0 MiB of RAM are there; the leanest way through this model takes 296.")
     assert words.endswith(": free some, or take a larger machine. A shorter --length takes less too.")
@@ -339,9 +339,9 @@ for dtype in ("bfloat16", "float32"):
     stream = ModelStream(Path(sys.argv[1]), dtype=dtype)
     for shape in ((2, 2048), (16, 256))[: 1 if dtype == 'float32' else 2]:
         x_BLD = torch.randn(*shape, stream.width, dtype=stream.dtype)
-        layer, sites = stream.layer(0, stream.layer_kwargs(shape[1])[0]), stream.family.sites
+        layer = stream.layer(0, stream.layer_kwargs(shape[1])[0])
         def forward():
-            with layer.observed([(site, Energy()) for site in sites]):
+            with layer.observed([(role, Energy()) for role in ("q", "o", "gate", "down")]):
                 return layer(x_BLD)
         work = evaluation_workload(stream, *shape)
         rows[f"forward {dtype} {shape}"] = work.activations(shape[0], work.inner), measured(forward)

@@ -18,29 +18,31 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import VOCABULARY, MakeModel
-from crashes import crash_after
+from conftest import VOCABULARY, Compress, MakeModel
+from crashes import crash_after, keep_on_disk
 from outputs import REPORT, contents, is_begun
 from safetensors.torch import load_file, save_file
 
 import streamlap
 from streamlap.errors import BudgetError, RecipeError
+from streamlap.families import stream as families_stream
 from streamlap.families.layer import StreamLayer
 from streamlap.families.stream import ModelStream
-from streamlap.families.table import stream as families_stream
-from streamlap.pipeline import compress as pipeline
-from streamlap.pipeline import one_pass as editing
-from streamlap.pipeline import runner as engine
-from streamlap.planning import schedule as sizing
-from streamlap.planning.forecast import compression_workload, forecast
-from streamlap.planning.schedule import RUNTIME_BYTES, Schedule, make_schedule, peak, schedules
-from streamlap.planning.workload import Workload, evaluation_workload
+from streamlap.pipeline import evaluate as evaluating
+from streamlap.pipeline import layers, one_pass, runner, sublayers
+from streamlap.pipeline.hand import LayerInHand
+from streamlap.pipeline.runner import LayerRunner
+from streamlap.planning import schedule as scheduling
+from streamlap.planning.forecast import compression_workload, forecast_layers
+from streamlap.planning.plan import decide
+from streamlap.planning.schedule import RUNTIME_BYTES, Fit, Schedule, make_schedule, peak, schedules
+from streamlap.planning.workload import evaluation_workload
 from streamlap.store import hidden, staging
+from streamlap.store.journal import Journal
 from streamlap.store.sink import DurableFile, ShardFolder
 from streamlap.system.budget import parse_size
 
 ROOT = Path(__file__).parents[2]
-EVALUATE = sys.modules["streamlap.evaluate"]  # the attribute of that name is the function
 
 SHAPE_NL = (11, 224)
 BATCH = 2
@@ -50,22 +52,15 @@ HELD = 1 << 30
 """What this process holds, as far as these tests are concerned."""
 BASE = HELD + RUNTIME_BYTES
 
-Compress = Callable[..., streamlap.Report]
+pytestmark = pytest.mark.usefixtures("no_thread_stays")
 
 
 @pytest.fixture(autouse=True)
 def small_world(monkeypatch: pytest.MonkeyPatch) -> None:
     """Small batches, and a process whose memory is known."""
     monkeypatch.setattr(families_stream, "BATCH_TOKENS", BATCH * SHAPE_NL[1])
-    monkeypatch.setattr(sizing, "ram_bytes", lambda: HELD)
-    monkeypatch.setattr(engine, "ram_bytes", lambda: HELD)
-
-
-@pytest.fixture(autouse=True)
-def no_thread_stays() -> Iterator[None]:
-    before = set(threading.enumerate())
-    yield
-    assert set(threading.enumerate()) == before
+    monkeypatch.setattr(scheduling, "ram_bytes", lambda: HELD)
+    monkeypatch.setattr(runner, "ram_bytes", lambda: HELD)
 
 
 @pytest.fixture(scope="session")
@@ -116,24 +111,23 @@ def outputs(out: Path) -> dict[str, Any]:
 def taken(monkeypatch: pytest.MonkeyPatch) -> list[Schedule]:
     """The schedules of all runs, as they begin."""
     seen: list[Schedule] = []
-    start = engine.start_engine
+    start = runner.start_runner
 
-    def note(stream: ModelStream, choice: sizing.Fit, *rest: Any, **options: Any) -> Any:
+    def note(stream: ModelStream, choice: Fit, *rest: Any, **options: Any) -> Any:
         seen.append(choice.schedule)
         return start(stream, choice, *rest, **options)
 
-    monkeypatch.setattr(pipeline, "start_engine", note)
-    monkeypatch.setattr(EVALUATE, "start_engine", note)
+    monkeypatch.setattr(layers, "start_runner", note)
+    monkeypatch.setattr(evaluating, "start_runner", note)
     return seen
 
 
 def compression_schedules(source: Path, overlap: bool, dtype: str = "bfloat16") -> list[Schedule]:
     """Those that some cap leads to, from the richest to the leanest."""
     stream = ModelStream(source, dtype=dtype)
-    work = compression_workload(
-        stream, forecast(stream, streamlap.Recipe().override(preset="lorap"), SHAPE_NL), SHAPE_NL
-    )
-    return reachable(schedules(work, overlap))
+    decided = decide(stream, streamlap.Recipe().override(preset="lorap"))
+    planned = forecast_layers(stream, decided.recipe, decided.candidates, SHAPE_NL)
+    return reachable(schedules(compression_workload(stream, planned, SHAPE_NL), overlap))
 
 
 def reachable(rows: Iterator[Schedule]) -> list[Schedule]:
@@ -230,10 +224,10 @@ def test_a_run_may_go_on_with_another_cap_and_without_overlap(
     rich: dict[str, Any] = {"overlap": True, "max_ram": "100GiB"}
     lean: dict[str, Any] = {"overlap": False, "max_ram": cap_of(compression_schedules(source, False)[-1])}
     first, second = (lean, rich) if lean_first else (rich, lean)
-    for layers in (0, 1, 2):
-        out = tmp_path / str(layers)
-        crash_after(layers, monkeypatch, lambda: compress(out, **first))  # noqa: B023
-        assert result(compress, out, **second) == whole, layers
+    for done in (0, 1, 2):
+        out = tmp_path / str(done)
+        crash_after(done, monkeypatch, lambda: compress(out, **first))  # noqa: B023
+        assert result(compress, out, **second) == whole, done
     assert {row[1:] for row in names(taken)} == {("ram", BATCH), ("disk", 1)}
 
 
@@ -249,7 +243,7 @@ def test_resume_keeps_the_caps_unless_it_is_given_others(
     assert outputs(tmp_path / "out") == whole
 
 
-# --- halves rebuilt beside the dense model ---------------------------------------------------------------------------------
+# --- sub-layers rebuilt beside the dense model -------------------------------------------------------------------------
 
 WAYS: dict[str, tuple[bool, str, int]] = {
     "in memory, nothing beside the loop": (False, "ram", BATCH),
@@ -284,16 +278,16 @@ def rebuilt(rebuild: Compress, tmp_path: Path) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("way", WAYS)
-def test_halves_are_the_same_bytes_by_every_way(
+def test_sub_layers_are_the_same_bytes_by_every_way(
     rebuild: Compress, rebuilt: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, way: str
 ) -> None:
     overlap, tier, micro = WAYS[way]
-    monkeypatch.setattr(sizing, "schedules", lambda work, _: [make_schedule(work, overlap, tier, micro)])
+    monkeypatch.setattr(scheduling, "schedules", lambda work, _: [make_schedule(work, overlap, tier, micro)])
     assert result(rebuild, tmp_path / "out", overlap=overlap) == rebuilt
 
 
 @pytest.mark.parametrize("count", [1, 3])
-def test_halves_are_the_same_bytes_on_any_number_of_threads_and_in_other_batches(
+def test_sub_layers_are_the_same_bytes_on_any_number_of_threads_and_in_other_batches(
     rebuild: Compress, rebuilt: dict[str, Any], tmp_path: Path, threads: Callable[[int], None],
     monkeypatch: pytest.MonkeyPatch, count: int,
 ) -> None:  # fmt: skip
@@ -302,36 +296,36 @@ def test_halves_are_the_same_bytes_on_any_number_of_threads_and_in_other_batches
     assert result(rebuild, tmp_path / "out") == rebuilt
 
 
-@pytest.mark.parametrize("layers", [0, 1])
+@pytest.mark.parametrize("done", [0, 1])
 @pytest.mark.parametrize("tier", ["ram", "disk"])
-def test_halves_go_on_where_they_were_cut_short_and_leave_nothing(
-    rebuild: Compress, rebuilt: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tier: str, layers: int
+def test_sub_layers_go_on_where_they_were_cut_short_and_leave_nothing(
+    rebuild: Compress, rebuilt: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tier: str, done: int
 ) -> None:
-    """The dense stream is as durable as the compressed one; what lies between the halves is made anew."""
+    """The dense stream is as durable as the compressed one; what lies between the sub-layers is made anew."""
     out, work = tmp_path / "out", tmp_path / "work"
-    monkeypatch.setattr(sizing, "schedules", lambda work, overlap: [make_schedule(work, overlap, tier, BATCH)])
-    crash_after(layers, monkeypatch, lambda: rebuild(out, work=work))
+    monkeypatch.setattr(scheduling, "schedules", lambda work, overlap: [make_schedule(work, overlap, tier, BATCH)])
+    crash_after(done, monkeypatch, lambda: rebuild(out, work=work))
     left = {path.name for path in work.rglob("*.bin")}
-    assert {f"hidden-{layers:05d}.bin", f"dense-{layers:05d}.bin"} <= left
+    assert {f"hidden-{done:05d}.bin", f"dense-{done:05d}.bin"} <= left
     streamlap.resume(out)
     assert outputs(out) == rebuilt
     assert not list(work.iterdir())
     assert not [path for path in out.rglob("*") if path.suffix in (".tmp", ".bin")]
 
 
-def test_halves_claim_what_they_hold(
+def test_sub_layers_claim_what_they_hold(
     rebuild: Compress, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, taken: list[Schedule]
 ) -> None:
     """Four streams between layers, and inside a solve the sums over tokens with the work of one more method."""
     claimed: list[dict[str, int]] = []
-    rebuild_layer = editing.rebuild_layer
+    rebuild_layer = sublayers.rebuild_layer
 
-    def note(running: engine.Engine, *rest: Any) -> Any:
-        with running.claim("solve"):
-            claimed.append(dict(running.fit.ram.held))
-        return rebuild_layer(running, *rest)
+    def note(hand: LayerInHand, *rest: Any) -> Any:
+        with hand.runner.claim("solve"):
+            claimed.append(dict(hand.runner.fit.ram.held))
+        return rebuild_layer(hand, *rest)
 
-    monkeypatch.setattr(editing, "rebuild_layer", note)
+    monkeypatch.setattr(sublayers, "rebuild_layer", note)
     rebuild(tmp_path / "out")
     generation = SHAPE_NL[0] * SHAPE_NL[1] * 64 * 2
     assert taken[0].tier == "ram"
@@ -364,14 +358,11 @@ def workers(monkeypatch: pytest.MonkeyPatch) -> dict[str, set[str]]:
     return seen
 
 
-def on_disk(work: Workload, overlap: bool) -> list[Schedule]:
-    return [make_schedule(work, overlap, "disk", BATCH)]
-
-
 def test_with_overlap_each_kind_of_work_has_its_thread(
     compress: Compress, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, workers: dict[str, set[str]]
 ) -> None:
-    monkeypatch.setattr(sizing, "schedules", on_disk)
+    keep_on_disk(monkeypatch)
+    monkeypatch.setattr(layers, "check_sublayers", lambda _: None)  # which waits for the one sequence that it reads
     compress(tmp_path / "out")
     assert workers == {
         "read layers": {"reader"}, "read states": {"fetcher"}, "write states": {"writer"},
@@ -382,11 +373,11 @@ def test_with_overlap_each_kind_of_work_has_its_thread(
 def test_without_overlap_the_loop_does_it_all(
     compress: Compress, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, workers: dict[str, set[str]]
 ) -> None:
-    monkeypatch.setattr(sizing, "schedules", on_disk)
+    keep_on_disk(monkeypatch)
     before, beside = set(threading.enumerate()), set()
-    edit_layer = pipeline.edit_layer
+    edit_layer = layers.edit_layer
     monkeypatch.setattr(
-        pipeline, "edit_layer", lambda *job: (beside.update(threading.enumerate()), edit_layer(*job))[1]
+        layers, "edit_layer", lambda *args: (beside.update(threading.enumerate()), edit_layer(*args))[1]
     )
     compress(tmp_path / "out", overlap=False)
     kinds = ("read layers", "read states", "write states", "write shards")
@@ -399,24 +390,55 @@ def test_the_next_layer_is_read_while_this_one_is_computed(
 ) -> None:
     """The solve of each layer but the last waits until all of the next layer is in memory; nobody else would read it."""
     read: dict[str, int] = {}
-    read_into, edit_layer = staging.read_into, pipeline.edit_layer
+    read_into, edit_layer = staging.read_into, layers.edit_layer
 
     def note(info: Any, view: memoryview) -> None:
         read_into(info, view)
         layer = info.name.split(".")[2]
         read[layer] = read.get(layer, 0) + 1
 
-    def wait(job: Any, engine: Any, layer: Any, index: int, *rest: Any) -> Any:
-        deadline = time.monotonic() + 30
-        while index < 2 and read.get(str(index + 1), 0) < 12:
-            assert time.monotonic() < deadline, f"layer {index + 1} is not read ahead: {read}"
+    def wait(hand: LayerInHand, *rest: Any) -> Any:
+        deadline, coming = time.monotonic() + 30, hand.index + 1
+        while coming < 3 and read.get(str(coming), 0) < 12:
+            assert time.monotonic() < deadline, f"layer {coming} is not read ahead: {read}"
             time.sleep(0.001)
-        return edit_layer(job, engine, layer, index, *rest)
+        return edit_layer(hand, *rest)
 
     monkeypatch.setattr(staging, "read_into", note)
-    monkeypatch.setattr(pipeline, "edit_layer", wait)
+    monkeypatch.setattr(layers, "edit_layer", wait)
     assert result(compress, tmp_path / "out") == whole
     assert read == {"0": 12, "1": 12, "2": 12}
+
+
+@pytest.mark.parametrize("preset", ["lorap", "best"])
+@pytest.mark.parametrize("done", [0, 1])
+def test_before_its_first_solve_the_layer_before_is_committed(
+    compress: Compress, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, preset: str, done: int
+) -> None:
+    """However late that is, and also in a run that goes on."""
+    out, append, committed = tmp_path / "out", Journal.append, dict[int, int]()
+
+    def run() -> object:
+        return compress(out, preset=preset)
+
+    def append_late(journal: Journal, line: dict[str, Any]) -> None:
+        time.sleep(0.3)
+        append(journal, line)
+
+    def noted(solve: Callable[..., Any]) -> Callable[..., Any]:
+        def call(hand: LayerInHand, *rest: Any) -> Any:
+            committed[hand.index] = Journal.load(out).next_layer
+            return solve(hand, *rest)
+
+        return call
+
+    if done:
+        crash_after(done, monkeypatch, run)
+    monkeypatch.setattr(Journal, "append", append_late)
+    monkeypatch.setattr(one_pass, "edit_layer", noted(one_pass.edit_layer))
+    monkeypatch.setattr(sublayers, "rebuild_layer", noted(sublayers.rebuild_layer))
+    run()
+    assert committed == {index: index for index in range(done, 3)}
 
 
 @pytest.mark.parametrize("slow", ["shards", "states", "reads"])
@@ -461,9 +483,9 @@ def starve(
 FORWARD, SOLVE = (StreamLayer, "__call__"), (torch.linalg, "eigh")
 
 
-def forward_of(*layers: int, edited: bool, more_than: int = 0) -> Callable[[StreamLayer, torch.Tensor], bool]:
+def forward_of(*indices: int, edited: bool, more_than: int = 0) -> Callable[[StreamLayer, torch.Tensor], bool]:
     """Forwards of these layers, in propagate where `edited`, else in capture, of more than so many sequences."""
-    prefixes = tuple(f".{index}" for index in layers)
+    prefixes = tuple(f".{index}" for index in indices)
     return lambda layer, x_BLD: (
         layer.prefix.endswith(prefixes) and bool(layer._edited) == edited and len(x_BLD) > more_than
     )
@@ -471,7 +493,7 @@ def forward_of(*layers: int, edited: bool, more_than: int = 0) -> Callable[[Stre
 
 STARVED: dict[str, tuple[tuple[Any, str], Callable[..., bool], int, list[str]]] = {
     "capture, once": (
-        FORWARD, forward_of(0, edited=False), 1,
+        FORWARD, forward_of(0, edited=False, more_than=1), 1,  # the look at the sub-layers before it takes one
         ["layer 0, capture: 2 sequences a forward"],
     ),
     "capture, once, in the last batch of the second layer": (
@@ -514,7 +536,7 @@ def test_where_memory_runs_out_something_gives_way_and_the_bytes_are_the_same(
     compress: Compress, whole: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, case: str, tier: str
 ) -> None:
     target, fails, most, steps = STARVED[case]
-    monkeypatch.setattr(sizing, "schedules", lambda work, overlap: [make_schedule(work, overlap, tier, 4)])
+    monkeypatch.setattr(scheduling, "schedules", lambda work, overlap: [make_schedule(work, overlap, tier, 4)])
     starve(*target, monkeypatch, fails, most)
     report = compress(tmp_path / "out")
     assert report.to_json()["ladder"] == steps
@@ -639,17 +661,17 @@ def test_a_resume_under_too_small_a_cap_changes_nothing(
 # --- memory that is not where it was claimed -------------------------------------------------------------------------------
 
 
-def after_layer(index: int, monkeypatch: pytest.MonkeyPatch, act: Callable[[engine.Engine], object]) -> None:
-    """At the end of that layer, before its memory is looked at, something is done to the engine."""
-    compress_layer = pipeline.compress_layer
+def after_layer(index: int, monkeypatch: pytest.MonkeyPatch, act: Callable[[LayerRunner], object]) -> None:
+    """At the end of that layer, before its memory is looked at, something is done to the runner."""
+    compress_layer = layers.compress_layer
 
-    def then_act(job: Any, running: engine.Engine, here: int, *rest: Any) -> Any:
-        committed = compress_layer(job, running, here, *rest)
+    def then_act(job: Any, running: LayerRunner, here: int, *rest: Any, **options: Any) -> Any:
+        committed = compress_layer(job, running, here, *rest, **options)
         if here == index:
             act(running)
         return committed
 
-    monkeypatch.setattr(pipeline, "compress_layer", then_act)
+    monkeypatch.setattr(layers, "compress_layer", then_act)
 
 
 @pytest.mark.parametrize("overlap", [True, False])
@@ -660,7 +682,7 @@ def test_memory_that_creeps_up_stops_the_run_where_the_next_layer_would_break_th
     """The layer that is done is not lost by it."""
     out, cap = tmp_path / "out", cap_of(compression_schedules(source, overlap)[0])
     with monkeypatch.context() as patch:
-        after_layer(1, patch, lambda _: patch.setattr(engine, "ram_bytes", lambda: cap))
+        after_layer(1, patch, lambda _: patch.setattr(runner, "ram_bytes", lambda: cap))
         with pytest.raises(
             BudgetError, match=r"after layer 1 this process holds 1\.\d\d GiB of RAM, .* Run again to resume"
         ):
@@ -674,8 +696,8 @@ def test_memory_that_creeps_up_inside_the_cap_is_a_warning(
     compress: Compress, whole: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
 ) -> None:  # fmt: skip
-    crept = HELD + RUNTIME_BYTES + engine.CREEP_BYTES + (100 << 20)
-    after_layer(1, monkeypatch, lambda _: monkeypatch.setattr(engine, "ram_bytes", lambda: crept))
+    crept = HELD + RUNTIME_BYTES + runner.CREEP_BYTES + (100 << 20)
+    after_layer(1, monkeypatch, lambda _: monkeypatch.setattr(runner, "ram_bytes", lambda: crept))
     with caplog.at_level(logging.WARNING):
         assert result(compress, tmp_path / "out", max_ram="100GiB") == whole
     assert len(re.findall(r"RAM: 2\d\d\.\d MiB more than its claims after layer [12]", caplog.text)) == 2
@@ -698,7 +720,7 @@ def test_between_layers_nothing_but_what_stays_is_claimed(
     compress: Compress, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     held: list[dict[str, int]] = []
-    fits: list[sizing.Fit] = []
+    fits: list[Fit] = []
     for index in range(3):
         after_layer(index, monkeypatch, lambda running: held.append(dict(running.fit.ram.held)))
         after_layer(index, monkeypatch, lambda running: fits.append(running.fit))

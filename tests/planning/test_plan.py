@@ -1,0 +1,241 @@
+"""A plan is a value: what it says is what a run does, and nothing is decided again once it is made."""
+
+from __future__ import annotations
+
+import itertools
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import MakeModel
+
+import streamlap
+from streamlap.errors import BudgetError, Interrupted
+from streamlap.families.linears import SUBLAYERS
+from streamlap.families.stream import ModelStream
+from streamlap.families.table import FAMILIES
+from streamlap.loader.forms import Form, read_row
+from streamlap.methods import METHODS
+from streamlap.methods.anchored.attention import AttentionAnchored
+from streamlap.methods.anchored.ffn import FfnAnchored
+from streamlap.methods.anchored.groups import AttentionGroups
+from streamlap.methods.base import Budget, Layouts, Method, Natives
+from streamlap.pipeline import compress as compressing
+from streamlap.pipeline import survey as surveying
+from streamlap.planning import plan as planning
+from streamlap.planning.allocate import Point, Survey, model_digest
+from streamlap.planning.forecast import LayerPlan
+from streamlap.planning.layouts import possible_layouts
+
+FIELDS = {
+    "fits", "ratio", "output_bytes", "peak_ram_bytes", "peak_vram_bytes", "disk_bytes", "read_bytes", "write_bytes",
+    "flops", "seconds_low", "seconds_high", "advice", "calibration_tokens", "overlap", "hidden_states", "forward_tokens",
+    "layers",
+}  # fmt: skip
+LAYER_FIELDS = {"index", "output_bytes", "read_bytes", "write_bytes", "flops", "seconds_low"}
+
+
+# --- what becomes of the layers ------------------------------------------------------------------------------------------
+
+
+def planned_and_made(
+    source: Path, out: Path, tokens: Path, **settings: Any
+) -> Iterator[tuple[LayerPlan, dict[str, Form]]]:
+    """Of every layer its plan, and the forms of the linears that are edited in the finished folder, as config.json has them."""
+    plan = streamlap.plan(source, files=(str(tokens),), **settings)
+    streamlap.compress(source, out, files=(str(tokens),), **settings)
+    table = json.loads((out / "config.json").read_text())["quantization_config"]["modules"]
+    dense = ModelStream(source)
+    assert [layer.index for layer in plan.layers] == list(range(dense.depth))
+    for layer in plan.layers:
+        natives = dense.natives(layer.index)
+        rows = {role: table.pop(dense.linear_name(layer.index, role), None) for role in natives}
+        yield layer, {role: read_row(role, row, natives[role]) for role, row in rows.items() if row is not None}
+    assert table == {}
+
+
+@pytest.fixture
+def surveyed(tmp_path: Path) -> Callable[[Path], str]:
+    """A survey file by which late layers matter more."""
+
+    def write(source: Path) -> str:
+        stream, path = ModelStream(source), tmp_path / "survey.json"
+        layers = tuple(
+            {name: (Point(keep=0.5, kl=0.01 * (index + 1), error=0.1),) for name in stream.family.sublayers}
+            for index in range(stream.depth)
+        )
+        found = Survey(model=model_digest(stream), calibration="", compute="", layers=layers)
+        path.write_text(json.dumps(found.to_json()))
+        return str(path)
+
+    return write
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("ratio", [0.2, 0.5])
+def test_one_pass_layers_become_what_the_plan_says(
+    pico: MakeModel, tokens: Path, tmp_path: Path, family: str, ratio: float
+) -> None:
+    for layer, made in planned_and_made(pico(family), tmp_path / "out", tokens, preset="lorap", ratio=ratio):
+        assert list(possible_layouts(layer.candidates)) == [layer.layout] == [made]
+
+
+SETTINGS: dict[str, dict[str, Any]] = {
+    "a fifth": {"ratio": 0.2},
+    "half": {"ratio": 0.5},
+    "trained": {"ratio": 0.4, "refine": 1},
+    "factors": {
+        "ratio": 0.4,
+        "methods": (AttentionAnchored(storage="factors"), FfnAnchored(storage="factors", shares=(0.0, 0.5, 1.0))),
+    },
+    "whole heads": {"ratio": 0.4, "methods": (AttentionGroups(), FfnAnchored(shares=(0.25, 1.0)))},
+}
+
+
+@pytest.mark.parametrize("settings", SETTINGS)
+@pytest.mark.parametrize("family", ["llama", "qwen2", "ernie4_5"])
+def test_a_layer_beside_the_dense_model_becomes_one_of_what_the_plan_says(
+    pico: MakeModel, tokens: Path, tmp_path: Path, family: str, settings: str
+) -> None:
+    """Attention may become one thing; the FFN one of as many as there are shares."""
+    for layer, made in planned_and_made(pico(family), tmp_path / "out", tokens, **SETTINGS[settings]):
+        assert_one_of(layer, made)
+
+
+def test_a_survey_goes_through_the_plan_into_the_run(
+    pico: MakeModel, tokens: Path, tmp_path: Path, surveyed: Callable[[Path], str]
+) -> None:
+    source = pico("llama")
+    rows = list(planned_and_made(source, tmp_path / "out", tokens, ratio=0.4, survey=surveyed(source)))
+    for layer, made in rows:
+        assert_one_of(layer, made)
+    ranks = [made["q"].rank for _, made in rows]
+    assert ranks == sorted(ranks)
+    assert ranks[0] < ranks[-1]
+
+
+def assert_one_of(layer: LayerPlan, made: dict[str, Form]) -> None:
+    for name, part in SUBLAYERS.items():
+        layouts = [layout for found in layer.candidates[name] for layout in found.layouts.values()]
+        assert len(layouts) == 1 or name == "ffn"
+        assert {role: made[role] for role in part.roles if role in made} in layouts
+
+
+# --- who decides it ------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def asked(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """A word for each time that a plan is decided or made, and for each time that a method is asked for its layouts."""
+    words: list[str] = []
+
+    def spy(owner: Any, name: str) -> None:
+        real = getattr(owner, name)
+
+        def call(*args: Any, **kwargs: Any) -> Any:
+            words.append(f"{name} begins")
+            result = real(*args, **kwargs)
+            words.append(f"{name} ends")
+            return result
+
+        monkeypatch.setattr(owner, name, call)
+
+    def spy_layouts(kind: type[Method]) -> None:
+        real = kind.layouts
+
+        def layouts(method: Method, natives: Natives, budget: Budget) -> Layouts:
+            words.append("layouts")
+            return real(method, natives, budget)
+
+        monkeypatch.setattr(kind, "layouts", layouts)
+
+    for module in (planning, compressing):
+        spy(module, "decide")
+        spy(module, "make_plan")
+    spy(surveying, "plan_survey")
+    for kind in METHODS.values():
+        spy_layouts(kind)
+    return words
+
+
+DECIDED = ["decide begins", "layouts", "decide ends", "make_plan begins", "make_plan ends"]
+
+
+def in_short(words: list[str]) -> list[str]:
+    """Without repetitions."""
+    return [word for word, _ in itertools.groupby(words)]
+
+
+@pytest.mark.parametrize("wish", [{"ratio": 0.4}, {"target_params": "0.032M"}, {"ratio": 0.4, "refine": 1}])
+def test_methods_are_asked_once_what_a_layer_becomes(
+    pico: MakeModel, tokens: Path, tmp_path: Path, asked: list[str], wish: dict[str, Any]
+) -> None:
+    """Not while the plan is made of it, and not by the run."""
+    streamlap.plan(pico("llama"), files=(str(tokens),), **wish)
+    assert in_short(asked) == DECIDED
+    asked.clear()
+    streamlap.compress(pico("llama"), tmp_path / "out", files=(str(tokens),), **wish)
+    assert in_short(asked) == DECIDED
+
+
+def test_layers_of_one_shape_share_what_they_become(
+    pico: MakeModel, tokens: Path, tmp_path: Path, asked: list[str], surveyed: Callable[[Path], str]
+) -> None:
+    """One asking for each method, or where a survey gives each layer its own, one for each layer too."""
+    source = pico("llama")
+    streamlap.compress(source, tmp_path / "out", files=(str(tokens),), preset="lorap")
+    assert in_short(asked) == DECIDED
+    assert asked.count("layouts") == 2
+    asked.clear()
+    streamlap.plan(source, files=(str(tokens),), survey=surveyed(source))
+    assert asked.count("layouts") == 2 * 3
+
+
+def test_a_resumed_run_decides_again_what_it_had_decided(
+    pico: MakeModel, tokens: Path, tmp_path: Path, asked: list[str]
+) -> None:
+    """From the recipe in its journal, of which the ratio is all that is left of a target."""
+    wish = {"target_params": "0.032M", "files": (str(tokens),)}
+    with pytest.raises(Interrupted):
+        streamlap.compress(pico("llama"), tmp_path / "out", stop_after=1e-9, **wish)
+    assert in_short(asked) == DECIDED
+    asked.clear()
+    resumed = streamlap.resume(tmp_path / "out")
+    assert in_short(asked) == DECIDED
+    assert asked.count("layouts") == 2
+    assert isinstance(resumed, streamlap.Report)
+    assert resumed.shards == streamlap.compress(pico("llama"), tmp_path / "at once", **wish).shards
+
+
+def test_a_survey_has_a_plan_of_its_own(pico: MakeModel, tokens: Path, tmp_path: Path, asked: list[str]) -> None:
+    streamlap.survey(pico("llama"), tmp_path / "survey.json", files=(str(tokens),))
+    assert in_short(asked) == ["plan_survey begins", "layouts", "plan_survey ends"]
+
+
+# --- what is shown of it -------------------------------------------------------------------------------------------------
+
+
+def test_a_plan_shows_what_it_always_showed(pico: MakeModel, tokens: Path) -> None:
+    plan = streamlap.plan(pico("llama"), files=(str(tokens),))
+    table = plan.to_json()
+    assert table.keys() == FIELDS
+    assert json.loads(json.dumps(table)).keys() == FIELDS
+    assert all(row.keys() == LAYER_FIELDS for row in table["layers"])
+    assert sum(row["flops"] for row in table["layers"]) == table["flops"]
+    assert table["output_bytes"] == plan.outer_bytes + sum(row["output_bytes"] for row in table["layers"])
+    assert 0 < table["seconds_low"] < table["seconds_high"]
+    assert (table["fits"], table["advice"]) == (True, ())
+
+
+def test_a_plan_that_does_not_fit_says_so_and_a_run_raises_it(pico: MakeModel, tokens: Path, tmp_path: Path) -> None:
+    settings: dict[str, Any] = {"files": (str(tokens),), "max_ram": "1MiB"}
+    plan = streamlap.plan(pico("llama"), **settings)
+    assert not plan.fits
+    assert "--max-ram is 1.0 MiB" in plan.advice[0]
+    with pytest.raises(BudgetError, match=r"--max-ram is 1\.0 MiB; the leanest way"):
+        plan.require_fit()
+    with pytest.raises(BudgetError, match=r"--max-ram is 1\.0 MiB; the leanest way"):
+        streamlap.compress(pico("llama"), tmp_path / "out", **settings)
+    assert not (tmp_path / "out").exists()

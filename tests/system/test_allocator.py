@@ -1,0 +1,86 @@
+"""The heap of the process: what is freed goes back, or stays where it may."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+
+import psutil
+import pytest
+import torch
+
+from streamlap.system.allocator import CAN_KEEP, steady_heap
+
+
+def test_freed_blocks_go_back_to_the_system_between_blocks_that_stay() -> None:
+    """Also once a large block has been freed, which is what makes glibc keep such sizes in its heap by default."""
+    steady_heap()
+    torch.ones(24 << 20, dtype=torch.uint8)
+    before = psutil.Process().memory_info().rss
+    pairs = [(torch.ones(2 << 20, dtype=torch.uint8), torch.ones(1 << 16, dtype=torch.uint8)) for _ in range(40)]
+    kept = [small for _, small in pairs]
+    del pairs
+    assert len(kept) == 40
+    assert psutil.Process().memory_info().rss - before < 16 << 20
+
+
+KEEPING = """
+import psutil, torch
+from streamlap.system.allocator import CAN_KEEP, KeptHeap, steady_heap
+
+def make():
+    for _ in range(3):
+        torch.ones(64 << 20, dtype=torch.uint8)
+
+rss = lambda: psutil.Process().memory_info().rss
+steady_heap()
+before = rss()
+rows = {}
+with KeptHeap(0) as heap:
+    make()
+    rows["nothing kept"] = rss() - before
+with KeptHeap(32 << 20) as heap:
+    held = torch.ones(40 << 20, dtype=torch.uint8)
+    heap.trim()
+    rows["held"] = rss() - before
+    rows["held is not freed"] = heap.freed
+    del held
+    make()
+    rows["kept"] = rss() - before
+    rows["freed"] = heap.freed
+    heap.limit = 256 << 20  # more than all that was made, wherever in the heap the second tensor came to lie
+    heap.trim()
+    rows["below the limit"] = rss() - before
+    heap.limit = 32 << 20
+    heap.trim()
+    rows["above it"] = rss() - before
+    make()
+    rows["again"] = rss() - before
+rows["after"] = rss() - before
+make()
+rows["steady again"] = rss() - before
+with KeptHeap(32 << 20):
+    large = torch.ones(128 << 20, dtype=torch.uint8)
+    small = [torch.ones(1 << 19, dtype=torch.uint8) for _ in range(16)]  # above it, so that its place stays in the heap
+    del large
+before = rss()
+with KeptHeap(0) as heap:
+    make()
+    rows["in a hole"] = rss() - before
+    heap.trim()
+    rows["in a hole, trimmed"] = rss() - before
+print({name: count >> 20 for name, count in rows.items()})
+"""
+
+
+def test_freed_memory_stays_where_it_may_and_goes_when_it_is_too_much() -> None:
+    if not CAN_KEEP:
+        pytest.skip("the C library here keeps nothing")
+    found = subprocess.run([sys.executable, "-c", KEEPING], capture_output=True, text=True, check=True, timeout=120)
+    rows = ast.literal_eval(found.stdout)
+    for name in ("kept", "freed", "below the limit", "again", "in a hole"):
+        assert rows[name] >= 60, (name, rows)
+    assert 36 <= rows["held"] < 60, rows
+    for name in ("nothing kept", "held is not freed", "above it", "after", "steady again", "in a hole, trimmed"):
+        assert rows[name] < 24, (name, rows)
