@@ -37,8 +37,8 @@ from compare_devices import compare_devices
 
 import streamlap
 from streamlap.errors import Interrupted
-from streamlap.pipeline.session import pick_device
 from streamlap.system.budget import parse_size
+from streamlap.system.device import pick_device
 
 SMALL_SECONDS, RATES_SECONDS, START_SECONDS, MAKING_RATE = 30.0, 25.0, 30.0, 250e6
 """What the small model, one measurement of the rates, and the start of a run may take; bytes/s of making a checkpoint."""

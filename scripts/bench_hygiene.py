@@ -30,7 +30,7 @@ import psutil
 from benchmarks import Result
 
 import streamlap
-from streamlap.pipeline.runner import Engine
+from streamlap.pipeline.runner import LayerRunner
 from streamlap.store.journal import Journal
 
 FIGURES = ("rss_bytes", "open_files", "threads", "temporary_files", "objects")
@@ -58,19 +58,19 @@ def watched(model: Path, tokens: Path, preset: str, work: Path) -> Result:
     system.mkdir(parents=True)
     samples: list[dict[str, int]] = []
     lines: list[int] = []
-    look, append = Engine.require_baseline, Journal.append
+    look, append = LayerRunner.require_baseline, Journal.append
 
-    def look_longer(engine: Engine, index: int) -> None:
-        for worker in (engine.writer, engine.fetcher, engine.staging._reader):
+    def look_longer(runner: LayerRunner, index: int) -> None:
+        for worker in (runner.writer, runner.fetcher, runner.staging._reader):
             worker.submit(lambda: None).result()
         samples.append(sample((out, hidden, system)))
-        look(engine, index)
+        look(runner, index)
 
     def count(journal: Journal, line: dict[str, Any]) -> None:
         append(journal, line)
         lines.append(len(journal._lines[-1]))
 
-    with mock.patch.multiple(Engine, require_baseline=look_longer), mock.patch.multiple(Journal, append=count), \
+    with mock.patch.multiple(LayerRunner, require_baseline=look_longer), mock.patch.multiple(Journal, append=count), \
             mock.patch.dict(os.environ, {"TMPDIR": str(system)}), mock.patch.object(tempfile, "tempdir", None):  # fmt: skip
         streamlap.compress(model, out, preset=preset, ratio=0.2, files=(str(tokens),), work=hidden)
     return {

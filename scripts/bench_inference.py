@@ -31,8 +31,8 @@ from benchmarks import Result
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from streamlap.linalg.budget import break_even, index_parameters, pivot_rank
-from streamlap.loader.modules import swap_modules
+from streamlap.loader.forms import Form
+from streamlap.methods.anchored.ranks import RankSite
 
 FOLDS = ("v_proj", "gate_proj", "up_proj")
 VOCABULARY = 256
@@ -47,16 +47,16 @@ def config(args: argparse.Namespace) -> LlamaConfig:
     )  # fmt: skip
 
 
-def row(kind: str, path: str, linear: nn.Linear, keep: float, heads: int) -> dict[str, int]:
+def form(kind: str, path: str, linear: nn.Linear, keep: float, heads: int) -> Form:
     """What stands in place of `linear`, so that it stores the share `keep`; v has a group for each of its `heads`."""
-    out, width_in = linear.out_features, linear.in_features
-    if kind == "factors":
-        return {"rank": int(keep * break_even(out, width_in))}
-    if kind == "ordered" or (kind == "folded" and not path.endswith(FOLDS)):
-        index = index_parameters(out, linear.weight.dtype.itemsize)
-        return {"pivots": pivot_rank(out, width_in, keep - index / (out * width_in))}
-    groups = heads if path.endswith("v_proj") else 1
-    return {"pivots": pivot_rank(out, width_in, keep) // groups * groups, "groups": groups}
+    shape = linear.out_features, linear.in_features
+    ordered = kind == "ordered" or (kind == "folded" and not path.endswith(FOLDS))
+    site = RankSite(
+        name=path, shape=shape, itemsize=linear.weight.dtype.itemsize,
+        storage="factors" if kind == "factors" else "pivoted",
+        groups=None if ordered else heads if path.endswith("v_proj") else 1,
+    )  # fmt: skip
+    return site.at(site.rank_within(keep * linear.weight.numel()))
 
 
 def model(args: argparse.Namespace, kind: str, ratio: float) -> nn.Module:
@@ -64,9 +64,9 @@ def model(args: argparse.Namespace, kind: str, ratio: float) -> nn.Module:
     with torch.device("meta"):
         made = LlamaForCausalLM(config(args)).to(getattr(torch, args.dtype)).eval()
     linears = {path: part for path, part in made.model.layers.named_modules() if isinstance(part, nn.Linear)}
-    if kind != "dense":
-        rows = {path: row(kind, path, part, 1 - ratio, args.kv_heads) for path, part in linears.items()}
-        swap_modules(made.model.layers, rows)
+    for path, part in linears.items() if kind != "dense" else ():
+        stored = form(kind, path, part, 1 - ratio, args.kv_heads)
+        made.model.layers.set_submodule(path, stored.build("meta", part.weight.dtype))
     rotary = type(made.model.rotary_emb)(made.config)  # its frequencies are computed, not stored
     made.to_empty(device=args.device)
     made.model.rotary_emb = rotary.to(args.device)

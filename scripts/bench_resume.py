@@ -6,7 +6,7 @@
 What it proves: whenever the process dies, be it at a random moment of its work or right after any commit, what it leaves is
 known as unfinished, `streamlap resume` finishes it, also where resumed runs are killed too, and the result is that of the
 unbroken run to the last byte. Only what the report says of seconds, memory and bytes moved may differ. It does not prove what
-a power cut does: the kernel lives on here. For that see `tests/test_every_step.py`.
+a power cut does: the kernel lives on here. For that see `tests/pipeline/test_every_step.py`.
 
 Each run is a process of its own, forked from a server that has imported streamlap, with one thread. The models are made here:
 3 layers, random weights, every family, tied and not. The random moments are drawn uniformly over the time that the unbroken run

@@ -18,10 +18,10 @@ Shape suffixes: O rows, I columns.
 from __future__ import annotations
 
 import argparse
-import copy
 import statistics
 import sys
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -33,12 +33,13 @@ import torch
 from benchmarks import Result
 
 from streamlap.families.stream import BATCH_TOKENS, ModelStream
-from streamlap.loader.modules import swap_modules
 from streamlap.methods import PRESETS
-from streamlap.pipeline.session import pick_device
-from streamlap.planning.forecast import forecast
+from streamlap.planning.forecast import forecast_layers
+from streamlap.planning.layouts import layer_entries
+from streamlap.planning.plan import decide
 from streamlap.recipe import Recipe
 from streamlap.system import speed as machine
+from streamlap.system.device import pick_device
 
 PHASES = ("read", "capture", "solve", "write", "propagate")
 DISK = ("read", "write", "upload")
@@ -73,13 +74,11 @@ class Workload:
 def workload(model: Path, device: str, shape_NL: tuple[int, int], plan: Result) -> Workload:
     """From headers; `plan` is the product's own, made with the flags of the run: it knows where hidden states lie."""
     stream, recipe = ModelStream(model, device), Recipe(preset=shared.ENGINE, methods=PRESETS[shared.ENGINE])
-    layers = []
-    for index, (layer, planned) in enumerate(zip(forecast(stream, recipe, shape_NL), plan["layers"], strict=True)):
-        shapes = products(stream.layers[index])
-        if index + 1 < stream.depth:
-            edited = copy.deepcopy(stream.layers[index])
-            swap_modules(edited, layer.layout)
-            shapes += products(edited)
+    foretold, layers = forecast_layers(stream, recipe, decide(stream, recipe).candidates, shape_NL), []
+    for layer, planned in zip(foretold, plan["layers"], strict=True):
+        shapes = products(stream.layer_tensors(layer.index))
+        if layer.index + 1 < stream.depth:
+            shapes += products(layer_entries(stream, layer.index, layer.layout))
         layers.append(LayerWork(
             read_bytes=planned["read_bytes"] - layer.copied_bytes, write_bytes=planned["write_bytes"],
             upload_bytes=layer.source_bytes * (stream.device.type == "cuda"), flops=layer.flops, flops64=layer.flops64,
@@ -89,9 +88,9 @@ def workload(model: Path, device: str, shape_NL: tuple[int, int], plan: Result) 
     return Workload(device=device, dtype=stream.dtype, shard=shard, layers=tuple(layers))
 
 
-def products(layer: torch.nn.Module) -> list[tuple[int, int]]:
-    """(O, I) of every weight matrix that a forward multiplies by."""
-    return [(weight.shape[0], weight.shape[1]) for weight in layer.parameters() if weight.ndim == 2]
+def products(tensors: Mapping[str, Any]) -> list[tuple[int, int]]:
+    """(O, I) of every weight matrix that a forward multiplies by, of a layer's tensors."""
+    return [(tensor.shape[0], tensor.shape[1]) for tensor in tensors.values() if len(tensor.shape) == 2]
 
 
 def measure_rates(work: Workload, out: Path) -> dict[str, float]:

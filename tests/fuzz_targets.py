@@ -12,6 +12,7 @@ from collections.abc import Callable
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 from safetensors.torch import save_file
@@ -20,7 +21,12 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from streamlap.errors import ResumeMismatch, StreamlapError
 from streamlap.families.stream import ModelStream
 from streamlap.output.report import LayerReport
+from streamlap.pipeline import session
+from streamlap.pipeline.compress import begun_recipe
+from streamlap.pipeline.resume import COMMANDS, resume
+from streamlap.pipeline.session import Run
 from streamlap.recipe import Recipe
+from streamlap.settings import RunSettings
 from streamlap.store.header import read_header
 from streamlap.store.journal import STATE_FOLDER, Journal
 from streamlap.store.source import INDEX_NAME, SINGLE_NAME, SafetensorsFolder
@@ -37,7 +43,8 @@ WORDS = [
     *SIZES, "dtype", "shape", "data_offsets", "__metadata__", "weight_map", "metadata", "model_type", "llama", "qwen3",
     "rope_parameters", "rope_type", "yarn", "factor", "quantization_config", "quant_method", "streamlap", "format_version",
     "modules", "model.layers.0.mlp.up_proj", "rank", "layer_types", "ratio", "methods", "method", "ffn_lorap", "calibration",
-    "fingerprint", "arguments", "recipe", "index", "edits", "seconds", "F32", "t1", "model-1.safetensors", "../x.safetensors",
+    "fingerprint", "arguments", "command", "compress", "export", "survey", "settings", "device", "work", "recipe", "refine",
+    "index", "edits", "seconds", "F32", "t1", "model-1.safetensors", "../x.safetensors",
     "__class__", "\0", "\n", "é",
 ]  # fmt: skip
 """What the formats call things, and a few words that no format likes."""
@@ -83,15 +90,12 @@ def recipe(raw: bytes) -> None:
 
 
 def journal(raw: bytes) -> None:
-    """The journal of a run, as `resume` reads it."""
+    """The journal of a run, as `resume` reads it before it opens the model, whatever version it says it is of."""
     folder = home() / "journal"
     (folder / STATE_FOLDER / "journal.jsonl").write_bytes(raw)
+    with mock.patch.object(session, "versions_mark", return_value=mock.ANY), mock.patch.dict(COMMANDS, look_only):
+        resume(folder)
     found = Journal.load(folder)
-    arguments = found.arguments
-    if arguments.get("command", "compress") == "compress":
-        Recipe.from_dict(arguments["recipe"])
-        for line in found.layers:
-            LayerReport.from_json(line).to_json()
     try:
         found.check({})
     except ResumeMismatch as error:  # a line for each entry, and none that the file has made
@@ -99,6 +103,16 @@ def journal(raw: bytes) -> None:
         assert len(lines) <= 2 + len(found.start["fingerprint"])
         assert all(map(str.isprintable, lines))
 
+
+def read_compression(run: Run, _: RunSettings) -> Any:
+    """What a compression is made of again: the recipe that it was begun with, and the layers that are done."""
+    begun_recipe(run)
+    for line in Journal.load(run.folder).layers:
+        LayerReport.from_json(line).to_json()
+
+
+look_only: dict[str, Any] = dict.fromkeys(COMMANDS, lambda run, settings: None) | {"compress": read_compression}
+"""In place of what goes on with a run."""
 
 TARGETS: dict[str, Callable[[bytes], None]] = {
     "header": header, "index": index, "config": config, "recipe": recipe, "journal": journal,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import dataclasses
 import inspect
 import os
 import re
@@ -62,8 +63,20 @@ def test_documented_parameters_are_the_real_ones(name: str) -> None:
     page = (ROOT / "docs" / "cookbook.md").read_text(encoding="utf-8")
     row = re.search(rf"^\| `{name}\((.*?)\)`", page, re.M)
     assert row, name
-    documented = [part.split("=")[0].strip(" *") for part in row[1].split(",")]
-    assert [part for part in documented if part] == list(inspect.signature(getattr(streamlap, name)).parameters)
+    documented = [part.strip(" *").partition("=") for part in row[1].split(",")]
+    parameters = inspect.signature(getattr(streamlap, name)).parameters
+    assert [part for part, _, _ in documented if part] == list(parameters)
+    for part, equals, default in documented:
+        if part:
+            assert parameters[part].default == (ast.literal_eval(default) if equals else inspect.Parameter.empty), part
+
+
+def test_documented_settings_are_the_real_ones() -> None:
+    """Those that stand behind `**options`."""
+    page = (ROOT / "docs" / "cookbook.md").read_text(encoding="utf-8")
+    row = re.search(r"^\| `RunSettings` \| (.*) \|$", page, re.M)
+    assert row
+    assert re.findall(r"`(\w+)`", row[1]) == [entry.name for entry in dataclasses.fields(streamlap.RunSettings)]
 
 
 @pytest.mark.parametrize("name", public_functions())

@@ -2,21 +2,54 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
 import yaml
 
+from streamlap import recipe as module
 from streamlap.errors import RecipeError
-from streamlap.recipe import Calibration, Recipe, preset_methods
+from streamlap.methods import METHODS, PRESETS, TRAINED
+from streamlap.methods.anchored.attention import AttentionAnchored
+from streamlap.methods.anchored.ffn import FfnAnchored
+from streamlap.methods.anchored.groups import AttentionGroups
+from streamlap.methods.lorap.ffn import FfnLorap
+from streamlap.methods.trained.refine import Refine
+from streamlap.recipe import Calibration, Recipe, known_methods, preset_methods
 
 FULL = Recipe(ratio=0.35, dtype="float32", calibration=Calibration(files=("a.txt",), samples=3, length=16, seed=7))
+TRAINED_TOO = Recipe(
+    preset="custom", survey="s.json",
+    methods=(
+        AttentionAnchored(step=0.5), AttentionGroups(input_step=None), FfnAnchored(shares=(0.0, 1 / 3)),
+        FfnAnchored(shares=(1,), storage="factors"), Refine(epochs=7, learning_rate=0.003, seed=5),
+    ),
+)  # fmt: skip
+RECIPES = {
+    "written out": FULL,
+    "lorap": FULL.override(preset="lorap"),
+    "trained": FULL.override(refine=4),
+    "by hand": TRAINED_TOO,
+}
 
 
-def test_yaml_round_trip(tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", RECIPES)
+def test_yaml_round_trip(tmp_path: Path, name: str) -> None:
     path = tmp_path / "recipe.yaml"
-    path.write_text(FULL.to_yaml())
-    assert Recipe.from_yaml(path) == FULL
+    path.write_text(RECIPES[name].to_yaml())
+    assert Recipe.from_yaml(path) == RECIPES[name]
+    assert Recipe.from_dict(json.loads(json.dumps(RECIPES[name].to_dict()))) == RECIPES[name]
+    assert Recipe.from_yaml(path).to_yaml() == path.read_text()
+
+
+def test_the_form_that_the_module_shows_is_the_one_that_is_saved() -> None:
+    assert module.__doc__
+    shown, saved = yaml.safe_load(module.__doc__.partition("\n")[2]), Recipe().override(refine=25).to_dict()
+    assert shown.keys() == saved.keys()
+    short = {"method": "refine", "epochs": 25}
+    assert shown["methods"] == [*saved["methods"][:-1], short]
+    assert Recipe.from_dict(shown).methods == Recipe.from_dict(saved).methods
 
 
 def test_every_knob_of_a_preset_is_visible_in_the_saved_recipe() -> None:
@@ -25,6 +58,69 @@ def test_every_knob_of_a_preset_is_visible_in_the_saved_recipe() -> None:
         {"method": "attention_awsvd", "alpha": 3.0},
         {"method": "ffn_lorap", "protect": 0.01},
     ]
+
+
+def test_every_knob_of_shares_and_training_is_visible_too() -> None:
+    saved = yaml.safe_load(Recipe().override(refine=3).to_yaml())
+    assert saved["methods"] == [
+        {"method": "attention_anchored", "step": None, "input_step": 0.0, "output": "dense", "storage": "pivoted"},
+        {"method": "ffn_anchored", "step": None, "input_step": 0.0, "output": "dense", "storage": "pivoted",
+         "shares": [0.25, 0.5, 0.75, 1.0]},
+        {"method": "refine", "epochs": 3, "learning_rate": 0.01, "warm_up": 0.1, "patience": 0.5, "seed": 0},
+    ]  # fmt: skip
+
+
+def test_every_method_has_a_name_of_its_own() -> None:
+    assert known_methods() == {**METHODS, **TRAINED}
+    assert len(set(known_methods().values())) == len(METHODS) + len(TRAINED)
+    for methods in PRESETS.values():
+        assert {type(method) for method in methods} <= set(METHODS.values())
+
+
+# --- training in short ---------------------------------------------------------------------------------------------------
+
+
+def test_epochs_alone_stand_for_a_training() -> None:
+    """The same in a file, in a call, and written out."""
+    wanted = Recipe(methods=(*PRESETS["best"], Refine(epochs=3)))
+    row = {"method": "refine", "epochs": 3}
+    assert Recipe.from_dict({"refine": 3}) == Recipe().override(refine=3) == wanted
+    written = Recipe.from_dict({"preset": "best", "methods": [*Recipe().to_dict()["methods"], row]})
+    assert written == wanted
+    assert (wanted.trained, wanted.solving) == ((Refine(epochs=3),), PRESETS["best"])
+    assert Recipe().trained == ()
+
+
+def test_no_epochs_stand_for_none() -> None:
+    trained = TRAINED_TOO.override(refine=0)
+    assert (trained.trained, trained.solving) == ((), TRAINED_TOO.solving)
+    rows = [*Recipe().to_dict()["methods"], {"method": "refine", "epochs": 3}]
+    assert Recipe.from_dict({"methods": rows, "refine": 0}).trained == ()
+    assert Recipe().override(refine=0) == Recipe.from_dict({"refine": 0}) == Recipe()
+    assert TRAINED_TOO.override(refine=None) == TRAINED_TOO, "not given"
+
+
+def test_other_epochs_leave_the_other_knobs() -> None:
+    assert TRAINED_TOO.override(refine=2).trained == (Refine(epochs=2, learning_rate=0.003, seed=5),)
+    rows = {"methods": TRAINED_TOO.to_dict()["methods"], "refine": 2}
+    assert Recipe.from_dict(rows).trained == (Refine(epochs=2, learning_rate=0.003, seed=5),)
+    assert len(TRAINED_TOO.override(refine=2).methods) == len(TRAINED_TOO.methods)
+
+
+def test_another_preset_leaves_the_training() -> None:
+    changed = TRAINED_TOO.override(preset="best")
+    assert changed.methods == (*PRESETS["best"], *TRAINED_TOO.trained)
+    assert TRAINED_TOO.override(methods=PRESETS["best"]).trained == ()
+
+
+def test_methods_of_a_sublayer_have_names_that_tell_them_apart() -> None:
+    assert list(TRAINED_TOO.of_sublayer("attention")) == ["attention_anchored", "attention_groups"]
+    assert list(TRAINED_TOO.of_sublayer("ffn")) == ["ffn_anchored 0", "ffn_anchored 1"]
+    assert tuple(TRAINED_TOO.of_sublayer("ffn").values()) == TRAINED_TOO.methods[2:4]
+    assert Recipe(preset="custom", methods=(FfnLorap(),)).of_sublayer("attention") == {}
+
+
+# --- the rest ------------------------------------------------------------------------------------------------------------
 
 
 def test_a_short_recipe_takes_the_preset() -> None:
@@ -63,6 +159,11 @@ def test_overrides_replace_single_fields() -> None:
         ({"calibration": {"seed": 10**23}}, ["seed", "2^63"]),
         ({"preset": 7, "methods": []}, ["preset", "7", "lorap"]),
         ({"calibration": {"files": "a.txt"}}, ["files", "a.txt"]),
+        ({"refine": 1.5}, ["refine: epochs", "1.5", "whole number"]),
+        ({"methods": [{"method": "refine", "epochs": 2}]}, ["refine", "anchored"]),
+        ({"methods": [{"method": "refine", "epoch": 2}]}, ["unknown keys epoch;", "epochs"]),
+        ({"methods": [{"method": "ffn_anchored", "share": 1}]}, ["unknown keys share;", "shares"]),
+        ({"methods": [{"method": "ffn_anchored", "shares": 1}]}, ["shares", "a list of numbers"]),
     ],
 )
 def test_a_bad_value_is_named_with_what_was_wanted(table: dict[str, object], words: list[str]) -> None:

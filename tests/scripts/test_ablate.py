@@ -140,7 +140,7 @@ def test_every_named_recipe_is_one_and_no_two_are_equal() -> None:
     assert {method.step for method in recipes["best -anchor"].methods} == {0.0}  # type: ignore[union-attr]
     names = ("+pivot", "+prune .25", "+dense out", "prune .65", "prune 1")
     ffn = [vars(recipes[name].methods[1]) for name in names]
-    assert [(knobs["share"], knobs["output"]) for knobs in ffn] == [
+    assert [(*knobs["shares"], knobs["output"]) for knobs in ffn] == [
         (0.0, "low_rank"), (0.25, "low_rank"), (0.25, "dense"), (0.65, "dense"), (1.0, "dense"),
     ]  # fmt: skip
 

@@ -20,6 +20,7 @@ sys.path.insert(0, str(Path(__file__).parents[2] / "scripts"))
 
 import ablate
 import bench_gpu
+import bench_inference
 import bench_memory
 import bench_peers
 import bench_plan
@@ -126,6 +127,21 @@ def test_speed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.C
     assert result["ratio"]["sum"] == pytest.approx(row["measured"] / row["floor"]["sum"])
     assert row["rates"]["before"].keys() == row["rates"]["after"].keys() == row["rates_spread_percent"].keys()
     assert "| solve |" in shown(bench_speed, tmp_path, monkeypatch, capsys)
+
+
+def test_inference(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """Every kind stores at most the share that it may, orders included, and nearly all of it."""
+    words = ["--hidden", "64", "--ffn", "128", "--layers", "1", "--heads", "4", "--kv-heads", "2", "--prompt", "8",
+             "--decode", "2", "--repeats", "1"]  # fmt: skip
+    result = run(bench_inference, words, tmp_path, monkeypatch)
+    norms, linears = 2 * 64, 2 * 64 * 64 + 2 * 64 * 32 + 3 * 64 * 128
+    kinds = [(ratio, kind) for ratio in (0.2, 0.5) for kind in ("factors", "ordered", "folded", "bare")]
+    assert [(row["ratio"], row["kind"]) for row in result["rows"]] == [(0.0, "dense"), *kinds]
+    for row in result["rows"]:
+        share = (row["parameters"] - norms) / linears
+        assert 0.97 * (1 - row["ratio"]) < share <= 1 - row["ratio"]
+        assert min(row["prefill"], row["decode"]) > 0
+    assert "| bare | 0.5 |" in shown(bench_inference, tmp_path, monkeypatch, capsys)
 
 
 def test_presets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

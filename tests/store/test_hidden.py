@@ -16,7 +16,7 @@ import torch
 
 from streamlap.errors import BudgetError, ResumeMismatch
 from streamlap.store import hidden
-from streamlap.store.hidden import IN_FLIGHT, HiddenBank
+from streamlap.store.hidden import IN_FLIGHT, HiddenBank, remove_hidden
 from streamlap.store.sink import DurableFile
 from streamlap.store.worker import Worker
 
@@ -338,3 +338,18 @@ def test_close_leaves_what_is_finished(tmp_path: Path) -> None:
     bank.close()
     assert files(tmp_path) == ["hidden-00000.bin"]
     make_bank("ram", tmp_path).close()
+
+
+def test_all_banks_of_a_folder_go_with_it_and_nothing_beside_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And on the disk, so that no power cut brings back what no journal leads to any more."""
+    folder, synced = tmp_path / "hidden", []
+    for name in ("hidden", "dense"):
+        HiddenBank(SHAPE, torch.float32, 3, folder=folder, name=name).write(0, states().split(3))
+    (tmp_path / "hidden-00000.bin").write_bytes(b"another run")
+    monkeypatch.setattr(hidden, "fsync_folder", synced.append)
+    for _ in range(2):  # where there is none, nothing is to be done
+        remove_hidden(folder)
+        assert files(tmp_path) == ["hidden-00000.bin"]
+    assert synced == [tmp_path, tmp_path]

@@ -29,6 +29,7 @@ BASE, FACTOR = 24 << 20, 200
 NUMBERS = [0, 1, 2, -1, 3, 8, 10**6, 2**31, 2**63, 10**30, 0.5, 1e308, True, None]
 
 words = st.sampled_from(WORDS) | st.text(max_size=8)
+plain = st.sampled_from([[], {}, [1], {"a": 1}])
 tables = st.recursive(
     st.sampled_from(NUMBERS) | words,
     lambda inner: st.lists(inner, max_size=4) | st.dictionaries(words, inner, max_size=4),
@@ -119,6 +120,20 @@ def test_bytes_and_tables_of_any_kind(target: str) -> None:
 def test_configs_of_a_known_model(fields: dict[str, Any]) -> None:
     good = json.loads((CORPUS / "config" / "good-llama.json").read_bytes())
     check_memory("config", json.dumps(good | fields).encode())
+
+
+@pytest.mark.parametrize("part", ["arguments", "settings", "recipe"])
+def test_journals_of_a_known_run(part: str) -> None:
+    start = json.loads((CORPUS / "journal" / "good-begun.jsonl").read_bytes())
+    tables = {"arguments": start["arguments"]} | start["arguments"]
+    names = st.sampled_from([*tables[part], "refine", "samples"])
+
+    def holds_with(fields: dict[str, Any], without: str) -> None:
+        changed = {key: value for key, value in (tables[part] | fields).items() if key != without}
+        arguments = changed if part == "arguments" else start["arguments"] | {part: changed}
+        check_memory("journal", json.dumps(start | {"arguments": arguments}).encode() + b"\n")
+
+    STEADY(given(st.dictionaries(names, st.sampled_from(NUMBERS) | words | plain, max_size=3), names)(holds_with))()
 
 
 def test_the_watch_sees_what_is_opened_elsewhere(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
