@@ -1,4 +1,4 @@
-"""Every formula between ratios, ranks, widths and parameters. The writer, the report and the loader read the results.
+"""LoRAP's formulas between ratios, ranks and widths. How many parameters a form stores, the form itself says (`loader.forms`).
 
 Symbols as in LoRAP (Li, Tang & Zhang 2024, arXiv 2404.09695): s ratio removed, alpha share of (v, o) against (q, k),
 f FFN width.
@@ -6,37 +6,12 @@ f FFN width.
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
-
-INDEX_ITEMSIZE = 4
-"""Bytes of one number of a stored index: it is int32."""
 
 
 def break_even(rows: int, columns: int) -> float:
     """The rank mn / (m + n) at which two factors store as much as the dense m x n matrix."""
     return rows * columns / (rows + columns)
-
-
-def low_rank_parameters(rows: int, columns: int, rank: int) -> int:
-    return rank * (rows + columns)
-
-
-def pivoted_parameters(rows: int, columns: int, rank: int) -> int:
-    """r pivot rows of n numbers, and r coefficients for each other row. A stored order comes on top (`index_parameters`)."""
-    return rank * (rows + columns - rank)
-
-
-def pivot_rank(rows: int, columns: int, keep: float) -> int:
-    """The largest r whose pivoted form has at most `keep` of the mn numbers of the dense matrix: the smaller root of
-    r (m + n - r) = keep mn, rounded down. At keep = 1 it is min(m, n)."""
-    both = rows + columns
-    return math.floor((both - math.sqrt(both * both - 4 * keep * rows * columns)) / 2)
-
-
-def index_parameters(rows: int, itemsize: int) -> int:
-    """The weights of `itemsize` bytes that take as many bytes as an int32 index of `rows` numbers; it counts as so many."""
-    return -(-INDEX_ITEMSIZE * rows // itemsize)
 
 
 def lorap_pair_ranks(rows: int, columns: int, ratio: float, alpha: float) -> tuple[int | None, int | None]:

@@ -58,10 +58,10 @@ def carried(
     return marked(struck(run(blanked(x_BLD, out_BL)), out_BL))
 
 
-def paired(x_BLD: torch.Tensor, goal_BLD: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """What a layer is trained on: x with zeros where either is out, and the goal, out where either is."""
-    out_BL = any_out(x_BLD, goal_BLD)
-    return (x_BLD, goal_BLD) if out_BL is None else (blanked(x_BLD, out_BL), struck(goal_BLD, out_BL))
+def paired(x_BLD: torch.Tensor, target_BLD: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """What a layer is trained on: x with zeros where either is out, and the target, out where either is."""
+    out_BL = any_out(x_BLD, target_BLD)
+    return (x_BLD, target_BLD) if out_BL is None else (blanked(x_BLD, out_BL), struck(target_BLD, out_BL))
 
 
 def require_few(out_NL: torch.Tensor, most: float, where: str) -> None:

@@ -3,7 +3,7 @@
     layouts(natives, budget)   what each linear may become, from shapes alone; several layouts where the method has variants
     cost(natives, layouts)     what `solve` takes, from shapes alone
     needs                      what it looks at: the energies of some inputs in one dense pass, or both streams
-    solve(view, layouts)       the edits, of the best of its layouts
+    solve(statistics, layouts)       the edits, of the best of its layouts
 
 A trained method (`Trained`) takes a layer that others have edited and makes more of it, step by step.
 
@@ -36,7 +36,7 @@ Layouts = Mapping[str, Layout]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Budget:
+class ParameterBudget:
     """What a sub-layer may store."""
 
     ratio: float
@@ -88,7 +88,7 @@ def finite_error(error: float) -> float:
 
 
 @dataclass(frozen=True, kw_only=True)
-class DenseView:
+class DenseStatistics:
     """A layer with the energies of its inputs, from one pass through the dense layer on the compressed stream."""
 
     layer: StreamLayer
@@ -109,7 +109,7 @@ class Captured:
     held: Sample
 
 
-class StreamsView(Protocol):
+class StreamStatistics(Protocol):
     """A sub-layer with both its streams, the dense model's and the compressed one's."""
 
     @property
@@ -148,20 +148,22 @@ class Method(Protocol):
     needs: ClassVar[tuple[str, ...]]
     """Roles whose inputs' energies it asks of a dense pass; none where it looks at both streams, as anchored methods do."""
 
-    def layouts(self, natives: Natives, budget: Budget) -> Layouts:
+    def layouts(self, natives: Natives, budget: ParameterBudget) -> Layouts:
         """What the sub-layer may become. Raises RecipeError where the budget cannot be reached."""
         ...
 
     def cost(self, natives: Natives, layouts: Layouts) -> Cost: ...
 
-    def solve(self, view: Any, layouts: Layouts) -> Solved:
-        """The edits, from a DenseView where there are `needs`, else from a StreamsView. Raises NumericalError where its numbers
-        are not finite."""
+    def solve(self, statistics: Any, layouts: Layouts) -> Solved:
+        """The edits, from DenseStatistics where there are `needs`, else from StreamStatistics.
+
+        Raises NumericalError where its numbers are not finite.
+        """
         ...
 
 
 Pair = tuple[torch.Tensor, torch.Tensor]
-"""x_BLD, the compressed stream before a layer, and goal_BLD, the dense one after it; see `linalg.rows.paired`."""
+"""x_BLD, the compressed stream before a layer, and target_BLD, the dense one after it; see `linalg.rows.paired`."""
 Run = Callable[[Mapping[str, torch.Tensor], torch.Tensor], torch.Tensor]
 """A layer as a function of its parameters by name, in float32, and of x_BLD."""
 

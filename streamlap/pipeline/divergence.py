@@ -13,7 +13,7 @@ import torch
 from streamlap.errors import NumericalError
 from streamlap.families.stream import HEAD_TOKENS, ModelStream
 from streamlap.linalg.rows import any_out
-from streamlap.planning.survey import Cut
+from streamlap.planning.survey import Perturbation
 from streamlap.store.hidden import HiddenBank
 
 Head = Callable[[torch.Tensor], torch.Tensor]
@@ -21,7 +21,9 @@ Head = Callable[[torch.Tensor], torch.Tensor]
 
 
 @torch.no_grad()
-def mean_divergence(stream: ModelStream, head: Head, dense: HiddenBank, copy: HiddenBank, cut: Cut) -> float:
+def mean_divergence(
+    stream: ModelStream, head: Head, dense: HiddenBank, copy: HiddenBank, perturbed: Perturbation
+) -> float:
     """KL(dense || copy) of the predictions, nats a token; the streams are behind the last layer.
 
     Over the tokens that are out of neither stream. Raises NumericalError where there is none, or where it is no number.
@@ -37,7 +39,8 @@ def mean_divergence(stream: ModelStream, head: Head, dense: HiddenBank, copy: Hi
     mean = total / tokens if tokens else math.nan
     if not math.isfinite(mean):
         raise NumericalError(
-            f"layer {cut.index} {cut.sublayer}: divergence {mean} over {tokens} tokens; wanted a number. Try dtype float32."
+            f"layer {perturbed.index} {perturbed.sublayer}: divergence {mean} over {tokens} tokens; wanted a number. Try dtype "
+            "float32."
         )
     return max(0.0, mean)
 

@@ -43,8 +43,8 @@ class Gathered:
 
 
 @dataclass(frozen=True, kw_only=True)
-class SublayerView:
-    """One sub-layer of a layer with both its streams; see `methods.base.StreamsView`."""
+class SublayerStatistics:
+    """One sub-layer of a layer with both its streams; see `methods.base.StreamStatistics`."""
 
     runner: LayerRunner
     clock: PhaseClock
@@ -53,7 +53,7 @@ class SublayerView:
     sublayer: str
     dense: HiddenStates
     """The dense stream before the sub-layer."""
-    goal: HiddenStates
+    target: HiddenStates
     """The dense stream after it."""
     compressed: HiddenStates
     """The compressed stream before it."""
@@ -88,32 +88,32 @@ class SublayerView:
 
     def middles(self, edits: Sequence[Edit]) -> Captured:
         with self.layer.tried(edits):
-            return self._capture(self._middle, [self.goal, self.compressed], self._parts.writes)
+            return self._capture(self._middle, [self.target, self.compressed], self._parts.writes)
 
     def middle_gram(self, edits: Sequence[Edit]) -> torch.Tensor:
-        def look(goal_BLD: torch.Tensor, x_BLD: torch.Tensor) -> Rows:
-            x_BLI, _ = self._middle(goal_BLD, x_BLD)
-            return x_BLI, goal_BLD[..., :0]
+        def look(target_BLD: torch.Tensor, x_BLD: torch.Tensor) -> Rows:
+            x_BLI, _ = self._middle(target_BLD, x_BLD)
+            return x_BLI, target_BLD[..., :0]
 
         with self.layer.tried(edits):
-            return self._capture(look, [self.goal, self.compressed], self._parts.writes).gram_II
+            return self._capture(look, [self.target, self.compressed], self._parts.writes).gram_II
 
     def held_middles(self, edits: Sequence[Edit]) -> Sample:
         with self.layer.tried(edits):
-            return self._gather(self._middle, [self.goal, self.compressed], fitted=False).held
+            return self._gather(self._middle, [self.target, self.compressed], fitted=False).held
 
     @property
     def _parts(self) -> Sublayer:
         return self.layer.family.sublayers[self.sublayer]
 
-    def _middle(self, goal_BLD: torch.Tensor, x_BLD: torch.Tensor) -> Rows:
+    def _middle(self, target_BLD: torch.Tensor, x_BLD: torch.Tensor) -> Rows:
         """What the last linear reads, and what is missing from the stream, its own bias apart."""
         bias_O = self.layer.linear(self._parts.writes).bias
-        goal_BLD = goal_BLD.float()
-        missing_BLD = goal_BLD - x_BLD.float()
+        target_BLD = target_BLD.float()
+        missing_BLD = target_BLD - x_BLD.float()
         if bias_O is not None:
             missing_BLD = missing_BLD - bias_O.float()
-        weight_BL1 = evenly(goal_BLD)
+        weight_BL1 = evenly(target_BLD)
         middle_BLI = self.layer.sublayer_middle(self.sublayer, x_BLD)
         return middle_BLI.float() * weight_BL1, missing_BLD * weight_BL1
 
@@ -176,7 +176,7 @@ class SublayerView:
         return Gathered(moments=moments, held=sample, out_NL=out_NL)
 
 
-def evenly(goal_BLD: torch.Tensor) -> torch.Tensor:
+def evenly(target_BLD: torch.Tensor) -> torch.Tensor:
     """[B, L, 1]: what a token counts. What follows is a norm, so an error counts by its share of the stream, or a few huge
     tokens would be all that counts."""
-    return goal_BLD.square().mean(dim=-1, keepdim=True).clamp_min(1e-12).rsqrt()
+    return target_BLD.square().mean(dim=-1, keepdim=True).clamp_min(1e-12).rsqrt()

@@ -10,7 +10,7 @@ import torch
 from streamlap.errors import NumericalError, located
 from streamlap.linalg.solution import joined
 from streamlap.linalg.statistics import Energy
-from streamlap.methods.base import DenseView
+from streamlap.methods.base import DenseStatistics
 from streamlap.pipeline.hand import LayerEdits, LayerInHand, refuse_overflow
 from streamlap.planning.layouts import Candidate
 
@@ -51,11 +51,11 @@ def observe_layer(hand: LayerInHand) -> Seen:
 
 def edit_layer(hand: LayerInHand, seen: Seen) -> LayerEdits:
     """The edits of all methods, applied."""
-    layer, view = hand.layer, DenseView(layer=hand.layer, energies=seen.energies)
+    layer, statistics = hand.layer, DenseStatistics(layer=hand.layer, energies=seen.energies)
 
     def solve() -> LayerEdits:
         with layer.on(hand.runner.ladder.solve_device), located(layer.prefix):
-            solved = [found.method.solve(view, found.layouts) for found in one_pass_candidates(hand)]
+            solved = [found.method.solve(statistics, found.layouts) for found in one_pass_candidates(hand)]
         edits = [edit for found in solved for edit in found.edits]
         notes = joined(seen.notes, *(found.notes for found in solved), *(edit.notes for edit in edits))
         return LayerEdits(edits=edits, notes=notes, out_NL=seen.out_NL)

@@ -17,7 +17,7 @@ from streamlap.errors import NumericalError, located
 from streamlap.linalg.solution import joined
 from streamlap.methods.base import Solved, finite_error
 from streamlap.pipeline.hand import LayerEdits, LayerInHand, refuse_overflow
-from streamlap.pipeline.observe import SublayerView
+from streamlap.pipeline.observe import SublayerStatistics
 from streamlap.pipeline.runner import Part
 from streamlap.pipeline.streams import DenseBanks, HiddenStates
 from streamlap.planning.layouts import Candidate
@@ -48,12 +48,12 @@ def rebuild_layer(hand: LayerInHand, out_NL: torch.Tensor) -> LayerEdits:
     )
     middle = HiddenStates(bank=banks.compressed_middle, generation=index)
 
-    view = view_of(hand, ATTENTION, before, between, hand.compressed)
-    attention = rebuild(hand, view)
+    statistics = statistics_of(hand, ATTENTION, before, between, hand.compressed)
+    attention = rebuild(hand, statistics)
     with hand.clock.phase("propagate"):
         carried = hand.runner.carry(part_of(hand, ATTENTION), index, hand.compressed, middle.bank, index)
     dense = run_dense(hand, FFN)
-    ffn = rebuild(hand, view_of(hand, FFN, between, after, middle))
+    ffn = rebuild(hand, statistics_of(hand, FFN, between, after, middle))
 
     outs = (out_NL, attention.out_NL, carried, dense, ffn.out_NL)
     return LayerEdits(
@@ -78,27 +78,27 @@ def part_of(hand: LayerInHand, sublayer: str) -> Part:
     return functools.partial(hand.layer.run_sublayer, sublayer)
 
 
-def view_of(
-    hand: LayerInHand, sublayer: str, dense: HiddenStates, goal: HiddenStates, compressed: HiddenStates
-) -> SublayerView:
-    return SublayerView(
-        runner=hand.runner, clock=hand.clock, layer=hand.layer, index=hand.index, sublayer=sublayer, dense=dense, goal=goal,
+def statistics_of(
+    hand: LayerInHand, sublayer: str, dense: HiddenStates, target: HiddenStates, compressed: HiddenStates
+) -> SublayerStatistics:
+    return SublayerStatistics(
+        runner=hand.runner, clock=hand.clock, layer=hand.layer, index=hand.index, sublayer=sublayer, dense=dense, target=target,
         compressed=compressed,
     )  # fmt: skip
 
 
-def rebuild(hand: LayerInHand, view: SublayerView) -> LayerEdits:
+def rebuild(hand: LayerInHand, statistics: SublayerStatistics) -> LayerEdits:
     """The best that the candidates of a sub-layer make of it, applied."""
-    name = view.sublayer
+    name = statistics.sublayer
     with hand.clock.phase("solve"), hand.runner.claim("solve"), located(f"{hand.layer.prefix} {name}"):
-        solved = best_of(view, hand.plan.candidates[name])
+        solved = best_of(statistics, hand.plan.candidates[name])
     refuse_overflow(hand.layer, solved.edits)
     hand.layer.apply(solved.edits)
-    notes = tuple(f"{name}: {note}" for note in joined(view.notes, solved.notes))
-    return LayerEdits(edits=solved.edits, errors={name: solved.errors}, notes=notes, out_NL=view.out_NL)
+    notes = tuple(f"{name}: {note}" for note in joined(statistics.notes, solved.notes))
+    return LayerEdits(edits=solved.edits, errors={name: solved.errors}, notes=notes, out_NL=statistics.out_NL)
 
 
-def best_of(view: SublayerView, candidates: Sequence[Candidate]) -> Solved:
+def best_of(statistics: SublayerStatistics, candidates: Sequence[Candidate]) -> Solved:
     """What the candidate of least error on held-out tokens makes; its `errors` and `notes` are those of all.
 
     A method that fails on its numbers is passed over, with a note, as long as another does not. Raises NumericalError where
@@ -110,7 +110,7 @@ def best_of(view: SublayerView, candidates: Sequence[Candidate]) -> Solved:
     failed: NumericalError | None = None
     for found in candidates:
         try:
-            solved = found.method.solve(view, found.layouts)
+            solved = found.method.solve(statistics, found.layouts)
             notes.append(solved.notes)
             finite_error(solved.error)
         except NumericalError as error:

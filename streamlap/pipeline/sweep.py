@@ -19,12 +19,12 @@ from streamlap.families.layer import StreamLayer
 from streamlap.families.stream import ModelStream
 from streamlap.methods.base import finite_error
 from streamlap.pipeline.divergence import mean_divergence
-from streamlap.pipeline.observe import SublayerView
+from streamlap.pipeline.observe import SublayerStatistics
 from streamlap.pipeline.runner import LayerRunner, Part, start_runner
 from streamlap.pipeline.session import Session
 from streamlap.pipeline.streams import HiddenStates, open_bank
 from streamlap.planning.allocate import Point
-from streamlap.planning.survey import CUTTERS, LEVELS, Cut, SurveyPlan
+from streamlap.planning.survey import LEVELS, PERTURBERS, Perturbation, SurveyPlan
 from streamlap.store.hidden import HiddenBank
 from streamlap.store.sink import write_durably
 from streamlap.system.allocator import trim_heap
@@ -45,19 +45,21 @@ class Sweep:
     session: Session
     dense: HiddenBank
     dense_middle: HiddenBank
-    copies: dict[Cut, HiddenBank]
+    copies: dict[Perturbation, HiddenBank]
 
     def begun(self, layers: int) -> list[HiddenBank]:
         """The streams that have something in them once so many layers are done."""
-        return [self.dense, *(bank for cut, bank in self.copies.items() if cut.index < layers)]
+        return [self.dense, *(bank for perturbed, bank in self.copies.items() if perturbed.index < layers)]
 
 
 def open_sweep(stream: ModelStream, plan: SurveyPlan, tokens_NL: torch.Tensor, session: Session) -> Sweep:
     folder, schedule = session.run.hidden, plan.fit.schedule
     between = folder if schedule.tier == "disk" else None
     copies = {
-        cut: open_bank(stream, tokens_NL, schedule, folder, f"{cut.sublayer}-{cut.index:05d}-{cut.keep}")
-        for cut in plan.cuts
+        perturbed: open_bank(
+            stream, tokens_NL, schedule, folder, f"{perturbed.sublayer}-{perturbed.index:05d}-{perturbed.keep}"
+        )
+        for perturbed in plan.perturbations
     }
     return Sweep(
         stream=stream, plan=plan, tokens_NL=tokens_NL, session=session, copies=copies,
@@ -107,56 +109,62 @@ def carry_through(sweep: Sweep, runner: LayerRunner, layer: StreamLayer, index: 
     def whole(x_BLD: torch.Tensor) -> torch.Tensor:
         return ffn(attention(x_BLD))
 
-    for cut, bank in sweep.copies.items():
-        if cut.index < index:
+    for perturbed, bank in sweep.copies.items():
+        if perturbed.index < index:
             runner.carry(whole, index, HiddenStates(bank=bank, generation=index), bank, index + 1)
     before, between, after = (
         HiddenStates(bank=bank, generation=generation)
         for bank, generation in ((sweep.dense, index), (sweep.dense_middle, index), (sweep.dense, index + 1))
     )
     runner.carry(attention, index, before, sweep.dense_middle, index)
-    errors = {"attention": cut_sublayer(sweep, view_of(runner, layer, index, "attention", before, between), whole)}
+    errors = {
+        "attention": perturb_sublayer(sweep, statistics_of(runner, layer, index, "attention", before, between), whole)
+    }
     runner.carry(ffn, index, between, sweep.dense, index + 1)
-    return errors | {"ffn": cut_sublayer(sweep, view_of(runner, layer, index, "ffn", between, after), ffn)}
+    return errors | {"ffn": perturb_sublayer(sweep, statistics_of(runner, layer, index, "ffn", between, after), ffn)}
 
 
-def view_of(
-    runner: LayerRunner, layer: StreamLayer, index: int, sublayer: str, before: HiddenStates, goal: HiddenStates
-) -> SublayerView:
+def statistics_of(
+    runner: LayerRunner, layer: StreamLayer, index: int, sublayer: str, before: HiddenStates, target: HiddenStates
+) -> SublayerStatistics:
     """A sub-layer on the dense stream, which stands for the compressed one too."""
-    return SublayerView(
+    return SublayerStatistics(
         runner=runner, clock=PhaseClock(runner.progress.phase), layer=layer, index=index, sublayer=sublayer,
-        dense=before, goal=goal, compressed=before,
+        dense=before, target=target, compressed=before,
     )  # fmt: skip
 
 
-def cut_sublayer(sweep: Sweep, view: SublayerView, rest: Part) -> list[float]:
+def perturb_sublayer(sweep: Sweep, statistics: SublayerStatistics, rest: Part) -> list[float]:
     """New copies of the dense stream, through a sub-layer that is cut and the `rest` of the layer, which begins with it. Gives
     the sub-layer's own errors."""
-    runner, layer, index, name, before = view.runner, view.layer, view.index, view.sublayer, view.dense
+    runner, layer, index = statistics.runner, statistics.layer, statistics.index
+    name, before = statistics.sublayer, statistics.dense
     with runner.claim("solve"), located(f"{layer.prefix} {name}"):
-        cuts = {f"{keep:g}": Cut(index=index, sublayer=name, keep=keep) for keep in LEVELS}
-        layouts = {key: next(iter(sweep.plan.cuts[cut].layouts.values())) for key, cut in cuts.items()}
-        made = CUTTERS[name].solve_each(view, layouts)
-        errors = [finite_error(made[key].error) for key in cuts]
-    for key, cut in cuts.items():
+        perturbations = {f"{keep:g}": Perturbation(index=index, sublayer=name, keep=keep) for keep in LEVELS}
+        layouts = {
+            key: next(iter(sweep.plan.perturbations[perturbed].layouts.values()))
+            for key, perturbed in perturbations.items()
+        }
+        made = PERTURBERS[name].solve_each(statistics, layouts)
+        errors = [finite_error(made[key].error) for key in perturbations]
+    for key, perturbed in perturbations.items():
         with layer.tried(made[key].edits):
-            runner.carry(rest, index, before, sweep.copies[cut], index + 1)
+            runner.carry(rest, index, before, sweep.copies[perturbed], index + 1)
     return errors
 
 
-def head_divergences(sweep: Sweep) -> dict[Cut, float]:
+def head_divergences(sweep: Sweep) -> dict[Perturbation, float]:
     """Of every copy; each is on the disk once it is found, since the head of a large model takes hours in all."""
     path, stops = sweep.session.state / HEAD_NAME, sweep.session.stops
     table = parse_json(path.read_bytes()) if path.is_file() else {}
-    found = {cut: table[name] for cut in sweep.copies if (name := f"{cut.index} {cut.sublayer} {cut.keep}") in table}
+    found = {perturbed: table[name] for perturbed in sweep.copies if (name := str(perturbed)) in table}
     head, begun = sweep.stream.head(), len(found)
-    for cut, copy in sweep.copies.items():
-        if cut not in found:
+    for perturbed, copy in sweep.copies.items():
+        if perturbed not in found:
             if stops.due(moved=len(found) > begun):
-                raise stops.stopped(f"at the head, with {len(found)} of {len(sweep.copies)} cuts measured")
-            found[cut] = mean_divergence(sweep.stream, head, sweep.dense, copy, cut)
-            named = {f"{cut.index} {cut.sublayer} {cut.keep}": value for cut, value in found.items()}
+                raise stops.stopped(f"at the head, with {len(found)} of {len(sweep.copies)} perturbations measured")
+            found[perturbed] = mean_divergence(sweep.stream, head, sweep.dense, copy, perturbed)
+            named = {str(perturbed): value for perturbed, value in found.items()}
             write_durably(path, json.dumps(named, allow_nan=False).encode())
     return found
 
@@ -170,7 +178,7 @@ def points(sweep: Sweep) -> tuple[dict[str, tuple[Point, ...]], ...]:
     return tuple(
         {
             name: tuple(
-                Point(keep=keep, kl=kl[Cut(index=index, sublayer=name, keep=keep)], error=error)
+                Point(keep=keep, kl=kl[Perturbation(index=index, sublayer=name, keep=keep)], error=error)
                 for keep, error in zip(LEVELS, errors, strict=True)
             )
             for name, errors in line["errors"].items()

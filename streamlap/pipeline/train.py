@@ -45,12 +45,12 @@ class Lessons:
 
     def pairs(self, numbers: Iterable[int]) -> Iterator[Pair]:
         """The sequences of these numbers, one by one: no result depends on how many fit into a forward. Tokens that are out of
-        either stream are so in the goal, and zero before the layer."""
+        either stream are so in the target, and zero before the layer."""
         hand = self.hand
-        goal = HiddenStates(bank=dense_banks(hand).stream, generation=hand.index + 1)
+        target = HiddenStates(bank=dense_banks(hand).stream, generation=hand.index + 1)
         device = hand.runner.stream.device
         for number in numbers:
-            yield paired(hand.compressed.pick(number).to(device), goal.pick(number).to(device))
+            yield paired(hand.compressed.pick(number).to(device), target.pick(number).to(device))
 
 
 def train_layer(hand: LayerInHand, method: Trained, session: Session) -> Trace:

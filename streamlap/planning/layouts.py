@@ -12,7 +12,7 @@ import torch
 from streamlap.families.stream import ModelStream
 from streamlap.loader.forms import Form
 from streamlap.loader.modules import carriers, disk_name
-from streamlap.methods.base import Budget, Cost, Layout, Layouts, Method, Natives
+from streamlap.methods.base import Cost, Layout, Layouts, Method, Natives, ParameterBudget
 from streamlap.recipe import Recipe
 from streamlap.store.header import TensorInfo
 from streamlap.store.sink import shard_bytes
@@ -50,7 +50,7 @@ def layer_candidates(stream: ModelStream, recipe: Recipe, index: int, parameters
     """
     natives, planned, spare = stream.natives(index), {}, 0
     for name in stream.family.sublayers:
-        budget = Budget(
+        budget = ParameterBudget(
             ratio=recipe.ratio, parameters=parameters[name] + spare, itemsize=stream.storage_itemsize(index),
             head_dim=stream.head_dim,
         )  # fmt: skip
@@ -67,7 +67,7 @@ def layer_candidates(stream: ModelStream, recipe: Recipe, index: int, parameters
     return planned
 
 
-def candidate(name: str, method: Method, natives: Natives, budget: Budget) -> Candidate:
+def candidate(name: str, method: Method, natives: Natives, budget: ParameterBudget) -> Candidate:
     layouts = method.layouts(natives, budget)
     return Candidate(name=name, method=method, layouts=layouts, cost=method.cost(natives, layouts))
 

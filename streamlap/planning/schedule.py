@@ -16,7 +16,7 @@ from streamlap.settings import Caps as Caps
 from streamlap.store.hidden import IN_FLIGHT
 from streamlap.store.source import CHUNK_BYTES
 from streamlap.system.allocator import CAN_KEEP
-from streamlap.system.budget import Budget, free_ram, show_size, vram_state, warm_up
+from streamlap.system.budget import MemoryBudget, free_ram, show_size, vram_state, warm_up
 from streamlap.system.meters import ram_bytes
 
 RUNTIME_BYTES = 96 << 20
@@ -156,8 +156,8 @@ class Fit:
 
     work: Workload
     schedule: Schedule
-    ram: Budget
-    vram: Budget
+    ram: MemoryBudget
+    vram: MemoryBudget
 
     @property
     def peak_ram(self) -> int:
@@ -177,11 +177,11 @@ def fit(work: Workload, caps: Caps, overlap: bool = True) -> Fit:
     warm_up(work.device)
     held = ram_bytes()
     there = held + free_ram()
-    ram = Budget(there if caps.ram is None else min(caps.ram, there), held + RUNTIME_BYTES, "RAM")
+    ram = MemoryBudget(there if caps.ram is None else min(caps.ram, there), held + RUNTIME_BYTES, "RAM")
     allocated, free = vram_state(work.device)
     there = allocated + free
     libraries = RUNTIME_BYTES if work.device.type == "cuda" else 0
-    vram = Budget(there if caps.vram is None else min(caps.vram, there), allocated + libraries, "VRAM")
+    vram = MemoryBudget(there if caps.vram is None else min(caps.vram, there), allocated + libraries, "VRAM")
     for schedule in schedules(work, overlap):
         choice = Fit(work=work, schedule=schedule, ram=ram, vram=vram)
         if choice.fits:

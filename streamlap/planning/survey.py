@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from streamlap.families.stream import HEAD_TOKENS, ModelStream
 from streamlap.methods.anchored.attention import AttentionAnchored
 from streamlap.methods.anchored.ffn import FfnAnchored
-from streamlap.methods.base import Budget, Layout
+from streamlap.methods.base import Layout, ParameterBudget
 from streamlap.planning.layouts import Candidate, candidate, dense_parameters, planned_tensors
 from streamlap.planning.schedule import Fit, fit, require_fit
 from streamlap.planning.workload import Workload, evaluation_workload
@@ -17,54 +17,58 @@ from streamlap.settings import RunSettings
 LEVELS = (0.6, 0.8)
 """Shares of a sub-layer that stay, the deepest cut first."""
 
-CUTTERS: dict[str, AttentionAnchored | FfnAnchored] = {
+PERTURBERS: dict[str, AttentionAnchored | FfnAnchored] = {
     "attention": AttentionAnchored(),
     "ffn": FfnAnchored(shares=(0.25,)),
 }
-"""What cuts each sub-layer. The curves are for comparing sub-layers, so one good method does for all that a recipe may try."""
+"""What cuts each sub-layer. The curves compare sub-layers, so one good method does for all that a recipe may try."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class Cut:
+class Perturbation:
     """One sub-layer, at one share, in a copy of the dense stream."""
 
     index: int
     sublayer: str
     keep: float
 
+    def __str__(self) -> str:
+        return f"{self.index} {self.sublayer} {self.keep}"
+
 
 @dataclass(frozen=True, kw_only=True)
 class SurveyPlan:
-    """A survey to come: what each cut becomes, and the schedule."""
+    """A survey to come: what each perturbation becomes, and the schedule."""
 
-    cuts: Mapping[Cut, Candidate]
+    perturbations: Mapping[Perturbation, Candidate]
     fit: Fit
 
 
 def plan_survey(stream: ModelStream, shape_NL: tuple[int, int], settings: RunSettings) -> SurveyPlan:
     """Raises BudgetError, with the smallest caps that would do, where nothing fits."""
-    cuts = {cut: cut_candidate(stream, cut) for cut in all_cuts(stream)}
-    choice = fit(survey_workload(stream, cuts, *shape_NL), settings.caps, settings.overlap)
+    perturbations = {perturbed: perturbed_candidate(stream, perturbed) for perturbed in all_perturbations(stream)}
+    choice = fit(survey_workload(stream, perturbations, *shape_NL), settings.caps, settings.overlap)
     require_fit(choice, settings.caps)
-    return SurveyPlan(cuts=cuts, fit=choice)
+    return SurveyPlan(perturbations=perturbations, fit=choice)
 
 
-def all_cuts(stream: ModelStream) -> Iterator[Cut]:
+def all_perturbations(stream: ModelStream) -> Iterator[Perturbation]:
     return (
-        Cut(index=index, sublayer=name, keep=keep)
+        Perturbation(index=index, sublayer=name, keep=keep)
         for index in range(stream.depth)
         for name in stream.family.sublayers
         for keep in LEVELS
     )
 
 
-def cut_candidate(stream: ModelStream, cut: Cut) -> Candidate:
+def perturbed_candidate(stream: ModelStream, perturbed: Perturbation) -> Candidate:
     """What the sub-layer becomes when it keeps that share of its parameters."""
-    budget = Budget(
-        ratio=1.0 - cut.keep, parameters=int(cut.keep * dense_parameters(stream, cut.index, cut.sublayer)),
-        itemsize=stream.storage_itemsize(cut.index), head_dim=stream.head_dim,
+    budget = ParameterBudget(
+        ratio=1.0 - perturbed.keep,
+        parameters=int(perturbed.keep * dense_parameters(stream, perturbed.index, perturbed.sublayer)),
+        itemsize=stream.storage_itemsize(perturbed.index), head_dim=stream.head_dim,
     )  # fmt: skip
-    return candidate(cut.sublayer, CUTTERS[cut.sublayer], stream.natives(cut.index), budget)
+    return candidate(perturbed.sublayer, PERTURBERS[perturbed.sublayer], stream.natives(perturbed.index), budget)
 
 
 def disk_generations(depth: int) -> int:
@@ -73,19 +77,21 @@ def disk_generations(depth: int) -> int:
     return 1 + per_layer * (depth - 1) + 1 + per_layer * depth + 1
 
 
-def survey_workload(stream: ModelStream, cuts: Mapping[Cut, Candidate], sequences: int, length: int) -> Workload:
+def survey_workload(
+    stream: ModelStream, perturbations: Mapping[Perturbation, Candidate], sequences: int, length: int
+) -> Workload:
     """Sizes of `survey`. Edits of two sub-layers are never there at once, those of all levels of one are."""
     made: dict[tuple[int, str], int] = {}
-    for cut, found in cuts.items():
-        (layout,), place = found.layouts.values(), (cut.index, cut.sublayer)
-        made[place] = made.get(place, 0) + edit_bytes(stream, cut.index, layout)
+    for perturbed, found in perturbations.items():
+        (layout,), key = found.layouts.values(), (perturbed.index, perturbed.sublayer)
+        made[key] = made.get(key, 0) + edit_bytes(stream, perturbed.index, layout)
     most = max(made.values())
     work = evaluation_workload(stream, sequences, length)
     tokens = min(HEAD_TOKENS, sequences * length)
     second = tokens * stream.vocabulary * (work.itemsize + 5 * 4)  # its logits, and what is made of both in float32
     return replace(
-        work, edits=most, solve=max(found.cost.workspace_bytes for found in cuts.values()) + most,
-        capture=max(found.cost.capture_bytes for found in cuts.values()) + most, head=work.head + second,
+        work, edits=most, solve=max(found.cost.workspace_bytes for found in perturbations.values()) + most,
+        capture=max(found.cost.capture_bytes for found in perturbations.values()) + most, head=work.head + second,
         streams=2 + 2 * len(LEVELS) * stream.depth,
     )  # fmt: skip
 

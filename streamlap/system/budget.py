@@ -64,7 +64,7 @@ def warm_up(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-class Budget:
+class MemoryBudget:
     """The one purse of a run. Whatever lives longer than a moment is claimed here, under its purpose, before it is made.
 
     Args: cap, bytes in all; base, what the process held before (Python, torch, the meta model).

@@ -311,7 +311,7 @@ def test_shares_are_above_nothing_and_at_most_all(name: str, value: float) -> No
 
 
 def toy(knobs: Refine, steps: int, dtype: torch.dtype = torch.bfloat16) -> tuple[Refining, torch.Tensor, torch.Tensor]:
-    """A layer of one matrix, its inputs and a goal that it can reach."""
+    """A layer of one matrix, its inputs and a target that it can reach."""
     torch.manual_seed(0)
     w_DD, x_BLD = torch.randn(6, 6), torch.randn(2, 9, 6)
     start = (w_DD + 0.2 * torch.randn(6, 6)).to(dtype)
@@ -320,30 +320,30 @@ def toy(knobs: Refine, steps: int, dtype: torch.dtype = torch.bfloat16) -> tuple
 
 
 def test_the_first_token_does_not_count() -> None:
-    training, x_BLD, goal_BLD = toy(Refine(epochs=1), 1)
-    loss = training.measure([(x_BLD, goal_BLD)])
-    goal_BLD[:, 0] *= 1000
-    assert training.measure([(x_BLD, goal_BLD)]) == loss
-    goal_BLD[:, 1] *= 1000
-    assert training.measure([(x_BLD, goal_BLD)]) != loss
+    training, x_BLD, target_BLD = toy(Refine(epochs=1), 1)
+    loss = training.measure([(x_BLD, target_BLD)])
+    target_BLD[:, 0] *= 1000
+    assert training.measure([(x_BLD, target_BLD)]) == loss
+    target_BLD[:, 1] *= 1000
+    assert training.measure([(x_BLD, target_BLD)]) != loss
 
 
 def test_a_token_counts_by_its_share_of_the_stream() -> None:
-    _, x_BLD, goal_BLD = toy(Refine(epochs=1), 1)
+    _, x_BLD, target_BLD = toy(Refine(epochs=1), 1)
     scale_BL1 = torch.logspace(-2, 2, 9)[None, :, None]
-    assert torch.allclose(distances(goal_BLD, x_BLD), distances(goal_BLD * scale_BL1, x_BLD * scale_BL1))
+    assert torch.allclose(distances(target_BLD, x_BLD), distances(target_BLD * scale_BL1, x_BLD * scale_BL1))
 
 
 def test_the_loss_is_that_of_the_rounded_numbers_and_the_best_is_kept() -> None:
-    training, x_BLD, goal_BLD = toy(Refine(epochs=40, patience=1.0), 1)
-    pair = (x_BLD, goal_BLD)
+    training, x_BLD, target_BLD = toy(Refine(epochs=40, patience=1.0), 1)
+    pair = (x_BLD, target_BLD)
     training.held.append(training.measure([pair]))
     while not training.ends:
         training.step(0, pair)
         training.close_epoch(training.measure([pair]))
     kept = training.best["w"]
     assert kept.dtype == torch.bfloat16
-    found = distances(goal_BLD, x_BLD @ kept.float()).sum() / distances(goal_BLD, x_BLD).sum()
+    found = distances(target_BLD, x_BLD @ kept.float()).sum() / distances(target_BLD, x_BLD).sum()
     assert min(training.held) == pytest.approx(float(found), rel=1e-6)
     assert min(training.held) < 0.5 * training.held[0]
 
@@ -363,9 +363,9 @@ def test_it_ends_when_nothing_is_gained_for_long() -> None:
 
 def test_a_state_goes_on_bit_by_bit_and_only_from_its_own_start() -> None:
     knobs = Refine(epochs=4)
-    (whole, x_BLD, goal_BLD), (later, *_), (other, *_) = (toy(knobs, 2) for _ in range(3))
-    whole.held = [whole.measure([(x_BLD, goal_BLD)])]
-    later.held, other.held = [later.measure([(x_BLD, goal_BLD)])], [0.123]
+    (whole, x_BLD, target_BLD), (later, *_), (other, *_) = (toy(knobs, 2) for _ in range(3))
+    whole.held = [whole.measure([(x_BLD, target_BLD)])]
+    later.held, other.held = [later.measure([(x_BLD, target_BLD)])], [0.123]
     for epoch in range(4):
         if epoch == 2:
             state = {name: tensor.clone() for name, tensor in whole.state().items()}
@@ -373,8 +373,8 @@ def test_a_state_goes_on_bit_by_bit_and_only_from_its_own_start() -> None:
             other.load(state)
         for training in (whole, later)[: 1 + (epoch >= 2)]:
             for step in range(2):
-                training.step(step, (x_BLD, goal_BLD))
-            training.close_epoch(training.measure([(x_BLD, goal_BLD)]))
+                training.step(step, (x_BLD, target_BLD))
+            training.close_epoch(training.measure([(x_BLD, target_BLD)]))
     assert later.held == whole.held
     assert torch.equal(later.best["w"], whole.best["w"])
     assert other.held == [0.123]

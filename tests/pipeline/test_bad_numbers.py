@@ -33,8 +33,8 @@ from streamlap.methods.base import Solved
 from streamlap.methods.trained.refine import distances
 from streamlap.output.report import LayerReport
 from streamlap.pipeline.divergence import divergence, mean_divergence
-from streamlap.pipeline.observe import SublayerView
-from streamlap.planning.survey import Cut
+from streamlap.pipeline.observe import SublayerStatistics
+from streamlap.planning.survey import Perturbation
 from streamlap.recipe import Recipe
 from streamlap.store.hidden import HiddenBank
 from streamlap.store.journal import Journal
@@ -217,14 +217,14 @@ def test_a_careful_look_leaves_out_what_is_bad_at_the_linear(sources: dict[str, 
 
 
 def test_a_loss_is_that_of_the_good_tokens() -> None:
-    x_BLD, goal_BLD = torch.randn(2, 16, 32), marked(hidden_states())[:2]
+    x_BLD, target_BLD = torch.randn(2, 16, 32), marked(hidden_states())[:2]
     x_BLD[1, 8] = math.nan
-    blank_BLD, struck_BLD = paired(x_BLD, goal_BLD)
+    blank_BLD, struck_BLD = paired(x_BLD, target_BLD)
     assert bool(torch.isfinite(blank_BLD).all())
-    good_BL = ~(rows_out(x_BLD) | rows_out(goal_BLD))
+    good_BL = ~(rows_out(x_BLD) | rows_out(target_BLD))
     found_T = distances(struck_BLD, blank_BLD)
     assert len(found_T) == 2 * 15 - 2
-    wanted_T = ((goal_BLD - x_BLD).square().mean(-1) / goal_BLD.square().mean(-1))[:, 1:][good_BL[:, 1:]]
+    wanted_T = ((target_BLD - x_BLD).square().mean(-1) / target_BLD.square().mean(-1))[:, 1:][good_BL[:, 1:]]
     torch.testing.assert_close(found_T, wanted_T)
 
 
@@ -251,7 +251,7 @@ def test_what_is_bad_inside_alone_is_left_out_of_that_layer_only(
     pico: MakeModel, few: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, sublayer: str
 ) -> None:
     """In the compressed stream the linear before the last one overflows for one token, and the stream goes on."""
-    middle, sums, seen = StreamLayer.sublayer_middle, SublayerView._sums, list[tuple[int, bool]]()
+    middle, sums, seen = StreamLayer.sublayer_middle, SublayerStatistics._sums, list[tuple[int, bool]]()
 
     def overflow(layer: StreamLayer, name: str, x_BLD: torch.Tensor) -> torch.Tensor:
         y_BLI = middle(layer, name, x_BLD)
@@ -266,7 +266,7 @@ def test_what_is_bad_inside_alone_is_left_out_of_that_layer_only(
         return found
 
     monkeypatch.setattr(StreamLayer, "sublayer_middle", overflow)
-    monkeypatch.setattr(SublayerView, "_sums", count)
+    monkeypatch.setattr(SublayerStatistics, "_sums", count)
     report = compress(pico("llama"), tmp_path / "out", few, dtype="float32")
     assert [layer.excluded_tokens for layer in report.layers] == [0, 1, 0]
     assert set(seen) == {(191, True)}
@@ -374,7 +374,7 @@ def test_a_divergence_is_the_mean_of_the_good_tokens(pico: MakeModel) -> None:
         bank = HiddenBank((3, 16, 32), torch.float32, 2, cache=torch.device("cpu"))
         bank.write(stream.depth, x_NLD.split(2))
         banks.append(bank)
-    cut, head = Cut(index=0, sublayer="ffn", keep=0.6), stream.head()
+    cut, head = Perturbation(index=0, sublayer="ffn", keep=0.6), stream.head()
     wanted = divergence(head(dense_NLD[good_NL]), head(copy_NLD[good_NL])) / int(good_NL.sum())
     assert mean_divergence(stream, stream.head(), banks[0], banks[1], cut) == pytest.approx(wanted, rel=1e-6)
     banks[1].write(stream.depth, torch.full_like(copy_NLD, math.nan).split(2))
@@ -389,7 +389,7 @@ def test_a_divergence_that_is_nan_is_not_zero(pico: MakeModel) -> None:
     bank.write(stream.depth, torch.randn(3, 16, 32).split(3))
     stream.head = lambda: lambda x_TD: torch.full((len(x_TD), 4), math.inf)  # type: ignore[method-assign]
     with pytest.raises(NumericalError, match="divergence nan over 48 tokens"):
-        mean_divergence(stream, stream.head(), bank, bank, Cut(index=0, sublayer="ffn", keep=0.6))
+        mean_divergence(stream, stream.head(), bank, bank, Perturbation(index=0, sublayer="ffn", keep=0.6))
 
 
 # --- what a method is compared by -------------------------------------------------------------------------------------------

@@ -36,7 +36,7 @@ from streamlap.planning.allocate import Point, Survey, layer_parameters, read_su
 from streamlap.planning.layouts import dense_parameters, largest_layout
 from streamlap.planning.plan import decide
 from streamlap.planning.schedule import make_schedule, peak
-from streamlap.planning.survey import LEVELS, all_cuts, cut_candidate, survey_workload
+from streamlap.planning.survey import LEVELS, all_perturbations, perturbed_candidate, survey_workload
 from streamlap.planning.workload import Workload
 from streamlap.recipe import Recipe
 from streamlap.store.journal import Journal
@@ -118,7 +118,7 @@ def silence(monkeypatch: pytest.MonkeyPatch, keeps: bool = False) -> None:
     """In place of what cuts sub-layers."""
     cutters = {sublayer: Silence(last, keeps) for sublayer, last in LASTS.items()}
     for module in (planning, sweep):
-        monkeypatch.setattr(module, "CUTTERS", cutters)
+        monkeypatch.setattr(module, "PERTURBERS", cutters)
 
 
 def test_a_copy_without_a_cut_does_not_diverge(
@@ -277,7 +277,7 @@ def test_a_file_that_is_there_is_left_alone(measure: Measure, whole: Path, tmp_p
 
 def workload(stream: ModelStream) -> Workload:
     """Of a survey on the tokens of these tests."""
-    return survey_workload(stream, {cut: cut_candidate(stream, cut) for cut in all_cuts(stream)}, 12, 16)
+    return survey_workload(stream, {cut: perturbed_candidate(stream, cut) for cut in all_perturbations(stream)}, 12, 16)
 
 
 def test_the_claims_hold_every_stream(source: Path) -> None:

@@ -21,7 +21,7 @@ from streamlap.methods import METHODS
 from streamlap.methods.anchored.attention import AttentionAnchored
 from streamlap.methods.anchored.ffn import FfnAnchored
 from streamlap.methods.anchored.groups import AttentionGroups
-from streamlap.methods.base import Budget, Layouts, Method, Natives
+from streamlap.methods.base import Layouts, Method, Natives, ParameterBudget
 from streamlap.pipeline import compress as compressing
 from streamlap.pipeline import survey as surveying
 from streamlap.planning import plan as planning
@@ -145,7 +145,7 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     def spy_layouts(kind: type[Method]) -> None:
         real = kind.layouts
 
-        def layouts(method: Method, natives: Natives, budget: Budget) -> Layouts:
+        def layouts(method: Method, natives: Natives, budget: ParameterBudget) -> Layouts:
             words.append("layouts")
             return real(method, natives, budget)
 

@@ -11,7 +11,7 @@ import torch
 
 from streamlap.errors import BudgetError, RecipeError
 from streamlap.system import budget as purse
-from streamlap.system.budget import Budget, Ladder, parse_size, require_disk, show_size
+from streamlap.system.budget import Ladder, MemoryBudget, parse_size, require_disk, show_size
 
 
 def test_too_little_disk_is_said_with_both_numbers(tmp_path: Path) -> None:
@@ -55,7 +55,7 @@ def test_sizes_are_shown_in_the_unit_that_suits() -> None:
 
 
 def test_claims_add_up_and_go_in_any_order() -> None:
-    budget = Budget(100, base=10)
+    budget = MemoryBudget(100, base=10)
     with budget.claim({"staging": 30, "hidden states": 20}):
         assert (budget.used, budget.held) == (60, {"staging": 30, "hidden states": 20})
         inner = budget.claim({"workspace": 40})
@@ -66,7 +66,7 @@ def test_claims_add_up_and_go_in_any_order() -> None:
 
 
 def test_overlapping_claims_of_one_purpose_count_twice() -> None:
-    budget, first, second = Budget(100), contextlib.ExitStack(), contextlib.ExitStack()
+    budget, first, second = MemoryBudget(100), contextlib.ExitStack(), contextlib.ExitStack()
     first.enter_context(budget.claim({"edits": 30}))
     second.enter_context(budget.claim({"edits": 20}))
     assert budget.held == {"edits": 50}
@@ -77,7 +77,7 @@ def test_overlapping_claims_of_one_purpose_count_twice() -> None:
 
 
 def test_a_claim_over_the_cap_names_what_is_held_and_holds_nothing() -> None:
-    budget = Budget(100 << 20, base=10 << 20, name="VRAM")
+    budget = MemoryBudget(100 << 20, base=10 << 20, name="VRAM")
     with budget.claim({"staging": 60 << 20}):
         with pytest.raises(BudgetError) as refusal, budget.claim({"layer": 25 << 20, "workspace": 6 << 20}):
             pytest.fail("31 MiB were given where 30 are left")
@@ -91,7 +91,7 @@ def test_a_claim_over_the_cap_names_what_is_held_and_holds_nothing() -> None:
 
 
 def test_a_claim_ends_with_its_block_however_that_ends() -> None:
-    budget = Budget(100)
+    budget = MemoryBudget(100)
     for error in (ValueError, KeyboardInterrupt):
         with pytest.raises(error), budget.claim({"edits": 30}):
             raise error

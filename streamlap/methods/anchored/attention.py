@@ -19,7 +19,7 @@ from streamlap.methods.anchored.costs import anchored_cost
 from streamlap.methods.anchored.fitting import held_error, input_aims, low_rank_edit, output_aim
 from streamlap.methods.anchored.knobs import Knobs
 from streamlap.methods.anchored.ranks import RankSite
-from streamlap.methods.base import Budget, Cost, Layouts, Natives, Solved, StreamsView
+from streamlap.methods.base import Cost, Layouts, Natives, ParameterBudget, Solved, StreamStatistics
 
 LEAST_SHARE = 0.25
 """Share of their parameters that q and o must keep where grouped k and v stay dense."""
@@ -32,7 +32,7 @@ class AttentionAnchored(Knobs):
     sublayer: ClassVar[str] = "attention"
     needs: ClassVar[tuple[str, ...]] = ()
 
-    def layouts(self, natives: Natives, budget: Budget) -> Layouts:
+    def layouts(self, natives: Natives, budget: ParameterBudget) -> Layouts:
         q, k, v, o = (self._site(role, natives, budget) for role in ("q", "k", "v", "o"))
         left = budget.parameters - sum(natives[site.name].shape[0] * natives[site.name].bias for site in (q, k, v, o))
         others: Sequence[RankSite] = [q]
@@ -48,7 +48,7 @@ class AttentionAnchored(Knobs):
             }
         }
 
-    def _site(self, role: str, natives: Natives, budget: Budget) -> RankSite:
+    def _site(self, role: str, natives: Natives, budget: ParameterBudget) -> RankSite:
         """The order of v is folded into o, head by head, where its heads are large enough for that."""
         shape = natives[role].shape
         heads = shape[0] // budget.head_dim
@@ -58,9 +58,9 @@ class AttentionAnchored(Knobs):
     def cost(self, natives: Natives, layouts: Layouts) -> Cost:
         return anchored_cost(("q", "k", "v"), "o", natives, layouts)
 
-    def solve(self, view: StreamsView, layouts: Layouts) -> Solved:
-        (layout,), layer, edits, columns = layouts.values(), view.layer, [], None
-        inputs = input_aims(view, ("q", "k", "v"), self.input_step)
+    def solve(self, statistics: StreamStatistics, layouts: Layouts) -> Solved:
+        (layout,), layer, edits, columns = layouts.values(), statistics.layer, [], None
+        inputs = input_aims(statistics, ("q", "k", "v"), self.input_step)
         for aim in inputs.value:
             edit, order = low_rank_edit(layer, aim, layout.get(aim.role))
             edits.append(edit)
@@ -68,7 +68,7 @@ class AttentionAnchored(Knobs):
                 form = layout["v"]
                 assert isinstance(form, Pivoted)
                 columns = mixed_columns(order, form.groups or 1, layer.native("o").shape[1])
-        seen = view.middles(edits)
+        seen = statistics.middles(edits)
         output = output_aim(layer, "o", columns, seen, self.step)
         edits.append(low_rank_edit(layer, output.value, layout.get("o"))[0])
         return Solved(
@@ -76,9 +76,9 @@ class AttentionAnchored(Knobs):
             notes=joined(inputs.notes, output.notes, *(edit.notes for edit in edits)),
         )  # fmt: skip
 
-    def solve_each(self, view: StreamsView, layouts: Layouts) -> dict[str, Solved]:
+    def solve_each(self, statistics: StreamStatistics, layouts: Layouts) -> dict[str, Solved]:
         """Every layout, as a survey wants them."""
-        return {name: self.solve(view, {"": layout}) for name, layout in layouts.items()}
+        return {name: self.solve(statistics, {"": layout}) for name, layout in layouts.items()}
 
 
 def mixed_columns(order_V: torch.Tensor, groups: int, width: int) -> torch.Tensor:

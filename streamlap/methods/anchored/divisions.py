@@ -17,7 +17,7 @@ from streamlap.linalg.products import product
 from streamlap.linalg.solution import Solution, joined
 from streamlap.linalg.subspace import Subspace, subspace
 from streamlap.methods.anchored.fitting import Aim, dense_edit, map_error, narrowed, truncated_edit
-from streamlap.methods.base import Layout, Layouts, StreamsView
+from streamlap.methods.base import Layout, Layouts, StreamStatistics
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,10 +47,10 @@ class Divisions:
         return Division(kept=kept, subspaces=self.subspaces)
 
 
-def compare(view: StreamsView, aims: Sequence[Aim], layouts: Layouts) -> Solution[Divisions]:
+def compare(statistics: StreamStatistics, aims: Sequence[Aim], layouts: Layouts) -> Solution[Divisions]:
     """Each with the channels that it would keep, gate and up cut in the directions that serve the channels of the middle one,
     and the down that was fitted again for the lost channels, not yet for the ranks."""
-    w_DF, gram_FF = reads_whole(view, aims)
+    w_DF, gram_FF = reads_whole(statistics, aims)
     counts = {name: _width(layout, len(gram_FF)) for name, layout in layouts.items()}
     ranks = {name: rank for name, layout in layouts.items() if (rank := _rank(layout, "gate"))}
     found = list(removals(w_DF, gram_FF, sorted(set(counts.values()), reverse=True)))
@@ -62,17 +62,17 @@ def compare(view: StreamsView, aims: Sequence[Aim], layouts: Layouts) -> Solutio
     errors, notes = {}, [*(pruned.notes for pruned in found), whole.notes if whole else ()]
     for name, layout in layouts.items():
         kept_K = left[counts[name]].kept_K
-        edits = truncated(view.layer, aims, whole, ranks.get(name), kept_K)
+        edits = truncated(statistics.layer, aims, whole, ranks.get(name), kept_K)
         shortened = shorten(left[counts[name]].w_OK, gram_FF, kept_K, _rank(layout, "down"))
-        errors[name] = map_error(shortened.value, view.held_middles(edits))
+        errors[name] = map_error(shortened.value, statistics.held_middles(edits))
         notes += [shortened.notes, *(edit.notes for edit in edits)]
     kept = {width: pruned.kept_K for width, pruned in left.items()}
     return Solution(Divisions(errors=errors, kept=kept, subspaces=whole), notes=joined(*notes))
 
 
-def kept_channels(view: StreamsView, aims: Sequence[Aim], count: int) -> Solution[torch.Tensor]:
+def kept_channels(statistics: StreamStatistics, aims: Sequence[Aim], count: int) -> Solution[torch.Tensor]:
     """The channels that stay where so many do, ascending."""
-    pruned = next(removals(*reads_whole(view, aims), [count]))
+    pruned = next(removals(*reads_whole(statistics, aims), [count]))
     return Solution(pruned.value.kept_K, notes=pruned.notes)
 
 
@@ -85,10 +85,10 @@ def _rank(layout: Layout, role: str) -> int | None:
     return layout[role].rank or None if role in layout else None
 
 
-def reads_whole(view: StreamsView, aims: Sequence[Aim]) -> tuple[torch.Tensor, torch.Tensor]:
+def reads_whole(statistics: StreamStatistics, aims: Sequence[Aim]) -> tuple[torch.Tensor, torch.Tensor]:
     """down, and the Gram of what it reads while gate and up are whole."""
-    whole = [dense_edit(view.layer, aim) for aim in aims]
-    return view.layer.linear("down").weight, view.middle_gram(whole)
+    whole = [dense_edit(statistics.layer, aim) for aim in aims]
+    return statistics.layer.linear("down").weight, statistics.middle_gram(whole)
 
 
 def subspaces(aims: Sequence[Aim], serves: torch.Tensor | None, rank: int) -> Solution[list[Subspace]]:

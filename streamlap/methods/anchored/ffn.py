@@ -37,7 +37,16 @@ from streamlap.methods.anchored.fitting import (
 )
 from streamlap.methods.anchored.knobs import Knobs
 from streamlap.methods.anchored.ranks import RankSite
-from streamlap.methods.base import Budget, Cost, Layout, Layouts, Natives, Solved, StreamsView, finite_error
+from streamlap.methods.base import (
+    Cost,
+    Layout,
+    Layouts,
+    Natives,
+    ParameterBudget,
+    Solved,
+    StreamStatistics,
+    finite_error,
+)
 
 MOST_SHARES = 16
 
@@ -60,10 +69,10 @@ class FfnAnchored(Knobs):
                 f"ffn_anchored: shares is {shown(self.shares)}; wanted 1 to {MOST_SHARES} different numbers from 0 to 1."
             )
 
-    def layouts(self, natives: Natives, budget: Budget) -> Layouts:
+    def layouts(self, natives: Natives, budget: ParameterBudget) -> Layouts:
         return {f"share {share:g}": self._layout(natives, budget, share) for share in self.shares}
 
-    def _layout(self, natives: Natives, budget: Budget, share: float) -> Layout:
+    def _layout(self, natives: Natives, budget: ParameterBudget, share: float) -> Layout:
         hidden, width = natives["down"].shape
         biases = sum(natives[role].bias for role in ("gate", "up"))
         left = budget.parameters - hidden * natives["down"].bias
@@ -79,7 +88,7 @@ class FfnAnchored(Knobs):
                 layout[role] = replace(site.at(rank), bias=natives[role].bias)
         return layout
 
-    def _sites(self, kept: int, hidden: int, budget: Budget) -> tuple[RankSite, RankSite]:
+    def _sites(self, kept: int, hidden: int, budget: ParameterBudget) -> tuple[RankSite, RankSite]:
         """gate and up, whose order is folded into down; and down."""
         item, storage = budget.itemsize, self.storage
         inner = RankSite(name="gate and up", shape=(kept, hidden), itemsize=item, storage=storage, groups=1, copies=2)
@@ -88,53 +97,53 @@ class FfnAnchored(Knobs):
     def cost(self, natives: Natives, layouts: Layouts) -> Cost:
         return anchored_cost(("gate", "up"), "down", natives, layouts)
 
-    def solve(self, view: StreamsView, layouts: Layouts) -> Solved:
-        inputs = input_aims(view, ("gate", "up"), self.input_step)
+    def solve(self, statistics: StreamStatistics, layouts: Layouts) -> Solved:
+        inputs = input_aims(statistics, ("gate", "up"), self.input_step)
         if len(layouts) == 1:
             (name,) = layouts
-            built = self._build(view, inputs.value, layouts[name], Division())
+            built = self._build(statistics, inputs.value, layouts[name], Division())
             return replace(built, errors={name: built.error}, notes=joined(inputs.notes, built.notes))
-        compared = compare(view, inputs.value, layouts)
+        compared = compare(statistics, inputs.value, layouts)
         name = best_of(compared.value)
-        built = self._build(view, inputs.value, layouts[name], compared.value.division(layouts[name]))
+        built = self._build(statistics, inputs.value, layouts[name], compared.value.division(layouts[name]))
         errors = {variant: error for variant, error in compared.value.errors.items() if math.isfinite(error)}
         return replace(
             built, errors=errors | {name: built.error}, notes=joined(inputs.notes, compared.notes, built.notes)
         )
 
-    def solve_each(self, view: StreamsView, layouts: Layouts) -> dict[str, Solved]:
+    def solve_each(self, statistics: StreamStatistics, layouts: Layouts) -> dict[str, Solved]:
         """Every layout in full, as a survey wants them. The subspaces that the first one finds serve the others too, which so
         get at most its rank."""
-        aims, found, solved = input_aims(view, ("gate", "up"), self.input_step).value, None, {}
+        aims, found, solved = input_aims(statistics, ("gate", "up"), self.input_step).value, None, {}
         for name, layout in layouts.items():
-            kept, _ = self._kept(view, aims, layout)
+            kept, _ = self._kept(statistics, aims, layout)
             rank = layout["gate"].rank if "gate" in layout else 0
             if rank and found is None:
                 found = subspaces(aims, kept, rank)
-            solved[name] = self._build(view, aims, layout, Division(kept=kept, subspaces=found))
+            solved[name] = self._build(statistics, aims, layout, Division(kept=kept, subspaces=found))
         return solved
 
-    def _build(self, view: StreamsView, aims: list[Aim], layout: Layout, division: Division) -> Solved:
+    def _build(self, statistics: StreamStatistics, aims: list[Aim], layout: Layout, division: Division) -> Solved:
         """One layout in full; channels and subspaces that are known already serve it."""
-        layer, down = view.layer, layout.get("down")
-        kept, notes = self._kept(view, aims, layout, division.kept)
+        layer, down = statistics.layer, layout.get("down")
+        kept, notes = self._kept(statistics, aims, layout, division.kept)
         edits, channels = inner_edits(layer, aims, layout, kept, division.subspaces)
-        seen = view.middles(edits)
+        seen = statistics.middles(edits)
         output = output_aim(layer, "down", channels, seen, self.step)
         last, _ = low_rank_edit(layer, output.value, down, channels if kept is not None else None)
         notes = joined(notes, output.notes, *(edit.notes for edit in (*edits, last)))
         return Solved(edits=[*edits, last], error=held_error(last, seen), notes=notes)
 
     def _kept(
-        self, view: StreamsView, aims: list[Aim], layout: Layout, known: torch.Tensor | None = None
+        self, statistics: StreamStatistics, aims: list[Aim], layout: Layout, known: torch.Tensor | None = None
     ) -> tuple[torch.Tensor | None, tuple[str, ...]]:
         """The channels that stay, None where all do; and notes."""
-        width = view.layer.native("down").shape[1]
+        width = statistics.layer.native("down").shape[1]
         if "down" not in layout or layout["down"].shape[1] == width:
             return None, ()
         if known is not None:
             return known, ()
-        chosen = kept_channels(view, aims, layout["down"].shape[1])
+        chosen = kept_channels(statistics, aims, layout["down"].shape[1])
         return chosen.value, chosen.notes
 
 

@@ -21,7 +21,7 @@ from streamlap.linalg.storage import as_stored, balanced
 from streamlap.linalg.subspace import Subspace, refit, subspace, two_factors
 from streamlap.loader.forms import Form, Pivoted
 from streamlap.loader.linears import LowRankLinear, PivotedLinear, StoredLinear
-from streamlap.methods.base import Captured, StreamsView
+from streamlap.methods.base import Captured, StreamStatistics
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,19 +35,19 @@ class Aim:
     """Of its inputs."""
 
 
-def input_aims(view: StreamsView, roles: Sequence[str], step: float | None) -> Solution[list[Aim]]:
+def input_aims(statistics: StreamStatistics, roles: Sequence[str], step: float | None) -> Solution[list[Aim]]:
     """The linears that read a sub-layer's input, moved to give there what they gave before.
 
     T = W + b (W' - W), W' = W (C + lambda)(S + lambda)^-1, with b = `step`, or where that is None the one that serves held-out
     tokens best.
     """
-    linears = {role: view.layer.linear(role) for role in roles}
+    linears = {role: statistics.layer.linear(role) for role in roles}
     if step == 0:
-        gram_II = view.input_gram()
+        gram_II = statistics.input_gram()
         targets = [linear.weight.to(gram_II.dtype) for linear in linears.values()]
         notes: tuple[str, ...] = ()
     else:
-        seen = view.inputs()
+        seen = statistics.inputs()
         gram_II = seen.gram_II
         into = anchored(torch.eye(len(gram_II)).to(gram_II), gram_II, seen.cross_AI)
         targets = [_moved_input(linear.weight, into.value, seen, step) for linear in linears.values()]

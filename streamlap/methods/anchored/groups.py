@@ -17,7 +17,7 @@ from streamlap.loader.forms import Dense
 from streamlap.methods.anchored.costs import anchored_cost
 from streamlap.methods.anchored.fitting import dense_edit, held_error, input_aims, moved, narrowed
 from streamlap.methods.anchored.knobs import Steps
-from streamlap.methods.base import Budget, Cost, Layouts, Natives, Solved, StreamsView
+from streamlap.methods.base import Cost, Layouts, Natives, ParameterBudget, Solved, StreamStatistics
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,7 +27,7 @@ class AttentionGroups(Steps):
     sublayer: ClassVar[str] = "attention"
     needs: ClassVar[tuple[str, ...]] = ()
 
-    def layouts(self, natives: Natives, budget: Budget) -> Layouts:
+    def layouts(self, natives: Natives, budget: ParameterBudget) -> Layouts:
         q, v, o = (natives[role] for role in ("q", "v", "o"))
         heads, queries = v.shape[0] // budget.head_dim, q.shape[0] // budget.head_dim
         inputs = [natives[role] for role in ("q", "k", "v")]
@@ -48,21 +48,21 @@ class AttentionGroups(Steps):
     def cost(self, natives: Natives, layouts: Layouts) -> Cost:
         return anchored_cost(("q", "k", "v"), "o", natives, layouts)
 
-    def solve(self, view: StreamsView, layouts: Layouts) -> Solved:
-        (layout,), layer = layouts.values(), view.layer
-        inputs = input_aims(view, ("q", "k", "v"), self.input_step)
+    def solve(self, statistics: StreamStatistics, layouts: Layouts) -> Solved:
+        (layout,), layer = layouts.values(), statistics.layer
+        inputs = input_aims(statistics, ("q", "k", "v"), self.input_step)
         aims, notes = inputs.value, inputs.notes
         whole = [dense_edit(layer, aim) for aim in aims]
         rows = {aim.role: torch.arange(len(aim.t_OI), device=aim.t_OI.device) for aim in aims}
         if layout:
             size = layer.head_dim
             heads, queries = len(rows["v"]) // size, layer.native("o").shape[1] // size
-            order = group_order(layer.linear("o").weight, view.middle_gram(whole), heads, queries)
+            order = group_order(layer.linear("o").weight, statistics.middle_gram(whole), heads, queries)
             kept_G = order.value[0][heads - layout["v"].shape[0] // size :].sort().values
             rows = {role: index.view(heads, -1)[kept_G].flatten() for role, index in rows.items()}
             notes = joined(notes, order.notes)
         edits = [dense_edit(layer, narrowed(aim, rows[aim.role]), rows[aim.role]) for aim in aims]
-        seen = view.middles(edits if layout else whole)
+        seen = statistics.middles(edits if layout else whole)
         dense = layer.linear("o")
         output = moved("o", dense.weight.double()[:, rows["q"]], dense.bias, seen, self.step)
         edits.append(dense_edit(layer, output.value, rows["q"] if layout else None))

@@ -14,7 +14,7 @@ from streamlap.linalg.lowrank import awsvd, awsvd_bytes, awsvd_flops
 from streamlap.linalg.storage import balanced
 from streamlap.loader.forms import LowRank
 from streamlap.loader.linears import LowRankLinear
-from streamlap.methods.base import Budget, Cost, DenseView, Layouts, Natives, Solved
+from streamlap.methods.base import Cost, DenseStatistics, Layouts, Natives, ParameterBudget, Solved
 
 READS = {"q": "q", "k": "q", "v": "q", "o": "o"}
 """Role -> the role whose inputs it reads."""
@@ -34,7 +34,7 @@ class AttentionAwsvd:
         if not 1 <= self.alpha <= 100:
             raise RecipeError(f"attention_awsvd: alpha is {self.alpha}; wanted a number from 1 to 100.")
 
-    def layouts(self, natives: Natives, budget: Budget) -> Layouts:
+    def layouts(self, natives: Natives, budget: ParameterBudget) -> Layouts:
         layout = {}
         for pair in (("q", "o"), ("k", "v")):
             ranks = lorap_pair_ranks(*natives[pair[0]].shape, budget.ratio, self.alpha)
@@ -57,9 +57,12 @@ class AttentionAwsvd:
             decompositions=tuple(min(form.shape) for form in forms),
         )
 
-    def solve(self, view: DenseView, layouts: Layouts) -> Solved:
+    def solve(self, statistics: DenseStatistics, layouts: Layouts) -> Solved:
         return Solved(
-            edits=[factor(view.layer, role, view.scale(READS[role]), form.rank) for role, form in layouts[""].items()]
+            edits=[
+                factor(statistics.layer, role, statistics.scale(READS[role]), form.rank)
+                for role, form in layouts[""].items()
+            ]
         )
 
 

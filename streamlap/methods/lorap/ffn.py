@@ -13,7 +13,7 @@ from streamlap.families.layer import Edit, StreamLayer
 from streamlap.linalg.budget import Removal, lorap_removal
 from streamlap.linalg.channels import channel_bytes, kept_channels, lorap_scores, removed_energy
 from streamlap.loader.forms import Dense
-from streamlap.methods.base import Budget, Cost, DenseView, Layouts, Natives, Solved
+from streamlap.methods.base import Cost, DenseStatistics, Layouts, Natives, ParameterBudget, Solved
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,7 +30,7 @@ class FfnLorap:
         if not 0 <= self.protect < 1:
             raise RecipeError(f"ffn_lorap: protect is {self.protect}; wanted a share from 0 up to 1.")
 
-    def layouts(self, natives: Natives, budget: Budget) -> Layouts:
+    def layouts(self, natives: Natives, budget: ParameterBudget) -> Layouts:
         return {"": fewer_channels(natives, self._removal(natives["down"].shape[1], budget.ratio).kept)}
 
     def _removal(self, width: int, ratio: float) -> Removal:
@@ -45,10 +45,10 @@ class FfnLorap:
     def cost(self, natives: Natives, layouts: Layouts) -> Cost:
         return Cost(workspace_bytes=channel_bytes(natives["down"].shape[0]))
 
-    def solve(self, view: DenseView, layouts: Layouts) -> Solved:
-        layer, scale_mid_F = view.layer, view.scale("down")
+    def solve(self, statistics: DenseStatistics, layouts: Layouts) -> Solved:
+        layer, scale_mid_F = statistics.layer, statistics.scale("down")
         w_gate, w_up, w_down = (layer.linear(role).weight for role in ("gate", "up", "down"))
-        score_F = lorap_scores(w_gate, w_up, w_down, view.scale("gate"), scale_mid_F)
+        score_F = lorap_scores(w_gate, w_up, w_down, statistics.scale("gate"), scale_mid_F)
         width, kept_count = w_down.shape[1], layouts[""]["down"].shape[1]
         begin = int(width * self.protect)
         kept = kept_channels(score_F, Removal(begin=begin, end=begin + width - kept_count, width=width))

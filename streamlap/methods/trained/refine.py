@@ -67,18 +67,18 @@ class Refine:
         return self.learning_rate * (1 + math.cos(math.pi * (step - rising) / max(1, steps - rising))) / 2
 
 
-def distances(goal_BLD: torch.Tensor, y_BLD: torch.Tensor) -> torch.Tensor:
-    """Mean squared distance of each token, over the mean square of the goal there [B, L - 1]; [T] of those that are not out of
-    the goal, where some are.
+def distances(target_BLD: torch.Tensor, y_BLD: torch.Tensor) -> torch.Tensor:
+    """Mean squared distance of each token, over the mean square of its target [B, L - 1]; where some targets are out, [T] of
+    the others.
 
     What follows is a norm, so an error counts by its share of the stream. The first token of a window is left out: models
     park attention on it, in numbers far larger than any other.
     """
-    goal_BLD, y_BLD = goal_BLD[:, 1:].float(), y_BLD[:, 1:].float()
-    if bool((out_BL := rows_out(goal_BLD)).any()):
-        goal_BLD, y_BLD = goal_BLD[~out_BL], y_BLD[~out_BL]
-    size_BL = goal_BLD.square().mean(dim=-1).clamp_min(1e-12)
-    return (goal_BLD - y_BLD).square().mean(dim=-1) / size_BL
+    target_BLD, y_BLD = target_BLD[:, 1:].float(), y_BLD[:, 1:].float()
+    if bool((out_BL := rows_out(target_BLD)).any()):
+        target_BLD, y_BLD = target_BLD[~out_BL], y_BLD[~out_BL]
+    size_BL = target_BLD.square().mean(dim=-1).clamp_min(1e-12)
+    return (target_BLD - y_BLD).square().mean(dim=-1) / size_BL
 
 
 class Refining:
@@ -131,9 +131,9 @@ class Refining:
         self._adam.zero_grad()
         values = {name: tensor.float() for name, tensor in self.rounded.items()}
         missed = wanted = tokens = 0.0
-        for x_BLD, goal_BLD in held:
-            missed += float(distances(goal_BLD, self._run(values, x_BLD)).double().sum())
-            before_BL = distances(goal_BLD, x_BLD)
+        for x_BLD, target_BLD in held:
+            missed += float(distances(target_BLD, self._run(values, x_BLD)).double().sum())
+            before_BL = distances(target_BLD, x_BLD)
             wanted, tokens = wanted + float(before_BL.double().sum()), tokens + before_BL.numel()
         if not tokens:
             return math.nan
@@ -142,9 +142,9 @@ class Refining:
 
     def step(self, place: int, pair: Pair) -> float:
         """The step of that number in this epoch, along the gradients of the loss on `pair`; gives that loss."""
-        x_BLD, goal_BLD = pair
+        x_BLD, target_BLD = pair
         self._adam.zero_grad()
-        found = distances(goal_BLD, self._run(self.masters, x_BLD))
+        found = distances(target_BLD, self._run(self.masters, x_BLD))
         loss = (found.mean() if found.numel() else found.sum()) / self._update
         loss.backward()  # type: ignore[no-untyped-call]
         rate = self.knobs.rate(self.epoch * self._steps + place, self.knobs.epochs * self._steps)
