@@ -260,11 +260,11 @@ def test_a_survey_stops_too(source: Path, tokens: Path, tmp_path: Path, monkeypa
         head = ModelStream.head
         patch.setattr(ModelStream, "head", lambda stream: (os.kill(os.getpid(), signal.SIGTERM), head(stream))[1])
         with pytest.raises(
-            Interrupted, match="stopped at the head, with 0 of 8 cuts measured; go on with: streamlap resume"
+            Interrupted, match="stopped at the head, with 0 of 8 perturbations measured; go on with: streamlap resume"
         ):
             sweep("survey.json")
     for measured in range(1, 8):  # each run measures one at least
-        with pytest.raises(Interrupted, match=f"stopped at the head, with {measured} of 8 cuts measured"):
+        with pytest.raises(Interrupted, match=f"stopped at the head, with {measured} of 8 perturbations measured"):
             streamlap.resume(tmp_path / "survey.json", stop_after=1e-9)
     assert not (tmp_path / "survey.json").exists()
     assert sweep("survey.json") == whole
