@@ -129,7 +129,7 @@ class Recipe:
             )
         if not self.anchored and (twice := [name for name, count in counts.items() if count > 1]):
             raise RecipeError(
-                f"methods {names} both edit {twice[0]} and look once; wanted one for a sub-layer. Drop one of them."
+                f"one-pass methods {', '.join(self.of_sublayer(twice[0]))} all edit {twice[0]}; wanted one. Drop the others."
             )
         if len(self.trained) > 1:
             raise RecipeError(

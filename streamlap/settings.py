@@ -14,8 +14,11 @@ from streamlap.system.budget import parse_size
 from streamlap.system.device import pick_device
 from streamlap.system.signals import parse_time
 
-KEPT = ("device", "work", "max_ram", "max_vram", "overlap")
-"""What a run that is resumed begins with again; the others are given anew each time."""
+KEPT: dict[str, tuple[type, ...]] = {
+    "device": (str,), "work": (str, type(None)), "max_ram": (int, type(None)), "max_vram": (int, type(None)),
+    "overlap": (bool,),
+}  # fmt: skip
+"""What a run that is resumed begins with again, and what each may be; the other settings are given anew each time."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,11 +78,7 @@ class RunSettings:
     @classmethod
     def from_json(cls, table: Mapping[str, Any]) -> RunSettings:
         """Raises ValueError for a table that `to_json` did not write."""
-        kinds: dict[str, tuple[type, ...]] = {
-            "device": (str,), "work": (str, type(None)), "max_ram": (int, type(None)), "max_vram": (int, type(None)),
-            "overlap": (bool,),
-        }  # fmt: skip
-        for name, kind in kinds.items():
+        for name, kind in KEPT.items():
             if name not in table or type(table[name]) not in kind:
                 raise ValueError(f"setting {name} is {shown(table[name]) if name in table else 'absent'}")
         return cls(**{name: table[name] for name in KEPT})

@@ -15,6 +15,7 @@ from transformers import CONFIG_MAPPING, PreTrainedConfig
 from streamlap.errors import CheckpointError, UnsupportedModel, shown, whole
 from streamlap.families.table import Family
 from streamlap.loader.forms import Dense, Form
+from streamlap.loader.linears import StoredLinear
 
 SIZES = {
     "num_hidden_layers": 1_000,
@@ -97,11 +98,11 @@ def check_roles(model: nn.Module, family: Family, depth: int) -> None:
     """Raise UnsupportedModel where the row of a family names a linear that its layers do not have."""
     for index in range(depth):
         layer = model.get_submodule(f"{family.layers}.{index}")
-        names = {name for name, _ in layer.named_modules()}
-        if missing := [f"{role} ({path})" for role, path in family.roles.items() if path not in names]:
+        linears = {name for name, part in layer.named_modules() if isinstance(part, nn.Linear | StoredLinear)}
+        if missing := [f"{role} ({path})" for role, path in family.roles.items() if path not in linears]:
             raise UnsupportedModel(
-                f"layer {index} of {family.model_type} has no {', '.join(missing)}; wanted a linear for each role of the "
-                "family's row. docs/add-a-family.md says which models a row can describe."
+                f"layer {index} of {family.model_type} has no linear for {', '.join(missing)}; wanted one for each role "
+                "of the family's row. docs/add-a-family.md says which models a row can describe."
             )
 
 

@@ -49,3 +49,9 @@ def lorap_removal(width: int, ratio: float, protect: float) -> Removal:
     LoRAP: the least important 1 % are kept, [int(f * 0.01), int((s + 0.01) * f)) are removed.
     """
     return Removal(begin=int(width * protect), end=min(int((ratio + protect) * width), width), width=width)
+
+
+def removal_keeping(width: int, kept: int, protect: float) -> Removal:
+    """The same where it is known how many channels stay."""
+    begin = int(width * protect)
+    return Removal(begin=begin, end=begin + width - kept, width=width)

@@ -9,6 +9,7 @@ Shape suffixes: T tokens, I in, A anchor (out, or in of the dense stream).
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 
 import torch
 
@@ -122,6 +123,24 @@ def squares(x_TI: torch.Tensor) -> torch.Tensor:
     add_upper(sum_II, x_TI)
     mirror(sum_II)
     return sum_II
+
+
+HELD_TOKENS = 4096
+"""Most rows that are held out to choose by."""
+
+HELD_SEQUENCES = 8
+"""One sequence of so many is held out, until as many tokens are as a choice needs."""
+
+
+def is_held(number: int, total: int) -> bool:
+    """Whether the `number`th sequence (from 1) of `total` is held out: every eighth, or the last of fewer."""
+    return number % HELD_SEQUENCES == 0 or (total < HELD_SEQUENCES and number == total)
+
+
+def held_sequences(total: int, length: int, tokens: int = HELD_TOKENS) -> Sequence[int]:
+    """Numbers (from 0) of the sequences that no sub-layer was fitted to, up to so many tokens; a single one serves for both."""
+    held = [number for number in range(total) if is_held(number + 1, total)]
+    return held[: -(-tokens // length)]
 
 
 class Sample:

@@ -30,7 +30,7 @@ from streamlap.loader.forms import Dense, Form
 Natives = Mapping[str, Dense]
 """Role -> the linear of the source."""
 Layout = Mapping[str, Form]
-"""Role -> what its linear becomes; one that keeps its form and width is absent."""
+"""Role -> what its linear becomes. A linear whose form and width do not change is absent."""
 Layouts = Mapping[str, Layout]
 """Variant of a method -> its layout; a method without variants has one, by the name ""."""
 
@@ -164,7 +164,7 @@ class Method(Protocol):
 
 Pair = tuple[torch.Tensor, torch.Tensor]
 """x_BLD, the compressed stream before a layer, and target_BLD, the dense one after it; see `linalg.rows.paired`."""
-Run = Callable[[Mapping[str, torch.Tensor], torch.Tensor], torch.Tensor]
+RunLayer = Callable[[Mapping[str, torch.Tensor], torch.Tensor], torch.Tensor]
 """A layer as a function of its parameters by name, in float32, and of x_BLD."""
 
 
@@ -192,11 +192,17 @@ class Training(Protocol):
         """Loss on held-out tokens of the parameters as they would be stored."""
         ...
 
-    def step(self, place: int, pair: Pair) -> float:
-        """The step of that number in this epoch; its loss."""
+    def begin(self, loss: float) -> None:
+        """Take down the loss on held-out tokens before the first epoch."""
         ...
 
-    def close_epoch(self, loss: float) -> None: ...
+    def step(self, place: int, pair: Pair) -> None:
+        """The step of that number in this epoch."""
+        ...
+
+    def close_epoch(self, loss: float) -> None:
+        """Take down the loss after an epoch."""
+        ...
 
     def state(self) -> dict[str, torch.Tensor]: ...
 
@@ -213,11 +219,16 @@ class Training(Protocol):
 class Trained(Protocol):
     """What trains a layer that other methods have edited."""
 
+    held_bytes: ClassVar[int]
+    """For each parameter of the layer, while it is trained."""
+    state_bytes: ClassVar[int]
+    """Of these, what is on the disk between two epochs."""
+
     @property
     def epochs(self) -> int:
         """Most epochs over the calibration windows."""
         ...
 
-    def start(self, parameters: Iterable[tuple[str, torch.Tensor]], run: Run, steps: int) -> Training:
+    def start(self, parameters: Iterable[tuple[str, torch.Tensor]], run: RunLayer, steps: int) -> Training:
         """Args: parameters by name as they are stored; run, the layer; steps, in one epoch."""
         ...

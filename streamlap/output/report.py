@@ -41,7 +41,7 @@ class LayerReport:
     """What gave way because memory ran out."""
     numerics: tuple[str, ...] = ()
     """What took more than arithmetic: damping that had to grow, inputs that are dead, factors that were balanced, methods that
-    failed. Of all that was tried for the layer, applied or not."""
+    failed. Of all that was tried for the layer, applied or not; of a method that failed the reason alone."""
     excluded_tokens: int = 0
     """Calibration tokens whose numbers were NaN or infinite, in either stream or inside, and that were left out."""
     bytes_read: int = 0

@@ -15,6 +15,7 @@ from streamlap.output.folder import KEPT_NAME, RECIPE_NAME, companions, finish_f
 from streamlap.output.inspect import count_parameters
 from streamlap.output.report import LayerReport, Report
 from streamlap.pipeline.layers import Job, compress_layers
+from streamlap.pipeline.runner import check_sublayers
 from streamlap.pipeline.session import Run, check_apart, session, stream_marks, whole_name
 from streamlap.pipeline.streams import open_streams
 from streamlap.planning.disk import COMPANION_BYTES, DiskNeeds
@@ -64,7 +65,12 @@ def compress(
     )
     plan = make_plan(stream, decided, windows_of(tokens_NL), settings)
     plan.require_fit()
-    check_output(folder, out, overwrite)  # which may remove an earlier result, so it comes last
+    if not overwrite:
+        check_output(folder, out, overwrite=False)
+    if overwrite or not Journal.exists(out):
+        check_sublayers(stream, plan.fit, tokens_NL, writes=plan.recipe.anchored)
+    if overwrite:
+        check_output(folder, out, overwrite=True)  # which may remove an earlier result, so it comes last
     survey = plan.recipe.survey and str(Path(plan.recipe.survey).resolve())
     run = Run(
         command="compress", out=out, folder=out, model=whole_name(model, folder), settings=settings,
@@ -96,7 +102,6 @@ def run_compression(run: Run, stream: ModelStream, plan: Plan, tokens_NL: torch.
     def check() -> None:
         check_output(stream.folder, out, overwrite=False)
 
-    stream.check_sublayers(tokens_NL, writes=plan.recipe.anchored)
     with session(run, marks, needs, deadline, check, tokens_NL) as running:
         recipe = begun_recipe(running.run)
         streams = open_streams(stream, tokens_NL, plan.fit.schedule, running.run.hidden, recipe.anchored)

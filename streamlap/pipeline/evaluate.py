@@ -135,11 +135,11 @@ def stream_layers(
     with start_runner(stream, choice, [bank], Progress("evaluate", stream.depth), most_out=0.0) as runner:
         runner.enter(bank, tokens_NL)
         for index in range(stream.depth):
-            propagate(runner, bank, index, kwargs[index])
+            run_layer(runner, bank, index, kwargs[index])
             runner.require_baseline(index)
 
 
-def propagate(runner: LayerRunner, bank: HiddenBank, index: int, kwargs: Mapping[str, Any]) -> None:
+def run_layer(runner: LayerRunner, bank: HiddenBank, index: int, kwargs: Mapping[str, Any]) -> None:
     """One layer; a function of its own, so that nothing holds this layer while the next one is read."""
     runner.progress.phase("read")
     layer = runner.layer(index, kwargs)

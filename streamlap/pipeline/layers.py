@@ -40,7 +40,7 @@ class Job:
 
 @dataclass(frozen=True, kw_only=True)
 class Committed:
-    """A layer that is on the disk."""
+    """What the commit of a layer leaves to the next."""
 
     moved: tuple[int, int]
     """Bytes that the process had read and written by then."""
@@ -54,8 +54,8 @@ def compress_layers(job: Job) -> None:
     done = tuple(sum(line["seconds"].values()) for line in journal.layers)
     progress = Progress("compress", stream.depth, first, done)
     with start_runner(stream, job.plan.fit, job.streams.banks, progress) as runner:
-        begin(job, runner, first)
         committed = done_already()
+        begin(job, runner, first)
         try:
             for index in range(first, stream.depth):
                 if job.session.stops.due(moved=index > first):
@@ -108,7 +108,7 @@ def compress_layer(
         seconds=clock.seconds, ladder=runner.ladder.taken(index), numerics=made.notes, peak_ram_bytes=peak_ram_bytes(),
         excluded_tokens=int(out_NL.sum()), peak_vram_bytes=peak_vram_bytes(), baseline_ram_bytes=ram_bytes(),
     )  # fmt: skip
-    return runner.writer.submit(commit, job, report, digest, before)
+    return runner.writer.submit(commit_layer, job, report, digest, before)
 
 
 def edit_layer(hand: LayerInHand, before: Future[Committed]) -> LayerEdits:
@@ -116,7 +116,7 @@ def edit_layer(hand: LayerInHand, before: Future[Committed]) -> LayerEdits:
     if hand.streams.dense is None:
         seen = one_pass.observe_layer(hand)
         wait(hand, before)
-        return one_pass.edit_layer(hand, seen)
+        return one_pass.solve_layer(hand, seen)
     out_NL = sublayers.run_dense(hand, sublayers.ATTENTION)
     wait(hand, before)
     return sublayers.rebuild_layer(hand, out_NL)
@@ -148,7 +148,7 @@ def propagate(hand: LayerInHand, trained: bool) -> torch.Tensor:
     return out_NL
 
 
-def commit(job: Job, report: LayerReport, digest: Future[str], before: Future[Committed]) -> Committed:
+def commit_layer(job: Job, report: LayerReport, digest: Future[str], before: Future[Committed]) -> Committed:
     """The commit point of a layer: its shard and the next hidden states are on the disk, and now the journal says so."""
     sha256 = digest.result()
     job.streams.settle()

@@ -15,12 +15,11 @@ from streamlap.errors import NumericalError
 from streamlap.families.layer import Edit, StreamLayer
 from streamlap.families.linears import Sublayer
 from streamlap.linalg.anchor import working
-from streamlap.linalg.moments import Moments, Sample
+from streamlap.linalg.moments import HELD_TOKENS, Moments, Sample, is_held
 from streamlap.linalg.rows import any_out, blanked, finite_rows
-from streamlap.methods.anchored.costs import HELD_TOKENS
 from streamlap.methods.base import Captured
 from streamlap.pipeline.runner import LayerRunner
-from streamlap.pipeline.streams import HiddenStates, is_held
+from streamlap.pipeline.streams import HiddenStates
 from streamlap.system.meters import PhaseClock
 
 Rows = tuple[torch.Tensor, torch.Tensor]

@@ -49,7 +49,7 @@ def observe_layer(hand: LayerInHand) -> Seen:
         return hand.runner.run("capture", hand.index, capture)
 
 
-def edit_layer(hand: LayerInHand, seen: Seen) -> LayerEdits:
+def solve_layer(hand: LayerInHand, seen: Seen) -> LayerEdits:
     """The edits of all methods, applied."""
     layer, statistics = hand.layer, DenseStatistics(layer=hand.layer, energies=seen.energies)
 

@@ -33,7 +33,7 @@ from streamlap.system.progress import Progress
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
-Part = Callable[[torch.Tensor], torch.Tensor]
+LayerPart = Callable[[torch.Tensor], torch.Tensor]
 """x_BLD -> y_BLD: a layer, or a sub-layer of it."""
 
 CREEP_BYTES = 128 << 20
@@ -98,7 +98,9 @@ class LayerRunner:
         ]
         return self.require_few(layer.prefix, torch.cat(outs).cpu())
 
-    def carry(self, part: Part, index: int, states: HiddenStates, bank: HiddenBank, generation: int) -> torch.Tensor:
+    def carry(
+        self, part: LayerPart, index: int, states: HiddenStates, bank: HiddenBank, generation: int
+    ) -> torch.Tensor:
         """Hidden states through a part of layer `index` into a generation of `bank`, a batch at a time."""
 
         def step(x_BLD: torch.Tensor) -> torch.Tensor:
@@ -108,7 +110,7 @@ class LayerRunner:
             batches = self.together([states], "propagate")
             return self._take(bank, generation, (step(x_BLD) for (x_BLD,) in batches), self.stream.layer_name(index))
 
-    def forward(self, part: Part, x_BLD: torch.Tensor) -> torch.Tensor:
+    def forward(self, part: LayerPart, x_BLD: torch.Tensor) -> torch.Tensor:
         """The output of a part, computed on as many sequences at a time as fit."""
         if len(x_BLD) <= self.ladder.micro:
             return part(x_BLD)
@@ -183,6 +185,21 @@ def start_runner(
                 staging=Staging(choice.work.staged, buffers(choice.work, schedule.overlap), device, reader),
                 ladder=Ladder(schedule.micro, device), heap=heap, most_out=most_out,
             )  # fmt: skip
+
+
+def check_sublayers(stream: ModelStream, choice: Fit, tokens_NL: torch.Tensor, writes: bool) -> None:
+    """Raise UnsupportedModel where the sub-layers of the first layer are not that layer; inside the budget of the loop.
+
+    See `ModelStream.check_sublayers`.
+    """
+    limit_vram(choice, stream.device)
+    schedule = choice.schedule
+    with (
+        clear_machine_faults(),
+        choice.ram.claim(schedule.ram["layers"]),
+        choice.vram.claim(schedule.vram.get("layers", {})),
+    ):
+        stream.check_sublayers(tokens_NL, writes)
 
 
 @contextlib.contextmanager

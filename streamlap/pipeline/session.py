@@ -62,7 +62,7 @@ class Session:
     """A run under way."""
 
     run: Run
-    """As it was begun; a run that goes on is bound to the words of the one that began."""
+    """As it was begun. A resumed run keeps the arguments of the first."""
     journal: Journal
     stops: Stops
 
@@ -76,7 +76,8 @@ def session(
     run: Run, marks: Mapping[str, Any], needs: DiskNeeds, deadline: float, check: Callable[[], None],
     tokens_NL: torch.Tensor | None = None,
 ) -> Iterator[Session]:  # fmt: skip
-    """The block is the run, from where its journal stands. When it ends well nothing of its state stays; else all does.
+    """The block is the run, from the layer at which its journal stands. A good end removes the state, an
+    error leaves it.
 
     Args: marks, all that the bytes of the result depend on; needs, room on the disk for a run that begins; deadline, on the
     clock of `time.monotonic`; check, raises where the output may not be written, and is called once nobody else can write

@@ -7,7 +7,7 @@ Shape suffixes: N windows, L length, B batch, D hidden.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,7 +20,7 @@ from streamlap.store.hidden import HiddenBank
 
 @dataclass(frozen=True, kw_only=True)
 class HiddenStates:
-    """One stream at one place: generation k is the input of layer k, or of its second sub-layer."""
+    """One generation of a stream: generation k is the input of layer k, or of its second sub-layer."""
 
     bank: HiddenBank
     generation: int
@@ -109,18 +109,3 @@ def open_bank(
         (sequences, length, stream.width), stream.dtype, batch_of(length),
         folder=folder, cache=cache, pinned=stream.device.type == "cuda", name=name,
     )  # fmt: skip
-
-
-HELD_SEQUENCES = 8
-"""One sequence of so many is held out, until as many tokens are as a choice needs."""
-
-
-def is_held(number: int, total: int) -> bool:
-    """Whether the `number`th sequence (from 1) of `total` is held out: every eighth, or the last of fewer."""
-    return number % HELD_SEQUENCES == 0 or (total < HELD_SEQUENCES and number == total)
-
-
-def held_sequences(total: int, length: int, tokens: int) -> Sequence[int]:
-    """Numbers (from 0) of the sequences that no sub-layer was fitted to, up to so many tokens; a single one serves for both."""
-    held = [number for number in range(total) if is_held(number + 1, total)]
-    return held[: -(-tokens // length)]

@@ -9,6 +9,7 @@ Shape suffixes: N windows, L length.
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Sequence
 
 import torch
@@ -18,7 +19,7 @@ from streamlap.linalg.solution import joined
 from streamlap.methods.base import Solved, finite_error
 from streamlap.pipeline.hand import LayerEdits, LayerInHand, refuse_overflow
 from streamlap.pipeline.observe import SublayerStatistics
-from streamlap.pipeline.runner import Part
+from streamlap.pipeline.runner import LayerPart
 from streamlap.pipeline.streams import DenseBanks, HiddenStates
 from streamlap.planning.layouts import Candidate
 
@@ -74,7 +75,7 @@ def dense_banks(hand: LayerInHand) -> DenseBanks:
     return hand.streams.dense
 
 
-def part_of(hand: LayerInHand, sublayer: str) -> Part:
+def part_of(hand: LayerInHand, sublayer: str) -> LayerPart:
     return functools.partial(hand.layer.run_sublayer, sublayer)
 
 
@@ -91,14 +92,14 @@ def rebuild(hand: LayerInHand, statistics: SublayerStatistics) -> LayerEdits:
     """The best that the candidates of a sub-layer make of it, applied."""
     name = statistics.sublayer
     with hand.clock.phase("solve"), hand.runner.claim("solve"), located(f"{hand.layer.prefix} {name}"):
-        solved = best_of(statistics, hand.plan.candidates[name])
+        solved = best_candidate(statistics, hand.plan.candidates[name])
     refuse_overflow(hand.layer, solved.edits)
     hand.layer.apply(solved.edits)
     notes = tuple(f"{name}: {note}" for note in joined(statistics.notes, solved.notes))
     return LayerEdits(edits=solved.edits, errors={name: solved.errors}, notes=notes, out_NL=statistics.out_NL)
 
 
-def best_of(statistics: SublayerStatistics, candidates: Sequence[Candidate]) -> Solved:
+def best_candidate(statistics: SublayerStatistics, candidates: Sequence[Candidate]) -> Solved:
     """What the candidate of least error on held-out tokens makes; its `errors` and `notes` are those of all.
 
     A method that fails on its numbers is passed over, with a note, as long as another does not. Raises NumericalError where
@@ -112,13 +113,13 @@ def best_of(statistics: SublayerStatistics, candidates: Sequence[Candidate]) -> 
         try:
             solved = found.method.solve(statistics, found.layouts)
             notes.append(solved.notes)
+            variants = (solved.errors or {"": solved.error}).items()
+            errors |= {f"{found.name} {name}".strip(): error for name, error in variants if math.isfinite(error)}
             finite_error(solved.error)
         except NumericalError as error:
-            failed = error
+            failed = error.with_traceback(None)  # which would hold the layer and its sums
             notes.append((f"{found.name} failed: {str(error).split(';')[0]}",))
             continue
-        variants = solved.errors or {"": solved.error}
-        errors |= {f"{found.name} {variant}".strip(): error for variant, error in variants.items()}
         if best is None or solved.error < best.error:
             best = solved
     if best is None:

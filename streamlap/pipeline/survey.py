@@ -23,6 +23,7 @@ import torch
 from streamlap.data.calibration import calibration_tokens
 from streamlap.errors import RecipeError, ResumeMismatch, UnsupportedModel, shown
 from streamlap.families.stream import ModelStream
+from streamlap.pipeline.runner import check_sublayers
 from streamlap.pipeline.session import Run, check_apart, remove_state, session, stream_marks, whole_name
 from streamlap.pipeline.sweep import Sweep, open_sweep, points, sweep_layers
 from streamlap.planning.allocate import Survey, model_digest
@@ -75,7 +76,12 @@ def survey(
     tokens_NL = survey_windows(stream, wanted, settings.trust_remote_code)
     plan = plan_survey(stream, windows_of(tokens_NL), settings)
     check_apart(folder, state_of(file))
-    check_file(file, overwrite)
+    if not overwrite:
+        check_file(file, overwrite=False)
+    if overwrite or not Journal.exists(state_of(file)):
+        check_sublayers(stream, plan.fit, tokens_NL, writes=True)
+    if overwrite:
+        check_file(file, overwrite=True)  # which may remove an earlier survey, so it comes last
     run = Run(
         command="survey", out=file, folder=state_of(file), model=whole_name(model, folder), settings=settings,
         own={"dtype": dtype},
@@ -127,7 +133,6 @@ def run_survey(run: Run, stream: ModelStream, plan: SurveyPlan, tokens_NL: torch
     marks, file = stream_marks(stream, tokens_NL), run.out
     hidden = disk_generations(stream.depth) * plan.fit.work.generation
     needs = DiskNeeds(output_bytes=COMPANION_BYTES, hidden_bytes=hidden)
-    stream.check_sublayers(tokens_NL, writes=True)
     with session(run, marks, needs, deadline, lambda: check_file(file, overwrite=False), tokens_NL) as running:
         sweep = open_sweep(stream, plan, tokens_NL, running)
         result = written(sweep, marks) if file.exists() else None

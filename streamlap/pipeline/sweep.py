@@ -20,7 +20,7 @@ from streamlap.families.stream import ModelStream
 from streamlap.methods.base import finite_error
 from streamlap.pipeline.divergence import mean_divergence
 from streamlap.pipeline.observe import SublayerStatistics
-from streamlap.pipeline.runner import LayerRunner, Part, start_runner
+from streamlap.pipeline.runner import LayerPart, LayerRunner, start_runner
 from streamlap.pipeline.session import Session
 from streamlap.pipeline.streams import HiddenStates, open_bank
 from streamlap.planning.allocate import Point
@@ -86,12 +86,12 @@ def sweep_layers(sweep: Sweep) -> None:
             layer = runner.layer(index, kwargs[index])
             errors = carry_through(sweep, runner, layer, index)
             del layer
-            commit(sweep, index, errors)
+            commit_streams(sweep, index, errors)
             runner.require_baseline(index)
             progress.next()
 
 
-def commit(sweep: Sweep, index: int, errors: dict[str, list[float]]) -> None:
+def commit_streams(sweep: Sweep, index: int, errors: dict[str, list[float]]) -> None:
     """All streams are before the next layer, on the disk, and now the journal says so."""
     banks = sweep.begun(index + 1)
     for bank in banks:
@@ -134,7 +134,7 @@ def statistics_of(
     )  # fmt: skip
 
 
-def perturb_sublayer(sweep: Sweep, statistics: SublayerStatistics, rest: Part) -> list[float]:
+def perturb_sublayer(sweep: Sweep, statistics: SublayerStatistics, rest: LayerPart) -> list[float]:
     """New copies of the dense stream, through a sub-layer that is cut and the `rest` of the layer, which begins with it. Gives
     the sub-layer's own errors."""
     runner, layer, index = statistics.runner, statistics.layer, statistics.index

@@ -13,12 +13,12 @@ from pathlib import Path
 import torch
 
 from streamlap.errors import CheckpointError, NumericalError
+from streamlap.linalg.moments import held_sequences
 from streamlap.linalg.rows import paired
-from streamlap.methods.anchored.costs import HELD_TOKENS
 from streamlap.methods.base import Pair, Trained, Training
 from streamlap.pipeline.hand import LayerInHand
 from streamlap.pipeline.session import Session
-from streamlap.pipeline.streams import HiddenStates, held_sequences
+from streamlap.pipeline.streams import HiddenStates
 from streamlap.pipeline.sublayers import dense_banks
 from streamlap.store.header import byte_view, read_header
 from streamlap.store.sink import ShardFolder
@@ -39,7 +39,7 @@ class Lessons:
     @classmethod
     def of(cls, hand: LayerInHand) -> Lessons:
         sequences, length, _ = dense_banks(hand).stream.shape_NLD
-        held = held_sequences(sequences, length, HELD_TOKENS)
+        held = held_sequences(sequences, length)
         train = [number for number in range(sequences) if number not in set(held)] or held
         return cls(hand=hand, held=held, train=train)
 
@@ -63,7 +63,7 @@ def train_layer(hand: LayerInHand, method: Trained, session: Session) -> Trace:
         lessons, layer = Lessons.of(hand), hand.layer
         training = method.start(layer.stored_parameters(), layer.with_parameters, len(lessons.train))
         path = state_path(session.state, hand.index)
-        training.held.append(training.measure(lessons.pairs(lessons.held)))
+        training.begin(training.measure(lessons.pairs(lessons.held)))
         if not math.isfinite(training.held[0]):
             raise NumericalError(
                 f"{layer.prefix}: the loss on held-out tokens is {training.held[0]} before training; wanted a number. Take "

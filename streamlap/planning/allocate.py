@@ -31,7 +31,7 @@ class Point:
     kl: float
     """Divergence of the model's predictions from the dense ones, nats a token."""
     error: float
-    """Of the sub-layer itself: relative to its output, on held-out tokens."""
+    """Of the sub-layer itself on held-out tokens, see `methods.anchored.fitting.map_error`."""
 
     def __post_init__(self) -> None:
         numbers = all(type(value) in (int, float) for value in (self.keep, self.kl, self.error))

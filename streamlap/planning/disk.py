@@ -22,9 +22,8 @@ class DiskNeeds:
     what: str = "the output folder"
     """What messages call the output."""
 
-    def require(self, out: Path, hidden: Path | None) -> None:
+    def require(self, out: Path, hidden: Path) -> None:
         """Raise BudgetError where the disks under the output and under the hidden states cannot hold it."""
-        hidden = hidden or out
         same_disk = existing_ancestor(hidden).stat().st_dev == existing_ancestor(out).stat().st_dev
         require_disk(out, self.output_bytes + self.hidden_bytes * same_disk, self.what)
         if not same_disk:

@@ -14,7 +14,6 @@ import torch
 
 from streamlap.families.stream import ModelStream
 from streamlap.methods.base import Cost, Layout, Natives
-from streamlap.methods.trained.refine import STATE_BYTES
 from streamlap.planning.layouts import Candidates, largest_layout, planned_tensors
 from streamlap.planning.workload import Workload, layer_workload
 from streamlap.recipe import Recipe
@@ -49,7 +48,8 @@ class LayerPlan:
     widest: int
     """Widest input or output of a linear when all is done; before, where candidates leave different widths."""
     flops: int
-    """Of the forwards, in the compute dtype: the two, and beside the dense model half of one for each candidate."""
+    """Of the forwards, in the compute dtype: one through the dense layer and one through the edited one; with anchored methods
+    half a forward more for each candidate."""
     flops64: int
     """Of the solves' matrix products in float64."""
     flops32: int
@@ -96,7 +96,7 @@ def forecast_layer(
 ) -> LayerPlan:
     copied, made = planned_tensors(stream, index, layout)
     natives, stored = stream.natives(index), stream.layer_tensors(index).values()
-    epochs = max((method.epochs for method in recipe.trained), default=0)
+    epochs, state = max(((method.epochs, method.state_bytes) for method in recipe.trained), default=(0, 0))
     costs = [found.cost for rivals in candidates.values() for found in rivals]
     dense_flops = forward_flops(natives, sum(info.numel for info in stored), shape_NL)
     kept = sum(info.numel for info in copied.values()) + sum(tensor.numel() for tensor in made.values())
@@ -109,7 +109,7 @@ def forecast_layer(
     return LayerPlan(
         index=index, candidates=candidates, layout=layout, output_bytes=shard_bytes({**copied, **made}),
         copied_bytes=copied_bytes, edits_bytes=made_bytes,
-        trained=kept if epochs else 0, state_bytes=epochs * (STATE_BYTES * kept + made_bytes),
+        trained=kept if epochs else 0, state_bytes=epochs * (state * kept + made_bytes),
         source_bytes=sum(info.nbytes for info in stored), largest_bytes=max(info.nbytes for info in stored),
         solve_bytes=solve_bytes(stream, recipe, index, candidates, made),
         capture_bytes=max((cost.capture_bytes for cost in costs), default=0) * anchored,
@@ -157,13 +157,17 @@ def forward_flops(natives: Natives, parameters: int, shape_NL: tuple[int, int]) 
     return sequences * length * (2 * parameters + 2 * length * natives["q"].shape[0])
 
 
-def compression_workload(stream: ModelStream, layers: Sequence[LayerPlan], shape_NL: tuple[int, int]) -> Workload:
+def compression_workload(
+    stream: ModelStream, recipe: Recipe, layers: Sequence[LayerPlan], shape_NL: tuple[int, int]
+) -> Workload:
     """Sizes of `compress`."""
     return Workload(
         **layer_workload(stream, *shape_NL),
         edits=max(layer.edits_bytes for layer in layers), solve=max(layer.solve_bytes for layer in layers),
         inner_after=max(layer.widest for layer in layers),
         streams=4 if layers[0].capture_bytes else 1, capture=max(layer.capture_bytes for layer in layers),
-        refined=max(layer.trained for layer in layers),
+        trained=max(layer.trained for layer in layers),
+        trained_bytes=max((method.held_bytes for method in recipe.trained), default=0),
+        trained_state=max((method.state_bytes for method in recipe.trained), default=0),
         copied=min(CHUNK_BYTES, max(layer.largest_bytes for layer in layers)),
     )  # fmt: skip

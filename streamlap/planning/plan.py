@@ -21,10 +21,10 @@ from streamlap.planning.allocate import Survey, layer_parameters, read_survey
 from streamlap.planning.disk import COMPANION_BYTES
 from streamlap.planning.forecast import LayerPlan, compression_workload, forecast_layers, shape_key
 from streamlap.planning.layouts import Candidates, layer_candidates
-from streamlap.planning.schedule import Caps, Fit, advice, fit, require_fit
+from streamlap.planning.schedule import Fit, advice, fit, require_fit
 from streamlap.planning.target import Target, meet, parse_target
 from streamlap.recipe import Recipe
-from streamlap.settings import RunSettings, split_options
+from streamlap.settings import Caps, RunSettings, split_options
 from streamlap.store.hub import header_source
 from streamlap.store.sink import shard_bytes
 from streamlap.system.allocator import steady_heap
@@ -203,7 +203,7 @@ def decide(stream: ModelStream, recipe: Recipe, target: Target | None = None) ->
 def make_plan(stream: ModelStream, decided: Decided, shape_NL: tuple[int, int], settings: RunSettings) -> Plan:
     """What that takes for so many calibration tokens, and how to go about it with these settings."""
     layers = forecast_layers(stream, decided.recipe, decided.candidates, shape_NL)
-    choice = fit(compression_workload(stream, layers, shape_NL), settings.caps, settings.overlap)
+    choice = fit(compression_workload(stream, decided.recipe, layers, shape_NL), settings.caps, settings.overlap)
     outer = stream.outer_tensors()
     return Plan(
         recipe=decided.recipe, layers=layers, fit=choice, caps=settings.caps, outer_bytes=shard_bytes(outer),
@@ -233,8 +233,9 @@ def plan(
 ) -> Plan:
     """What `compress` with the same arguments would take. Of a hub id only config, tokenizer and shard headers are fetched.
 
-    `options` are single fields of RunSettings and of the recipe, as for `compress`. Raises the StreamlapError that `compress`
-    would raise before its first layer, but for one: where the memory does not do, the plan says so in `fits` and `advice`.
+    `options` are single fields of RunSettings and of the recipe, as for `compress`. Raises the
+    StreamlapError that `compress` would raise over its arguments, headers and text. Where the memory does not do, the plan says
+    so in `fits` and `advice`. The disk, the output folder and the weights are not looked at.
     """
     settings, changes = split_options(options)
     target = parse_target(target_size, target_params, changes.get("ratio"))

@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from streamlap.errors import BudgetError
 from streamlap.families.stream import batch_of
 from streamlap.planning.workload import Workload
-from streamlap.settings import Caps as Caps
+from streamlap.settings import Caps
 from streamlap.store.hidden import IN_FLIGHT
 from streamlap.store.source import CHUNK_BYTES
 from streamlap.system.allocator import CAN_KEEP

@@ -8,7 +8,6 @@ from typing import Any
 import torch
 
 from streamlap.families.stream import HEAD_TOKENS, ModelStream
-from streamlap.methods.trained.refine import MASTER_BYTES, STATE_BYTES
 from streamlap.store.header import TensorInfo
 from streamlap.store.staging import staged_bytes
 
@@ -51,8 +50,12 @@ class Workload:
     the dense model: its stream and the compressed one, before and after the first sub-layer."""
     capture: int = 0
     """What the sums over tokens hold, with the edits so far, where a solve looks at the streams itself."""
-    refined: int = 0
-    """Parameters of a layer that is refined; none where no layer is."""
+    trained: int = 0
+    """Parameters of a layer that is trained; none where no layer is."""
+    trained_bytes: int = 0
+    """What training holds for each of them."""
+    trained_state: int = 0
+    """What of that is on the disk between two epochs."""
     copied: int = 0
     """The piece in which a tensor that stays as it is goes from the source to the shard."""
     disk: bool = True
@@ -79,16 +82,16 @@ class Workload:
     @property
     def refinement_state(self) -> int:
         """What is kept on the disk after each epoch of a layer: masters and moments, and the best as it will be stored."""
-        return STATE_BYTES * self.refined + self.edits if self.refined else 0
+        return self.trained_state * self.trained + self.edits if self.trained else 0
 
     @property
     def refinement(self) -> dict[str, int]:
         """What refining a layer holds: masters, gradients and moments; what is stored of the layer, now and of the best; and
         what the forward of one sequence leaves for its gradients."""
-        if not self.refined:
+        if not self.trained:
             return {}
         graph = 4 * self.length * (GRAPH_WIDTHS * self.width + GRAPH_HEADS * self.heads + GRAPH_INNER * self.inner)
-        return {"refinement": MASTER_BYTES * self.refined, "edits": 2 * self.edits, "activations": graph}
+        return {"refinement": self.trained_bytes * self.trained, "edits": 2 * self.edits, "activations": graph}
 
     def activations(self, sequences: int, inner: int) -> int:
         """Most that one forward of a gated layer holds at a time beside its input: three FFN-wide tensors (act(gate), up, their

@@ -218,20 +218,20 @@ def test_a_plan_counts_memory_operations_and_bytes(source: Path) -> None:
     )
     before, after = (compression_workload(stream, layers, SHAPE_NL) for layers in (without, within))
     layer = {name: tensor for name, tensor in stream.layer_tensors(0).items() if tensor.dtype.is_floating_point}
-    assert 0 < after.refined < sum(tensor.numel for tensor in layer.values())
-    assert (before.refined, before.refinement, before.refinement_state) == (0, {}, 0)
-    assert after.refinement["refinement"] == 16 * after.refined
+    assert 0 < after.trained < sum(tensor.numel for tensor in layer.values())
+    assert (before.trained, before.refinement, before.refinement_state) == (0, {}, 0)
+    assert after.refinement["refinement"] == 16 * after.trained
     assert after.edits == within[0].edits_bytes > without[0].edits_bytes, "what was copied is now made"
     assert within[0].copied_bytes == 0
-    assert within[0].trained == after.refined
-    assert after.disk_bytes - before.disk_bytes == 2 * (12 * after.refined + after.edits)
+    assert within[0].trained == after.trained
+    assert after.disk_bytes - before.disk_bytes == 2 * (12 * after.trained + after.edits)
     schedule = make_schedule(after, False, "ram", 4)
     assert schedule.ram["refine"] == after.refinement
     passes = 1 + 3 * EPOCHS, 3 * EPOCHS  # the last layer leaves nothing to a next one
     for at, more in enumerate(passes):
         forward = (within[at].flops - without[at].flops) / (more - (at == 0))
         assert forward == pytest.approx(without[0].flops - without[1].flops)
-    assert within[0].state_bytes == EPOCHS * (12 * after.refined + after.edits)
+    assert within[0].state_bytes == EPOCHS * (12 * after.trained + after.edits)
 
 
 def test_the_command_line_plans_it(source: Path, tokens: Path) -> None:
@@ -268,7 +268,8 @@ for _ in range(2):  # the first time libraries set themselves up
     seen = peak_ram_bytes() - before
     parameters = sum(master.numel() for master in training.masters.values())
     del training
-work = replace(evaluation_workload(stream, 1, 1024), refined=parameters, edits=2 * parameters)
+sizes = {"trained": parameters, "trained_bytes": 16, "trained_state": 12, "edits": 2 * parameters}
+work = replace(evaluation_workload(stream, 1, 1024), **sizes)
 print(sum(work.refinement.values()) - work.edits, seen)
 """
 

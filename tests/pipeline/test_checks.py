@@ -9,12 +9,12 @@ import pytest
 import torch
 from conftest import MakeModel
 from crashes import crash_after
+from outputs import contents
 
 import streamlap
-from streamlap.errors import UnsupportedModel
+from streamlap.errors import BudgetError, UnsupportedModel
 from streamlap.families.layer import StreamLayer
 from streamlap.families.table import FAMILIES, Family
-from streamlap.store.journal import Journal
 
 Look = tuple[str, tuple[int, ...], bool]
 """Of one check: the layer, the shape of the batch, and whether it also asked for what the last linears write."""
@@ -35,11 +35,11 @@ REFUSED = {
 }
 
 
-def begin(model: Path, out: Path, tokens: Path, way: str) -> Any:
+def begin(model: Path, out: Path, tokens: Path, way: str, overwrite: bool = False) -> Any:
     """A compression by a preset, or a survey."""
     if way == "survey":
-        return streamlap.survey(model, out, files=(str(tokens),))
-    return streamlap.compress(model, out, preset=way, ratio=0.4, files=(str(tokens),))
+        return streamlap.survey(model, out, files=(str(tokens),), overwrite=overwrite)
+    return streamlap.compress(model, out, preset=way, ratio=0.4, files=(str(tokens),), overwrite=overwrite)
 
 
 def state_of(out: Path, way: str) -> Path:
@@ -98,24 +98,34 @@ def test_every_run_looks_at_one_sequence_of_its_first_layer(
     pico: MakeModel, tokens: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, looks: list[Look], way: str,
     writes: bool,
 ) -> None:  # fmt: skip
-    """One that goes on too."""
+    """Before it begins: one that goes on is of the same model, by its fingerprint."""
     out = tmp_path / "out"
     crash_after(1, monkeypatch, lambda: begin(pico("qwen2"), out, tokens, way))
     streamlap.resume(out)
-    assert looks == [("model.layers.0", (1, 16, 32), writes)] * 2
+    assert looks == [("model.layers.0", (1, 16, 32), writes)]
 
 
-@pytest.mark.parametrize("way", ["lorap", "best", "survey"])
-def test_a_run_that_goes_on_is_refused_too(
+@pytest.mark.parametrize("way", ["best", "survey"])
+def test_a_refused_model_leaves_an_earlier_result_as_it_was(
     pico: MakeModel, tokens: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, way: str
 ) -> None:
-    """Here, where this process computes the sub-layers otherwise than the one before."""
-    out, shard = tmp_path / "out", tmp_path / "out" / "model-00003-of-00004.safetensors"
-    crash_after(1, monkeypatch, lambda: begin(pico("qwen2"), out, tokens, way))
-    shard.unlink(missing_ok=True)  # it died when that was there
+    out = tmp_path / "out"
+    begin(pico("qwen2"), out, tokens, way)
+    before = contents(out) if out.is_dir() else {"": out.read_bytes()}
     run = StreamLayer.run_sublayer
     monkeypatch.setattr(StreamLayer, "run_sublayer", lambda layer, name, x_BLD: 2 * run(layer, name, x_BLD))
     with pytest.raises(UnsupportedModel, match=r"^model.layers.0: in qwen2, attention and ffn one after another"):
-        streamlap.resume(out)
-    assert Journal.load(state_of(out, way)).next_layer == 1
-    assert not shard.exists()
+        begin(pico("qwen2"), out, tokens, way, overwrite=True)
+    assert (contents(out) if out.is_dir() else {"": out.read_bytes()}) == before
+
+
+def test_memory_that_runs_out_in_the_check_is_an_error_of_the_budget(
+    pico: MakeModel, tokens: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def run_out(*_: object) -> None:
+        raise MemoryError
+
+    monkeypatch.setattr(StreamLayer, "check_sublayers", run_out)
+    with pytest.raises(BudgetError, match="out of memory"):
+        begin(pico("qwen2"), tmp_path / "out", tokens, "best")
+    assert not (tmp_path / "out").exists()

@@ -362,7 +362,9 @@ def test_with_overlap_each_kind_of_work_has_its_thread(
     compress: Compress, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, workers: dict[str, set[str]]
 ) -> None:
     keep_on_disk(monkeypatch)
-    monkeypatch.setattr(layers, "check_sublayers", lambda _: None)  # which waits for the one sequence that it reads
+    monkeypatch.setattr(
+        "streamlap.pipeline.compress.check_sublayers", lambda *_, **__: None
+    )  # which reads in this thread
     compress(tmp_path / "out")
     assert workers == {
         "read layers": {"reader"}, "read states": {"fetcher"}, "write states": {"writer"},
@@ -435,7 +437,7 @@ def test_before_its_first_solve_the_layer_before_is_committed(
     if done:
         crash_after(done, monkeypatch, run)
     monkeypatch.setattr(Journal, "append", append_late)
-    monkeypatch.setattr(one_pass, "edit_layer", noted(one_pass.edit_layer))
+    monkeypatch.setattr(one_pass, "solve_layer", noted(one_pass.solve_layer))
     monkeypatch.setattr(sublayers, "rebuild_layer", noted(sublayers.rebuild_layer))
     run()
     assert committed == {index: index for index in range(done, 3)}

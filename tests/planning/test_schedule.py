@@ -18,8 +18,9 @@ from safetensors.torch import load_file
 from streamlap.errors import BudgetError
 from streamlap.families.stream import HEAD_TOKENS, ModelStream
 from streamlap.planning import schedule as scheduling
-from streamlap.planning.schedule import RUNTIME_BYTES, Caps, fit, least_cap, make_schedule, peak, require_fit, schedules
+from streamlap.planning.schedule import RUNTIME_BYTES, fit, least_cap, make_schedule, peak, require_fit, schedules
 from streamlap.planning.workload import Workload, evaluation_workload, layer_workload
+from streamlap.settings import Caps
 from streamlap.store.source import CHUNK_BYTES
 from streamlap.system.budget import parse_size
 

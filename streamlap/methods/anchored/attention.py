@@ -13,13 +13,13 @@ from typing import ClassVar
 
 import torch
 
-from streamlap.linalg.solution import joined
+from streamlap.linalg.solution import Solution, joined
 from streamlap.loader.forms import Pivoted
 from streamlap.methods.anchored.costs import anchored_cost
-from streamlap.methods.anchored.fitting import held_error, input_aims, low_rank_edit, output_aim
+from streamlap.methods.anchored.fitting import Aim, held_error, input_aims, low_rank_edit, output_aim
 from streamlap.methods.anchored.knobs import Knobs
 from streamlap.methods.anchored.ranks import RankSite
-from streamlap.methods.base import Cost, Layouts, Natives, ParameterBudget, Solved, StreamStatistics
+from streamlap.methods.base import Cost, Layout, Layouts, Natives, ParameterBudget, Solved, StreamStatistics
 
 LEAST_SHARE = 0.25
 """Share of their parameters that q and o must keep where grouped k and v stay dense."""
@@ -59,8 +59,16 @@ class AttentionAnchored(Knobs):
         return anchored_cost(("q", "k", "v"), "o", natives, layouts)
 
     def solve(self, statistics: StreamStatistics, layouts: Layouts) -> Solved:
-        (layout,), layer, edits, columns = layouts.values(), statistics.layer, [], None
+        (layout,) = layouts.values()
+        return self._build(statistics, input_aims(statistics, ("q", "k", "v"), self.input_step), layout)
+
+    def solve_each(self, statistics: StreamStatistics, layouts: Layouts) -> dict[str, Solved]:
+        """Every layout in full, as a survey wants them."""
         inputs = input_aims(statistics, ("q", "k", "v"), self.input_step)
+        return {name: self._build(statistics, inputs, layout) for name, layout in layouts.items()}
+
+    def _build(self, statistics: StreamStatistics, inputs: Solution[list[Aim]], layout: Layout) -> Solved:
+        layer, edits, columns = statistics.layer, [], None
         for aim in inputs.value:
             edit, order = low_rank_edit(layer, aim, layout.get(aim.role))
             edits.append(edit)
@@ -75,10 +83,6 @@ class AttentionAnchored(Knobs):
             edits=edits, error=held_error(edits[-1], seen),
             notes=joined(inputs.notes, output.notes, *(edit.notes for edit in edits)),
         )  # fmt: skip
-
-    def solve_each(self, statistics: StreamStatistics, layouts: Layouts) -> dict[str, Solved]:
-        """Every layout, as a survey wants them."""
-        return {name: self.solve(statistics, {"": layout}) for name, layout in layouts.items()}
 
 
 def mixed_columns(order_V: torch.Tensor, groups: int, width: int) -> torch.Tensor:

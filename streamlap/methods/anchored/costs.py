@@ -8,19 +8,18 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from streamlap.linalg.anchor import LARGE
-from streamlap.linalg.moments import CHUNK_TOKENS, ROW_BLOCK
+from streamlap.linalg.moments import CHUNK_TOKENS, HELD_TOKENS, ROW_BLOCK
 from streamlap.methods.base import Cost, Layout, Layouts, Natives
-
-HELD_TOKENS = 4096
-"""Most rows that are held out to choose by."""
 
 SINGLE = 0.8
 """An eigen-problem in float32 takes as long as one of so much of its size in float64."""
 
 
 def anchored_cost(reads: Sequence[str], last: str, natives: Natives, layouts: Layouts) -> Cost:
-    """The cost of one layout; of several, that of the costliest, a last linear for each while channels go, and from then on
-    the rows of all channels in what the others are cut to.
+    """The cost of one layout; of several, that of comparing them and of building the costliest.
+
+    While channels are removed, a last linear is held for each layout. From then on the factors of the other linears have the
+    rows of all channels.
 
     Args: reads, roles that read the sub-layer's input; last, the role that writes its output.
     """

@@ -70,7 +70,7 @@ def compare(statistics: StreamStatistics, aims: Sequence[Aim], layouts: Layouts)
     return Solution(Divisions(errors=errors, kept=kept, subspaces=whole), notes=joined(*notes))
 
 
-def kept_channels(statistics: StreamStatistics, aims: Sequence[Aim], count: int) -> Solution[torch.Tensor]:
+def channels_to_keep(statistics: StreamStatistics, aims: Sequence[Aim], count: int) -> Solution[torch.Tensor]:
     """The channels that stay where so many do, ascending."""
     pruned = next(removals(*reads_whole(statistics, aims), [count]))
     return Solution(pruned.value.kept_K, notes=pruned.notes)

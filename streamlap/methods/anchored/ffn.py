@@ -23,7 +23,7 @@ from streamlap.linalg.solution import Solution, joined
 from streamlap.linalg.subspace import Subspace
 from streamlap.loader.forms import Pivoted
 from streamlap.methods.anchored.costs import anchored_cost
-from streamlap.methods.anchored.divisions import Division, Divisions, compare, kept_channels, on_rows, subspaces
+from streamlap.methods.anchored.divisions import Division, Divisions, channels_to_keep, compare, on_rows, subspaces
 from streamlap.methods.anchored.fitting import (
     Aim,
     dense_edit,
@@ -104,7 +104,7 @@ class FfnAnchored(Knobs):
             built = self._build(statistics, inputs.value, layouts[name], Division())
             return replace(built, errors={name: built.error}, notes=joined(inputs.notes, built.notes))
         compared = compare(statistics, inputs.value, layouts)
-        name = best_of(compared.value)
+        name = best_variant(compared.value)
         built = self._build(statistics, inputs.value, layouts[name], compared.value.division(layouts[name]))
         errors = {variant: error for variant, error in compared.value.errors.items() if math.isfinite(error)}
         return replace(
@@ -143,7 +143,7 @@ class FfnAnchored(Knobs):
             return None, ()
         if known is not None:
             return known, ()
-        chosen = kept_channels(statistics, aims, layout["down"].shape[1])
+        chosen = channels_to_keep(statistics, aims, layout["down"].shape[1])
         return chosen.value, chosen.notes
 
 
@@ -156,7 +156,7 @@ def _channels(parameters: int, width: int, hidden: int, biases: int, share: floa
     return min(kept, width)
 
 
-def best_of(compared: Divisions) -> str:
+def best_variant(compared: Divisions) -> str:
     """The variant of least error. Raises NumericalError where that is no number."""
     finite = {name: error for name, error in compared.errors.items() if math.isfinite(error)}
     best = min(compared.errors, key=lambda name: finite.get(name, math.inf))

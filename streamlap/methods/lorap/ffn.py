@@ -10,7 +10,7 @@ from torch import nn
 
 from streamlap.errors import RecipeError
 from streamlap.families.layer import Edit, StreamLayer
-from streamlap.linalg.budget import Removal, lorap_removal
+from streamlap.linalg.budget import Removal, lorap_removal, removal_keeping
 from streamlap.linalg.channels import channel_bytes, kept_channels, lorap_scores, removed_energy
 from streamlap.loader.forms import Dense
 from streamlap.methods.base import Cost, DenseStatistics, Layouts, Natives, ParameterBudget, Solved
@@ -49,9 +49,8 @@ class FfnLorap:
         layer, scale_mid_F = statistics.layer, statistics.scale("down")
         w_gate, w_up, w_down = (layer.linear(role).weight for role in ("gate", "up", "down"))
         score_F = lorap_scores(w_gate, w_up, w_down, statistics.scale("gate"), scale_mid_F)
-        width, kept_count = w_down.shape[1], layouts[""]["down"].shape[1]
-        begin = int(width * self.protect)
-        kept = kept_channels(score_F, Removal(begin=begin, end=begin + width - kept_count, width=width))
+        removal = removal_keeping(w_down.shape[1], layouts[""]["down"].shape[1], self.protect)
+        kept = kept_channels(score_F, removal)
         return Solved(edits=narrowed_ffn(layer, kept, removed_energy(w_down, scale_mid_F, kept)))
 
 

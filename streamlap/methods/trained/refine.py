@@ -11,27 +11,27 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 
 from streamlap.errors import RecipeError, shown
 from streamlap.linalg.rows import rows_out
 from streamlap.linalg.statistics import all_finite
-from streamlap.methods.base import Pair, Run
+from streamlap.methods.base import Pair, RunLayer
 
 MOST_EPOCHS = 10_000
 
-MASTER_BYTES = 16
-"""For each parameter of the layer, in float32: itself, its gradient, and the two moments of AdamW."""
-STATE_BYTES = 12
-"""Of these, what is kept on the disk between two epochs."""
 BETAS = (0.9, 0.95)
 LEAST_SIZE = 1e-3
 
 
 @dataclass(frozen=True, kw_only=True)
 class Refine:
-    """Knobs of the training."""
+    """Knobs of the training. In float32 it holds of each parameter: itself, its gradient, and the two moments of AdamW."""
+
+    held_bytes: ClassVar[int] = 16
+    state_bytes: ClassVar[int] = 12
 
     epochs: int = 25
     """Times that every calibration sequence is seen, at most."""
@@ -56,7 +56,7 @@ class Refine:
             if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value <= most:
                 raise RecipeError(f"refine: {name} is {shown(value)}; wanted a number above 0 and at most {most:g}.")
 
-    def start(self, parameters: Iterable[tuple[str, torch.Tensor]], run: Run, steps: int) -> Refining:
+    def start(self, parameters: Iterable[tuple[str, torch.Tensor]], run: RunLayer, steps: int) -> Refining:
         return Refining(self, parameters, run, steps)
 
     def rate(self, step: int, steps: int) -> float:
@@ -84,7 +84,7 @@ def distances(target_BLD: torch.Tensor, y_BLD: torch.Tensor) -> torch.Tensor:
 class Refining:
     """The training of one layer: its float32 masters, AdamW, and the best that came of it; see `base.Training`."""
 
-    def __init__(self, knobs: Refine, start: Iterable[tuple[str, torch.Tensor]], run: Run, steps: int) -> None:
+    def __init__(self, knobs: Refine, start: Iterable[tuple[str, torch.Tensor]], run: RunLayer, steps: int) -> None:
         self.knobs, self._run, self._steps = knobs, run, steps
         self.dtypes: dict[str, torch.dtype] = {}
         self.masters: dict[str, torch.Tensor] = {}
@@ -140,8 +140,8 @@ class Refining:
         self._update = wanted / tokens or 1.0
         return missed / (self._update * tokens)
 
-    def step(self, place: int, pair: Pair) -> float:
-        """The step of that number in this epoch, along the gradients of the loss on `pair`; gives that loss."""
+    def step(self, place: int, pair: Pair) -> None:
+        """The step of that number in this epoch, along the gradients of the loss on `pair`."""
         x_BLD, target_BLD = pair
         self._adam.zero_grad()
         found = distances(target_BLD, self._run(self.masters, x_BLD))
@@ -151,7 +151,10 @@ class Refining:
         for group in self._adam.param_groups:
             group["lr"] = rate * group["size"]
         self._adam.step()
-        return float(loss.detach())
+
+    def begin(self, loss: float) -> None:
+        """Take down the loss before the first epoch."""
+        self.held.append(loss)
 
     def close_epoch(self, loss: float) -> None:
         """Take down the loss after an epoch, and the parameters where it is the least so far."""
