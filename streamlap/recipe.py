@@ -127,10 +127,11 @@ class Recipe:
                 f"methods are {names}; wanted one-pass methods alone, or anchored ones for every sub-layer: "
                 f"{', '.join(counts)}."
             )
-        if not self.anchored and (twice := [name for name, count in counts.items() if count > 1]):
-            raise RecipeError(
-                f"one-pass methods {', '.join(self.of_sublayer(twice[0]))} all edit {twice[0]}; wanted one. Drop the others."
-            )
+        for name, rivals in ((name, self.of_sublayer(name).values()) for name in counts):
+            if len(rivals) > 1 and not self.anchored:
+                raise RecipeError(
+                    f"one-pass methods {', '.join(map(method_name, rivals))} all edit {name}; wanted one. Drop the others."
+                )
         if len(self.trained) > 1:
             raise RecipeError(
                 f"methods have {len(self.trained)} that train ({', '.join(map(method_name, self.trained))}); wanted one."

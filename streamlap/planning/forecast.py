@@ -66,6 +66,10 @@ class LayerPlan:
     """How often they are written to it where memory does not keep them."""
     trained: int = 0
     """Parameters that are trained."""
+    trained_bytes: int = 0
+    """What training holds for them."""
+    trained_state: int = 0
+    """What of that is on the disk between two epochs."""
     state_bytes: int = 0
     """What training writes after its epochs, all together."""
 
@@ -96,7 +100,8 @@ def forecast_layer(
 ) -> LayerPlan:
     copied, made = planned_tensors(stream, index, layout)
     natives, stored = stream.natives(index), stream.layer_tensors(index).values()
-    epochs, state = max(((method.epochs, method.state_bytes) for method in recipe.trained), default=(0, 0))
+    trained = recipe.trained[0] if recipe.trained else None
+    epochs = trained.epochs if trained else 0
     costs = [found.cost for rivals in candidates.values() for found in rivals]
     dense_flops = forward_flops(natives, sum(info.numel for info in stored), shape_NL)
     kept = sum(info.numel for info in copied.values()) + sum(tensor.numel() for tensor in made.values())
@@ -109,7 +114,9 @@ def forecast_layer(
     return LayerPlan(
         index=index, candidates=candidates, layout=layout, output_bytes=shard_bytes({**copied, **made}),
         copied_bytes=copied_bytes, edits_bytes=made_bytes,
-        trained=kept if epochs else 0, state_bytes=epochs * (state * kept + made_bytes),
+        trained=kept if trained else 0, trained_bytes=trained.held_bytes * kept if trained else 0,
+        trained_state=trained.state_bytes * kept if trained else 0,
+        state_bytes=epochs * (trained.state_bytes * kept + made_bytes) if trained else 0,
         source_bytes=sum(info.nbytes for info in stored), largest_bytes=max(info.nbytes for info in stored),
         solve_bytes=solve_bytes(stream, recipe, index, candidates, made),
         capture_bytes=max((cost.capture_bytes for cost in costs), default=0) * anchored,
@@ -157,9 +164,7 @@ def forward_flops(natives: Natives, parameters: int, shape_NL: tuple[int, int]) 
     return sequences * length * (2 * parameters + 2 * length * natives["q"].shape[0])
 
 
-def compression_workload(
-    stream: ModelStream, recipe: Recipe, layers: Sequence[LayerPlan], shape_NL: tuple[int, int]
-) -> Workload:
+def compression_workload(stream: ModelStream, layers: Sequence[LayerPlan], shape_NL: tuple[int, int]) -> Workload:
     """Sizes of `compress`."""
     return Workload(
         **layer_workload(stream, *shape_NL),
@@ -167,7 +172,7 @@ def compression_workload(
         inner_after=max(layer.widest for layer in layers),
         streams=4 if layers[0].capture_bytes else 1, capture=max(layer.capture_bytes for layer in layers),
         trained=max(layer.trained for layer in layers),
-        trained_bytes=max((method.held_bytes for method in recipe.trained), default=0),
-        trained_state=max((method.state_bytes for method in recipe.trained), default=0),
+        trained_bytes=max(layer.trained_bytes for layer in layers),
+        trained_state=max(layer.trained_state for layer in layers),
         copied=min(CHUNK_BYTES, max(layer.largest_bytes for layer in layers)),
     )  # fmt: skip

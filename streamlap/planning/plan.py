@@ -203,7 +203,7 @@ def decide(stream: ModelStream, recipe: Recipe, target: Target | None = None) ->
 def make_plan(stream: ModelStream, decided: Decided, shape_NL: tuple[int, int], settings: RunSettings) -> Plan:
     """What that takes for so many calibration tokens, and how to go about it with these settings."""
     layers = forecast_layers(stream, decided.recipe, decided.candidates, shape_NL)
-    choice = fit(compression_workload(stream, decided.recipe, layers, shape_NL), settings.caps, settings.overlap)
+    choice = fit(compression_workload(stream, layers, shape_NL), settings.caps, settings.overlap)
     outer = stream.outer_tensors()
     return Plan(
         recipe=decided.recipe, layers=layers, fit=choice, caps=settings.caps, outer_bytes=shard_bytes(outer),

@@ -53,7 +53,7 @@ class Workload:
     trained: int = 0
     """Parameters of a layer that is trained; none where no layer is."""
     trained_bytes: int = 0
-    """What training holds for each of them."""
+    """What training holds for them."""
     trained_state: int = 0
     """What of that is on the disk between two epochs."""
     copied: int = 0
@@ -82,7 +82,7 @@ class Workload:
     @property
     def refinement_state(self) -> int:
         """What is kept on the disk after each epoch of a layer: masters and moments, and the best as it will be stored."""
-        return self.trained_state * self.trained + self.edits if self.trained else 0
+        return self.trained_state + self.edits if self.trained else 0
 
     @property
     def refinement(self) -> dict[str, int]:
@@ -91,7 +91,7 @@ class Workload:
         if not self.trained:
             return {}
         graph = 4 * self.length * (GRAPH_WIDTHS * self.width + GRAPH_HEADS * self.heads + GRAPH_INNER * self.inner)
-        return {"refinement": self.trained_bytes * self.trained, "edits": 2 * self.edits, "activations": graph}
+        return {"refinement": self.trained_bytes, "edits": 2 * self.edits, "activations": graph}
 
     def activations(self, sequences: int, inner: int) -> int:
         """Most that one forward of a gated layer holds at a time beside its input: three FFN-wide tensors (act(gate), up, their

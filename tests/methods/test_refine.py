@@ -268,7 +268,7 @@ for _ in range(2):  # the first time libraries set themselves up
     seen = peak_ram_bytes() - before
     parameters = sum(master.numel() for master in training.masters.values())
     del training
-sizes = {"trained": parameters, "trained_bytes": 16, "trained_state": 12, "edits": 2 * parameters}
+sizes = {"trained": parameters, "trained_bytes": 16 * parameters, "trained_state": 12 * parameters, "edits": 2 * parameters}
 work = replace(evaluation_workload(stream, 1, 1024), **sizes)
 print(sum(work.refinement.values()) - work.edits, seen)
 """

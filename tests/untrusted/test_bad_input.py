@@ -381,7 +381,7 @@ RECIPES: dict[str, tuple[str, tuple[str, ...]]] = {
     "methods is text": ("methods: ffn_lorap", ("methods", "ffn_lorap", "attention_awsvd")),
     "two methods for one sub-layer": (
         "methods: [{method: ffn_lorap}, {method: ffn_lorap, protect: 0}]",
-        ("methods ffn_lorap, ffn_lorap both edit ffn", "one for a sub-layer"),
+        ("one-pass methods ffn_lorap, ffn_lorap all edit ffn", "wanted one. Drop the others"),
     ),
     "knob is text": ("methods: [{method: attention_awsvd, alpha: big}]", ("attention_awsvd", "alpha is 'big'")),
     "knob out of range": ("methods: [{method: attention_awsvd, alpha: 0}]", ("alpha is 0", "1 to 100")),
