@@ -9,13 +9,13 @@ from __future__ import annotations
 
 import torch
 
-from streamlap.linalg.anchor import DAMPING
+from streamlap.linalg.gram import DAMPING, Gram
 from streamlap.linalg.obs import Rest
 from streamlap.linalg.solution import Solution
 
 
 def group_order(
-    w_o_DO: torch.Tensor, gram_OO: torch.Tensor, heads_kv: int, heads_q: int, least: int = 1, damping: float = DAMPING
+    w_o_DO: torch.Tensor, gram: Gram, heads_kv: int, heads_q: int, least: int = 1, damping: float = DAMPING
 ) -> Solution[tuple[torch.Tensor, torch.Tensor]]:
     """The order in which KV heads should go until `least` are left, and the squared error after each. Greedy, one a round.
 
@@ -23,7 +23,7 @@ def group_order(
     Gram, each of all heads that have gone by then. Raises ValueError where the widths do not fit the heads.
     """
     size, group = _sizes(w_o_DO, heads_kv, heads_q)
-    rest = Rest(w_o_DO, gram_OO, damping)
+    rest = Rest(w_o_DO, gram, damping)
     alive, gone, losses = list(range(heads_kv)), list[int](), list[float]()
     while len(alive) > least:
         columns = {g: _columns(w_o_DO, g, group * size) for g in alive}

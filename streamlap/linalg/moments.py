@@ -1,7 +1,7 @@
 """Second moments of what a linear reads, and of that against what it should give: all that a closed form needs of the tokens.
 
-Each equals its one-shot formula, whatever the batches. Sums are float64. Products are float32 where the tokens are narrower
-than float64, and each covers a fixed number of tokens, so that the sum over a billion tokens is as exact as over a thousand.
+Each equals its one-shot formula, whatever the batches. Products are float32 where the tokens are narrower than float64, and
+each covers a fixed number of tokens; their sums are as exact for a billion tokens as for a thousand, see `gram`.
 
 Shape suffixes: T tokens, I in, A anchor (out, or in of the dense stream).
 """
@@ -13,14 +13,11 @@ from collections.abc import Sequence
 
 import torch
 
-from streamlap.linalg.products import product
+from streamlap.linalg.gram import Gram, GramSum, Sum
 from streamlap.linalg.statistics import all_finite
 
 CHUNK_TOKENS = 4096
 """Tokens in one product. Fixed, and counted across updates: the bits do not depend on the batches."""
-
-ROW_BLOCK = 2048
-"""Rows of a sum that are computed at a time: beside the sum itself, memory holds one block of so many."""
 
 
 class Moments:
@@ -28,13 +25,11 @@ class Moments:
 
     def __init__(self) -> None:
         self.tokens = 0
-        self._gram_II: torch.Tensor | None = None
-        self._cross_AI: torch.Tensor | None = None
+        self._gram: GramSum | None = None
+        self._cross: Sum | None = None
         self._chunk: list[torch.Tensor] = []
         """Tokens that wait until a chunk is full, and their anchors; copied, since the caller may use its memory again."""
         self._waiting = 0
-        self._half = False
-        """Whether only the upper blocks of the Gram are up to date."""
 
     def update(self, x_TI: torch.Tensor, anchor_TA: torch.Tensor) -> None:
         """Take in tokens and the anchor of each; anchors of width 0 where S alone is wanted."""
@@ -57,32 +52,35 @@ class Moments:
         """Take in what another instance has seen."""
         if not other.tokens:
             return
-        for mine, theirs in (("_gram_II", other.gram_II), ("_cross_AI", other.cross_AI)):
-            held = getattr(self, mine)
-            setattr(self, mine, theirs.clone() if held is None else held.add_(theirs.to(held.device)))
+        other._flush()
+        assert other._gram is not None
+        assert other._cross is not None
+        gram, cross = self._sums(len(other._gram), other._cross.shape[0], other._gram.device)
+        gram.merge(other._gram)
+        cross.merge(other._cross)
         self.tokens += other.tokens
 
-    @property
-    def gram_II(self) -> torch.Tensor:  # noqa: N802
-        """Sum of x x', float64. At least one token must have come."""
+    def finish(self) -> tuple[Gram, torch.Tensor]:
+        """S, and C in the dtype to solve in; the sums end here. At least one token must have come."""
         self._flush()
-        assert self._gram_II is not None, "no tokens were seen"
-        if self._half:
-            mirror(self._gram_II)
-            self._half = False
-        return self._gram_II
-
-    @property
-    def cross_AI(self) -> torch.Tensor:  # noqa: N802
-        """Sum of t x', float64. At least one token must have come."""
-        self._flush()
-        assert self._cross_AI is not None, "no tokens were seen"
-        return self._cross_AI
+        assert self._gram is not None, "no tokens were seen"
+        assert self._cross is not None, "no tokens were seen"
+        gram, cross_AI = self._gram.gram(), self._cross.total
+        self._gram = self._cross = None
+        return gram, cross_AI
 
     @property
     def finite(self) -> bool:
-        """Whether all tokens and their products in float32 were finite; one bad number shows in every sum of its row."""
-        return not self.tokens or all(map(all_finite, (self.gram_II.diagonal(), self.cross_AI[:, 0])))
+        """Whether all tokens and their products were finite; one bad number shows in every sum of its row."""
+        self._flush()
+        if self._gram is None or self._cross is None:
+            return True
+        return all(map(all_finite, (self._gram.diagonal_I, self._cross.total[:, 0])))
+
+    def _sums(self, inputs: int, anchors: int, device: torch.device) -> tuple[GramSum, Sum]:
+        if self._gram is None or self._cross is None:
+            self._gram, self._cross = GramSum(inputs, device), Sum((anchors, inputs), device)
+        return self._gram, self._cross
 
     def _flush(self) -> None:
         """Sum the tokens that wait, and free the memory that they waited in."""
@@ -94,35 +92,9 @@ class Moments:
         wide = functools.reduce(torch.promote_types, [held.dtype for held in self._chunk], torch.float32)
         x_TI, anchor_TA = (held[: self._waiting].to(wide) for held in self._chunk)
         self._waiting = 0
-        if self._gram_II is None or self._cross_AI is None:
-            self._gram_II = x_TI.new_zeros(x_TI.shape[1], x_TI.shape[1], dtype=torch.float64)
-            self._cross_AI = x_TI.new_zeros(anchor_TA.shape[1], x_TI.shape[1], dtype=torch.float64)
-        add_upper(self._gram_II, x_TI)
-        self._half = True
-        anchor_AT = anchor_TA.T.contiguous()
-        for first in range(0, len(anchor_AT), ROW_BLOCK):
-            self._cross_AI[first : first + ROW_BLOCK].add_(product(anchor_AT[first : first + ROW_BLOCK], x_TI))
-
-
-def add_upper(sum_II: torch.Tensor, x_TI: torch.Tensor) -> None:
-    """sum += x' x, the blocks on and above the diagonal."""
-    x_IT = x_TI.T.contiguous()  # of which every block of rows lies in one piece
-    for first in range(0, len(sum_II), ROW_BLOCK):
-        sum_II[first : first + ROW_BLOCK, first:].add_(product(x_IT[first : first + ROW_BLOCK], x_IT[first:].T))
-
-
-def mirror(sum_II: torch.Tensor) -> None:
-    """The blocks below the diagonal from those above it."""
-    for first in range(ROW_BLOCK, len(sum_II), ROW_BLOCK):
-        sum_II[first : first + ROW_BLOCK, :first] = sum_II[:first, first : first + ROW_BLOCK].T
-
-
-def squares(x_TI: torch.Tensor) -> torch.Tensor:
-    """x' x, in the dtype of x."""
-    sum_II = x_TI.new_zeros(x_TI.shape[1], x_TI.shape[1])
-    add_upper(sum_II, x_TI)
-    mirror(sum_II)
-    return sum_II
+        gram, cross = self._sums(x_TI.shape[1], anchor_TA.shape[1], x_TI.device)
+        gram.add(x_TI)
+        cross.add(anchor_TA, x_TI)
 
 
 HELD_TOKENS = 4096

@@ -12,7 +12,8 @@ from collections.abc import Sequence
 
 import torch
 
-from streamlap.linalg.anchor import root, solve_triangular
+from streamlap.linalg.anchor import root
+from streamlap.linalg.gram import Gram, solve_triangular
 from streamlap.linalg.lowrank import solver_threads
 from streamlap.linalg.products import product
 from streamlap.linalg.solution import Solution, joined
@@ -90,7 +91,7 @@ def _grouped(basis_OR: torch.Tensor, groups: int) -> Solution[torch.Tensor]:
 
 def _without(basis_OR: torch.Tensor, taken_QR: torch.Tensor) -> Solution[torch.Tensor]:
     """Every row of the basis less its part in the span of the rows `taken_QR`."""
-    factor_QQ = root(product(taken_QR, taken_QR.T))
+    factor_QQ = root(Gram.of(product(taken_QR, taken_QR.T)))
     span_QR = solve_triangular(factor_QQ.value, taken_QR, upper=False)
     return Solution(product(product(basis_OR, span_QR.T), span_QR).neg_().add_(basis_OR), notes=factor_QQ.notes)
 

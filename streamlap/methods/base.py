@@ -23,6 +23,7 @@ import torch
 
 from streamlap.errors import NumericalError
 from streamlap.families.layer import Edit, StreamLayer
+from streamlap.linalg.gram import Gram
 from streamlap.linalg.moments import Sample
 from streamlap.linalg.statistics import Energy
 from streamlap.loader.forms import Dense, Form
@@ -104,7 +105,7 @@ class DenseStatistics:
 class Captured:
     """Sums over most tokens, in the dtype to solve in, and rows of others to choose by."""
 
-    gram_II: torch.Tensor
+    gram: Gram
     cross_AI: torch.Tensor
     held: Sample
 
@@ -118,7 +119,7 @@ class StreamStatistics(Protocol):
     @property
     def sublayer(self) -> str: ...
 
-    def input_gram(self) -> torch.Tensor:
+    def input_gram(self) -> Gram:
         """The Gram of `inputs` alone."""
         ...
 
@@ -131,7 +132,7 @@ class StreamStatistics(Protocol):
         arrive where the dense model is, the bias of that linear apart. Each token is divided by the size of that stream."""
         ...
 
-    def middle_gram(self, edits: Sequence[Edit]) -> torch.Tensor:
+    def middle_gram(self, edits: Sequence[Edit]) -> Gram:
         """The Gram of `middles` alone, from the same tokens."""
         ...
 

@@ -14,7 +14,7 @@ import torch
 from streamlap.errors import NumericalError
 from streamlap.families.layer import Edit, StreamLayer
 from streamlap.families.linears import Sublayer
-from streamlap.linalg.anchor import working
+from streamlap.linalg.gram import Gram
 from streamlap.linalg.moments import HELD_TOKENS, Moments, Sample, is_held
 from streamlap.linalg.rows import any_out, blanked, finite_rows
 from streamlap.methods.base import Captured
@@ -79,23 +79,23 @@ class SublayerStatistics:
 
         return self._capture(look, [self.dense, self.compressed], self._parts.reads[0])
 
-    def input_gram(self) -> torch.Tensor:
+    def input_gram(self) -> Gram:
         def look(x_BLD: torch.Tensor) -> Rows:
             return self.layer.sublayer_input(self.sublayer, x_BLD), x_BLD[..., :0]
 
-        return self._capture(look, [self.compressed], self._parts.reads[0]).gram_II
+        return self._capture(look, [self.compressed], self._parts.reads[0]).gram
 
     def middles(self, edits: Sequence[Edit]) -> Captured:
         with self.layer.tried(edits):
             return self._capture(self._middle, [self.target, self.compressed], self._parts.writes)
 
-    def middle_gram(self, edits: Sequence[Edit]) -> torch.Tensor:
+    def middle_gram(self, edits: Sequence[Edit]) -> Gram:
         def look(target_BLD: torch.Tensor, x_BLD: torch.Tensor) -> Rows:
             x_BLI, _ = self._middle(target_BLD, x_BLD)
             return x_BLI, target_BLD[..., :0]
 
         with self.layer.tried(edits):
-            return self._capture(look, [self.target, self.compressed], self._parts.writes).gram_II
+            return self._capture(look, [self.target, self.compressed], self._parts.writes).gram
 
     def held_middles(self, edits: Sequence[Edit]) -> Sample:
         with self.layer.tried(edits):
@@ -119,9 +119,9 @@ class SublayerStatistics:
     def _capture(self, look: Look, states: Sequence[HiddenStates], role: str) -> Captured:
         """Sums and rows of what the linear of `role` reads, in the dtype to solve in."""
         found = self._gather(look, states)
-        self._dead.setdefault(role, int((found.moments.gram_II.diagonal() == 0).sum()))
-        gram_II, cross_AI = working(found.moments.gram_II, found.moments.cross_AI)
-        return Captured(gram_II=gram_II, cross_AI=cross_AI, held=found.held)
+        gram, cross_AI = found.moments.finish()
+        self._dead.setdefault(role, int((gram.diagonal_I == 0).sum()))
+        return Captured(gram=gram, cross_AI=cross_AI, held=found.held)
 
     def _gather(self, look: Look, states: Sequence[HiddenStates], fitted: bool = True) -> Gathered:
         """Sums over (x, anchor) of every sequence, or where its turn comes its rows; without `fitted` these alone.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from streamlap.linalg.gram import Gram
 from streamlap.linalg.heads import group_order
 
 HIDDEN, SIZE, TOKENS, TINY = 10, 4, 80, 1e-13
@@ -31,7 +32,7 @@ def reads(w_v_VI: torch.Tensor, bias_V: torch.Tensor, mixed_HTI: torch.Tensor, h
 @pytest.mark.parametrize(("heads_kv", "heads_q"), [(3, 4), (2, 6)])
 def test_heads_that_do_not_divide_are_refused(heads_kv: int, heads_q: int) -> None:
     with pytest.raises(ValueError, match=f"{heads_q} query heads"):
-        group_order(torch.ones(HIDDEN, 16), torch.eye(16).double(), heads_kv, heads_q)
+        group_order(torch.ones(HIDDEN, 16), Gram.of(torch.eye(16).double()), heads_kv, heads_q)
 
 
 def refit_loss(w_o_DO: torch.Tensor, x_TO: torch.Tensor, gone: list[int], heads_kv: int) -> float:
@@ -47,7 +48,7 @@ def test_losses_of_groups_are_those_of_refits(heads_kv: int, heads_q: int) -> No
     w_v_VI, bias_V, w_o_DO, mixed_HTI = problem(heads_kv, heads_q)
     x_TO = reads(w_v_VI, bias_V, mixed_HTI, heads_kv)
     gram_OO = x_TO.T @ x_TO
-    order_G, losses = group_order(w_o_DO, gram_OO, heads_kv, heads_q, damping=TINY).value
+    order_G, losses = group_order(w_o_DO, Gram.of(gram_OO), heads_kv, heads_q, damping=TINY).value
     assert len(losses) == heads_kv - 1
     gone: list[int] = []
     for g, lost in zip(order_G.tolist(), losses.tolist(), strict=False):
@@ -61,7 +62,7 @@ def test_groups_down_to_a_number_and_a_silent_one_first() -> None:
     w_v_VI, bias_V, w_o_DO, mixed_HTI = problem(4, 4)
     w_v_VI[2 * SIZE : 3 * SIZE], bias_V[2 * SIZE : 3 * SIZE] = 0, 0
     x_TO = reads(w_v_VI, bias_V, mixed_HTI, 4)
-    order_G, losses = group_order(w_o_DO, x_TO.T @ x_TO, 4, 4, least=2).value
+    order_G, losses = group_order(w_o_DO, Gram.of(x_TO.T @ x_TO), 4, 4, least=2).value
     assert int(order_G[0]) == 2
     assert float(losses[0]) == 0
     assert len(losses) == 2

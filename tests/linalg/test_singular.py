@@ -16,7 +16,8 @@ from safetensors.torch import load_file, save_file
 
 import streamlap
 from streamlap.errors import CheckpointError, NumericalError
-from streamlap.linalg.anchor import DAMPING, MOST_DAMPING, anchored, cholesky, damped, root
+from streamlap.linalg.anchor import anchored, root
+from streamlap.linalg.gram import DAMPING, MOST_DAMPING, Gram
 from streamlap.linalg.lowrank import eigh
 from streamlap.linalg.moments import Moments
 from streamlap.linalg.obs import removals
@@ -60,7 +61,11 @@ def gram(kind: str) -> torch.Tensor:
     moments = Moments()
     x_TI = rows(kind).float()
     moments.update(x_TI, x_TI[:, :0])
-    return moments.gram_II
+    return moments.finish()[0].dense()
+
+
+def factor(gram_II: torch.Tensor) -> torch.Tensor:
+    return Gram.of(gram_II).cholesky().value.dense(gram_II.dtype)
 
 
 # --- damping --------------------------------------------------------------------------------------------
@@ -70,36 +75,38 @@ def gram(kind: str) -> torch.Tensor:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_damping_grows_tenfold_until_it_is_enough(least: float, used: float, dtype: torch.dtype) -> None:
     gram_II = indefinite(least).to(dtype)
-    factor = cholesky(gram_II)
-    torch.testing.assert_close(factor.value @ factor.value.T, damped(gram_II, used), rtol=1e-4, atol=1e-4)
+    found = Gram.of(gram_II).cholesky()
+    factor_II = found.value.dense(dtype)
+    damped_II = gram_II + used * torch.eye(SIZE, dtype=dtype)
+    torch.testing.assert_close(factor_II @ factor_II.T, damped_II, rtol=1e-4, atol=1e-4)
     grown = (f"damping {used:g} where 0.001 was not enough for a Gram of size {SIZE}",)
-    assert factor.notes == (() if used == DAMPING else grown)
+    assert found.notes == (() if used == DAMPING else grown)
 
 
 def test_a_gram_that_is_less_than_nothing_by_rounding_is_damped_as_an_empty_one() -> None:
     for gram_II in (torch.zeros(3, 3), -1e-12 * torch.eye(3)):
-        torch.testing.assert_close(cholesky(gram_II.double()).value, DAMPING**0.5 * torch.eye(3).double())
+        torch.testing.assert_close(factor(gram_II.double()), DAMPING**0.5 * torch.eye(3).double())
 
 
 def test_damping_has_an_end() -> None:
-    for solve in (cholesky, root):
+    for solve in (Gram.cholesky, root):
         with pytest.raises(NumericalError, match=rf"not positive definite after damping of {MOST_DAMPING:g};"):
-            solve(indefinite(-0.2))
+            solve(Gram.of(indefinite(-0.2)))
 
 
 @pytest.mark.parametrize("least", [1e-2, -5e-3, -5e-2])
 def test_what_is_right_already_stays_however_much_it_is_damped(least: float) -> None:
     """W is pulled to itself with the damping that was used, not with that which was asked for."""
     gram_II, w_OI = indefinite(least), normal(6, SIZE, seed=3)
-    torch.testing.assert_close(anchored(w_OI, gram_II, w_OI @ gram_II).value, w_OI, rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(anchored(w_OI, Gram.of(gram_II), w_OI @ gram_II).value, w_OI, rtol=1e-9, atol=1e-9)
 
 
 def test_a_gram_slightly_askew_is_one_all_the_same() -> None:
     gram_II = indefinite(0.1)
     askew_II = gram_II + 1e-9 * normal(SIZE, SIZE, seed=4)
-    torch.testing.assert_close(cholesky(askew_II).value, cholesky(gram_II).value, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(factor(askew_II), factor(gram_II), rtol=1e-6, atol=1e-6)
     t_OI = normal(6, SIZE, seed=3)
-    found, wanted = (subspace(t_OI, g, 3).value for g in (askew_II, gram_II))
+    found, wanted = (subspace(t_OI, Gram.of(g), 3).value for g in (askew_II, gram_II))
     torch.testing.assert_close(found.basis_OR @ found.map_RI, wanted.basis_OR @ wanted.map_RI, rtol=0, atol=1e-6)
 
 
@@ -108,7 +115,7 @@ def test_a_fit_on_a_singular_gram_is_right_where_tokens_went(kind: str) -> None:
     """And keeps W where none went."""
     gram_II, x_TI = gram(kind), rows(kind)
     w_OI, t_OI = normal(6, SIZE, seed=3), normal(6, SIZE, seed=5)
-    moved_OI = anchored(w_OI, gram_II, t_OI @ gram_II, 1e-6).value
+    moved_OI = anchored(w_OI, Gram.of(gram_II), t_OI @ gram_II, 1e-6).value
     wanted_TO = x_TI @ t_OI.T
     assert (x_TI @ moved_OI.T - wanted_TO).norm() <= 2e-2 * wanted_TO.norm()
     _, _, vh_II = torch.linalg.svd(x_TI, full_matrices=True)
@@ -122,7 +129,7 @@ def test_a_fit_on_a_singular_gram_is_right_where_tokens_went(kind: str) -> None:
 @pytest.mark.parametrize("rank", [1, 4, 13])
 def test_a_refit_on_a_singular_gram_is_exact_on_the_span(kind: str, rank: int) -> None:
     base_RI, c_NR = normal(rank, SIZE, seed=6), normal(7, rank, seed=7)
-    fitted_NR = refit(c_NR @ base_RI, base_RI, gram(kind)).value
+    fitted_NR = refit(c_NR @ base_RI, base_RI, Gram.of(gram(kind))).value
     wanted_TN = rows(kind) @ (c_NR @ base_RI).T
     assert bool(torch.isfinite(fitted_NR).all())
     assert (rows(kind) @ (fitted_NR @ base_RI).T - wanted_TN).norm() <= 1e-2 * wanted_TN.norm()
@@ -133,8 +140,8 @@ def test_a_refit_on_a_singular_gram_is_exact_on_the_span(kind: str, rank: int) -
 def test_low_rank_on_a_singular_gram_is_finite(kind: str, shape: tuple[int, int]) -> None:
     t_OI, gram_II = normal(*shape, seed=8), gram(kind)
     for rank in (1, 5, 8):
-        found = subspace(t_OI, gram_II, rank).value
-        up_OR, down_RI = two_factors(found, gram_II, t_OI, torch.float16).value
+        found = subspace(t_OI, Gram.of(gram_II), rank).value
+        up_OR, down_RI = two_factors(found, Gram.of(gram_II), t_OI, torch.float16).value
         assert bool(torch.isfinite(up_OR).all())
         assert bool(torch.isfinite(down_RI).all())
 
@@ -145,7 +152,7 @@ def test_equal_tokens_have_a_refit_to_rows_that_see_nothing_of_them() -> None:
     base_RI = normal(5, SIZE, seed=6)
     across = rows("equal")[0] / rows("equal")[0].norm()
     base_RI -= (base_RI @ across)[:, None] * across
-    fitted = refit(normal(7, 5, seed=7) @ base_RI, base_RI, gram_II)
+    fitted = refit(normal(7, 5, seed=7) @ base_RI, base_RI, Gram.of(gram_II))
     assert bool(torch.isfinite(fitted.value).all())
     assert fitted.notes[-1].startswith("pull 1e-03 where 1e-06 was not enough")
     torch.testing.assert_close(fitted.value, normal(7, 5, seed=7), rtol=1e-6, atol=1e-6)
@@ -163,7 +170,7 @@ def test_a_decomposition_of_bad_numbers_is_an_error_of_ours(bad: float) -> None:
 def test_dead_inputs_go_first_and_weigh_nothing() -> None:
     gram_II, w_OI = gram("dead inputs"), normal(6, SIZE, seed=3)
     dead = {channel for channel in range(SIZE) if channel % 3 == 0}
-    *early, late = removals(w_OI, gram_II, [SIZE - 3, SIZE - len(dead), SIZE - len(dead) - 4])
+    *early, late = removals(w_OI, Gram.of(gram_II), [SIZE - 3, SIZE - len(dead), SIZE - len(dead) - 4])
     assert set(range(SIZE)) - set(early[0].value.kept_K.tolist()) < dead
     alive = early[1].value
     assert set(alive.kept_K.tolist()) == set(range(SIZE)) - dead

@@ -8,6 +8,7 @@ import torch
 from streamlap.errors import NumericalError
 from streamlap.linalg import pivot
 from streamlap.linalg.anchor import root
+from streamlap.linalg.gram import Gram
 from streamlap.linalg.pivot import folded_order, others, output_order, pivot_rows, shared_pivot_rows
 from streamlap.linalg.subspace import refit, subspace, two_factors
 from streamlap.loader.linears import PivotedLinear
@@ -42,7 +43,7 @@ def plain(t_OI: torch.Tensor, gram_II: torch.Tensor, rank: int) -> torch.Tensor:
 @pytest.mark.parametrize("shape", SHAPES)
 def test_full_rank_gives_the_map_back(shape: tuple[int, int]) -> None:
     t_OI, gram_II = problem(shape)
-    found = subspace(t_OI, gram_II, min(shape)).value
+    found = subspace(t_OI, Gram.of(gram_II), min(shape)).value
     torch.testing.assert_close(found.basis_OR @ found.map_RI, t_OI, rtol=1e-9, atol=1e-9)
     assert found.error(min(shape)) == 0
 
@@ -50,7 +51,7 @@ def test_full_rank_gives_the_map_back(shape: tuple[int, int]) -> None:
 @pytest.mark.parametrize("shape", SHAPES)
 def test_every_rank_errs_by_its_tail_and_no_map_errs_less(shape: tuple[int, int]) -> None:
     t_OI, gram_II = problem(shape)
-    found = subspace(t_OI, gram_II, min(shape)).value
+    found = subspace(t_OI, Gram.of(gram_II), min(shape)).value
     total = float((t_OI @ gram_II * t_OI).sum())
     assert float(found.energies.sum()) == pytest.approx(total, rel=1e-8)
     assert found.energies.tolist() == sorted(found.energies.tolist(), reverse=True)
@@ -67,7 +68,7 @@ def test_every_rank_errs_by_its_tail_and_no_map_errs_less(shape: tuple[int, int]
 @pytest.mark.parametrize("shape", SHAPES)
 def test_a_smaller_rank_is_the_beginning_of_a_larger_one(shape: tuple[int, int]) -> None:
     t_OI, gram_II = problem(shape)
-    small, large = (subspace(t_OI, gram_II, rank).value for rank in (3, 7))
+    small, large = (subspace(t_OI, Gram.of(gram_II), rank).value for rank in (3, 7))
     first_OI = large.basis_OR[:, :3] @ large.map_RI[:3]
     torch.testing.assert_close(small.basis_OR @ small.map_RI, first_OI, rtol=1e-9, atol=1e-9)
     torch.testing.assert_close(large.basis_OR.T @ large.basis_OR, torch.eye(7).double(), rtol=0, atol=1e-12)
@@ -76,7 +77,9 @@ def test_a_smaller_rank_is_the_beginning_of_a_larger_one(shape: tuple[int, int])
 @pytest.mark.parametrize("shape", SHAPES)
 def test_a_root_that_is_known_gives_the_same(shape: tuple[int, int]) -> None:
     t_OI, gram_II = problem(shape)
-    alone, given = (subspace(t_OI, gram_II, 5, root_II).value for root_II in (None, root(gram_II).value))
+    alone, given = (
+        subspace(t_OI, Gram.of(gram_II), 5, root_II).value for root_II in (None, root(Gram.of(gram_II)).value)
+    )
     for name in ("basis_OR", "map_RI", "energies"):
         assert torch.equal(getattr(alone, name), getattr(given, name)), name
 
@@ -90,12 +93,15 @@ def test_rows_that_are_not_served_are_the_best_combinations(rows: int, columns: 
     """And those that are, as if they were alone."""
     t_OI, gram_II = problem((rows, columns))
     serves = torch.randperm(rows, generator=torch.Generator().manual_seed(5))[:count].sort().values
-    alone, found = subspace(t_OI[serves], gram_II, 6).value, subspace(t_OI, gram_II, 6, serves=serves).value
+    alone, found = (
+        subspace(t_OI[serves], Gram.of(gram_II), 6).value,
+        subspace(t_OI, Gram.of(gram_II), 6, serves=serves).value,
+    )
     torch.testing.assert_close(found.energies, alone.energies, rtol=1e-9, atol=0)
     together = alone.basis_OR @ alone.map_RI
     torch.testing.assert_close(found.basis_OR[serves] @ found.map_RI, together, rtol=1e-4, atol=1e-4)
     for rank in (2, 6):
-        best_OR = refit(t_OI, found.map_RI[:rank], gram_II).value
+        best_OR = refit(t_OI, found.map_RI[:rank], Gram.of(gram_II)).value
         torch.testing.assert_close(found.basis_OR[:, :rank], best_OR, rtol=1e-4, atol=1e-4)
 
 
@@ -105,7 +111,7 @@ def test_rows_are_themselves_at_full_rank_though_few_tokens_came(rows: int, colu
     t_OI, _ = problem((rows, columns))
     t_OI[count:] = torch.randn(rows - count, count).double() @ t_OI[:count]
     x_TI = torch.randn(3, columns, generator=torch.Generator().manual_seed(1)).double()
-    found = subspace(t_OI, x_TI.T @ x_TI, min(count, columns), serves=torch.arange(count)).value
+    found = subspace(t_OI, Gram.of(x_TI.T @ x_TI), min(count, columns), serves=torch.arange(count)).value
     torch.testing.assert_close(found.basis_OR @ found.map_RI, t_OI, rtol=1e-5, atol=1e-5)
 
 
@@ -119,7 +125,7 @@ def test_few_tokens_and_a_dead_input_are_harmless(shape: tuple[int, int], scale:
     gram_II = x_TI.T @ x_TI
     total = float((t_OI @ gram_II * t_OI).sum())
     for rank in range(1, min(shape) + 1):
-        found = subspace(t_OI, gram_II, rank).value
+        found = subspace(t_OI, Gram.of(gram_II), rank).value
         w_OI = found.basis_OR @ found.map_RI
         assert bool(torch.isfinite(w_OI).all())
         assert w_OI.norm() <= t_OI.norm() * (1 + 1e-9)
@@ -132,13 +138,13 @@ def test_statistics_that_are_not_finite_are_an_error(shape: tuple[int, int]) -> 
     t_OI, gram_II = problem(shape)
     gram_II[1, 2] = gram_II[2, 1] = torch.nan
     with pytest.raises(NumericalError):
-        subspace(t_OI, gram_II, 3)
+        subspace(t_OI, Gram.of(gram_II), 3)
 
 
 def test_what_a_solve_looks_at_stays_as_it_was() -> None:
     t_OI, gram_II = problem((20, 8))
     before = t_OI.clone(), gram_II.clone()
-    two_factors(subspace(t_OI, gram_II, 3).value, gram_II, t_OI, torch.float64)
+    two_factors(subspace(t_OI, Gram.of(gram_II), 3).value, Gram.of(gram_II), t_OI, torch.float64)
     assert torch.equal(t_OI, before[0])
     assert torch.equal(gram_II, before[1])
 
@@ -146,8 +152,8 @@ def test_what_a_solve_looks_at_stays_as_it_was() -> None:
 @pytest.mark.parametrize("shape", SHAPES)
 def test_the_scale_is_shared_by_the_factors(shape: tuple[int, int]) -> None:
     t_OI, gram_II = problem(shape)
-    found = subspace(t_OI, gram_II, 5).value
-    up_OR, down_RI = two_factors(found, gram_II, t_OI, torch.float64).value
+    found = subspace(t_OI, Gram.of(gram_II), 5).value
+    up_OR, down_RI = two_factors(found, Gram.of(gram_II), t_OI, torch.float64).value
     torch.testing.assert_close(up_OR.norm(dim=0), down_RI.norm(dim=1), rtol=1e-4, atol=0)
     best = float(found.energies[5:].sum())
     assert measured(t_OI, up_OR @ down_RI, gram_II) == pytest.approx(best, rel=1e-6)
@@ -156,12 +162,12 @@ def test_the_scale_is_shared_by_the_factors(shape: tuple[int, int]) -> None:
 @pytest.mark.parametrize("shape", SHAPES)
 def test_a_refit_after_rounding_brings_the_error_down(shape: tuple[int, int]) -> None:
     t_OI, gram_II = problem(shape)
-    found = subspace(t_OI, gram_II, 5).value
-    up_OR, down_RI = two_factors(found, gram_II, t_OI, torch.bfloat16).value
+    found = subspace(t_OI, Gram.of(gram_II), 5).value
+    up_OR, down_RI = two_factors(found, Gram.of(gram_II), t_OI, torch.bfloat16).value
     assert up_OR.dtype == down_RI.dtype == torch.bfloat16
     down_RI = down_RI.double()
     unfitted_OR = found.basis_OR * found.map_RI.norm(dim=1).sqrt()
-    fitted_OR = refit(t_OI, down_RI, gram_II).value
+    fitted_OR = refit(t_OI, down_RI, Gram.of(gram_II)).value
     assert measured(t_OI, fitted_OR @ down_RI, gram_II) < measured(t_OI, unfitted_OR @ down_RI, gram_II)
     assert torch.equal(up_OR, fitted_OR.to(torch.bfloat16))
 
@@ -172,7 +178,7 @@ def test_a_refit_is_weighted_least_squares() -> None:
     base_RI *= torch.logspace(0, -6, 5, dtype=torch.float64)[:, None]  # rows of very different size
     factor_II = torch.linalg.cholesky(gram_II)
     expected_OR = torch.linalg.lstsq((base_RI @ factor_II).T, (t_OI @ factor_II).T).solution.T
-    found_OR = refit(t_OI, base_RI, gram_II).value
+    found_OR = refit(t_OI, base_RI, Gram.of(gram_II)).value
     assert measured(t_OI, found_OR @ base_RI, gram_II) == pytest.approx(
         measured(t_OI, expected_OR @ base_RI, gram_II), rel=1e-8
     )
@@ -186,13 +192,13 @@ def test_a_refit_follows_the_map_where_no_token_went() -> None:
     t_OI = t_OI[:, :5] @ base_RI
     x_I = torch.randn(12, generator=torch.Generator().manual_seed(3)).double()
     for gram_II in (torch.outer(x_I, x_I), torch.zeros(12, 12).double()):
-        torch.testing.assert_close(refit(t_OI, base_RI, gram_II).value @ base_RI, t_OI, rtol=1e-6, atol=1e-6)
+        torch.testing.assert_close(refit(t_OI, base_RI, Gram.of(gram_II)).value @ base_RI, t_OI, rtol=1e-6, atol=1e-6)
 
 
 def test_a_refit_to_rows_that_repeat_is_finite() -> None:
     t_OI, gram_II = problem((20, 12))
     base_RI = t_OI[[0, 1, 1, 0]] * torch.tensor([1.0, 1.0, 2.0, 0.0]).double()[:, None]
-    fitted_OR = refit(t_OI[:2], base_RI, gram_II).value
+    fitted_OR = refit(t_OI[:2], base_RI, Gram.of(gram_II)).value
     assert bool(torch.isfinite(fitted_OR).all())
     torch.testing.assert_close(fitted_OR @ base_RI, t_OI[:2], rtol=1e-6, atol=1e-6)
 
@@ -203,14 +209,14 @@ PIVOTS = [(12, 12, 5, 1), (8, 20, 3, 1), (20, 8, 6, 1), (24, 24, 12, 4), (32, 16
 @pytest.mark.parametrize(("rows", "columns", "rank", "groups"), PIVOTS)
 def test_pivot_rows_and_a_map_are_the_matrix(rows: int, columns: int, rank: int, groups: int) -> None:
     t_OI, gram_II = problem((rows, columns))
-    found = subspace(t_OI, gram_II, rank).value
+    found = subspace(t_OI, Gram.of(gram_II), rank).value
     w_OI = found.basis_OR @ found.map_RI
     pivots_R = pivot_rows(found.basis_OR, groups).value
     assert pivots_R.tolist() == sorted(set(pivots_R.tolist()))
     assert torch.bincount(pivots_R // (rows // groups), minlength=groups).tolist() == [rank // groups] * groups
     rest_N = others(pivots_R, rows)
     assert sorted([*pivots_R.tolist(), *rest_N.tolist()]) == list(range(rows))
-    rest_NR = refit(w_OI[rest_N], w_OI[pivots_R], gram_II).value
+    rest_NR = refit(w_OI[rest_N], w_OI[pivots_R], Gram.of(gram_II)).value
     torch.testing.assert_close(rest_NR @ w_OI[pivots_R], w_OI[rest_N], rtol=1e-8, atol=1e-8)
 
 
@@ -288,11 +294,11 @@ def test_groups_that_do_not_divide_are_refused(groups: int) -> None:
 @pytest.mark.parametrize(("rows", "columns", "rank", "groups"), PIVOTS)
 def test_orders_agree_with_the_module(rows: int, columns: int, rank: int, groups: int) -> None:
     t_OI, gram_II = problem((rows, columns))
-    found = subspace(t_OI, gram_II, rank).value
+    found = subspace(t_OI, Gram.of(gram_II), rank).value
     w_OI = found.basis_OR @ found.map_RI
     pivots_R = pivot_rows(found.basis_OR, groups).value
     base_RI, rest_N = w_OI[pivots_R], others(pivots_R, rows)
-    rest_NR = refit(w_OI[rest_N], base_RI, gram_II).value
+    rest_NR = refit(w_OI[rest_N], base_RI, Gram.of(gram_II)).value
     x_TI, bias_O = torch.randn(3, columns).double(), torch.randn(rows).double()
     expected_TO = x_TI @ w_OI.T + bias_O
     stored = PivotedLinear.from_parts(base_RI, rest_NR, bias_O, output_order(pivots_R, rows))

@@ -7,8 +7,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from streamlap.linalg.anchor import LARGE
-from streamlap.linalg.moments import CHUNK_TOKENS, HELD_TOKENS, ROW_BLOCK
+from streamlap.linalg.gram import LARGE, PANEL
+from streamlap.linalg.moments import CHUNK_TOKENS, HELD_TOKENS
+from streamlap.linalg.obs import ROUNDS
 from streamlap.methods.base import Cost, Layout, Layouts, Natives
 
 SINGLE = 0.8
@@ -29,7 +30,7 @@ def anchored_cost(reads: Sequence[str], last: str, natives: Natives, layouts: La
     d, f = natives[last].shape
     whole, lasts = (_itemsize(f) * d * f * count for count in (len(reads), len(layouts)))
     aims = _aim_bytes([natives[role].shape for role in reads])
-    removing = 24 * f * f + 3 * _itemsize(f) * d * f + lasts
+    removing = _removal_bytes(f, d) + lasts
     cutting = _itemsize(f) * f * f + lasts + _rank_bytes(f, d)
     return Cost(
         workspace_bytes=max(aims + removing, whole + max(aims + cutting, *(cost.workspace_bytes for cost in costs))),
@@ -49,9 +50,9 @@ def _layout_cost(reads: Sequence[str], last: str, natives: Natives, layout: Layo
     aims = _aim_bytes([natives[role].shape for role in reads])
     work = max(
         capture,
-        24 * f * f + 3 * _itemsize(f) * d * f if prunes else 0,
+        _removal_bytes(f, d) if prunes else 0,
         max((_rank_bytes(*shape) for role, shape in after.items() if role != last), default=0),
-        24 * w * w + 6 * _itemsize(w) * d * w + (_rank_bytes(d, w) if last in after else 0) + _row_bytes(w, d),
+        _itemsize(w) * (w * w + 6 * d * w) + (_rank_bytes(d, w) if last in after else 0) + _row_bytes(w, d),
     )
     flops = sum(_rank_flops(*shape) for shape in after.values()) + _last_flops(d, w, f, prunes)
     return Cost(
@@ -63,9 +64,9 @@ def _layout_cost(reads: Sequence[str], last: str, natives: Natives, layout: Layo
 
 
 def _aim_bytes(shapes: Sequence[tuple[int, int]]) -> int:
-    """The Gram of a sub-layer's input, in float64 and in the dtype to solve in, and the linears that read it."""
+    """The Gram of a sub-layer's input, what moves the linears that read it, and these."""
     n = shapes[0][1]
-    return (8 + _itemsize(n)) * n * n + _itemsize(n) * n * sum(rows for rows, _ in shapes)
+    return _itemsize(n) * (3 * n * n + n * sum(rows for rows, _ in shapes))
 
 
 def _itemsize(width: int) -> int:
@@ -74,14 +75,21 @@ def _itemsize(width: int) -> int:
 
 
 def _sum_bytes(width: int, d: int) -> int:
-    """A Gram and a cross-Gram in float64, and both in the dtype to solve in."""
-    narrow = 4 if width > LARGE else 0
-    return (8 + narrow) * (width * width + d * width)
+    """A Gram and a cross-Gram; in float32 the latter with what rounding takes from it, and panels of what it takes from the
+    former."""
+    large = width > LARGE
+    return _itemsize(width) * width * width + 8 * d * width + large * 4 * PANEL * width
 
 
 def _row_bytes(width: int, d: int) -> int:
-    """Tokens that wait, widened, one block of their product, and those that are held out."""
-    return 8 * CHUNK_TOKENS * (width + d) + 4 * width * min(ROW_BLOCK, width) + 8 * (width + d) * HELD_TOKENS
+    """Tokens that wait, widened, three panels of their product, and those that are held out."""
+    panel = 3 * 4 * width * min(PANEL, width)
+    return 8 * CHUNK_TOKENS * (width + d) + panel + 8 * (width + d) * HELD_TOKENS
+
+
+def _removal_bytes(f: int, d: int) -> int:
+    """The Gram with its inverse; the last linear and its change; rows of the inverse for one round, of each four copies."""
+    return _itemsize(f) * (f * f + 3 * d * f + 4 * f * -(-f // ROUNDS))
 
 
 def _rank_bytes(rows: int, columns: int) -> int:
@@ -100,5 +108,6 @@ def _rank_flops(rows: int, columns: int) -> int:
 
 
 def _last_flops(d: int, w: int, f: int, prunes: bool) -> int:
-    """Factor and solve of the last linear's Gram; where channels go, also the inverse of that factor and rows of S^-1."""
-    return w**3 // 3 + 2 * d * w * w + (2 * f**3 // 3 + 2 * f * f * (f - w) if prunes else 0)
+    """Factor and solve of the last linear's Gram; where channels go, also factor and inverse of the one before, and what each
+    channel takes from that."""
+    return w**3 // 3 + 2 * d * w * w + (f**3 + f * (f + 2 * d) * (f - w) if prunes else 0)

@@ -12,6 +12,7 @@ import torch
 
 from streamlap.families.layer import Edit, StreamLayer
 from streamlap.linalg.anchor import root
+from streamlap.linalg.gram import Gram
 from streamlap.linalg.obs import removals
 from streamlap.linalg.products import product
 from streamlap.linalg.solution import Solution, joined
@@ -50,10 +51,10 @@ class Divisions:
 def compare(statistics: StreamStatistics, aims: Sequence[Aim], layouts: Layouts) -> Solution[Divisions]:
     """Each with the channels that it would keep, gate and up cut in the directions that serve the channels of the middle one,
     and the down that was fitted again for the lost channels, not yet for the ranks."""
-    w_DF, gram_FF = reads_whole(statistics, aims)
-    counts = {name: _width(layout, len(gram_FF)) for name, layout in layouts.items()}
+    w_DF, gram = reads_whole(statistics, aims)
+    counts = {name: _width(layout, len(gram)) for name, layout in layouts.items()}
     ranks = {name: rank for name, layout in layouts.items() if (rank := _rank(layout, "gate"))}
-    found = list(removals(w_DF, gram_FF, sorted(set(counts.values()), reverse=True)))
+    found = list(removals(w_DF, gram, sorted(set(counts.values()), reverse=True)))
     left = {len(pruned.value.kept_K): pruned.value for pruned in found}
     whole: Solution[list[Subspace]] | None = None
     if ranks:
@@ -63,7 +64,7 @@ def compare(statistics: StreamStatistics, aims: Sequence[Aim], layouts: Layouts)
     for name, layout in layouts.items():
         kept_K = left[counts[name]].kept_K
         edits = truncated(statistics.layer, aims, whole, ranks.get(name), kept_K)
-        shortened = shorten(left[counts[name]].w_OK, gram_FF, kept_K, _rank(layout, "down"))
+        shortened = shorten(left[counts[name]].w_OK, gram, kept_K, _rank(layout, "down"))
         errors[name] = map_error(shortened.value, statistics.held_middles(edits))
         notes += [shortened.notes, *(edit.notes for edit in edits)]
     kept = {width: pruned.kept_K for width, pruned in left.items()}
@@ -85,7 +86,7 @@ def _rank(layout: Layout, role: str) -> int | None:
     return layout[role].rank or None if role in layout else None
 
 
-def reads_whole(statistics: StreamStatistics, aims: Sequence[Aim]) -> tuple[torch.Tensor, torch.Tensor]:
+def reads_whole(statistics: StreamStatistics, aims: Sequence[Aim]) -> tuple[torch.Tensor, Gram]:
     """down, and the Gram of what it reads while gate and up are whole."""
     whole = [dense_edit(statistics.layer, aim) for aim in aims]
     return statistics.layer.linear("down").weight, statistics.middle_gram(whole)
@@ -93,9 +94,9 @@ def reads_whole(statistics: StreamStatistics, aims: Sequence[Aim]) -> tuple[torc
 
 def subspaces(aims: Sequence[Aim], serves: torch.Tensor | None, rank: int) -> Solution[list[Subspace]]:
     """Of linears that read the same: the best for the channels in `serves`, with the rows of all."""
-    gram_II = aims[0].gram_II
-    root_II = root(gram_II)
-    found = [subspace(aim.t_OI, gram_II, rank, root_II.value, serves) for aim in aims]
+    gram = aims[0].gram
+    root_II = root(gram)
+    found = [subspace(aim.t_OI, gram, rank, root_II.value, serves) for aim in aims]
     return Solution([sub.value for sub in found], notes=joined(root_II.notes, *(sub.notes for sub in found)))
 
 
@@ -117,9 +118,11 @@ def truncated(
     return [truncated_edit(layer, aim, on_rows(found, kept, rank)) for aim, found in pairs]
 
 
-def shorten(w_DK: torch.Tensor, gram_FF: torch.Tensor, kept: torch.Tensor, rank: int | None) -> Solution[torch.Tensor]:
+def shorten(w_DK: torch.Tensor, gram: Gram, kept: torch.Tensor, rank: int | None) -> Solution[torch.Tensor]:
     """down cut to a rank, too, where it is to have one."""
     if rank is None:
         return Solution(w_DK)
-    found = subspace(w_DK, gram_FF[kept][:, kept], rank)
-    return Solution(product(found.value.basis_OR, found.value.map_RI), notes=found.notes)
+    w_DF = w_DK.new_zeros(len(w_DK), len(gram))
+    w_DF[:, kept] = w_DK
+    found = subspace(w_DF, gram, rank)
+    return Solution(product(found.value.basis_OR, found.value.map_RI[:, kept]), notes=found.notes)

@@ -13,6 +13,7 @@ from torch import nn
 
 from streamlap.families.layer import Edit, StreamLayer
 from streamlap.linalg.anchor import anchored, best_step, working
+from streamlap.linalg.gram import Gram
 from streamlap.linalg.moments import Sample
 from streamlap.linalg.pivot import folded_order, others, output_order, pivot_rows
 from streamlap.linalg.products import product
@@ -31,7 +32,7 @@ class Aim:
     role: str
     t_OI: torch.Tensor
     bias_O: torch.Tensor | None
-    gram_II: torch.Tensor
+    gram: Gram
     """Of its inputs."""
 
 
@@ -43,17 +44,17 @@ def input_aims(statistics: StreamStatistics, roles: Sequence[str], step: float |
     """
     linears = {role: statistics.layer.linear(role) for role in roles}
     if step == 0:
-        gram_II = statistics.input_gram()
-        targets = [linear.weight.to(gram_II.dtype) for linear in linears.values()]
+        gram = statistics.input_gram()
+        targets = [linear.weight.to(gram.dtype) for linear in linears.values()]
         notes: tuple[str, ...] = ()
     else:
         seen = statistics.inputs()
-        gram_II = seen.gram_II
-        into = anchored(torch.eye(len(gram_II)).to(gram_II), gram_II, seen.cross_AI)
+        gram = seen.gram
+        into = anchored(torch.eye(len(gram)).to(seen.cross_AI), gram, seen.cross_AI)
         targets = [_moved_input(linear.weight, into.value, seen, step) for linear in linears.values()]
         notes = into.notes
     aims = [
-        Aim(role=role, t_OI=t_OI, bias_O=linear.bias, gram_II=gram_II)
+        Aim(role=role, t_OI=t_OI, bias_O=linear.bias, gram=gram)
         for (role, linear), t_OI in zip(linears.items(), targets, strict=True)
     ]
     return Solution(aims, notes=notes)
@@ -89,12 +90,12 @@ def moved(
     role: str, w_OI: torch.Tensor, bias_O: torch.Tensor | None, seen: Captured, step: float | None
 ) -> Solution[Aim]:
     """The same for a last linear that has become `w_OI`."""
-    t_OI, notes = w_OI.to(seen.gram_II.dtype), tuple[str, ...]()
+    t_OI, notes = w_OI.to(seen.gram.dtype), tuple[str, ...]()
     if step != 0:
-        found = anchored(t_OI, seen.gram_II, seen.cross_AI)
+        found = anchored(t_OI, seen.gram, seen.cross_AI)
         t_OI = _part_of_the_way(t_OI, found.value, seen.held.x_TI, seen.held.anchor_TA, step)
         notes = found.notes
-    return Solution(Aim(role=role, t_OI=t_OI, bias_O=bias_O, gram_II=seen.gram_II), notes=notes)
+    return Solution(Aim(role=role, t_OI=t_OI, bias_O=bias_O, gram=seen.gram), notes=notes)
 
 
 def narrowed(aim: Aim, kept: torch.Tensor) -> Aim:
@@ -124,7 +125,7 @@ def low_rank_edit(
     output."""
     if form is None or not form.rank:
         return dense_edit(layer, aim, kept), None
-    found = subspace(aim.t_OI, aim.gram_II, form.rank)
+    found = subspace(aim.t_OI, aim.gram, form.rank)
     if not isinstance(form, Pivoted):
         return factored(layer, aim, found, kept), None
     pivots = pivot_rows(found.value.basis_OR, form.groups or 1)
@@ -144,7 +145,7 @@ def truncated_edit(layer: StreamLayer, aim: Aim, found: Subspace) -> Edit:
 def factored(layer: StreamLayer, aim: Aim, found: Solution[Subspace], kept: torch.Tensor | None = None) -> Edit:
     """Two factors."""
     dtype = layer.storage_dtype(aim.role)
-    factors = two_factors(found.value, aim.gram_II, aim.t_OI, dtype, layer.family.path(aim.role))
+    factors = two_factors(found.value, aim.gram, aim.t_OI, dtype, layer.family.path(aim.role))
     up_OR, down_RI = factors.value
     bias = None if aim.bias_O is None else aim.bias_O.to(dtype)
     module = LowRankLinear.from_factors(up_OR.contiguous(), down_RI.contiguous(), bias)
@@ -162,7 +163,7 @@ def pivoted(
     base_RI = as_stored(product(found.value.basis_OR[pivots_R], found.value.map_RI), dtype, path)
     order_O = None if groups is None else folded_order(pivots_R, rows, groups)
     rest_N = others(pivots_R, rows)
-    fitted = refit(aim.t_OI[rest_N], base_RI, aim.gram_II)
+    fitted = refit(aim.t_OI[rest_N], base_RI, aim.gram)
     rest_NR = as_stored(fitted.value, dtype, f"{path}.rest")
     bias_O = aim.bias_O if aim.bias_O is None or order_O is None else aim.bias_O[order_O]
     module = PivotedLinear.from_parts(

@@ -1,0 +1,358 @@
+"""A Gram S = sum x x' and what is made of it, in one square array.
+
+S is symmetric and all that is made of it is triangular or symmetric, so one array holds both: S above the diagonal, its
+diagonal apart, and on and below the diagonal first what rounding took from the sums, then L with L L' = S, then L^-1, then
+S^-1. Each takes the place of the one before. Everything goes in panels of `PANEL` columns, so that beside the array memory
+holds a few panels, and the bits do not depend on how much memory there is.
+
+Shape suffixes: T tokens, I in, O out, P columns of a panel.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator
+
+import torch
+
+from streamlap.errors import NumericalError
+from streamlap.linalg.lowrank import solver_threads
+from streamlap.linalg.products import product
+from streamlap.linalg.solution import Solution
+
+PANEL = 1024
+"""Columns that are worked on at a time."""
+
+LARGE = 1024
+"""Problems of more columns are summed and solved in float32: in half the time and memory, on most GPUs in a hundredth of the
+time."""
+
+DAMPING = 1e-3
+"""Share of the mean diagonal that is added to a Gram before it is inverted."""
+
+MOST_DAMPING = 1e-1
+"""Where `DAMPING` is not enough, it grows tenfold up to this. A Gram that is still indefinite then is no sum of squares."""
+
+LEAST_DAMPING = 1e-12
+"""What damping of nothing grows to."""
+
+LEFT = 1e-5
+"""Smallest share of an input's power, beside what the inputs before it explain, that a float32 factor has right to 1 %. So
+much of its own power is the least that an input is damped by there."""
+
+
+def solve_dtype(columns: int) -> torch.dtype:
+    """The dtype to sum and solve in."""
+    return torch.float32 if columns > LARGE else torch.float64
+
+
+def panels(size: int) -> Iterator[slice]:
+    return (slice(first, min(first + PANEL, size)) for first in range(0, size, PANEL))
+
+
+class Sum:
+    """A sum of products a' b [A, I] over tokens, as exact for a billion of them as for a thousand: in float64, or in float32
+    with what rounding takes from each sum beside it (Kahan)."""
+
+    def __init__(self, shape: tuple[int, int], device: torch.device) -> None:
+        self.total = torch.zeros(shape, dtype=solve_dtype(shape[1]), device=device)
+        self._lost = None if self.total.dtype == torch.float64 else torch.zeros_like(self.total)
+
+    @property
+    def shape(self) -> torch.Size:
+        return self.total.shape
+
+    def add(self, a_TA: torch.Tensor, b_TI: torch.Tensor) -> None:
+        """The products are in the dtype of a and b."""
+        a_AT = a_TA.T.contiguous()  # of which every panel lies in one piece
+        for at in panels(len(a_AT)):
+            self._add(at, product(a_AT[at], b_TI))
+
+    def merge(self, other: Sum) -> None:
+        for at in panels(len(self.total)):
+            self._add(at, other.total[at].to(self.total.device, copy=True))
+
+    def _add(self, at: slice, more: torch.Tensor) -> None:
+        _add(self.total[at], None if self._lost is None else self._lost[at], more)
+
+
+class GramSum:
+    """The sum of x' x [I, I], as exact, above the diagonal; what rounding takes from it is below, where S is not needed."""
+
+    def __init__(self, size: int, device: torch.device) -> None:
+        self._square_II = torch.zeros(size, size, dtype=solve_dtype(size), device=device)
+        wide = self._square_II.dtype == torch.float64
+        self._lost = [None if wide else torch.zeros_like(self._square_II[at, at]) for at in panels(size)]
+        """Of the squares on the diagonal, which S fills whole."""
+
+    def __len__(self) -> int:
+        return len(self._square_II)
+
+    @property
+    def device(self) -> torch.device:
+        return self._square_II.device
+
+    @property
+    def diagonal_I(self) -> torch.Tensor:  # noqa: N802
+        return self._square_II.diagonal()
+
+    def add(self, x_TI: torch.Tensor) -> None:
+        """The products are in the dtype of x."""
+        x_IT = x_TI.T.contiguous()
+        for number, at in enumerate(panels(len(x_IT))):
+            self._add(number, at, product(x_IT[at], x_IT[at.start :].T))
+
+    def merge(self, other: GramSum) -> None:
+        for number, at in enumerate(panels(len(self))):
+            self._add(number, at, other._square_II[at, at.start :].to(self.device, copy=True))
+
+    def gram(self) -> Gram:
+        """S, in the memory of this sum, which ends here."""
+        square_II, self._lost = self._square_II, []
+        del self._square_II
+        return Gram(square_II, square_II.diagonal().clone())
+
+    def _add(self, number: int, at: slice, more: torch.Tensor) -> None:
+        square_II, lost, size = self._square_II, self._lost[number], len(more)
+        _add(square_II[at, at], lost, more[:, :size])
+        _add(square_II[at, at.stop :], None if lost is None else square_II[at.stop :, at].T, more[:, size:])
+
+
+def _add(total: torch.Tensor, lost: torch.Tensor | None, more: torch.Tensor) -> None:
+    if lost is None:
+        total.add_(more)
+    else:
+        _kahan(total, lost, more)
+
+
+def _kahan(total: torch.Tensor, lost: torch.Tensor, more: torch.Tensor) -> None:
+    """total += more, which is overwritten; `lost` is what rounding has added too much so far."""
+    more.sub_(lost)
+    after = total + more
+    torch.sub(after, total, out=total)
+    lost.copy_(total.sub_(more))
+    total.copy_(after)
+
+
+class Gram:
+    """S [I, I]. `square_II` has it above the diagonal; below is room."""
+
+    def __init__(self, square_II: torch.Tensor, diagonal_I: torch.Tensor) -> None:
+        self._square_II, self.diagonal_I = square_II, diagonal_I
+
+    @classmethod
+    def of(cls, matrix_II: torch.Tensor) -> Gram:
+        """Of a whole symmetric matrix, in a copy."""
+        return cls(matrix_II.clone(), matrix_II.diagonal().clone())
+
+    def __len__(self) -> int:
+        return len(self.diagonal_I)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self._square_II.dtype
+
+    @property
+    def level(self) -> float:
+        """Mean of the diagonal, of which damping is a share. 1 where it is 0, with all inputs dead, or negative by rounding."""
+        mean = float(self.diagonal_I.mean())
+        return 1.0 if mean <= 0 else mean
+
+    def dense(self, dtype: torch.dtype | None = None) -> torch.Tensor:
+        """S as a matrix of its own."""
+        whole_II = torch.empty_like(self._square_II, dtype=dtype or self.dtype)
+        for at in panels(len(self)):
+            whole_II[at] = self.rows(at)
+        return whole_II
+
+    def rows(self, at: slice) -> torch.Tensor:
+        """Rows of a panel [P, I]."""
+        return torch.cat([self._square_II[: at.start, at].T, self._corner(at), self._square_II[at, at.stop :]], dim=1)
+
+    def to(self, dtype: torch.dtype) -> Gram:
+        """The same in `dtype`: itself where it is in that already."""
+        return self if dtype == self.dtype else self.copy(dtype)
+
+    def copy(self, dtype: torch.dtype) -> Gram:
+        """With room below S of its own."""
+        return Gram(self.dense(dtype), self.diagonal_I.to(dtype))
+
+    def times(self, t_OI: torch.Tensor) -> torch.Tensor:
+        """T S [O, I], in the dtype of T."""
+        return torch.cat([self._times(t_OI, at) for at in panels(len(self))], dim=1)
+
+    def metric(self, t_OI: torch.Tensor) -> torch.Tensor:
+        """T S T' [O, O], in the dtype of T."""
+        made = (product(self._times(t_OI, at), t_OI[:, at].T) for at in panels(len(self)))
+        return functools.reduce(torch.Tensor.add_, made)
+
+    def _times(self, t_OI: torch.Tensor, at: slice) -> torch.Tensor:
+        return product(t_OI, self.rows(at).T.to(t_OI.dtype))
+
+    def _corner(self, at: slice) -> torch.Tensor:
+        upper_PP = self._square_II[at, at].triu(1)
+        return upper_PP + upper_PP.T + torch.diag(self.diagonal_I[at])
+
+    def ridge(self, damping: float) -> torch.Tensor:
+        """[I]: what is added to the diagonal: damping * mean(diag), the one damping rule of the package.
+
+        A dead input (diagonal 0) gets no more than the others: in a Gram of small numbers a 1 there would outweigh every live
+        one. In float32 an input of huge power gets `LEFT` of it, where that is more: less would drown in its rounding.
+        """
+        ridge_I = torch.full_like(self.diagonal_I, damping * self.level)
+        return ridge_I if self.dtype == torch.float64 else torch.maximum(ridge_I, LEFT * self.diagonal_I)
+
+    def cholesky(self, damping: float = DAMPING) -> Solution[Factor]:
+        """L of L L' = S + ridge, in the lower half. A note says where it needed more damping than asked for.
+
+        Raises NumericalError where even MOST_DAMPING leaves it indefinite.
+        """
+        used = damping
+        while (factor := self.factor(used)) is None:
+            if used >= MOST_DAMPING:
+                raise NumericalError(
+                    f"a Gram of size {len(self)} is not positive definite after damping of {used:g}; wanted finite statistics "
+                    "of the inputs. Take more calibration text, or dtype float32."
+                )
+            used = min(max(10 * used, LEAST_DAMPING), MOST_DAMPING)
+        return Solution(factor, notes=damping_notes(len(self), used, damping))
+
+    def factor(self, damping: float) -> Factor | None:
+        """The same with exactly this damping; None where there is none. Left-looking, panel by panel."""
+        square_II, ridge_I = self._square_II, self.ridge(damping)
+        for at in panels(len(self)):
+            done = slice(0, at.start)
+            left_PI = square_II[at, done].contiguous()
+            corner_PP = self._corner(at) - product(left_PI, left_PI.T)
+            corner_PP.diagonal().add_(ridge_I[at])
+            factor_PP = _small_factor(corner_PP)
+            if factor_PP is None:
+                return None
+            _put_lower(square_II, at, factor_PP)
+            for below in panels(len(self)):
+                if below.start > at.start:
+                    rest = square_II[at, below].T - product(square_II[below, done], left_PI.T)
+                    square_II[below, at] = solve_triangular(factor_PP, rest.T, upper=False).T
+        return Factor(square_II, ridge_I)
+
+
+def damping_notes(size: int, used: float, asked: float) -> tuple[str, ...]:
+    if used <= asked:
+        return ()
+    return (f"damping {used:g} where {asked:g} was not enough for a Gram of size {size}",)
+
+
+class Factor:
+    """L [I, I], the lower half of a square array."""
+
+    def __init__(self, square_II: torch.Tensor, ridge_I: torch.Tensor) -> None:
+        self._square_II, self.ridge_I = square_II, ridge_I
+
+    def dense(self, dtype: torch.dtype) -> torch.Tensor:
+        """L as a matrix of its own."""
+        return self._square_II.tril().to(dtype)
+
+    def solve_right(self, b_OI: torch.Tensor) -> torch.Tensor:
+        """b S^-1."""
+        return solve_right(self._square_II, b_OI)
+
+    def inverse(self) -> Inverse:
+        """S^-1, in the place of L."""
+        invert_lower(self._square_II)
+        square_lower(self._square_II)
+        return Inverse(self._square_II)
+
+
+class Inverse:
+    """M = S^-1 [I, I], symmetric, on and below the diagonal of a square array."""
+
+    def __init__(self, square_II: torch.Tensor) -> None:
+        self._square_II = square_II
+
+    @property
+    def diagonal_I(self) -> torch.Tensor:  # noqa: N802
+        return self._square_II.diagonal()
+
+    def rows(self, at_Q: torch.Tensor) -> torch.Tensor:
+        """[Q, I]."""
+        square_II = self._square_II
+        columns_I = torch.arange(len(square_II), device=at_Q.device)
+        return torch.where(columns_I <= at_Q[:, None], square_II[at_Q], square_II[:, at_Q].T)
+
+    def subtract(self, half_QI: torch.Tensor) -> None:
+        """M -= H' H."""
+        for at in panels(len(self._square_II)):
+            left_QP = half_QI[:, at].contiguous()
+            change_PP = product(left_QP.T, left_QP)
+            _put_lower(self._square_II, at, self._square_II[at, at] - change_PP)
+            for below in panels(len(self._square_II)):
+                if below.start > at.start:
+                    self._square_II[below, at] -= product(half_QI[:, below].T, left_QP)
+
+
+def invert_lower(square_II: torch.Tensor) -> None:
+    """L^-1 in the place of L, from the last panel to the first."""
+    order = list(panels(len(square_II)))
+    for at in reversed(order):
+        corner_PP = solve_triangular(square_II[at, at], torch.eye(at.stop - at.start).to(square_II), upper=False)
+        right_IP = product(square_II[at.stop :, at], corner_PP)
+        for below in order:
+            if below.start > at.start:
+                before, inside = slice(at.stop, below.start), slice(below.start - at.stop, below.stop - at.stop)
+                made_PP = product(square_II[below, below].tril(), right_IP[inside])
+                made_PP += product(square_II[below, before], right_IP[: inside.start])
+                square_II[below, at] = made_PP.neg_()
+        _put_lower(square_II, at, corner_PP)
+
+
+def square_lower(square_II: torch.Tensor) -> None:
+    """R' R in the place of R, from the first panel of rows to the last."""
+    for at in panels(len(square_II)):
+        left_IP = square_II[at.start :, at].clone()
+        left_IP[: at.stop - at.start].tril_()
+        for before in panels(at.start):
+            square_II[at, before] = product(left_IP.T, square_II[at.start :, before])
+        _put_lower(square_II, at, product(left_IP.T, left_IP))
+
+
+def _put_lower(square_II: torch.Tensor, at: slice, made_PP: torch.Tensor) -> None:
+    """The lower half of a square on the diagonal; S stays above it."""
+    square_II[at, at] = made_PP.tril() + square_II[at, at].triu(1)
+
+
+def _small_factor(gram_PP: torch.Tensor) -> torch.Tensor | None:
+    """The factor of a panel's square, made in float64."""
+    with solver_threads(gram_PP.device):
+        factor_PP, info = torch.linalg.cholesky_ex(gram_PP.double())
+    factor_PP = factor_PP.to(gram_PP.dtype)
+    return factor_PP if int(info) == 0 and bool(torch.isfinite(factor_PP.diagonal()).all()) else None
+
+
+def squares(x_TI: torch.Tensor) -> torch.Tensor:
+    """x' x as a matrix, in the dtype of x."""
+    x_IT = x_TI.T.contiguous()  # of which every panel lies in one piece
+    made_II = x_TI.new_empty(len(x_IT), len(x_IT))
+    for at in panels(len(x_IT)):
+        made_II[at, at.start :] = product(x_IT[at], x_IT[at.start :].T)
+        made_II[at, : at.start] = made_II[: at.start, at].T
+    return made_II
+
+
+def solve_triangular(factor_II: torch.Tensor, b_IO: torch.Tensor, upper: bool) -> torch.Tensor:
+    """L^-1 b, for a factor that is lower or, with `upper`, upper; the other half is not looked at."""
+    with solver_threads(factor_II.device):
+        x_IO: torch.Tensor = torch.linalg.solve_triangular(factor_II, b_IO, upper=upper)
+    return x_IO
+
+
+def solve_right(factor_II: torch.Tensor, b_OI: torch.Tensor) -> torch.Tensor:
+    """b S^-1 for S = L L', of which only the lower half is looked at. In panels, so that nearly all is matrix products."""
+    x_IO = b_OI.T.clone(memory_format=torch.contiguous_format)
+    order = list(panels(len(factor_II)))
+    for at in order:
+        x_IO[at] -= product(factor_II[at, : at.start], x_IO[: at.start])
+        x_IO[at] = solve_triangular(factor_II[at, at], x_IO[at], upper=False)
+    for at in reversed(order):
+        x_IO[at] -= product(factor_II[at.stop :, at].T, x_IO[at.stop :])
+        x_IO[at] = solve_triangular(factor_II[at, at].T, x_IO[at], upper=True)
+    return x_IO.T
