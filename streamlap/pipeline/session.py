@@ -23,7 +23,6 @@ from streamlap.store.hidden import remove_hidden
 from streamlap.store.journal import STATE_FOLDER, Journal, save_tokens
 from streamlap.store.lock import OutputLock
 from streamlap.store.source import data_digest
-from streamlap.system.budget import existing_ancestor
 from streamlap.system.signals import Stops, stop_requests
 from streamlap.version import __version__
 
@@ -126,17 +125,6 @@ def parse_run(out: Path, folder: Path, arguments: Mapping[str, Any]) -> Run:
 def whole_name(model: str | Path, folder: Path) -> str:
     """What a run that is resumed from elsewhere calls its source."""
     return str(folder.resolve()) if Path(model).is_dir() else str(model)
-
-
-def check_apart(folder: Path, out: Path) -> None:
-    """Refuse a place for results that is, holds or lies in the source, or that cannot be a folder."""
-    source, target = folder.resolve(), out.resolve()
-    if target == source or source in target.parents or target in source.parents:
-        raise RecipeError(
-            f"output folder {out} is, holds or is inside the input {folder}; wanted a folder apart from it."
-        )
-    if not existing_ancestor(out).is_dir():
-        raise RecipeError(f"output {out}: {existing_ancestor(out)} is a file; wanted a folder.")
 
 
 def remove_state(folder: Path) -> None:

@@ -31,8 +31,8 @@ from streamlap.planning.layouts import possible_layouts
 
 FIELDS = {
     "fits", "ratio", "output_bytes", "peak_ram_bytes", "peak_vram_bytes", "disk_bytes", "read_bytes", "write_bytes",
-    "flops", "seconds_low", "seconds_high", "advice", "calibration_tokens", "overlap", "hidden_states", "forward_tokens",
-    "layers",
+    "flops", "seconds_low", "seconds_high", "disk_measured", "advice", "calibration_tokens", "calibration", "overlap",
+    "hidden_states", "forward_tokens", "layers",
 }  # fmt: skip
 LAYER_FIELDS = {"index", "output_bytes", "read_bytes", "write_bytes", "flops", "seconds_low"}
 

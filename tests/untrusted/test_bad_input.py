@@ -597,7 +597,11 @@ def test_a_finished_output_is_replaced_only_on_demand(source: Path, tokens: Path
 
 PLACES: dict[str, tuple[Callable[[Path], list[object]], int, tuple[str, ...]]] = {
     "output under a file": (lambda tmp: [tmp / "file" / "out"], 2, ("file/out", "is a file", "wanted a folder")),
-    "work is a file": (lambda tmp: [tmp / "out", "--work", tmp / "file"], 1, ("file", "Not a directory")),
+    "work is a file": (
+        lambda tmp: [tmp / "out", "--work", tmp / "file"],
+        2,
+        ("--work", "is a file", "wanted a folder"),
+    ),
 }
 
 
