@@ -47,13 +47,13 @@ def test_both_rates_are_numbers_and_nothing_is_left(tmp_path: Path) -> None:
         assert 1e3 < rate < 1e18
 
 
-def test_a_kill_at_any_moment_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_kill_at_any_moment_leaves_nothing(places: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
     """The file has no name, neither while it is written nor while it is read."""
-    seen: list[list[Path]] = []
+    folder, seen = places["work"], list[list[Path]]()
     fsync, drop = os.fsync, disk_speed._drop_cache
-    monkeypatch.setattr(os, "fsync", lambda handle: (seen.append(list(tmp_path.iterdir())), fsync(handle)))
-    monkeypatch.setattr(disk_speed, "_drop_cache", lambda handle: (seen.append(list(tmp_path.iterdir())), drop(handle)))
-    measure_disk(tmp_path)
+    monkeypatch.setattr(os, "fsync", lambda handle: (seen.append(list(folder.iterdir())), fsync(handle)))
+    monkeypatch.setattr(disk_speed, "_drop_cache", lambda handle: (seen.append(list(folder.iterdir())), drop(handle)))
+    measure_disk(folder)
     assert len(seen) >= 3
     assert not any(seen)
 
