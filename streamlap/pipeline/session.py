@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -51,7 +52,7 @@ class Run:
     @property
     def hidden(self) -> Path:
         """Hidden states live in the state folder, or in a folder of this output's own under `work`."""
-        mark = hashlib.sha256(str(self.folder.resolve()).encode()).hexdigest()[:16]
+        mark = hashlib.sha256(os.fsencode(self.folder.resolve())).hexdigest()[:16]
         work = self.settings.work
         return self.folder / STATE_FOLDER / "hidden" if work is None else Path(work) / f"streamlap-hidden-{mark}"
 

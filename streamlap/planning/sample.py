@@ -25,9 +25,10 @@ ADVICE = "Give more --samples, a longer --length or more text."
 
 
 def fitted_inputs(stream: ModelStream, sublayers: Iterable[str]) -> int:
-    """Inputs of the widest linear in these sub-layers, over all layers."""
+    """Inputs of the widest linear in these sub-layers, over all layers; 0 where there are none."""
     roles = [role for name in sublayers for role in stream.family.sublayers[name].roles]
-    return max(stream.native(index, role).shape[1] for index in range(stream.depth) for role in roles)
+    shapes = (stream.native(index, role).shape for index in range(stream.depth) for role in roles)
+    return max((inputs for _, inputs in shapes), default=0)
 
 
 def check_sample(tokens_NL: torch.Tensor, inputs: int) -> None:
