@@ -49,6 +49,6 @@ def check_sample(tokens_NL: torch.Tensor, inputs: int) -> None:
     words = np.unique(tokens_NL.numpy()).size
     if 1 < sequences >= 2 * different or words == 1:
         log.warning(
-            "calibration has %d windows, and %d of them differ, with %d different tokens; wanted text that does not repeat "
-            "itself. Choose another --calibration.", sequences, different, words,
+            "calibration has %d different windows among %d, and %d different tokens; wanted text that does not repeat itself. "
+            "Choose another --calibration.", different, sequences, words,
         )  # fmt: skip
