@@ -21,11 +21,12 @@ from typing import Any, cast
 import yaml
 
 from streamlap.errors import RecipeError, one_line, shown
-from streamlap.families.shell import COMPUTE_DTYPES
+from streamlap.families.shell import parse_dtype
 from streamlap.families.table import Family
 from streamlap.methods import METHODS, PRESETS, TRAINED, AnyMethod
 from streamlap.methods.base import Method, Trained
 from streamlap.methods.trained.refine import Refine
+from streamlap.system.amounts import parse_ratio
 from streamlap.untrusted.yaml import read_yaml
 
 
@@ -58,7 +59,7 @@ class Recipe:
     """Settings of one compression; equal recipes on equal inputs give equal bytes."""
 
     ratio: float = 0.2
-    """Fraction of the decoder-linear parameters to remove, inside (0, 1)."""
+    """Fraction of the decoder-linear parameters to remove, inside (0, 1); text like 20% becomes a number."""
     preset: str = "best"
     """Where `methods` came from; "custom" when they were written out by hand."""
     methods: tuple[AnyMethod, ...] = PRESETS["best"]
@@ -66,19 +67,16 @@ class Recipe:
     what these have made."""
     calibration: Calibration = field(default_factory=Calibration)
     dtype: str = "auto"
-    """Compute dtype; auto is float32 on a CPU and the checkpoint's dtype on a GPU. Storage keeps the checkpoint's dtype."""
+    """Compute dtype; auto is float32 on a CPU and the checkpoint's dtype on a GPU. Storage keeps the checkpoint's dtype.
+    What is given in short (bf16) gets its whole name, so that recipes can be compared."""
     survey: str | None = None
     """File of `streamlap survey` by which layers and sub-layers share out what stays; None gives all the same share."""
 
     def __post_init__(self) -> None:
-        if isinstance(self.ratio, bool) or not isinstance(self.ratio, int | float) or not 0 < self.ratio < 1:
-            raise RecipeError(
-                f"ratio is {shown(self.ratio)}; wanted a fraction between 0 and 1, like 0.2 for 20 % removed."
-            )
+        object.__setattr__(self, "ratio", parse_ratio(self.ratio))
+        object.__setattr__(self, "dtype", parse_dtype(self.dtype))
         if self.preset not in (*PRESETS, "custom"):
             raise RecipeError(f"preset is {shown(self.preset)}; wanted one of {', '.join(PRESETS)}, custom.")
-        if self.dtype not in ("auto", *COMPUTE_DTYPES):
-            raise RecipeError(f"dtype is {shown(self.dtype)}; wanted one of auto, {', '.join(COMPUTE_DTYPES)}.")
         if self.trained and not self.anchored:
             raise RecipeError(
                 f"methods have {method_name(self.trained[0])}, and preset {self.preset} does not keep the dense model's "

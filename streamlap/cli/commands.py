@@ -180,7 +180,7 @@ def demo(
     out: Annotated[Path, typer.Argument(metavar="OUT", help="New folder for the compressed model.")] = Path(
         "streamlap-demo"
     ),
-    ratio: Annotated[float, RATIO] = 0.2,
+    ratio: Annotated[str, RATIO] = "0.2",
     as_json: Json = False,
 ) -> None:
     """Offline, in two minutes: compress the bundled trained model, show what it cost and what it kept."""

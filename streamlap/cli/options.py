@@ -21,8 +21,10 @@ import typer
 Model = Annotated[str, typer.Argument(metavar="MODEL", help="Checkpoint folder or hub id, org/name[@revision].")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout instead of text.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace an earlier result of streamlap.")]
-Dtype = Annotated[str | None, typer.Option(help="Compute dtype: auto, float32, float16 or bfloat16.")]
-RATIO = typer.Option(help="Fraction of the decoder-linear parameters to remove.")
+Dtype = Annotated[
+    str | None, typer.Option(help="Compute dtype: auto, float32, float16 or bfloat16; or fp32, fp16, bf16.")
+]
+RATIO = typer.Option(metavar="FRACTION", help="Part of the decoder-linear parameters to remove, like 0.2 or 20%.")
 """The same wherever there is one; its default is not."""
 Length = Annotated[
     int | None, typer.Option(help="Tokens a window; default 2048, of a survey 256, or the model's context.")
@@ -40,9 +42,15 @@ class CapOptions:
     """What a resumed run may be given anew."""
 
     max_ram: Annotated[
-        str | None, typer.Option(help="Cap on RAM, Python included, like 8GiB; default what is free.")
+        str | None,
+        typer.Option(
+            metavar="SIZE",
+            help="Cap on RAM, Python included, like 8GiB or 8G (2^30 bytes each), or 8GB (10^9); default what is free.",
+        ),
     ] = None
-    max_vram: Annotated[str | None, typer.Option(help="Cap on GPU memory, like 8GiB; default what is free.")] = None
+    max_vram: Annotated[
+        str | None, typer.Option(metavar="SIZE", help="Cap on GPU memory, like 8GiB; default what is free.")
+    ] = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,12 +88,19 @@ class TextOptions:
 class RecipeOptions(TextOptions):
     """All that decides the result."""
 
-    ratio: Annotated[float | None, RATIO] = None
+    ratio: Annotated[str | None, RATIO] = None
     target_size: Annotated[
-        str | None, typer.Option(help="In place of --ratio: most that all shards may take, like 24GB.")
+        str | None,
+        typer.Option(
+            metavar="SIZE", help="In place of --ratio: most that all shards may take, like 24GB (10^9) or 24G (2^30)."
+        ),
     ] = None
     target_params: Annotated[
-        str | None, typer.Option(help="In place of --ratio: most parameters of the whole model, like 50B or 7.5M.")
+        str | None,
+        typer.Option(
+            metavar="COUNT",
+            help="In place of --ratio: most parameters of the whole model, like 50B (billions) or 150k.",
+        ),
     ] = None
     preset: Annotated[str | None, typer.Option(help="best or lorap.  [default: best]")] = None
     recipe: Annotated[Path | None, typer.Option(help="YAML file of settings; other options replace single ones.")] = (

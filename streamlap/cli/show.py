@@ -97,10 +97,19 @@ def describe_plan(plan: Plan) -> list[str]:
         ("disk", f"{show_size(plan.disk_bytes)} beside the source"),
         ("read, written", f"{show_size(plan.read_bytes)}, {show_size(plan.write_bytes)}"),
         ("operations", f"{plan.flops:.3g} FLOP, {sequences} windows of {length} tokens"),
+        (
+            "calibration",
+            "{tokens:,} tokens; the widest linear to fit has {inputs:,} inputs".format_map(plan.calibration),
+        ),
         ("time", f"{hours}, {heaviest.seconds_low:.1f} s for a layer at the least, {len(plan.layers)} layers"),
         ("schedule", f"{way}, hidden states in {plan.hidden_states}, {plan.forward_tokens:,} tokens a forward"),
     ]
-    return [*(f"{name:<15}{value}" for name, value in rows), *(plan.advice or ["it fits"])]
+    lines = [f"{name:<15}{value}" for name, value in rows]
+    if not plan.disk_measured:
+        lines.append(
+            "the speed of the disk could not be measured, so the time is that of a fast one to that of a slow one"
+        )
+    return [*lines, *(plan.advice or ["it fits"])]
 
 
 def describe_demo(result: DemoResult) -> list[str]:

@@ -44,6 +44,11 @@ def tokenise(text: str, folder: Path, of: Path, trust_remote_code: bool = False)
 def load_tokenizer(folder: Path, of: Path, trust_remote_code: bool = False) -> Any:
     """AutoTokenizer's, with the config of transformers' own class: `auto_map` in config.json is not heeded."""
     check_folder(folder)
+    if any("\ud800" <= char <= "\udfff" for char in str(folder)):  # bytes that Python could not decode
+        raise RecipeError(
+            f"the path {folder} is no UTF-8 text in this locale, and tokenizers open no other; wanted one that is. Set "
+            "LC_ALL=C.UTF-8, rename it, or give token ids as .npy."
+        )
     raw = read_config(folder)
     find_family(raw)
     config = native_config(raw, folder)

@@ -18,7 +18,7 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
-from streamlap.errors import CheckpointError, UnsupportedModel, one_line, shown, whole
+from streamlap.errors import CheckpointError, RecipeError, UnsupportedModel, one_line, shown, whole
 from streamlap.families.table import Family
 from streamlap.loader.linears import PivotedLinear
 from streamlap.loader.modules import swap_modules
@@ -27,6 +27,11 @@ from streamlap.untrusted.paths import CONFIG_BYTES, read_object
 
 COMPUTE_DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 """What a layer may be computed and stored in; "auto" is the checkpoint's dtype where the device is fast in it, else float32."""
+SHORT_DTYPES = {
+    "fp32": "float32", "f32": "float32", "float": "float32", "fp16": "float16", "f16": "float16", "half": "float16",
+    "bf16": "bfloat16",
+}  # fmt: skip
+"""What else they are called."""
 
 
 def read_config(folder: Path) -> dict[str, Any]:
@@ -59,6 +64,20 @@ def module_table(raw: Mapping[str, Any], family: Family, depth: int) -> dict[str
             'row like {"rank": 7} for each.'
         )
     return rows
+
+
+def parse_dtype(name: str | torch.dtype) -> str:
+    """auto, or a compute dtype as people write it (bf16, BF16, torch.bfloat16) -> auto, or its key in COMPUTE_DTYPES.
+
+    Raises RecipeError for any other.
+    """
+    word = str(name).strip().lower().removeprefix("torch.") if isinstance(name, str | torch.dtype) else ""
+    word = SHORT_DTYPES.get(word, word)
+    if word not in ("auto", *COMPUTE_DTYPES):
+        raise RecipeError(
+            f"dtype is {shown(name)}; wanted one of auto, {', '.join(COMPUTE_DTYPES)}, or short fp32, fp16, bf16."
+        )
+    return word
 
 
 def swapped(model: nn.Module, rows: Mapping[str, Mapping[str, int]]) -> dict[str, nn.Linear]:

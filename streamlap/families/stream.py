@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from streamlap.errors import CheckpointError, RecipeError, whole
+from streamlap.errors import CheckpointError, whole
 from streamlap.families.bounds import check_depth, check_roles, check_widths, native_config
 from streamlap.families.layer import StreamLayer
 from streamlap.families.shell import (
@@ -27,6 +27,7 @@ from streamlap.families.shell import (
     check_tensor,
     meta_model,
     module_table,
+    parse_dtype,
     read_config,
     swapped,
 )
@@ -225,11 +226,10 @@ class ModelStream:
 
     def _resolve_dtype(self, name: str) -> torch.dtype:
         stored = self.source.info(f"{self.family.embedding}.weight").dtype
+        name = parse_dtype(name)
         if name == "auto":
             fast = self.device.type != "cpu" or (stored == torch.bfloat16 and cpu_has_bfloat16())
             return stored if fast else torch.float32
-        if name not in COMPUTE_DTYPES:
-            raise RecipeError(f"dtype is {name!r}; wanted one of auto, {', '.join(COMPUTE_DTYPES)}.")
         return COMPUTE_DTYPES[name]
 
     def _check_tensors(self) -> None:

@@ -22,7 +22,9 @@ from torch.nn.functional import cross_entropy
 
 from streamlap.data.calibration import bundled_text, read_windows
 from streamlap.errors import NumericalError, RecipeError, shown
+from streamlap.families.shell import parse_dtype
 from streamlap.families.stream import HEAD_TOKENS, ModelStream
+from streamlap.pipeline.place import check_place
 from streamlap.pipeline.runner import LayerRunner, start_runner
 from streamlap.pipeline.streams import HiddenStates, open_bank
 from streamlap.planning.schedule import Fit, Schedule, fit, require_fit
@@ -78,6 +80,9 @@ def evaluate(
     start, settings = time.perf_counter(), settings.settled()
     steady_heap()
     reset_peaks()
+    dtype = parse_dtype(dtype)
+    if settings.work is not None:
+        check_place(Path(settings.work), "--work")
     folder = local_folder(str(model), settings.trust_remote_code)
     dtype = "float32" if (settings.device, dtype) == ("cpu", "auto") else dtype
     stream = ModelStream(folder, settings.device, dtype)

@@ -22,13 +22,16 @@ import torch
 
 from streamlap.data.calibration import calibration_tokens
 from streamlap.errors import RecipeError, ResumeMismatch, UnsupportedModel, shown
+from streamlap.families.shell import parse_dtype
 from streamlap.families.stream import ModelStream
+from streamlap.pipeline.place import check_apart, check_places
 from streamlap.pipeline.runner import check_sublayers
-from streamlap.pipeline.session import Run, check_apart, remove_state, session, stream_marks, whole_name
+from streamlap.pipeline.session import Run, remove_state, session, stream_marks, whole_name
 from streamlap.pipeline.sweep import Sweep, open_sweep, points, sweep_layers
 from streamlap.planning.allocate import Survey, model_digest
 from streamlap.planning.disk import COMPANION_BYTES, DiskNeeds
 from streamlap.planning.plan import windows_of
+from streamlap.planning.sample import check_sample, fitted_inputs
 from streamlap.planning.survey import SurveyPlan, disk_generations, plan_survey
 from streamlap.recipe import Calibration
 from streamlap.settings import RunSettings, split_options
@@ -66,7 +69,9 @@ def survey(
     if others:
         raise RecipeError(f"survey has no options {', '.join(map(shown, others))}; wanted fields of RunSettings.")
     deadline, settings = settings.deadline(), settings.settled()
-    folder, file = local_folder(str(model), settings.trust_remote_code), Path(file)
+    dtype, file = parse_dtype(dtype), Path(file)
+    check_places(state_of(file), settings.work)
+    folder = local_folder(str(model), settings.trust_remote_code)
     steady_heap()
     reset_peaks()
     stream = ModelStream(folder, settings.device, dtype)
@@ -74,6 +79,7 @@ def survey(
         raise UnsupportedModel(f"{folder} is already compressed by streamlap; wanted the original checkpoint.")
     wanted = Calibration(files=files, samples=samples, length=length, seed=seed)
     tokens_NL = survey_windows(stream, wanted, settings.trust_remote_code)
+    check_sample(tokens_NL, fitted_inputs(stream, stream.family.sublayers))
     plan = plan_survey(stream, windows_of(tokens_NL), settings)
     check_apart(folder, state_of(file))
     if not overwrite:

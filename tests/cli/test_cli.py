@@ -86,7 +86,20 @@ def test_a_recipe_file_and_options_together(
     [
         (["frobnicate"], 2, "frobnicate"),
         (["compress"], 2, "MODEL"),
-        (["compress", "m", "o", "--ratio", "abc"], 2, "--ratio"),
+        (
+            ["compress", "m", "o", "--ratio", "abc"],
+            2,
+            "ratio is 'abc'; wanted a fraction between 0 and 1, like 0.2 or 20%",
+        ),
+        (["plan", "m", "--ratio", "20"], 2, "Did you mean 0.2 (20%)?"),
+        (["plan", "m", "--max-ram", "8 parsecs"], 2, "wanted a size like 8GiB or 8G (2^30 bytes each), or 8GB (10^9"),
+        (["plan", "m", "--target-params", "5 GB"], 2, "wanted a number of parameters like 50B (billions), 7.5M, 150k"),
+        (
+            ["plan", "m", "--dtype", "fp8"],
+            2,
+            "wanted one of auto, float32, float16, bfloat16, or short fp32, fp16, bf16",
+        ),
+        (["plan", str(bundled("model")), "--device", "gpu"], 2, "Did you mean cuda?"),
         (["export", "a", "b", "--to", "gguf"], 2, "dense"),
         (["eval", str(bundled("model")), "--dtype", "int8"], 2, "int8"),
         (["eval", str(bundled("model")), "--limit", "5"], 2, "limit is 5"),

@@ -291,7 +291,7 @@ RECIPES: dict[str, Any] = {
     "a number": 5,
     "a list": [["ratio", 0.2], "ratio"],
     "unknown keys": {"rate": 0.2},
-    "a ratio that is text": {"ratio": "0.2"},
+    "a ratio that is text": {"ratio": "a fifth"},
     "methods that are text": {"methods": "best"},
     "an unknown method": {"methods": [{"method": "magic"}]},
     "a knob that is a list": {"methods": [{"method": "refine", "epochs": [1]}]},
