@@ -22,7 +22,9 @@ from streamlap.errors import CheckpointError, UnsupportedModel, one_line, shown,
 from streamlap.families.table import Family
 from streamlap.loader.linears import PivotedLinear
 from streamlap.loader.modules import swap_modules
+from streamlap.store.foreign import require_config
 from streamlap.store.header import TensorInfo
+from streamlap.store.source import files_in
 from streamlap.untrusted.paths import CONFIG_BYTES, read_object
 
 COMPUTE_DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
@@ -30,7 +32,9 @@ COMPUTE_DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16"
 
 
 def read_config(folder: Path) -> dict[str, Any]:
-    """config.json as it stands. Raises CheckpointError when there is none or it is not a JSON object."""
+    """config.json as it stands. Raises CheckpointError when there is none, with what the folder is instead, or it is not a JSON
+    object."""
+    require_config(folder, files_in(folder), str(folder))
     return read_object(folder, "config.json", CONFIG_BYTES)
 
 
@@ -90,7 +94,9 @@ def check_orders(root: nn.Module, name: str) -> None:
     """Raise CheckpointError where a pivoted linear in `root`, which the checkpoint calls `name`, has no usable order."""
     for path, module in root.named_modules(prefix=name):
         if isinstance(module, PivotedLinear) and not module.has_permutation():
-            raise CheckpointError(f"tensor '{path}.order' is no permutation of its numbers. Fetch it again.")
+            raise CheckpointError(
+                f"tensor '{path}.order' is no permutation of its numbers; wanted one. Copy its shard again."
+            )
 
 
 class Recorder(nn.Module):

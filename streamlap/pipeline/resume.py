@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
-from streamlap.errors import ResumeMismatch, shown
+from streamlap.errors import CheckpointError, ResumeMismatch, shown
 from streamlap.output.report import Report
 from streamlap.pipeline.compress import resume_compression
 from streamlap.pipeline.export import Exported, resume_export
@@ -21,6 +21,13 @@ COMMANDS: dict[str, Callable[[Run, RunSettings], Report | Survey | Exported]] = 
     "survey": resume_survey,
     "export": resume_export,
 }
+
+AGAIN = {
+    "compress": "streamlap compress MODEL {out}, and the same options",
+    "survey": "streamlap survey MODEL {out}, and the same options",
+    "export": "streamlap export MODEL {out} --to dense",
+}
+"""How a run goes on whose source has another place: what tells it is its contents."""
 
 
 def resume(
@@ -42,5 +49,15 @@ def resume(
         run = replace(run, out=folder.with_name(folder.name.removesuffix(STATE_FOLDER)))
     if run.command not in COMMANDS:
         raise ResumeMismatch(f"{folder} was begun by {shown(run.command)}; wanted one of {', '.join(COMMANDS)}.")
+    require_source(run)
     caps = {name: getattr(given, name) or getattr(run.settings, name) for name in ("max_ram", "max_vram")}
     return COMMANDS[run.command](run, replace(run.settings, **caps, stop_after=given.stop_after))
+
+
+def require_source(run: Run) -> None:
+    """Raise CheckpointError where the source of a run is a folder that is not there any more, with the command that goes on."""
+    if Path(run.model).is_absolute() and not Path(run.model).is_dir():
+        raise CheckpointError(
+            f"{run.model}, of which {run.out} is made, is not there; wanted the same checkpoint. Put it back, or give the "
+            f"first command again with the place where it is now: {AGAIN[run.command].format(out=run.out)}."
+        )
