@@ -22,9 +22,7 @@ from streamlap.errors import CheckpointError, UnsupportedModel, one_line, shown,
 from streamlap.families.table import Family
 from streamlap.loader.linears import PivotedLinear
 from streamlap.loader.modules import swap_modules
-from streamlap.store.foreign import require_config
 from streamlap.store.header import TensorInfo
-from streamlap.store.source import files_in
 from streamlap.untrusted.paths import CONFIG_BYTES, read_object
 
 COMPUTE_DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
@@ -32,9 +30,7 @@ COMPUTE_DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16"
 
 
 def read_config(folder: Path) -> dict[str, Any]:
-    """config.json as it stands. Raises CheckpointError when there is none, with what the folder is instead, or it is not a JSON
-    object."""
-    require_config(folder, files_in(folder), str(folder))
+    """config.json as it stands. Raises CheckpointError when there is none or it is not a JSON object."""
     return read_object(folder, "config.json", CONFIG_BYTES)
 
 

@@ -53,9 +53,10 @@ def model_name(model: str) -> str:
 def local_folder(model: str, trust_remote_code: bool = False) -> Path:
     """The folder `model` itself, or the snapshot of `org/name[@revision]` in the hub's cache, fetched where it is absent.
 
-    Code is fetched with `trust_remote_code` alone. Raises CheckpointError when it is neither, or cannot be reached.
+    Code is fetched with `trust_remote_code` alone. Raises CheckpointError when it is neither, or cannot be reached, and for
+    what is known to be no checkpoint, see `foreign`.
     """
-    return Path(model) if Path(model).is_dir() else _model_snapshot(model, FETCHED, trust_remote_code)
+    return _folder_here(model) or _model_snapshot(model, FETCHED, trust_remote_code)
 
 
 def header_source(model: str, trust_remote_code: bool = False) -> tuple[Path, TensorSource]:
@@ -65,8 +66,8 @@ def header_source(model: str, trust_remote_code: bool = False) -> tuple[Path, Te
     of local files. Where the weights lie in the hub's cache already, they are used as they are, and offline too.
     Raises CheckpointError as `local_folder` and `SafetensorsFolder` do.
     """
-    if Path(model).is_dir():
-        return Path(model), SafetensorsFolder(Path(model))
+    if here := _folder_here(model):
+        return here, SafetensorsFolder(here)
     folder = _model_snapshot(model, [pattern for pattern in FETCHED if pattern != WEIGHTS], trust_remote_code)
     try:
         find_shards(folder, files_in(folder), model)
@@ -102,9 +103,16 @@ def _tree(name: str, commit: str) -> Iterable[Any]:
 
 
 def fetch_data_files(hub_id: str, revision: str, files: Iterable[str]) -> list[Path]:
-    """These files of a data set at a commit, in the hub's cache, in the order in which they are named."""
+    """These files of a data set at a commit, in the hub's cache, in the order in which they are named. Raises CheckpointError
+    where they cannot be fetched."""
     names = list(files)
-    folder = _snapshot(f"{_name(hub_id)}@{revision}", "dataset", [glob.escape(name) for name in names])
+    try:
+        folder = _snapshot(f"{_name(hub_id)}@{revision}", "dataset", [glob.escape(name) for name in names])
+    except CheckpointError as error:
+        raise CheckpointError(
+            f"{names[0]} and {len(names) - 1} other files of data set {hub_id} cannot be fetched: "
+            f"{first_line(error.__cause__ or error)}"
+        ) from error
     return [checked(folder, folder / name) for name in names]
 
 
@@ -138,6 +146,15 @@ def _fetch_headers(hub: HfFileSystem, root: str, folder: Path, shards: Iterable[
     with ThreadPoolExecutor(REQUESTS) as pool:
         names = sorted(shards)
         return dict(zip(names, pool.map(fetch, names), strict=True))
+
+
+def _folder_here(model: str) -> Path | None:
+    """The folder that is called so, if there is one; what is wrong with it is said."""
+    folder = Path(model)
+    if not folder.is_dir():
+        return None
+    require_config(folder, files_in(folder), model)
+    return folder
 
 
 def _model_snapshot(model: str, patterns: list[str], trust_remote_code: bool) -> Path:

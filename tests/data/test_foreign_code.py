@@ -227,7 +227,6 @@ def test_a_path_of_another_place_is_not_heeded(
     folder = Path(shutil.copytree(pico("llama", tokenizer=True), tmp_path / "model"))
     change(folder / "tokenizer_config.json", **({"tokenizer_class": tokenizer_class} if tokenizer_class else {}))
     wanted = tokenise(TEXT, folder, tmp_path)
-    assert not caplog.messages
     change(folder / "tokenizer_config.json", **{key: str(outside / LEFT_OVER[key])})
     before, _ = (folder / "tokenizer_config.json").read_bytes(), opened.clear()
     for _ in range(2):
