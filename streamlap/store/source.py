@@ -231,7 +231,10 @@ def find_shards(folder: Path, files: Collection[str], place: str) -> dict[str, s
         raise CheckpointError(reason)
     others = sorted(name for name in files if name.endswith(".safetensors"))
     seen = f" ({', '.join(shown(name)[1:-1] for name in others[:3])} is there)" if others else ""
-    advice = f" A file that is whole by itself is to be called {SINGLE_NAME}." if len(others) == 1 else ""
+    advice = (
+        f" A file that is whole by itself is to be called {SINGLE_NAME}." if len(others) == 1
+        else " Shards need their index." if others else ""
+    )  # fmt: skip
     raise CheckpointError(
         f"{place} holds neither {INDEX_NAME} nor {SINGLE_NAME}{seen}; wanted a safetensors checkpoint.{advice}"
     )

@@ -64,6 +64,9 @@ def test_weights_under_another_name(pico: MakeModel, tmp_path: Path) -> None:
         CheckpointError, match=r"\(weights.safetensors is there\); .* is to be called model.safetensors"
     ):
         streamlap.inspect(folder)
+    touch(folder, "model-00002-of-00002.safetensors")
+    with pytest.raises(CheckpointError, match=r"wanted a safetensors checkpoint. Shards need their index.$"):
+        streamlap.inspect(folder)
     touch(folder, "model.gguf")
     with pytest.raises(CheckpointError, match=r"holds model.gguf, a GGUF container"):
         streamlap.inspect(folder)
