@@ -113,9 +113,7 @@ def without_paths(folder: Path) -> Iterator[Path]:
         yield folder
         return
     keys = ", ".join(shown(key)[1:-1] for key in dropped)
-    say_once(
-        f"{folder / SETTINGS} has {keys}, of where the tokenizer was made; not heeded, the files are those of {folder}"
-    )
+    say_once(f"{folder / SETTINGS} has {keys}, of the machine that wrote it: ignored, the files are those of {folder}")
     with tempfile.TemporaryDirectory(prefix="streamlap-") as scratch:
         place = Path(scratch) / (folder.resolve().name or "model")
         place.mkdir()

@@ -38,7 +38,7 @@ def resume(
 
     Args: path, the output folder, or the file of a survey; what else is needed is known there. max_ram, max_vram, other caps
     than the run began with, as bytes or as text like 8GiB; stop_after, as for `compress`.
-    Raises ResumeMismatch where there is nothing to go on with.
+    Raises ResumeMismatch where there is nothing to go on with, CheckpointError where the source is not where it was.
     """
     given = RunSettings(max_ram=max_ram, max_vram=max_vram, stop_after=stop_after)
     path = Path(path)
@@ -49,15 +49,13 @@ def resume(
         run = replace(run, out=folder.with_name(folder.name.removesuffix(STATE_FOLDER)))
     if run.command not in COMMANDS:
         raise ResumeMismatch(f"{folder} was begun by {shown(run.command)}; wanted one of {', '.join(COMMANDS)}.")
-    require_source(run)
     caps = {name: getattr(given, name) or getattr(run.settings, name) for name in ("max_ram", "max_vram")}
-    return COMMANDS[run.command](run, replace(run.settings, **caps, stop_after=given.stop_after))
-
-
-def require_source(run: Run) -> None:
-    """Raise CheckpointError where the source of a run is a folder that is not there any more, with the command that goes on."""
-    if Path(run.model).is_absolute() and not Path(run.model).is_dir():
-        raise CheckpointError(
-            f"{run.model}, of which {run.out} is made, is not there; wanted the same checkpoint. Put it back, or give the "
-            f"first command again with the place where it is now: {AGAIN[run.command].format(out=run.out)}."
-        )
+    try:
+        return COMMANDS[run.command](run, replace(run.settings, **caps, stop_after=given.stop_after))
+    except CheckpointError as error:
+        if Path(run.model).is_absolute() and not Path(run.model).is_dir():
+            raise CheckpointError(
+                f"{run.model}, of which {run.out} is made, is not there; wanted the same checkpoint. Put it back, or give the "
+                f"first command again with the place where it is now: {AGAIN[run.command].format(out=run.out)}."
+            ) from error
+        raise

@@ -56,7 +56,7 @@ def checked(folder: Path, path: Path) -> Path:
             f"{_name(path)} in {folder} cannot be looked at: {first_line(error)}; wanted a file."
         ) from error
     if not inside:
-        absent = "" if target.exists() else ", where nothing is,"
+        absent = "" if target.exists() else ", where nothing is"
         raise CheckpointError(
             f"{_name(path)} in {folder} leads to {shown(str(target))}, outside the checkpoint{absent}; wanted the file itself. "
             "If it belongs to the checkpoint, copy it in its place (cp -rL makes a folder without links), else remove the link."

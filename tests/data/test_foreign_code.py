@@ -232,9 +232,9 @@ def test_a_path_of_another_place_is_not_heeded(
     for _ in range(2):
         assert torch.equal(tokenise(TEXT, folder, tmp_path), wanted)
     assert not [path for path in opened if "outside" in Path(path).parts]
-    notes = [note for note in caplog.messages if "not heeded" in note]
+    notes = [note for note in caplog.messages if "ignored" in note]
     assert len(notes) == 1
-    assert f"tokenizer_config.json has {key}, of where the tokenizer was made" in notes[0]
+    assert f"tokenizer_config.json has {key}, of the machine that wrote it" in notes[0]
     assert (folder / "tokenizer_config.json").read_bytes() == before
 
 
