@@ -120,7 +120,11 @@ def evaluate(
     run: RunOptions,
     text: Annotated[
         list[str] | None,
-        typer.Option(help="Text or token ids, as for --calibration; default: the bundled validation text."),
+        typer.Option(
+            metavar="TEXT",
+            help="Text or token ids, as for --calibration; of a data set the validation split, else the test split; "
+            "default: the bundled validation text.",
+        ),
     ] = None,
     length: Length = None,
     stride: Annotated[

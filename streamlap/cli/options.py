@@ -76,7 +76,12 @@ class TextOptions:
     """Which tokens statistics are taken on, and in which dtype."""
 
     calibration: Annotated[
-        list[str] | None, typer.Option(help="Text (.txt, .jsonl, .parquet) or token ids (.npy); may be repeated.")
+        list[str] | None,
+        typer.Option(
+            metavar="TEXT",
+            help="Text (.txt, .jsonl, .parquet), token ids (.npy), or a data set of the hub, "
+            "org/name[@revision][/configuration][:split] or org/name/path/to/file; may be repeated.",
+        ),
     ] = None
     samples: Annotated[int | None, typer.Option(help="Calibration windows; default 128, of a survey 16.")] = None
     length: Length = None

@@ -17,10 +17,11 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from streamlap.data.datasets import text_files
 from streamlap.data.tokenizer import tokenise
 from streamlap.errors import RecipeError, first_line, one_line, shown
 from streamlap.recipe import Calibration
-from streamlap.store.hub import TEXT_SUFFIXES, text_files
+from streamlap.store.hub import TEXT_SUFFIXES
 from streamlap.untrusted.npy import read_integers
 
 log = logging.getLogger(__name__)

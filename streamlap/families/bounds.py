@@ -90,7 +90,7 @@ def check_depth(depth: int, names: Iterable[str], family: Family, folder: Path) 
         extent = f"{len(found)} decoder layers, the last numbered {max(found)}" if found else "no decoder layer"
         raise CheckpointError(
             f"{folder / 'config.json'} has num_hidden_layers {depth}, and the shards hold {extent}; wanted both to agree. "
-            "Fetch config.json, index and shards of one revision."
+            "Take config.json, index and shards of one checkpoint."
         )
 
 

@@ -109,7 +109,9 @@ def check_orders(root: nn.Module, name: str) -> None:
     """Raise CheckpointError where a pivoted linear in `root`, which the checkpoint calls `name`, has no usable order."""
     for path, module in root.named_modules(prefix=name):
         if isinstance(module, PivotedLinear) and not module.has_permutation():
-            raise CheckpointError(f"tensor '{path}.order' is no permutation of its numbers. Fetch it again.")
+            raise CheckpointError(
+                f"tensor '{path}.order' is no permutation of its numbers; wanted one. Copy its shard again."
+            )
 
 
 class Recorder(nn.Module):

@@ -21,6 +21,7 @@ import torch
 from torch.nn.functional import cross_entropy
 
 from streamlap.data.calibration import bundled_text, read_windows
+from streamlap.data.datasets import EVALUATION, text_files
 from streamlap.errors import NumericalError, RecipeError, shown
 from streamlap.families.shell import parse_dtype
 from streamlap.families.stream import HEAD_TOKENS, ModelStream
@@ -112,6 +113,7 @@ def choose_windows(
         least = 2 if name == "length" else 1
         if value is not None and value < least:
             raise RecipeError(f"{name} is {value}; wanted at least {least}.")
+    files = [str(path) for file in files for path in text_files(file, EVALUATION)]
     tokens_NL = read_windows(files, stream.folder, stream.vocabulary, stream.context, length, stride, trust_remote_code)
     if stride is not None and stride >= tokens_NL.shape[1]:
         raise RecipeError(f"stride is {stride}; wanted less than the window's {tokens_NL.shape[1]} tokens.")

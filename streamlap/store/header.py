@@ -85,8 +85,8 @@ def file_stamp(handle: int) -> tuple[int, int]:
     return stat.st_size, stat.st_mtime_ns
 
 
-def _fault(path: Path, seen: str, wanted: str) -> CheckpointError:
-    return CheckpointError(f"{path.name}: {seen}; wanted {wanted}. Fetch the file again from where it came ({path}).")
+def _fault(path: Path, seen: str, wanted: str, advice: str = "Take it again from where it came") -> CheckpointError:
+    return CheckpointError(f"{path.name}: {seen}; wanted {wanted}. {advice} ({path}).")
 
 
 def read_header(path: Path) -> Header:
@@ -144,7 +144,8 @@ def _parse_row(path: Path, name: str, row: Any, data_start: int) -> TensorInfo:
     except (KeyError, TypeError, ValueError) as error:
         raise _fault(path, f"tensor {name!r} is described as {shown(row)}", "dtype, shape and data_offsets") from error
     if not isinstance(dtype, str) or dtype not in DTYPES:
-        raise _fault(path, f"tensor {name!r} has dtype {shown(dtype)}", f"one of {', '.join(DTYPES)}")
+        seen = f"tensor {name!r} has dtype {shown(dtype)}"
+        raise _fault(path, seen, f"one of {', '.join(DTYPES)}", "Save it in one of them")
     numbers = [*shape, begin, end] if isinstance(shape, list) else [None]
     if any(type(number) is not int or not 0 <= number < 2**60 for number in numbers):
         seen = f"tensor {name!r} has shape {shown(shape)} and offsets {shown(begin)}, {shown(end)}"

@@ -16,6 +16,7 @@ import torch
 
 from streamlap.errors import CheckpointError, shown
 from streamlap.linalg.statistics import all_finite
+from streamlap.store.foreign import describe_foreign
 from streamlap.store.header import Header, TensorInfo, byte_view, check_name, file_stamp, read_header
 from streamlap.untrusted.paths import INDEX_BYTES, checked, read_object
 
@@ -58,7 +59,8 @@ class SafetensorsHeaders:
         for name, shard in shards.items():
             if name and name not in self.headers[shard].tensors:
                 raise CheckpointError(
-                    f"{INDEX_NAME} says that tensor {name!r} is in {shard}, and it is not there. Fetch both files again."
+                    f"{INDEX_NAME} says that tensor {name!r} is in {shard}, and it is not there; wanted both of one "
+                    "checkpoint."
                 )
 
     def names(self) -> Iterable[str]:
@@ -105,7 +107,7 @@ def require_finite(tensor: torch.Tensor, name: str, file: str) -> None:
         bad = int((~torch.isfinite(tensor.float())).sum())
         raise CheckpointError(
             f"tensor {name!r} in {file} has {bad} NaN or infinite entries of {tensor.numel()}; "
-            "wanted finite weights. Fetch the checkpoint again or repair it."
+            "wanted finite weights. Take the checkpoint from its source again, or mend it."
         )
 
 
@@ -225,7 +227,17 @@ def find_shards(folder: Path, files: Collection[str], place: str) -> dict[str, s
             f"{place} holds only pickled weights ({names}), which can run code when opened; wanted "
             "safetensors. Convert once where you trust it: AutoModelForCausalLM.from_pretrained(...).save_pretrained(...)."
         )
-    raise CheckpointError(f"{place} holds neither {INDEX_NAME} nor {SINGLE_NAME}; wanted a safetensors checkpoint.")
+    if reason := describe_foreign(folder, files, place):
+        raise CheckpointError(reason)
+    others = sorted(name for name in files if name.endswith(".safetensors"))
+    seen = f" ({', '.join(shown(name)[1:-1] for name in others[:3])} is there)" if others else ""
+    advice = (
+        f" A file that is whole by itself is to be called {SINGLE_NAME}." if len(others) == 1
+        else " Shards need their index." if others else ""
+    )  # fmt: skip
+    raise CheckpointError(
+        f"{place} holds neither {INDEX_NAME} nor {SINGLE_NAME}{seen}; wanted a safetensors checkpoint.{advice}"
+    )
 
 
 def _read_index(folder: Path, files: Collection[str], place: str) -> dict[str, str]:
@@ -245,6 +257,7 @@ def _read_index(folder: Path, files: Collection[str], place: str) -> dict[str, s
             )
         if shard not in files:
             raise CheckpointError(
-                f"shard {shown(shard)[1:-1]} is missing; {INDEX_NAME} wants it for tensor {name!r}. Fetch it again."
+                f"shard {shown(shard)[1:-1]} is missing; {INDEX_NAME} wants it for tensor {name!r}. Fetch it from where "
+                "the others came."
             )
     return table

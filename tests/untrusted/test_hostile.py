@@ -266,7 +266,7 @@ LINKS: dict[str, Case] = {
         lambda f: ((f / "a").symlink_to("../b"), (f / "merges.txt").symlink_to("a"), (f.parent / "b").write_text("x")),
         WRONG, ("leads to", "outside"),
     ),
-    "dangling link out": (link("vocab.json", "/nowhere/at/all"), WRONG, ("'/nowhere/at/all'", "outside")),
+    "dangling link out": (link("vocab.json", "/nowhere/at/all"), WRONG, ("'/nowhere/at/all'", "outside", "where nothing is;")),
     "links in a circle": (link("vocab.json", "vocab.json"), WRONG, ("vocab.json",)),
     "template is a link out": (templates_outside, WRONG, ("tool.jinja", "'/etc/hostname'")),
     "folder of templates is a link out": (link("additional_chat_templates", "/etc"), WRONG, ("'/etc'", "outside")),
