@@ -26,15 +26,16 @@ class StoredLinear(nn.Module, ABC):
     in_features: int
     out_features: int
     rank: int
+    bias: torch.Tensor | None
+    """The bias [O] of the dense layer."""
 
     @abstractmethod
     def merged(self, dtype: Dtype = None) -> torch.Tensor:
         """The dense matrix [O, I] that this stands for, computed in float32 or wider, in `dtype` (that of the parts)."""
 
-    def merged_bias(self) -> torch.Tensor | None:
-        """The bias [O] of the dense layer."""
-        bias_O: torch.Tensor | None = self.get_submodule(self.carrier)._parameters["bias"]
-        return bias_O
+    @abstractmethod
+    def factors(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """`up` [O, R] and `down` [R, I], whose product is the dense matrix, in the dtype of the parts."""
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         # Names on disk are welcome too: a Trainer resumes by handing the saved file to load_state_dict as it is, and
@@ -76,6 +77,14 @@ class LowRankLinear(StoredLinear):
         """x [..., I] -> [..., O]."""
         y: torch.Tensor = self.up(self.down(x))
         return y
+
+    @property
+    def bias(self) -> torch.Tensor | None:  # type: ignore[override]
+        bias_O: torch.Tensor | None = self.up.bias
+        return bias_O
+
+    def factors(self) -> tuple[torch.Tensor, torch.Tensor]:
+        return self.up.weight, self.down.weight
 
     def merged(self, dtype: Dtype = None) -> torch.Tensor:
         up_OR, down_RI = self.up.weight, self.down.weight
@@ -132,17 +141,21 @@ class PivotedLinear(StoredLinear):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """x [..., I] -> [..., O]."""
         y = self._with_rest(self.base(x))
-        if self.order is not None:
-            y = y.index_select(-1, self.order)
         # In place: y is new in any case, and keeps its dtype where autocast makes it narrower than the bias.
         return y if self.bias is None else y.add_(self.bias)
 
     def _with_rest(self, z_P: torch.Tensor) -> torch.Tensor:
-        """z_P [..., R] -> [..., O], not yet in order; the two parts are free again when this ends."""
+        """z_P [..., R] -> [..., O], in order; the two parts are free again when this ends."""
         z_N: torch.Tensor = self.rest(z_P)
         if self.groups == 1:
-            return torch.cat((z_P, z_N), -1)
+            y = torch.cat((z_P, z_N), -1)
+            return y if self.order is None else y.index_select(-1, self.order)
         return torch.cat([torch.unflatten(z, -1, (self.groups, -1)) for z in (z_P, z_N)], -1).flatten(-2)
+
+    def factors(self) -> tuple[torch.Tensor, torch.Tensor]:
+        base_RI = self.base.weight
+        eye_RR = torch.eye(self.rank, dtype=base_RI.dtype, device=base_RI.device)
+        return self._with_rest(eye_RR).T, base_RI
 
     def merged(self, dtype: Dtype = None) -> torch.Tensor:
         base_RI, rest_NR = _wide(self.base.weight), _wide(self.rest.weight)
@@ -151,12 +164,30 @@ class PivotedLinear(StoredLinear):
         w_OI = w_OI if self.order is None else w_OI.index_select(0, self.order)
         return w_OI.to(dtype or self.base.weight.dtype)
 
-    def merged_bias(self) -> torch.Tensor | None:
-        return self.bias
-
     def has_permutation(self) -> bool:
         """Whether the order, where one is stored and in memory, is a permutation."""
         return self.order is None or self.order.is_meta or is_permutation(self.order, self.out_features)
+
+
+def with_product(
+    module: StoredLinear, left_OS: torch.Tensor, right_SI: torch.Tensor, bias_O: torch.Tensor | None
+) -> LowRankLinear | nn.Linear:
+    """What computes module(x) + left right x, with `bias_O` as its bias, in the dtype of `module`.
+
+    Both products are kept whole, so the rank grows by S. Where two factors of that rank have no fewer numbers than one matrix
+    has, it is that matrix.
+    """
+    up_OR, down_RI = module.factors()
+    up_OR = torch.cat((up_OR, left_OS.to(up_OR)), 1)
+    down_RI = torch.cat((down_RI, right_SI.to(down_RI)), 0)
+    out_features, in_features = module.out_features, module.in_features
+    if len(down_RI) * (out_features + in_features) < out_features * in_features:
+        return LowRankLinear.from_factors(up_OR, down_RI, bias_O)
+    dense = nn.Linear(in_features, out_features, bias_O is not None, device="meta")
+    dense.weight = _frozen((_wide(up_OR) @ _wide(down_RI)).to(up_OR.dtype))
+    if bias_O is not None:
+        dense.bias = _frozen(bias_O)
+    return dense
 
 
 def is_permutation(order: torch.Tensor, size: int) -> bool:
