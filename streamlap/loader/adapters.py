@@ -1,7 +1,7 @@
 """LoRA of peft on a whole compressed matrix, by the name of the module: `target_modules=["q_proj", "v_proj"]`.
 
 A module computes form(x) + scaling B A x, with A [S, I] and B [O, S], whatever its form: rank and targets mean what they mean
-on the dense model, and an adapter of the dense model fits. Merging keeps both products: see `with_product`.
+on the dense model, and an adapter of the dense model fits. Merging cuts nothing off: see `StoredLinear.plus`.
 
 Import this file only where peft is installed. It is copied as it is into every output folder.
 
@@ -23,7 +23,7 @@ try:  # transformers wants all that a file of a folder imports outside of `try` 
 except ImportError:
     raise
 
-from .linears import StoredLinear, with_product
+from .linears import StoredLinear
 
 INITS = (True, False, "gaussian", "orthogonal")
 """Values of `init_lora_weights` that do not read the matrix."""
@@ -66,7 +66,7 @@ class StoredLoraLinear(Linear):
             b.get_parameter("bias") * scale for b, _, scale in sides if "bias" in dict(b.named_parameters())
         ):
             bias_O = added_O.to(left_OS) if bias_O is None else (bias_O + added_O).to(bias_O)
-        merged = with_product(stored, left_OS, right_SI, bias_O)
+        merged = stored.plus(left_OS, right_SI, bias_O)
         if safe_merge and not all(parameter.isfinite().all() for parameter in merged.parameters()):
             raise ValueError(f"seen numbers that are not finite after merging {names}; wanted a sound adapter")
         self.unmerged, self.base_layer, self.merged_adapters = [stored], merged, every

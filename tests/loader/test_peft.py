@@ -21,7 +21,7 @@ from peft import (
 from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from streamlap.loader.forms import LowRank, Pivoted, form_of
+from streamlap.loader.forms import Pivoted, form_of
 from streamlap.loader.linears import StoredLinear
 
 pytestmark = pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")  # of peft
@@ -176,12 +176,18 @@ def test_merged_by_name_it_saves_and_loads_the_same(case: Case, tmp_path: Path, 
     assert torch.equal(logits(again), logits(merged))
     rows = json.loads((tmp_path / "config.json").read_text())["quantization_config"]["modules"]
     for path, row in all_kinds(8).items() if "order" in "".join(case.tensors) else MIXED.items():
-        rank = row.get("rank", row.get("pivots"))
-        out, width = (again.get_submodule(path).out_features, again.get_submodule(path).in_features)
-        others = {key: value for key, value in row.items() if key in ("out", "in", "bias")}
-        small = rank and (rank + 2) * (out + width) < out * width
-        assert rows.get(path, {}) == others | ({"rank": rank + 2} if small else {}), path
-    assert any("rank" in row for row in rows.values())
+        assert rows.get(path, {}) == merged_row(row, again.get_submodule(path), 2), path
+
+
+def merged_row(row: dict[str, int], module: nn.Module, rank: int) -> dict[str, int]:
+    """`row` after an adapter of `rank` was merged: the same form of a larger rank, or dense where that is no smaller."""
+    kind, out, width = next(iter({"rank", "pivots"} & row.keys()), None), module.out_features, module.in_features
+    others = {key: value for key, value in row.items() if key in ("out", "in", "bias")}
+    if kind is None:
+        return others
+    total = row[kind] + rank
+    numbers = total * (out + width - (total if kind == "pivots" else 0))
+    return others | ({kind: total} if numbers < out * width and total < min(out, width) else {})
 
 
 def test_a_merged_model_dequantizes(kinds: Case, tmp_path: Path) -> None:
@@ -213,11 +219,11 @@ def test_merging_in_place_is_undone_to_the_bit(kinds: Case) -> None:
     model.merge_adapter()
     torch.testing.assert_close(logits(model), before_BLV, atol=1e-5, rtol=1e-5)
     q_proj = model.base_model.model.get_submodule(f"{ATTENTION_0}.q_proj")
-    assert form_of(q_proj.get_base_layer()) == LowRank((32, 32), True, 9)
+    assert form_of(q_proj.get_base_layer()) == Pivoted((32, 32), True, 9)
     with pytest.warns(UserWarning, match="already merged"):
         model.merge_adapter()
     model.unmerge_adapter()
-    assert isinstance(form_of(q_proj.get_base_layer()), Pivoted)
+    assert form_of(q_proj.get_base_layer()) == Pivoted((32, 32), True, 7)
     assert torch.equal(logits(model), before_BLV)
     unloaded = model.unload()
     assert {path: form_of(unloaded.get_submodule(path)) for path in forms} == forms
