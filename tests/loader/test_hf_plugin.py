@@ -273,6 +273,13 @@ def test_save_pretrained_round_trip(case: Case, tmp_path: Path, shard: str | Non
     assert torch.equal(logits(load(tmp_path)), logits(case.reference))
 
 
+def test_names_on_disk_do_not_hang_on_what_transformers_remembers(case: Case, tmp_path: Path) -> None:
+    model = load(case.folder)
+    model._weight_conversions = []  # as after `load_adapter`, which keeps those that the adapter needed
+    model.save_pretrained(tmp_path)
+    assert_same_tensors(load_file(tmp_path / "model.safetensors"), case.tensors)
+
+
 def test_generates_with_its_cache(case: Case) -> None:
     assert_generates(load(case.folder), case.reference)
 
@@ -430,6 +437,8 @@ def test_shim_is_the_packages_own_files(tmp_path: Path) -> None:
         assert (tmp_path / name).read_bytes() == (REPOSITORY / "streamlap" / "loader" / name).read_bytes()
         assert (tmp_path / name).stat().st_mode & 0o777 == 0o640
         assert "import streamlap" not in (tmp_path / name).read_text()
+        needed = set(dynamic_module_utils.get_imports(tmp_path / name)) - set(sys.stdlib_module_names)
+        assert needed <= {"torch", "transformers"}, "or transformers opens the folder only where these are installed"
     # Older transformers copy what the first file imports, and not what these import.
     first, *others = SHIM_FILES
     assert {f"{name}.py" for name in dynamic_module_utils.get_relative_imports(tmp_path / first)} == set(others)

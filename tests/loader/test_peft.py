@@ -249,6 +249,23 @@ def test_two_adapters_merge_one_after_the_other(mixed: Case) -> None:
         torch.testing.assert_close(logits(model), logits(mixed.reference), atol=1e-6, rtol=1e-5)
 
 
+def test_adapters_have_the_dtype_of_the_matrix_unless_peft_widens_them(kinds: Case) -> None:
+    for widen, dtype in ((True, torch.float32), (False, torch.bfloat16)):
+        base = load(kinds.folder, dtype=torch.bfloat16)
+        model = get_peft_model(base, lora(target_modules=COMPRESSED), autocast_adapter_dtype=widen)
+        assert {p.dtype for p in model.parameters() if p.requires_grad} == {dtype}
+        assert model(TOKENS_BL).logits.dtype == torch.bfloat16
+
+
+def test_a_bias_beside_a_pivoted_matrix_may_be_trained_alone(kinds: Case, tmp_path: Path) -> None:
+    model = get_peft_model(load(kinds.folder), lora(target_modules=[f"{ATTENTION_0}.q_proj"], bias="lora_only"))
+    step(model)
+    q_proj = model.base_model.model.get_submodule(f"{ATTENTION_0}.q_proj")
+    assert not torch.equal(q_proj.bias, kinds.reference.get_submodule(f"{ATTENTION_0}.q_proj").bias)
+    model.save_pretrained(tmp_path)
+    assert torch.equal(logits(PeftModel.from_pretrained(load(kinds.folder), tmp_path)), logits(model.eval()))
+
+
 @pytest.mark.parametrize("bias", ["all", "none"])
 def test_biases_and_modules_to_save_are_trained_and_kept(untied: Case, tmp_path: Path, bias: str) -> None:
     model = get_peft_model(load(untied.folder), lora(bias=bias, modules_to_save=["lm_head"]))
