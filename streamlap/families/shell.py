@@ -164,7 +164,10 @@ class AfterLayers:
     def logits(self, x_TD: torch.Tensor) -> torch.Tensor:
         """x_TD behind the last layer -> logits_TV. No token hears of another here, so each is a sequence of its own."""
         self._injector.x_BLD = x_TD[:, None]
-        logits_T1V: torch.Tensor = self._shell(inputs_embeds=x_TD[:, None], use_cache=False).logits
+        output = self._shell(
+            inputs_embeds=x_TD[:, None], use_cache=False, return_dict=True
+        )  # config.json may say false
+        logits_T1V: torch.Tensor = output.logits
         del self._injector.x_BLD
         return logits_T1V[:, 0]
 

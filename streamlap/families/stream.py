@@ -258,6 +258,6 @@ class ModelStream:
                 check_tensor(tensors.info(name), tensor)
         if tensors.unused:
             model = f"{self.depth}-layer {self.family.model_type}"
-            logger.warning("%s: %d tensors have no place in the %s that config.json describes and are left behind: %s.",
-                           self.folder, len(tensors.unused), model, few(tensors.unused))  # fmt: skip
+            logger.warning("%s: tensors that the %s of config.json has no place for are not read (%d in all): %s.",
+                           self.folder, model, len(tensors.unused), few(tensors.unused))  # fmt: skip
         return tensors

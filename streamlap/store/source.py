@@ -75,8 +75,8 @@ class SafetensorsHeaders:
 
     def _tell_overruled(self, names: set[str]) -> None:
         if names:
-            logger.warning("%s: %d tensors stand in a later shard too than %s says, and the last shard counts, as in "
-                           "transformers: %s.", self.place, len(names), self._chosen, few(names))  # fmt: skip
+            logger.warning("%s: tensors are read from a later shard than %s says, as the last one counts in transformers (%d in all): %s.",
+                           self.place, self._chosen, len(names), few(names))  # fmt: skip
 
     def names(self) -> Iterable[str]:
         return self._tensors

@@ -125,6 +125,11 @@ def test_every_family_may_be_stored_bare(pico: MakeModel, tokens: Path, tmp_path
     )
 
 
+def test_a_config_that_wants_tuples_changes_nothing(pico: MakeModel, tokens: Path, tmp_path: Path) -> None:
+    folder = layout(pico("llama"), tmp_path / "source", return_dict=False)
+    assert streamlap.evaluate(folder, tokens).nll == streamlap.evaluate(pico("llama"), tokens).nll
+
+
 def test_layers_beyond_the_depth_are_left_behind(pico: MakeModel, tokens: Path, tmp_path: Path) -> None:
     check_loss(layout(pico("llama"), tmp_path / "source", num_hidden_layers=2), tokens, tmp_path)
     assert "model.layers.2.mlp.up_proj.weight" in streamlap.inspect(tmp_path / "source")["unused"]
@@ -231,7 +236,7 @@ def test_one_warning_names_what_is_left_behind(
     with caplog.at_level(logging.WARNING, "streamlap"):
         streamlap.compress(source, tmp_path / "out", preset="lorap", files=(str(tokens),))
     (record,) = [record.getMessage() for record in caplog.records if record.name.startswith("streamlap.families")]
-    assert "7 tensors have no place in the 3-layer llama" in record
+    assert "tensors that the 3-layer llama of config.json has no place for are not read (7 in all): " in record
     assert "model.empty, model.layers.0.self_attn.k_scale, model.layers.1.mlp.up_proj.bias and 4 more" in record
     assert len(streamlap.inspect(source)["unused"]) == 7
     assert streamlap.inspect(tmp_path / "out")["unused"] == []
