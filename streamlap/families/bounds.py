@@ -36,10 +36,10 @@ ROPE_MOST = 1e15
 UNUSED = {
     "auto_map", "architectures", "quantization_config", "configuration_files", "attn_implementation", "experts_implementation",
     "name_or_path", "transformers_weights", "num_labels", "id2label", "label2id", "problem_type", "task_specific_params",
-    "transformers_version",
+    "transformers_version", "return_dict",
 }  # fmt: skip
-"""Keys that transformers would act on, by running code, fetching kernels, reading other files or filling tables, and that say
-nothing of the architecture."""
+"""Keys that transformers would act on, by running code, fetching kernels, reading other files, filling tables or giving tuples,
+and that say nothing of the architecture."""
 DTYPES = {"float32", "float16", "bfloat16"}
 
 

@@ -164,10 +164,7 @@ class AfterLayers:
     def logits(self, x_TD: torch.Tensor) -> torch.Tensor:
         """x_TD behind the last layer -> logits_TV. No token hears of another here, so each is a sequence of its own."""
         self._injector.x_BLD = x_TD[:, None]
-        output = self._shell(
-            inputs_embeds=x_TD[:, None], use_cache=False, return_dict=True
-        )  # config.json may say false
-        logits_T1V: torch.Tensor = output.logits
+        logits_T1V: torch.Tensor = self._shell(inputs_embeds=x_TD[:, None], use_cache=False).logits
         del self._injector.x_BLD
         return logits_T1V[:, 0]
 

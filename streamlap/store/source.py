@@ -75,8 +75,8 @@ class SafetensorsHeaders:
 
     def _tell_overruled(self, names: set[str]) -> None:
         if names:
-            logger.warning("%s: tensors are read from a later shard than %s says, as the last one counts in transformers (%d in all): %s.",
-                           self.place, self._chosen, len(names), few(names))  # fmt: skip
+            logger.warning("%s: tensors are read from a later shard than %s says, as the last one counts in transformers "
+                           "(%d in all): %s.", self.place, self._chosen, len(names), few(names))  # fmt: skip
 
     def names(self) -> Iterable[str]:
         return self._tensors
