@@ -10,6 +10,7 @@ import typer
 from tqdm import tqdm
 
 from streamlap.demo import DemoResult
+from streamlap.errors import few
 from streamlap.output.report import Report
 from streamlap.pipeline.evaluate import Evaluation
 from streamlap.planning.allocate import Survey
@@ -30,7 +31,12 @@ def describe_inventory(table: dict[str, Any]) -> list[str]:
     for layer in table["layers"]:
         lines.append(f"layer {layer['index']}")
         lines += [f"  {path:<22}{describe_site(site)}" for path, site in layer["sites"].items()]
-    return lines + describe_parameters(table["parameters"])
+    unused = (
+        [f"{len(table['unused']):,} tensors that the model does not read: {few(table['unused'])}"]
+        if table["unused"]
+        else []
+    )
+    return lines + describe_parameters(table["parameters"]) + unused
 
 
 def describe_evaluation(result: Evaluation) -> list[str]:
@@ -53,7 +59,7 @@ def describe_report(report: Report) -> list[str]:
         f"{report.out}: {len(report.layers)} layers in {report.seconds:.1f} s, peak RAM {show_size(report.peak_ram_bytes)}",
         *describe_parameters(report.parameters.to_json()),
         *describe_numerics(report),
-        f"load it with: import streamlap; AutoModelForCausalLM.from_pretrained({report.out!r})",
+        f"load it with: import streamlap; {report.loader}.from_pretrained({report.out!r})",
     ]
 
 

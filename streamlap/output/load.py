@@ -8,12 +8,10 @@ from typing import Any
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from streamlap.errors import CheckpointError, shown
-from streamlap.families.shell import read_config
+from streamlap.families.shell import check_alone, read_config
 from streamlap.loader import hf_plugin as hf_plugin
 from streamlap.store.hub import local_folder
 from streamlap.untrusted.paths import check_folder
-
-ADAPTER = "adapter_config.json"
 
 
 def load(model: str | Path, **options: Any) -> PreTrainedModel:
@@ -31,13 +29,11 @@ def load(model: str | Path, **options: Any) -> PreTrainedModel:
 
 
 def check_config(folder: Path) -> None:
-    """Raise CheckpointError where config.json would have transformers fetch kernels, or the folder is an adapter to another
-    model."""
+    """Raise CheckpointError where config.json would have transformers fetch kernels, or an adapter lies beside it."""
     for key, value in read_config(folder).items():
         if key.endswith("_implementation") and "/" in str(value):
             raise CheckpointError(
                 f"config.json has {shown(key)[1:-1]} {shown(value)}, code on a hub; wanted none. Take the key out, and name an "
                 "implementation that you trust as an argument."
             )
-    if (folder / ADAPTER).exists():
-        raise CheckpointError(f"{folder} has an {ADAPTER}; wanted a model. Load the adapter onto it with peft.")
+    check_alone(folder)

@@ -127,6 +127,8 @@ class Report:
     """Summed over the layers, over all runs where the compression was resumed."""
     kept_channels: str
     """File in the output folder with the channels that stay, by layer."""
+    loader: str = "AutoModelForCausalLM"
+    """The class of transformers that loads it."""
 
     @property
     def peak_ram_bytes(self) -> int:

@@ -11,7 +11,7 @@ import torch
 from streamlap.data.calibration import calibration_tokens
 from streamlap.errors import RecipeError, ResumeMismatch, first_line
 from streamlap.families.stream import ModelStream
-from streamlap.output.folder import KEPT_NAME, RECIPE_NAME, companions, finish_folder, module_rows
+from streamlap.output.folder import KEPT_NAME, RECIPE_NAME, companions, finish_folder, loader_of, module_rows
 from streamlap.output.inspect import count_parameters
 from streamlap.output.report import LayerReport, Report
 from streamlap.pipeline.layers import Job, compress_layers
@@ -111,7 +111,7 @@ def run_compression(run: Run, stream: ModelStream, plan: Plan, tokens_NL: torch.
         compress_layers(Job(stream=stream, plan=plan, out=out, streams=streams, session=running))
         report = build_report(stream, recipe, out, tokens_NL, running.journal)
         ShardFolder(out).seal(report.shards)
-        finish_folder(out, stream.folder, model_name(running.run.model), stream.family.layers, report, recipe.to_yaml())
+        finish_folder(out, stream, model_name(running.run.model), report, recipe.to_yaml())
     return report
 
 
@@ -132,7 +132,7 @@ def build_report(stream: ModelStream, recipe: Recipe, out: Path, tokens_NL: torc
     hashes = {names[0]: file_hash(out / names[0])} | {names[layer.index + 1]: layer.sha256 for layer in layers}
     return Report(
         out=str(out), recipe=recipe.to_dict(), parameters=count_parameters(stream, rows), layers=layers,
-        shards=hashes, calibration_tokens=windows_of(tokens_NL), kept_channels=KEPT_NAME,
+        shards=hashes, calibration_tokens=windows_of(tokens_NL), kept_channels=KEPT_NAME, loader=loader_of(stream),
         seconds=sum(sum(layer.seconds.values()) for layer in layers),
         calibration_inputs=fitted_inputs(stream, {method.sublayer for method in recipe.solving}),
     )  # fmt: skip

@@ -87,6 +87,7 @@ def evaluate(
     folder = local_folder(str(model), settings.trust_remote_code)
     dtype = "float32" if (settings.device, dtype) == ("cpu", "auto") else dtype
     stream = ModelStream(folder, settings.device, dtype)
+    stream.require_head()
     files = (text,) if isinstance(text, str | Path) else tuple(text or bundled_text("validation"))
     tokens_NL = choose_windows(stream, [str(file) for file in files], length, stride, limit, settings.trust_remote_code)
     windows, window = tokens_NL.shape

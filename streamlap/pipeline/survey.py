@@ -75,6 +75,7 @@ def survey(
     steady_heap()
     reset_peaks()
     stream = ModelStream(folder, settings.device, dtype)
+    stream.require_head()
     if stream.rows:
         raise UnsupportedModel(f"{folder} is already compressed by streamlap; wanted the original checkpoint.")
     wanted = Calibration(files=files, samples=samples, length=length, seed=seed)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import glob
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -19,14 +19,8 @@ from huggingface_hub import HfApi, HfFileSystem, snapshot_download
 from streamlap.errors import CheckpointError, first_line, whole
 from streamlap.store.foreign import describe_file, require_config
 from streamlap.store.header import Header, parse_header
-from streamlap.store.source import (
-    PICKLE_SUFFIXES,
-    SafetensorsFolder,
-    SafetensorsHeaders,
-    TensorSource,
-    files_in,
-    find_shards,
-)
+from streamlap.store.shards import PICKLE_SUFFIXES, files_in, find_shards
+from streamlap.store.source import SafetensorsFolder, SafetensorsHeaders, TensorSource
 from streamlap.untrusted.paths import checked
 
 TEXT_SUFFIXES = (".txt", ".jsonl", ".parquet")
@@ -125,7 +119,7 @@ def _remote_headers(model: str, folder: Path) -> SafetensorsHeaders:
         hub = HfFileSystem(skip_instance_cache=True)
         files = {str(path).rpartition("/")[2] for path in hub.ls(root, detail=False)}
         shards = find_shards(folder, files, model)
-        return SafetensorsHeaders(model, shards, _fetch_headers(hub, root, folder, set(shards.values())))
+        return SafetensorsHeaders(model, shards, _fetch_headers(hub, root, folder, shards.files))
     except CheckpointError:
         raise
     except Exception as error:  # the hub's own errors, those of its HTTP client, and OSError: they share no other base
@@ -135,7 +129,7 @@ def _remote_headers(model: str, folder: Path) -> SafetensorsHeaders:
         ) from error
 
 
-def _fetch_headers(hub: HfFileSystem, root: str, folder: Path, shards: Iterable[str]) -> dict[str, Header]:
+def _fetch_headers(hub: HfFileSystem, root: str, folder: Path, shards: Sequence[str]) -> dict[str, Header]:
     def fetch(shard: str) -> Header:
         try:
             with hub.open(f"{root}/{shard}", "rb", block_size=READ_AHEAD) as file:
@@ -144,8 +138,7 @@ def _fetch_headers(hub: HfFileSystem, root: str, folder: Path, shards: Iterable[
             raise CheckpointError(f"{root} lies or is damaged on the hub: {error}") from error
 
     with ThreadPoolExecutor(REQUESTS) as pool:
-        names = sorted(shards)
-        return dict(zip(names, pool.map(fetch, names), strict=True))
+        return dict(zip(shards, pool.map(fetch, shards), strict=True))
 
 
 def _folder_here(model: str) -> Path | None:

@@ -303,7 +303,7 @@ def test_loading_fetches_no_kernel_of_a_configs_choice(pico: MakeModel, tmp_path
 def test_an_adapter_is_no_model(pico: MakeModel, tmp_path: Path) -> None:
     folder = Path(shutil.copytree(pico("llama"), tmp_path / "model"))
     (folder / "adapter_config.json").write_text('{"base_model_name_or_path": "/etc"}')
-    with pytest.raises(CheckpointError, match=r"has an adapter_config.json; wanted a model"):
+    with pytest.raises(CheckpointError, match=r"has an adapter_config.json; wanted a model alone"):
         streamlap.load(folder)
 
 

@@ -449,3 +449,18 @@ def test_the_headers_of_a_folder_are_its_own(pico: MakeModel) -> None:
     folder, source = header_source(str(pico("llama")))
     assert folder == pico("llama")
     assert isinstance(source, SafetensorsFolder)
+
+
+def test_the_headers_are_those_of_the_weights_that_are_chosen(large: Path, pico: MakeModel, tmp_path: Path) -> None:
+    """A whole file beside an index, and the file that config.json names."""
+    served = tmp_path / "served"
+    shutil.copytree(large, served)
+    shutil.copy(pico("llama") / "model.safetensors", served / "model.safetensors")
+    with serving(served) as (endpoint, _):
+        (single,) = [found for found in open_headers(endpoint, tmp_path / "1", "org/pico") if "headers" in found]
+        (served / "model.safetensors").rename(served / "tuned.safetensors")
+        config = json.loads((served / "config.json").read_text())
+        (served / "config.json").write_text(json.dumps(config | {"transformers_weights": "tuned.safetensors"}))
+        (named,) = [found for found in open_headers(endpoint, tmp_path / "2", "org/pico") if "headers" in found]
+    assert [list(dict(found["headers"])) for found in (single, named)] == [["model.safetensors"], ["tuned.safetensors"]]  # type: ignore[call-overload]
+    assert not list(tmp_path.glob("[12]/**/*.safetensors"))

@@ -204,8 +204,13 @@ def write_index(data: bytes) -> Break:
 
 
 def twice(folder: Path) -> None:
+    """A tensor of the first shard in the second too, and not in the index."""
     first, second = sorted(folder.glob("*.safetensors"))[:2]
-    save_file(load_file(second) | {next(iter(load_file(first))): torch.zeros(1)}, second, {"format": "pt"})
+    name = next(iter(load_file(first)))
+    save_file(load_file(second) | {name: torch.zeros(1)}, second, {"format": "pt"})
+    table = json.loads((folder / INDEX).read_text())
+    del table["weight_map"][name]
+    (folder / INDEX).write_text(json.dumps(table))
 
 
 INDEXES: dict[str, tuple[Break, tuple[str, ...]]] = {
@@ -246,13 +251,18 @@ TENSORS: dict[str, tuple[Break, int, tuple[str, ...]]] = {
     ),
     "missing": (edit_tensors(lambda t: t.pop(UP_1)), 3, (UP_1, "missing")),
     "missing embedding": (edit_tensors(lambda t: t.pop(EMBEDDING)), 3, (EMBEDDING, "missing")),
-    "one layer too many": (
-        edit_tensors(lambda t: t.update({"model.layers.3.mlp.up_proj.weight": torch.zeros(48, 32)})),
-        3, ("num_hidden_layers 3", "hold 4 decoder layers, the last numbered 3"),
+    "a layer is missing": (
+        edit_tensors(lambda t: [t.pop(name) for name in list(t) if ".layers.1." in name]),
+        3, ("num_hidden_layers 3", "hold 2 decoder layers, the last numbered 2, but not layer 1"),
     ),
-    "bias that config.json denies": (
-        edit_tensors(lambda t: t.update({"model.layers.0.mlp.up_proj.bias": torch.zeros(48)})),
-        3, ("model.layers.0.mlp.up_proj.bias", "no place"),
+    "layers that differ": (
+        edit_config(per_layer_config={"1": {"intermediate_size": 24}}), 3, ("per_layer_config {'1':", "that are all alike"),
+    ),
+    "weights that are not there": (
+        edit_config(transformers_weights="x.safetensors"), 3, ("x.safetensors is missing", "transformers_weights"),
+    ),
+    "weights elsewhere": (
+        edit_config(transformers_weights="../x.safetensors"), 3, ("transformers_weights '../x", "inside the folder"),
     ),
     "whole numbers": (edit_tensors(lambda t: t.update({UP_1: t[UP_1].int()})), 3, (UP_1, "int32", "float32")),
     "float8": (
@@ -265,7 +275,6 @@ TENSORS: dict[str, tuple[Break, int, tuple[str, ...]]] = {
     "hidden_size is text": (edit_config(hidden_size="wide"), 3, ("config.json", "hidden_size")),
     "no heads": (edit_config(num_attention_heads=0), 3, ("config.json", "num_attention_heads 0", "from 1 to")),
     "no layers": (edit_config(num_hidden_layers=0), 3, ("num_hidden_layers",)),
-    "fewer layers": (edit_config(num_hidden_layers=2), 3, ("num_hidden_layers 2", "3 decoder layers", "agree")),
     "more layers": (edit_config(num_hidden_layers=4), 3, ("num_hidden_layers 4", "3 decoder layers", "agree")),
     "layers below zero": (edit_config(num_hidden_layers=-1), 3, ("num_hidden_layers",)),
     "no context": (edit_config(max_position_embeddings=None), 3, ("config.json", "max_position_embeddings")),

@@ -412,7 +412,9 @@ def test_a_forward_of_the_shell_that_fails(source: Path, monkeypatch: pytest.Mon
 
     stream = ModelStream(source)
     monkeypatch.setattr(type(stream.model.get_submodule("model")), "forward", fail)
-    refused_by(lambda: stream.layer_kwargs(4), CheckpointError, "describes no model that runs: ValueError: odd values")
+    refused_by(
+        lambda: stream.layer_kwargs(4), CheckpointError, "does not describe a model that runs: ValueError: odd values"
+    )
 
 
 def test_keys_that_would_make_transformers_act_are_not_heeded(source: Path) -> None:
