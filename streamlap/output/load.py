@@ -8,7 +8,7 @@ from typing import Any
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from streamlap.errors import CheckpointError, shown
-from streamlap.families.shell import check_alone, read_config
+from streamlap.families.shell import SHORT_DTYPES, check_alone, read_config
 from streamlap.loader import hf_plugin as hf_plugin
 from streamlap.store.hub import local_folder
 from streamlap.untrusted.paths import check_folder
@@ -16,6 +16,7 @@ from streamlap.untrusted.paths import check_folder
 
 def load(model: str | Path, **options: Any) -> PreTrainedModel:
     """`AutoModelForCausalLM.from_pretrained` with the loader registered; `options` are passed on (dtype, device_map, ...).
+    A dtype may be short, like bf16.
 
     Unless they say otherwise, no code of the folder runs and no pickle is opened. Raises CheckpointError for links out of the
     folder.
@@ -24,6 +25,8 @@ def load(model: str | Path, **options: Any) -> PreTrainedModel:
     check_folder(folder)
     check_config(folder)
     safe = {"trust_remote_code": False, "use_safetensors": True}
+    if isinstance(dtype := options.get("dtype"), str):
+        options["dtype"] = SHORT_DTYPES.get(dtype.lower(), dtype)
     loaded: PreTrainedModel = AutoModelForCausalLM.from_pretrained(folder, **(safe | options))
     return loaded
 

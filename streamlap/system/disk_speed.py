@@ -117,9 +117,11 @@ def _drop_cache(handle: int) -> None:
 
 
 def _existing(path: Path) -> Path | None:
-    """The path, or the nearest folder above it; None where that may not be looked at."""
+    """The path, or the nearest folder above it; None where that may not be looked at, and for one that is relative: without a
+    home the cache is, and what would be found is the folder where this stands."""
     with contextlib.suppress(OSError):
-        return next((folder for folder in (path, *path.parents) if folder.is_dir()), None)
+        if path.is_absolute():
+            return next((folder for folder in (path, *path.parents) if folder.is_dir()), None)
     return None
 
 

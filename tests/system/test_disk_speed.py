@@ -213,3 +213,11 @@ def test_folders_that_may_not_be_looked_at_are_passed_over(
 
     monkeypatch.setattr(Path, "is_dir", is_dir)
     assert disk_folders(None) == [places["temporary"]]
+
+
+def test_without_a_home_the_current_folder_is_no_cache(
+    places: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.setattr(os.path, "expanduser", lambda path: path)
+    assert disk_folders(None) == [places["temporary"]]
