@@ -107,12 +107,9 @@ class StreamlapQuantizer(HfQuantizer):
         rows = self.quantization_config.modules
         replaced = swap_modules(model, {_path_in(model, path): row for path, row in rows.items()})
         self.natives = {path: Dense.from_module(replaced[_path_in(model, path)]) for path in rows}
-        self._find_carriers(model)
-
-    def _find_carriers(self, model: PreTrainedModel) -> None:
         # transformers loads a bare decoder's checkpoint into the whole model and the other way round: know both names.
         found, prefix = carriers(model), f"{model.base_model_prefix}."
-        given = {path: found[_path_in(model, path)] for path in self.natives if _path_in(model, path) in found}
+        given = {path: found[_path_in(model, path)] for path in rows if _path_in(model, path) in found}
         self.carriers = given | {path.removeprefix(prefix): part for path, part in given.items()}
 
     def get_weight_conversions(self) -> list[WeightTransform]:
@@ -172,7 +169,8 @@ class StreamlapQuantizer(HfQuantizer):
             # Parameters only: Module.to would also round the rotary frequencies, which stay float32 on purpose.
             for parameter in model.parameters():
                 parameter.data = parameter.data.to(wanted)
-        added = [path for path, row in self.quantization_config.modules.items() if "bias" in row]
+        without = [path for path, native in self.natives.items() if not native.bias]
+        added = [path for path in without if model.get_submodule(_path_in(model, path)).bias is not None]
         if added:
             logger.warning("%s and %d more have a bias that a saved native model leaves out", added[0], len(added) - 1)
         return model
@@ -189,14 +187,13 @@ class StreamlapQuantizer(HfQuantizer):
                     f"{name}: seen a {type(parameter).__name__}; wanted plain numbers, as a streamlap folder holds no others. "
                     "Save before quantising, and quantise again after loading."
                 )
-        found = {path: model.get_submodule(_path_in(model, path)) for path in self.natives}
-        forms = {
-            path: form_of(module) for path, module in found.items() if isinstance(module, StoredLinear | nn.Linear)
-        }
-        rows = self.quantization_config.modules | {path: form.row(self.natives[path]) for path, form in forms.items()}
+        modules, rows = dict(model.named_modules()), dict(self.quantization_config.modules)
+        for path, native in self.natives.items():
+            module = modules.get(_path_in(model, path))
+            if isinstance(module, StoredLinear | nn.Linear):  # and no adapter
+                rows[path] = form_of(module).row(native)
         self.quantization_config.modules = {path: row for path, row in rows.items() if row}
         model.config.quantization_config = self.quantization_config
-        self._find_carriers(model)
         kept = getattr(model, "_weight_conversions", None) or ()
         others = [entry for entry in kept if not isinstance(entry, DiskName)]
         vars(model)["_weight_conversions"] = [*others, *self.get_weight_conversions()]
