@@ -38,6 +38,8 @@ FETCHED = [WEIGHTS, "*.json", "tokenizer*", "*.model", "merges.txt", "vocab.*", 
 CODE = "*.py"
 CARD = "README.md"
 NEVER = [f"*{suffix}" for suffix in sorted(PICKLE_SUFFIXES)]
+TWICE = ["consolidated*", f"*/{WEIGHTS}"]
+"""Weights that some models have once more: in the layout of their makers, or in a folder for another program."""
 
 READ_AHEAD = 1 << 17
 """Bytes fetched with the first eight of a shard: nearly every header ends within them, so one request does."""
@@ -189,7 +191,7 @@ def _snapshot(hub_id: str, kind: str, patterns: list[str], code: bool = False) -
         return Path(
             snapshot_download(
                 name, repo_type=kind, revision=revision or None, allow_patterns=patterns,
-                ignore_patterns=NEVER if code else [*NEVER, CODE],
+                ignore_patterns=[*NEVER, *([] if code else [CODE]), *(TWICE if kind == "model" else [])],
             )
         )  # fmt: skip
     except Exception as error:  # the hub's own errors, those of its HTTP client and of Xet, and OSError: no other base

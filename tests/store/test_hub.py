@@ -144,7 +144,8 @@ def test_a_hub_id_is_fetched_once_without_pickles_or_code(hub: tuple[str, list[s
 
 @pytest.mark.parametrize("trust", [False, True])
 def test_code_is_fetched_with_the_flag_alone_and_pickles_never(monkeypatch: pytest.MonkeyPatch, trust: bool) -> None:
-    files = ["config.json", "model.safetensors", "tokenizer.json", "tokenizer.pkl", "tokenizer.py", "code.py", "x.bin"]
+    files = ["config.json", "model.safetensors", "tokenizer.json", "tokenizer.pkl", "tokenizer.py", "code.py", "x.bin",
+             "consolidated.safetensors", "onnx/model.safetensors"]  # fmt: skip
     asked: dict[str, list[str]] = {}
     monkeypatch.setattr("streamlap.store.hub.snapshot_download", lambda name, **options: asked.update(options) or "x")
     local_folder("org/pico", trust)
