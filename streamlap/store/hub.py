@@ -111,9 +111,9 @@ def fetch_data_files(hub_id: str, revision: str, files: Iterable[str]) -> list[P
     try:
         folder = _snapshot(f"{_name(hub_id)}@{revision}", "dataset", [glob.escape(name) for name in names])
     except CheckpointError as error:
+        others = f" and {len(names) - 1} more" if names[1:] else ""
         raise CheckpointError(
-            f"{names[0]} and {len(names) - 1} other files of data set {hub_id} cannot be fetched: "
-            f"{first_line(error.__cause__ or error)}"
+            f"{names[0]}{others} of data set {hub_id} cannot be fetched: {first_line(error.__cause__ or error)}"
         ) from error
     return [checked(folder, folder / name) for name in names]
 
