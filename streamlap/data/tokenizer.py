@@ -73,11 +73,12 @@ def load_tokenizer(folder: Path, of: Path, trust_remote_code: bool = False) -> A
     code = check_settings(folder, raw.get("tokenizer_class"), trust_remote_code)
     seen = f"{folder} has no tokenizer that loads"
     wanted = f"wanted one to read {of}. Put its files there, or give token ids as .npy."
-    names = sorted(path.name for path in folder.iterdir() if VOCABULARY.fullmatch(path.name))
+    names = sorted(path.name for path in folder.iterdir() if VOCABULARY.fullmatch(path.name) and path.is_file())
     if missing := [] if code else missing_packages(folder, names):
+        packages = " and ".join(missing)
         raise RecipeError(
-            f"{seen}: {names[0]} needs {' and '.join(missing)}, which is not installed; {wanted} "
-            f"Or install: pip install {' '.join(missing)}"
+            f"{seen}: {names[0]} needs {packages}, not installed here; wanted it to read {of}. Run pip install "
+            f"{' '.join(missing)}, or give token ids as .npy."
         )
 
     def load() -> Any:
@@ -117,7 +118,7 @@ def without_paths(folder: Path) -> Iterator[Path]:
     if not dropped:
         yield folder
         return
-    keys = ", ".join(shown(key)[1:-1] for key in dropped)
+    keys = ", ".join(shown(key)[1:-1] for key in dropped[:8])
     say_once(f"{folder / SETTINGS} has {keys}, of the machine that wrote it: ignored, the files are those of {folder}")
     with tempfile.TemporaryDirectory(prefix="streamlap-") as scratch:
         place = Path(scratch) / (folder.resolve().name or "model")

@@ -32,6 +32,8 @@ FETCHED = [WEIGHTS, "*.json", "tokenizer*", "*.model", "merges.txt", "vocab.*", 
 CODE = "*.py"
 CARD = "README.md"
 NEVER = [f"*{suffix}" for suffix in sorted(PICKLE_SUFFIXES)]
+TWICE = ["consolidated*", f"*/{WEIGHTS}"]
+"""Weights that some models have once more: in the layout of their makers, or in a folder for another program."""
 
 READ_AHEAD = 1 << 17
 """Bytes fetched with the first eight of a shard: nearly every header ends within them, so one request does."""
@@ -103,9 +105,9 @@ def fetch_data_files(hub_id: str, revision: str, files: Iterable[str]) -> list[P
     try:
         folder = _snapshot(f"{_name(hub_id)}@{revision}", "dataset", [glob.escape(name) for name in names])
     except CheckpointError as error:
+        others = f" and {len(names) - 1} more" if names[1:] else ""
         raise CheckpointError(
-            f"{names[0]} and {len(names) - 1} other files of data set {hub_id} cannot be fetched: "
-            f"{first_line(error.__cause__ or error)}"
+            f"{names[0]}{others} of data set {hub_id} cannot be fetched: {first_line(error.__cause__ or error)}"
         ) from error
     return [checked(folder, folder / name) for name in names]
 
@@ -182,7 +184,7 @@ def _snapshot(hub_id: str, kind: str, patterns: list[str], code: bool = False) -
         return Path(
             snapshot_download(
                 name, repo_type=kind, revision=revision or None, allow_patterns=patterns,
-                ignore_patterns=NEVER if code else [*NEVER, CODE],
+                ignore_patterns=[*NEVER, *([] if code else [CODE]), *(TWICE if kind == "model" else [])],
             )
         )  # fmt: skip
     except Exception as error:  # the hub's own errors, those of its HTTP client and of Xet, and OSError: no other base

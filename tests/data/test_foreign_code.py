@@ -254,6 +254,27 @@ def test_a_path_of_another_place_is_no_tokenizer(
     assert not [path for path in opened if "outside" in Path(path).parts]
 
 
+def test_transformers_is_given_no_path_of_another_place(
+    pico: MakeModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever a version of it would open: it never sees them, and all else as it was."""
+    folder = Path(shutil.copytree(pico("llama", tokenizer=True), tmp_path / "model"))
+    before = json.loads((folder / "tokenizer_config.json").read_text())
+    change(folder / "tokenizer_config.json", **{key: f"/x/{name}" for key, name in LEFT_OVER.items()})
+    seen: list[tuple[dict[str, Any], set[str]]] = []
+    load = AutoTokenizer.from_pretrained
+
+    def look(place: Path, **options: Any) -> Any:
+        seen.append(
+            (json.loads((place / "tokenizer_config.json").read_text()), {path.name for path in place.iterdir()})
+        )
+        return load(place, **options)
+
+    monkeypatch.setattr(AutoTokenizer, "from_pretrained", look)
+    tokenise(TEXT, folder, tmp_path)
+    assert seen == [(before, {path.name for path in folder.iterdir()})]
+
+
 def test_the_settings_with_a_path_are_carried_over_as_they_are(pico: MakeModel, text: Path, tmp_path: Path) -> None:
     folder = Path(shutil.copytree(pico("llama", tokenizer=True), tmp_path / "model"))
     change(folder / "tokenizer_config.json", cache_dir="/workspace/.cache")
@@ -280,7 +301,7 @@ def test_the_package_that_is_missing_is_that_of_the_file(
         monkeypatch.setattr(f"streamlap.data.tokenizer.is_{package}_available", lambda there=there: there)
     folder = Path(shutil.copytree(pico("llama"), tmp_path / "model"))
     (folder / name).write_bytes(raw)
-    words = rf"{name} needs {' and '.join(packages)}, which is not installed; .* pip install {' '.join(packages)}$"
+    words = rf"{name} needs {' and '.join(packages)}, not installed here; .* pip install {' '.join(packages)}, or"
     with pytest.raises(RecipeError, match=words):
         tokenise(TEXT, folder, tmp_path)
 
