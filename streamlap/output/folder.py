@@ -10,6 +10,7 @@ from typing import Any
 
 from streamlap.errors import CheckpointError
 from streamlap.families.stream import ModelStream
+from streamlap.families.table import is_language_model
 from streamlap.loader.hf_plugin import FORMAT_VERSION
 from streamlap.loader.shim import write_shim
 from streamlap.output.report import LayerReport, Report
@@ -84,12 +85,10 @@ def finish_folder(out: Path, stream: ModelStream, base: str, report: Report, rec
 
 
 def loader_of(stream: ModelStream) -> str:
-    """The class of transformers that loads the result of a checkpoint, for its task where that is not language modelling."""
-    task = re.fullmatch(
-        r"\w+For(Sequence|Token)Classification", str((stream.raw_config.get("architectures") or [""])[0])
-    )
-    if stream.has_head:
+    """The class of transformers that loads the result of a checkpoint: that of its task."""
+    if is_language_model(stream.raw_config):
         return "AutoModelForCausalLM"
+    task = re.fullmatch(r"\w+For(Sequence|Token)Classification", str(stream.raw_config["architectures"][0]))
     return f"AutoModelFor{task[1]}Classification" if task else "AutoModel"
 
 

@@ -179,8 +179,10 @@ def test_a_classifier_keeps_its_head(pico: MakeModel, tokens: Path, tmp_path: Pa
     labels = {str(number): f"label {number}" for number in range(3)}
     source = layout(pico("llama"), tmp_path / "source", classifier, architectures=CLASSIFIER, id2label=labels)
     out, dense = tmp_path / "out", tmp_path / "dense"
-    streamlap.compress(source, out, ratio=0.3, files=(str(tokens),))
+    report = streamlap.compress(source, out, ratio=0.3, files=(str(tokens),))
     streamlap.export_dense(out, dense)
+    assert report.loader == "AutoModelForSequenceClassification"
+    assert "model = AutoModelForSequenceClassification.from_pretrained(" in (out / "README.md").read_text()
     assert streamlap.verify(out)["ok"]
     ids_L = torch.from_numpy(np.load(tokens).astype(np.int64))[:1]
     logits = []
@@ -199,7 +201,7 @@ def test_a_decoder_alone_is_compressed(pico: MakeModel, tokens: Path, tmp_path: 
     source, out, dense = (tmp_path / name for name in ("source", "out", "dense"))
     AutoModel.from_pretrained(pico("mistral")).save_pretrained(source)
     assert "layers.0.mlp.up_proj.weight" in load_file(source / "model.safetensors")
-    streamlap.compress(source, out, ratio=0.3, files=(str(tokens),))
+    assert streamlap.compress(source, out, ratio=0.3, files=(str(tokens),)).loader == "AutoModel"
     streamlap.export_dense(out, dense)
     ids_NL = torch.from_numpy(np.load(tokens).astype(np.int64))
     with torch.no_grad():
