@@ -24,6 +24,12 @@ Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace an earlier
 Dtype = Annotated[str | None, typer.Option(help="Compute dtype: auto, float32, float16 or bfloat16.")]
 RATIO = typer.Option(help="Fraction of the decoder-linear parameters to remove.")
 """The same wherever there is one; its default is not."""
+TextColumn = Annotated[
+    str | None,
+    typer.Option(
+        metavar="NAME", help="Column of JSON or parquet rows that has the text; default text, or a chat's turns."
+    ),
+]
 Length = Annotated[
     int | None, typer.Option(help="Tokens a window; default 2048, of a survey 256, or the model's context.")
 ]
@@ -68,9 +74,19 @@ class TextOptions:
     """Which tokens statistics are taken on, and in which dtype."""
 
     calibration: Annotated[
-        list[str] | None, typer.Option(help="Text (.txt, .jsonl, .parquet) or token ids (.npy); may be repeated.")
+        list[str] | None,
+        typer.Option(
+            help="Text (.txt, .md, .jsonl, .json, .parquet, also .gz, .zst) or token ids (.npy); may be repeated."
+        ),
     ] = None
-    samples: Annotated[int | None, typer.Option(help="Calibration windows; default 128, of a survey 16.")] = None
+    text_column: TextColumn = None
+    samples: Annotated[
+        int | None,
+        typer.Option(
+            help="Calibration windows; default 128, of a survey 16. They are drawn from the first 2^20 tokens of the text, or "
+            "from the first 4 x samples x length if that is more."
+        ),
+    ] = None
     length: Length = None
     seed: Annotated[int | None, typer.Option(help="Seed of the choice of windows.")] = None
     dtype: Dtype = None
