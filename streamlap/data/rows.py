@@ -42,7 +42,9 @@ CUT_SHORT = 16
 def join_rows(rows: Iterable[str]) -> Iterator[str]:
     """The text that rows of it make: a newline between two."""
     for place, row in enumerate(rows):
-        yield f"\n{row}" if place else row
+        if place:
+            yield "\n"
+        yield row
 
 
 def row_text(row: Any, column: str | None, place: int) -> str | None:
@@ -169,6 +171,8 @@ class JsonValues:
             except (ValueError, RecursionError) as error:  # a number of thousands of digits; brackets in brackets
                 raise self.fault(first_line(error)) from error
             else:
+                if self._place > PIECE_CHARACTERS:
+                    self._drop()
                 return value
 
     def members(self) -> Iterator[Any]:
@@ -208,19 +212,24 @@ class JsonValues:
 
     def _grow(self) -> bool:
         """Twice as much of the text behind the present place, so that a long value is not tried too often."""
-        self._lines += self._text.count("\n", 0, self._place)
-        parts, wanted = [self._text[self._place :]], max(PIECE_CHARACTERS, len(self._text) - self._place)
-        if len(parts[0]) > MOST_CHARACTERS:
+        self._drop()
+        before = len(self._text)
+        if before > MOST_CHARACTERS:
             raise ValueError(
                 f"has more than {MOST_CHARACTERS:,} characters in one row (line {self._lines + 1}); wanted at most so many. "
                 "Cut it into rows."
             )
-        before = len(parts[0])
-        while wanted > 0 and (piece := next(self._pieces, "")):
+        parts, count = [self._text], before
+        while count < max(2 * before, PIECE_CHARACTERS) and (piece := next(self._pieces, "")):
             parts.append(piece)
-            wanted -= len(piece)
-        self._text, self._place = "".join(parts), 0
-        return len(self._text) > before
+            count += len(piece)
+        self._text = "".join(parts)
+        return count > before
+
+    def _drop(self) -> None:
+        """What lies behind."""
+        self._lines += self._text.count("\n", 0, self._place)
+        self._text, self._place = self._text[self._place :], 0
 
 
 DECODER = json.JSONDecoder()

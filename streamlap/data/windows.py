@@ -145,12 +145,13 @@ class TokenReader:
         assert self._encoder is not None, "a text among the paths"
         held = array("i")  # grows in place, as a list of tensors would not
         for ids_T in tokens_of(read_text(path, self.settings.text_column), self._encoder, path):
-            self._check_text(ids_T, path)
-            held.frombytes(ids_T.astype(np.int32).tobytes())
-            if most is not None and len(held) >= most:
+            wanted_T = ids_T if most is None else ids_T[: most - len(held)]
+            self._check_text(wanted_T, path)
+            self._require((len(held) + len(wanted_T)) * token_bytes)
+            held.frombytes(wanted_T.astype(np.int32).tobytes())
+            if len(held) == most:
                 break
-            self._require(len(held) * token_bytes)
-        tokens_T = np.frombuffer(held, np.int32)[:most]
+        tokens_T = np.frombuffer(held, np.int32)
 
         def read(starts: Iterable[int], count: int) -> Iterator[Integers]:
             return (tokens_T[start : start + count] for start in starts)
