@@ -39,6 +39,12 @@ def endings(path: Path) -> tuple[str, str]:
     return Path(path.stem).suffix.lower(), packing
 
 
+def is_text(path: Path) -> bool:
+    """Whether a file has the name of a text that is read. A packed table is none: parts of it have to be found."""
+    ending, packing = endings(path)
+    return ending in TEXT_SUFFIXES and not (packing and ending == PARQUET)
+
+
 def is_ids(path: Path) -> bool:
     """Whether a file is said to hold token ids, not text."""
     return path.suffix.lower() == IDS_SUFFIX
@@ -55,7 +61,7 @@ def check_file(path: Path) -> None:
     ending, packing = endings(path)
     if packing and ending in (PARQUET, IDS_SUFFIX):
         raise RecipeError(f"{path} is packed, and parts of it have to be found; wanted {ending}. Unpack it first.")
-    if ending not in TEXT_SUFFIXES and not is_ids(path):
+    if not is_text(path) and not is_ids(path):
         raise RecipeError(f"{path} ends in {ending + packing!r}; wanted {WANTED}.")
 
 

@@ -27,6 +27,9 @@ CHECKED_BYTES = 64 << 20
 """Of each file of ids so much is checked for ids out of range, and each window that is used. To read ten gigabytes would take a
 minute, also of `plan`; a file of another tokenizer shows itself sooner."""
 
+LEAST_ROOM = 16 << 20
+"""Bytes that tokens may take also under a cap that leaves none: the plan begins with them, and says how large a cap the model
+needs."""
 BLOCK = 1 << 20
 """Ids that are read at a time to check them."""
 
@@ -96,7 +99,7 @@ class TokenReader:
         self._encoder = Encoder(settings.folder, texts[0], settings.trust_remote_code) if texts else None
         held = ram_bytes()
         self._held, self._taken = held, 0
-        self._room = max(0, free_ram() if settings.max_ram is None else settings.max_ram - held)
+        self._room = max(LEAST_ROOM, free_ram() if settings.max_ram is None else settings.max_ram - held)
 
     def read(self, path: Path, most: int | None, token_bytes: float = 4) -> Tokens:
         """The tokens of a file; of a text the first `most`. A text is held as int32, of ids nothing is held.
@@ -121,7 +124,7 @@ class TokenReader:
             limit = "what is free" if cap is None else f"--max-ram is {show_size(cap)}"
             raise BudgetError(
                 f"{limit}, the process holds {show_size(self._held)}, and the tokens of the text and their windows take more "
-                f"than the {show_size(self._room)} that are left. Use {self.settings.advice}, or raise the cap."
+                f"than {show_size(self._room)}. Use {self.settings.advice}, or raise the cap."
             )
 
     def _length(self, path: Path, length: int | None) -> int:

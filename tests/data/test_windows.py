@@ -239,10 +239,19 @@ def test_the_tokenizer_is_loaded_once(folder: Path, tmp_path: Path, monkeypatch:
 # --- memory --------------------------------------------------------------------------------------------------------------
 
 
-def test_what_does_not_fit_is_said_early(folder: Path, tmp_path: Path, pieces_read: list[int]) -> None:
+def test_a_cap_below_the_process_is_left_to_the_plan(folder: Path, text: Path) -> None:
+    result = streamlap.plan(folder, files=(str(text),), samples=4, length=16, max_ram="1MiB")
+    assert not result.fits
+    assert "give --max-ram" in result.advice[0]
+
+
+def test_what_does_not_fit_is_said_early(
+    folder: Path, tmp_path: Path, pieces_read: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
     path = written(tmp_path / "a.txt", LONG * 100)
-    limits = {"max_ram": ram_bytes() + (4 << 20)}
-    with pytest.raises(BudgetError, match=r"--max-ram is .*left. Use --limit TOKENS, or raise the cap"):
+    monkeypatch.setattr(windows, "LEAST_ROOM", 4 << 20)
+    limits = {"max_ram": ram_bytes()}
+    with pytest.raises(BudgetError, match=r"--max-ram is .* more than 4.0 MiB. Use --limit TOKENS, or raise the cap"):
         read(folder, path, length=32, limits=limits)
     assert sum(pieces_read) < len(LONG * 100) // 2
     assert len(read(folder, path, length=32, limit=3200, limits=limits)) == 100
