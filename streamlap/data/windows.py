@@ -120,11 +120,11 @@ class TokenReader:
 
     def _require(self, count: float) -> None:
         if self._taken + count > self._room:
-            cap = self.settings.max_ram
-            limit = "what is free" if cap is None else f"--max-ram is {show_size(cap)}"
+            cap, held = self.settings.max_ram, show_size(self._held)
+            seen = "no cap is set" if cap is None else f"--max-ram is {show_size(cap)}"
             raise BudgetError(
-                f"{limit}, the process holds {show_size(self._held)}, and the tokens of the text and their windows take more "
-                f"than {show_size(self._room)}. Use {self.settings.advice}, or raise the cap."
+                f"{seen} and the process holds {held}; the tokens of the text and their windows take more than the "
+                f"{show_size(self._room)} that are left. Use {self.settings.advice}, or more memory."
             )
 
     def _length(self, path: Path, length: int | None) -> int:

@@ -251,7 +251,9 @@ def test_what_does_not_fit_is_said_early(
     path = written(tmp_path / "a.txt", LONG * 100)
     monkeypatch.setattr(windows, "LEAST_ROOM", 4 << 20)
     limits = {"max_ram": ram_bytes()}
-    with pytest.raises(BudgetError, match=r"--max-ram is .* more than 4.0 MiB. Use --limit TOKENS, or raise the cap"):
+    with pytest.raises(
+        BudgetError, match=r"--max-ram is .* more than the 4.0 MiB that are left. Use --limit TOKENS, or"
+    ):
         read(folder, path, length=32, limits=limits)
     assert sum(pieces_read) < len(LONG * 100) // 2
     assert len(read(folder, path, length=32, limit=3200, limits=limits)) == 100
