@@ -35,12 +35,15 @@ class Calibration:
     """Which tokens the statistics are taken on."""
 
     files: tuple[str, ...] = ()
-    """Text (.txt, .jsonl, .parquet), token ids (.npy) or a hub data set; none means the bundled text."""
+    """Text (.txt, .md, .jsonl, .json, .parquet, also .gz and .zst), token ids (.npy) or a hub data set; none means the bundled
+    text."""
     samples: int | None = None
-    """Windows to use; None means 128 of a text, all rows of a two-dimensional .npy."""
+    """Windows to use; None means 128, or all rows of a two-dimensional .npy."""
     length: int | None = None
     """Tokens in a window; None means 2048 or the model's context if that is shorter, the row length of an .npy."""
     seed: int = 0
+    text_column: str | None = None
+    """Where the text of a row of JSON or parquet is; None looks for text, messages and a few more."""
 
     def __post_init__(self) -> None:
         for name, least in (("samples", 1), ("length", 2), ("seed", 0)):
@@ -51,7 +54,14 @@ class Calibration:
                 )
         if not isinstance(self.files, list | tuple) or not all(isinstance(file, str) for file in self.files):
             raise RecipeError(f"calibration: files is {shown(self.files)}; wanted a list of paths.")
+        if self.text_column is not None and (not isinstance(self.text_column, str) or not self.text_column):
+            raise RecipeError(f"calibration: text_column is {shown(self.text_column)}; wanted the name of a column.")
         object.__setattr__(self, "files", tuple(self.files))
+
+    def to_dict(self) -> dict[str, Any]:
+        """As plain values; without a text column there is no such key, as in the files of earlier versions."""
+        values = asdict(self) | {"files": list(self.files)}
+        return {name: value for name, value in values.items() if (name, value) != ("text_column", None)}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -157,9 +167,8 @@ class Recipe:
 
     def to_dict(self) -> dict[str, Any]:
         methods = [{"method": method_name(method), **_knobs(method)} for method in self.methods]
-        calibration = asdict(self.calibration) | {"files": list(self.calibration.files)}
         plain = {"preset": self.preset, "ratio": self.ratio, "dtype": self.dtype, "survey": self.survey}
-        return plain | {"methods": methods, "calibration": calibration}
+        return plain | {"methods": methods, "calibration": self.calibration.to_dict()}
 
     def to_yaml(self) -> str:
         text: str = yaml.safe_dump(self.to_dict(), sort_keys=False)
@@ -183,7 +192,9 @@ class Recipe:
             values["methods"] = with_refinement(values["methods"], table["refine"])
         calibration = values.get("calibration") or {}
         if not isinstance(calibration, Mapping):
-            raise RecipeError(f"calibration is {shown(calibration)}; wanted files, samples, length and seed.")
+            raise RecipeError(
+                f"calibration is {shown(calibration)}; wanted files, samples, length, seed and text_column."
+            )
         _refuse_unknown("calibration", calibration, Calibration)
         return cls(**(values | {"calibration": Calibration(**calibration)}))
 

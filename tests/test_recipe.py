@@ -33,7 +33,14 @@ RECIPES = {
     "lorap": FULL.override(preset="lorap"),
     "trained": FULL.override(refine=4),
     "by hand": TRAINED_TOO,
+    "with a text column": FULL.override(text_column="body"),
 }
+
+
+def test_a_text_column_is_written_where_there_is_one() -> None:
+    """So recipes without one are those of earlier versions."""
+    assert list(FULL.to_dict()["calibration"]) == ["files", "samples", "length", "seed"]
+    assert FULL.override(text_column="body").to_dict()["calibration"]["text_column"] == "body"
 
 
 @pytest.mark.parametrize("name", RECIPES)
@@ -177,7 +184,9 @@ def test_overrides_replace_single_fields() -> None:
     [
         ({"ratoi": 0.2}, ["ratoi", "ratio"]),
         ({"ratio": 0.2, "calibration": {"sample": 4}}, ["sample", "samples"]),
-        ({"calibration": 7}, ["calibration", "7"]),
+        ({"calibration": 7}, ["calibration", "7", "text_column"]),
+        ({"calibration": {"text_column": ""}}, ["text_column", "''", "name of a column"]),
+        ({"calibration": {"text_column": 3}}, ["text_column", "3", "name of a column"]),
         ({"ratio": 1.0}, ["ratio", "1.0", "between 0 and 1"]),
         ({"ratio": True}, ["ratio", "True"]),
         ({"ratio": float("nan")}, ["ratio", "nan"]),

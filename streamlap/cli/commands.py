@@ -19,6 +19,7 @@ from streamlap.cli.options import (
     RecipeOptions,
     RunOptions,
     StopAfter,
+    TextColumn,
     TextOptions,
     given,
     takes,
@@ -130,14 +131,18 @@ def evaluate(
     stride: Annotated[
         int | None, typer.Option(help="Overlapping windows, each scoring its last STRIDE tokens.")
     ] = None,
-    limit: Annotated[int | None, typer.Option(help="Use at most this many tokens.")] = None,
+    limit: Annotated[
+        int | None, typer.Option(help="Use at most this many tokens; what is behind them is not read.")
+    ] = None,
+    text_column: TextColumn = None,
     dtype: Dtype = None,
     as_json: Json = False,
 ) -> None:
     """Streaming perplexity of any checkpoint, original or compressed; never more than one layer in memory."""
     result = streamlap.evaluate(
-        model, text, length=length, stride=stride, limit=limit, dtype=dtype or "auto", **given(run)
-    )
+        model, text, length=length, stride=stride, limit=limit, text_column=text_column, dtype=dtype or "auto",
+        **given(run),
+    )  # fmt: skip
     emit(as_json, result.to_json(), describe_evaluation(result))
 
 

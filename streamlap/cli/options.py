@@ -26,6 +26,12 @@ Dtype = Annotated[
 ]
 RATIO = typer.Option(metavar="FRACTION", help="Part of the decoder-linear parameters to remove, like 0.2 or 20%.")
 """The same wherever there is one; its default is not."""
+TextColumn = Annotated[
+    str | None,
+    typer.Option(
+        metavar="NAME", help="Column of JSON or parquet rows that has the text; default text, or a chat's turns."
+    ),
+]
 Length = Annotated[
     int | None, typer.Option(help="Tokens a window; default 2048, of a survey 256, or the model's context.")
 ]
@@ -79,11 +85,18 @@ class TextOptions:
         list[str] | None,
         typer.Option(
             metavar="TEXT",
-            help="Text (.txt, .jsonl, .parquet), token ids (.npy), or a data set of the hub, "
+            help="Text (.txt, .md, .jsonl, .json, .parquet, also .gz, .zst), token ids (.npy), or a data set of the hub, "
             "org/name[@revision][/configuration][:split] or org/name/path/to/file; may be repeated.",
         ),
     ] = None
-    samples: Annotated[int | None, typer.Option(help="Calibration windows; default 128, of a survey 16.")] = None
+    text_column: TextColumn = None
+    samples: Annotated[
+        int | None,
+        typer.Option(
+            help="Calibration windows; default 128, of a survey 16. They are drawn from the first 2^20 tokens of the text, or "
+            "from the first 4 x samples x length if that is more."
+        ),
+    ] = None
     length: Length = None
     seed: Annotated[int | None, typer.Option(help="Seed of the choice of windows.")] = None
     dtype: Dtype = None

@@ -17,8 +17,9 @@ from urllib.parse import unquote
 from huggingface_hub import constants
 
 from streamlap.data.splits import UNSPLIT, DataSet, is_data, kind_of, read_data_set, split_by_names
+from streamlap.data.text import TEXT_SUFFIXES
 from streamlap.errors import BudgetError, CheckpointError, RecipeError, shown
-from streamlap.store.hub import TEXT_SUFFIXES, fetch_data_files, list_data_set
+from streamlap.store.hub import fetch_data_files, list_data_set
 from streamlap.system.budget import existing_ancestor
 
 log = logging.getLogger(__name__)

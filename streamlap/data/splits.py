@@ -11,8 +11,9 @@ from fnmatch import fnmatchcase
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+from streamlap.data import text
 from streamlap.errors import CheckpointError
-from streamlap.store.hub import CARD, TEXT_SUFFIXES
+from streamlap.store.hub import CARD
 from streamlap.untrusted.paths import read_bytes
 from streamlap.untrusted.yaml import parse_yaml
 
@@ -44,13 +45,14 @@ class DataSet:
     """The configuration that is meant where none is named; None where one must be."""
 
 
-def is_text(path: str | Path) -> bool:
-    return Path(path).suffix in TEXT_SUFFIXES
+def is_text(path: str) -> bool:
+    """Whether a file of this name is text of a data set; what is written about it in Markdown is not."""
+    return text.is_text(Path(path)) and Path(path).suffix.lower() != ".md"
 
 
-def is_data(path: str | Path) -> bool:
+def is_data(path: str) -> bool:
     """Whether a file of this name is text or token ids."""
-    return is_text(path) or Path(path).suffix == ".npy"
+    return is_text(path) or text.is_ids(Path(path))
 
 
 def read_data_set(name: str, folder: Path, listing: Mapping[str, int]) -> DataSet:

@@ -15,7 +15,8 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
-import torch
+import numpy as np
+import numpy.typing as npt
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from transformers.models.auto.tokenization_auto import tokenizer_class_from_name
 from transformers.utils.import_utils import is_protobuf_available, is_sentencepiece_available, is_tiktoken_available
@@ -44,19 +45,44 @@ MODEL = re.compile(r"\.(model|tiktoken|spm)\b")
 TIKTOKEN = re.compile(rb"[A-Za-z0-9+/]+=* \d+\r?\n")
 """How such a file begins; a model of sentencepiece is no text."""
 Result = TypeVar("Result")
+Ids = npt.NDArray[np.int64]
 
 
-def tokenise(text: str, folder: Path, of: Path, trust_remote_code: bool = False) -> torch.Tensor:
-    """The ids of a text by the tokenizer in `folder`, [T] int64, without special tokens; `of` is what messages call the text.
+class Encoder:
+    """The tokenizer of a model folder at work; `of` is what messages call the text that it is loaded for.
 
     Raises RecipeError where the folder has no tokenizer that loads and works, CheckpointError where its files may not be read.
     """
-    tokenizer = load_tokenizer(folder, of, trust_remote_code)
 
-    def encode() -> torch.Tensor:
-        return torch.tensor(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"], dtype=torch.int64)
+    def __init__(self, folder: Path, of: Path, trust_remote_code: bool = False) -> None:
+        self.folder = folder
+        self._tokenizer = load_tokenizer(folder, of, trust_remote_code)
+        self.gives_places = bool(getattr(self._tokenizer, "is_fast", False))
+        """Whether it says where in a text a token stands: what the tokenizers library runs does, what Python runs does not."""
 
-    return _tried(encode, f"the tokenizer in {folder} fails", f"wanted token ids of {of}. Give them as .npy.")
+    def ids(self, text: str, of: Path) -> Ids:
+        """The ids of a text, [T], without special tokens."""
+        return self._tried(lambda: np.array(self._call(text)["input_ids"], np.int64), of)
+
+    def places(self, text: str, of: Path) -> Ids:
+        """[T, 3]: the ids, and the characters at which each token begins and ends."""
+
+        def encode() -> Ids:
+            found = self._call(text, return_offsets_mapping=True)
+            ids, places = np.array(found["input_ids"], np.int64), np.array(found["offset_mapping"], np.int64)
+            return np.column_stack([ids, places.reshape(-1, 2)])
+
+        return self._tried(encode, of)
+
+    def token(self, index: int) -> str:
+        """What the tokenizer calls a token, as messages show it."""
+        return shown(self._tried(lambda: self._tokenizer.convert_ids_to_tokens(index), self.folder))
+
+    def _call(self, text: str, **options: bool) -> Any:
+        return self._tokenizer(text, add_special_tokens=False, verbose=False, **options)
+
+    def _tried(self, act: Callable[[], Result], of: Path) -> Result:
+        return _tried(act, f"the tokenizer in {self.folder} fails", f"wanted token ids of {of}. Give them as .npy.")
 
 
 def load_tokenizer(folder: Path, of: Path, trust_remote_code: bool = False) -> Any:

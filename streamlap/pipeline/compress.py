@@ -64,7 +64,7 @@ def compress(
     stream = ModelStream(folder, settings.device, recipe.dtype)
     decided = decide(stream, recipe, target)
     tokens_NL = calibration_tokens(
-        recipe.calibration, folder, stream.vocabulary, stream.context, settings.trust_remote_code
+        recipe.calibration, folder, stream.vocabulary, stream.context, settings.trust_remote_code, settings.caps.ram
     )
     plan = make_plan(stream, decided, windows_of(tokens_NL), settings)
     check_sample(tokens_NL, plan.inputs)

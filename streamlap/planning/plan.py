@@ -256,7 +256,7 @@ def plan(
     stream = ModelStream(folder, settings.device, recipe.dtype, source)
     decided = decide(stream, recipe, target)
     tokens_NL = calibration_tokens(
-        recipe.calibration, folder, stream.vocabulary, stream.context, settings.trust_remote_code
+        recipe.calibration, folder, stream.vocabulary, stream.context, settings.trust_remote_code, settings.caps.ram
     )
     found = make_plan(stream, decided, windows_of(tokens_NL), settings)
     check_sample(tokens_NL, found.inputs)

@@ -23,8 +23,6 @@ from streamlap.store.shards import PICKLE_SUFFIXES, files_in, find_shards
 from streamlap.store.source import SafetensorsFolder, SafetensorsHeaders, TensorSource
 from streamlap.untrusted.paths import checked
 
-TEXT_SUFFIXES = (".txt", ".jsonl", ".parquet")
-
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+(@[\w./-]+)?")
 WEIGHTS = "*.safetensors"
 FETCHED = [WEIGHTS, "*.json", "tokenizer*", "*.model", "merges.txt", "vocab.*", "*.jinja", "*.md", "LICENSE*",

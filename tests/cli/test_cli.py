@@ -51,6 +51,22 @@ def test_the_main_job_in_json(
     assert ask("export", out, tmp_path / "dense", "--to", "dense")["shards"] == 4
 
 
+def test_a_text_column_is_an_option_of_all_that_read_text(
+    pico: MakeModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model, rows, file = pico("llama", tokenizer=True), tmp_path / "rows.jsonl", tmp_path / "survey.json"
+    rows.write_text("\n".join(json.dumps({"id": line, "body": f"The boat {line} went to sea."}) for line in range(99)))
+    small = ("--calibration", rows, "--samples", 4, "--length", 16)
+    for words in (("compress", model, tmp_path / "out", *small), ("plan", model, *small), ("survey", model, file, *small),
+                  ("eval", model, "--text", rows, "--length", 16, "--limit", 64)):  # fmt: skip
+        code, _, stderr = run(monkeypatch, capsys, *words)
+        assert code == 2
+        assert "row 1 the columns id, body; wanted text" in stderr
+        assert run(monkeypatch, capsys, *words, "--text-column", "body")[0] == 0
+    recipe = (tmp_path / "out" / "streamlap_recipe.yaml").read_text()
+    assert "text_column: body" in recipe
+
+
 def test_the_main_job_in_words(
     pico: MakeModel, tokens: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -17,7 +17,7 @@ from transformers import AutoTokenizer
 
 import streamlap
 from streamlap import cli
-from streamlap.data.tokenizer import tokenise
+from streamlap.data.tokenizer import Encoder
 from streamlap.errors import CheckpointError, RecipeError
 
 CODE = """
@@ -31,6 +31,10 @@ class Tokenizer(PreTrainedTokenizerFast):
 SMALL = ("--samples", "4", "--length", "16")
 
 Change = Callable[..., None]
+
+
+def tokenise(text: str, folder: Path, of: Path, trust_remote_code: bool = False) -> torch.Tensor:
+    return torch.from_numpy(Encoder(folder, of, trust_remote_code).ids(text, of))
 
 
 def change(path: Path, **fields: Any) -> None:
