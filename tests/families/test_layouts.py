@@ -315,3 +315,11 @@ def test_layers_that_do_not_differ_are_plain(pico: MakeModel, tokens: Path, tmp_
 def test_inspect_shows_in_words_what_is_not_read(pico: MakeModel, tmp_path: Path) -> None:
     found = streamlap.inspect(layout(pico("llama"), tmp_path / "source", leftovers))
     assert describe_inventory(found)[-1].startswith("tensors that are not read (7): model.empty, model.layers.0")
+
+
+def test_an_adapter_beside_the_weights_is_refused(pico: MakeModel, tokens: Path, tmp_path: Path) -> None:
+    """transformers would put it onto them."""
+    source = layout(pico("llama"), tmp_path / "source")
+    (source / "adapter_config.json").write_text("{}")
+    with pytest.raises(CheckpointError, match=r"has an adapter_config.json; wanted a model alone"):
+        streamlap.evaluate(source, tokens)
