@@ -31,12 +31,9 @@ def describe_inventory(table: dict[str, Any]) -> list[str]:
     for layer in table["layers"]:
         lines.append(f"layer {layer['index']}")
         lines += [f"  {path:<22}{describe_site(site)}" for path, site in layer["sites"].items()]
-    unused = (
-        [f"{len(table['unused']):,} tensors that the model does not read: {few(table['unused'])}"]
-        if table["unused"]
-        else []
-    )
-    return lines + describe_parameters(table["parameters"]) + unused
+    unused = table.get("unused", [])
+    left = [f"tensors that are not read ({len(unused):,}): {few(unused)}"] if unused else []
+    return lines + describe_parameters(table["parameters"]) + left
 
 
 def describe_evaluation(result: Evaluation) -> list[str]:

@@ -17,6 +17,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification
 
 import streamlap
+from streamlap.cli.show import describe_inventory
 from streamlap.errors import CheckpointError, UnsupportedModel
 from streamlap.families.stream import ModelStream
 from streamlap.families.table import FAMILIES
@@ -241,7 +242,7 @@ def test_one_warning_names_what_is_left_behind(
     assert "tensors that the 3-layer llama of config.json has no place for are not read (7 in all): " in record
     assert "model.empty, model.layers.0.self_attn.k_scale, model.layers.1.mlp.up_proj.bias and 4 more" in record
     assert len(streamlap.inspect(source)["unused"]) == 7
-    assert streamlap.inspect(tmp_path / "out")["unused"] == []
+    assert "unused" not in streamlap.inspect(tmp_path / "out")
     assert streamlap.plan(source, preset="lorap", files=(str(tokens),)).output_bytes == sum(
         shard.stat().st_size for shard in (tmp_path / "out").glob("*.safetensors")
     )
@@ -252,7 +253,7 @@ def test_old_rotary_buffers_are_left_behind_without_a_word(
 ) -> None:
     old = {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(4)}
     with caplog.at_level(logging.WARNING, "streamlap"):
-        assert streamlap.inspect(layout(pico("llama"), tmp_path / "source", lambda t: t | old))["unused"] == []
+        assert "unused" not in streamlap.inspect(layout(pico("llama"), tmp_path / "source", lambda t: t | old))
     assert not caplog.records
 
 
@@ -309,3 +310,16 @@ def test_layers_that_differ_are_refused_by_every_command(pico: MakeModel, tokens
 @pytest.mark.parametrize("same", [{}, None])
 def test_layers_that_do_not_differ_are_plain(pico: MakeModel, tokens: Path, tmp_path: Path, same: Any) -> None:
     check_loss(layout(pico("llama"), tmp_path / "source", per_layer_config=same), tokens, tmp_path)
+
+
+def test_inspect_shows_in_words_what_is_not_read(pico: MakeModel, tmp_path: Path) -> None:
+    found = streamlap.inspect(layout(pico("llama"), tmp_path / "source", leftovers))
+    assert describe_inventory(found)[-1].startswith("tensors that are not read (7): model.empty, model.layers.0")
+
+
+def test_an_adapter_beside_the_weights_is_refused(pico: MakeModel, tokens: Path, tmp_path: Path) -> None:
+    """transformers would put it onto them."""
+    source = layout(pico("llama"), tmp_path / "source")
+    (source / "adapter_config.json").write_text("{}")
+    with pytest.raises(CheckpointError, match=r"has an adapter_config.json; wanted a model alone"):
+        streamlap.evaluate(source, tokens)
