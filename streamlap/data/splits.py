@@ -26,7 +26,11 @@ WORDS = {
 UNSPLIT = ""
 """The one split of a data set that names none. The hub calls it train, which says nothing of what it is for."""
 SHARD = re.compile(r"data/([\w.]+)-\d{5}-of-\d{5}.*")
-NO_DATA = re.compile(r"(README|LICEN[CS]E|NOTICE|CITATION|CHANGELOG|requirements|dataset_infos?)\b.*", re.IGNORECASE)
+NO_DATA = re.compile(
+    r"(README|LICEN[CS]E|NOTICE|CITATION|CHANGELOG|requirements)\b.*"
+    r"|(dataset_infos?|dataset_dict|state|(.*_)?config|tokenizer|vocab|special_tokens_map|.*\.index)\.json", re.IGNORECASE
+)  # fmt: skip
+"""Files that say something of the data, or belong to a model or tokenizer beside it."""
 MOST_CARD_BYTES = 1 << 20
 
 Splits = Mapping[str, Collection[str]]
@@ -59,7 +63,7 @@ def read_data_set(name: str, folder: Path, listing: Mapping[str, int]) -> DataSe
     """Configurations and splits of the files in `listing`, after the card in `folder`."""
     paths = sorted(path for path in listing if is_data(path))
     files = {path: listing[path] for path in paths if not any(part.startswith((".", "__")) for part in path.split("/"))}
-    texts = [path for path in files if is_text(path) and ("/" in path or not NO_DATA.fullmatch(path))]
+    texts = [path for path in files if is_text(path) and not NO_DATA.fullmatch(PurePosixPath(path).name)]
     found: dict[str, Splits]
     if rows := _rows_of_card(folder):
         found = {row["config_name"]: _splits_of_row(row, texts) for row in rows}

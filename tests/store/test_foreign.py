@@ -61,11 +61,11 @@ def test_weights_under_another_name(pico: MakeModel, tmp_path: Path) -> None:
     folder = Path(shutil.copytree(pico("llama"), tmp_path / "model"))
     (folder / "model.safetensors").rename(folder / "weights.safetensors")
     with pytest.raises(
-        CheckpointError, match=r"\(weights.safetensors is there\); .* is to be called model.safetensors"
+        CheckpointError, match=r"but weights.safetensors; .* Rename the file, or name it in config.json as"
     ):
         streamlap.inspect(folder)
     touch(folder, "model-00002-of-00002.safetensors")
-    with pytest.raises(CheckpointError, match=r"wanted a safetensors checkpoint. Shards need their index.$"):
+    with pytest.raises(CheckpointError, match=r"Shards need their index, under that name or named in config.json"):
         streamlap.inspect(folder)
     touch(folder, "model.gguf")
     with pytest.raises(CheckpointError, match=r"holds model.gguf, a GGUF container"):
