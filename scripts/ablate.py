@@ -39,7 +39,8 @@ from line_chart import Point, line_chart
 from named_recipes import NAMED, named_recipe
 
 import streamlap
-from streamlap.data.calibration import DEFAULT_SAMPLES, read_windows, token_hash
+from streamlap.data.calibration import DEFAULT_SAMPLES, find_files, token_hash
+from streamlap.data.windows import ReadSettings, read_windows
 from streamlap.errors import NumericalError, RecipeError
 from streamlap.families.stream import ModelStream
 from streamlap.recipe import Recipe
@@ -151,10 +152,9 @@ class Grid:
 
 def make_grid(args: Any, work: Path) -> Grid:
     stream = ModelStream(args.model)
+    reading = ReadSettings(folder=args.model, vocabulary=stream.vocabulary, context=stream.context)
     windows_NL, *other = [
-        read_windows(files, args.model, stream.vocabulary, stream.context, args.length)
-        for files in (args.calibration, args.validation)
-        if files
+        read_windows(find_files(files), reading, args.length) for files in (args.calibration, args.validation) if files
     ]
     calibration_NL, validation_NL = (windows_NL, *other) if other else split(windows_NL)
     way = args.subsets or ("bootstrap" if args.calibration[0].endswith(".npy") else "draw")

@@ -38,6 +38,7 @@ from streamlap.planning.forecast import forecast_layers
 from streamlap.planning.layouts import layer_entries
 from streamlap.planning.plan import decide
 from streamlap.recipe import Recipe
+from streamlap.system import disk_speed
 from streamlap.system import speed as machine
 from streamlap.system.device import pick_device
 
@@ -98,8 +99,8 @@ def measure_rates(work: Workload, out: Path) -> dict[str, float]:
     linears = {shape for layer in work.layers for shape in layer.linears}
     sizes = {size for layer in work.layers for size in layer.decompositions}
     rates = {
-        "read": machine.read_rate(work.shard, machine.DISK_BYTES * 4),
-        "write": machine.write_rate(out, machine.DISK_BYTES),
+        "read": disk_speed.read_rate(work.shard, disk_speed.DISK_BYTES * 4),
+        "write": disk_speed.measure_disk(out).write,
         "products": machine.matmul_rate(work.device, torch.float64, PRODUCT_SIZE, PRODUCT_SIZE, PRODUCT_SIZE),
     }
     if any(layer.upload_bytes for layer in work.layers):

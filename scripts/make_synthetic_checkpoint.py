@@ -38,8 +38,8 @@ from typing import Any
 import torch
 
 from streamlap.store.header import DTYPE_NAMES, byte_view
+from streamlap.store.shards import INDEX_NAME
 from streamlap.store.sink import durable, write_durably
-from streamlap.store.source import INDEX_NAME
 
 Config = dict[str, Any]
 Shapes = dict[str, tuple[int, ...]]

@@ -17,10 +17,12 @@ from __future__ import annotations
 
 import contextlib
 import reprlib
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 
 LONGEST = 4000
 """Characters in the longest message."""
+FEW = 3
+"""Names that a message lists of many."""
 
 _REPR = reprlib.Repr()
 _REPR.maxstring = _REPR.maxother = _REPR.maxlong = 100
@@ -71,6 +73,12 @@ def shown(value: object, limit: int = 120) -> str:
         return _cut(_REPR.repr(value), limit)
     except ValueError:  # a whole number with more digits than Python writes out
         return f"{type(value).__name__} of many digits"
+
+
+def few(names: Collection[str]) -> str:
+    """The first names and the number of the others; each is escaped."""
+    first = ", ".join(shown(name)[1:-1] for name in sorted(names)[:FEW])
+    return first if len(names) <= FEW else f"{first} and {len(names) - FEW:,} more"
 
 
 def one_line(text: str, limit: int = 400) -> str:

@@ -21,11 +21,12 @@ from typing import Any, cast
 import yaml
 
 from streamlap.errors import RecipeError, one_line, shown
-from streamlap.families.shell import COMPUTE_DTYPES
+from streamlap.families.shell import parse_dtype
 from streamlap.families.table import Family
 from streamlap.methods import METHODS, PRESETS, TRAINED, AnyMethod
 from streamlap.methods.base import Method, Trained
 from streamlap.methods.trained.refine import Refine
+from streamlap.system.amounts import parse_ratio
 from streamlap.untrusted.yaml import read_yaml
 
 
@@ -34,12 +35,15 @@ class Calibration:
     """Which tokens the statistics are taken on."""
 
     files: tuple[str, ...] = ()
-    """Text (.txt, .jsonl, .parquet), token ids (.npy) or a hub data set; none means the bundled text."""
+    """Text (.txt, .md, .jsonl, .json, .parquet, also .gz and .zst), token ids (.npy) or a hub data set; none means the bundled
+    text."""
     samples: int | None = None
-    """Windows to use; None means 128 of a text, all rows of a two-dimensional .npy."""
+    """Windows to use; None means 128, or all rows of a two-dimensional .npy."""
     length: int | None = None
     """Tokens in a window; None means 2048 or the model's context if that is shorter, the row length of an .npy."""
     seed: int = 0
+    text_column: str | None = None
+    """Where the text of a row of JSON or parquet is; None looks for text, messages and a few more."""
 
     def __post_init__(self) -> None:
         for name, least in (("samples", 1), ("length", 2), ("seed", 0)):
@@ -50,7 +54,14 @@ class Calibration:
                 )
         if not isinstance(self.files, list | tuple) or not all(isinstance(file, str) for file in self.files):
             raise RecipeError(f"calibration: files is {shown(self.files)}; wanted a list of paths.")
+        if self.text_column is not None and (not isinstance(self.text_column, str) or not self.text_column):
+            raise RecipeError(f"calibration: text_column is {shown(self.text_column)}; wanted the name of a column.")
         object.__setattr__(self, "files", tuple(self.files))
+
+    def to_dict(self) -> dict[str, Any]:
+        """As plain values; without a text column there is no such key, as in the files of earlier versions."""
+        values = asdict(self) | {"files": list(self.files)}
+        return {name: value for name, value in values.items() if (name, value) != ("text_column", None)}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,7 +69,7 @@ class Recipe:
     """Settings of one compression; equal recipes on equal inputs give equal bytes."""
 
     ratio: float = 0.2
-    """Fraction of the decoder-linear parameters to remove, inside (0, 1)."""
+    """Fraction of the decoder-linear parameters to remove, inside (0, 1); text like 20% becomes a number."""
     preset: str = "best"
     """Where `methods` came from; "custom" when they were written out by hand."""
     methods: tuple[AnyMethod, ...] = PRESETS["best"]
@@ -66,19 +77,16 @@ class Recipe:
     what these have made."""
     calibration: Calibration = field(default_factory=Calibration)
     dtype: str = "auto"
-    """Compute dtype; auto is float32 on a CPU and the checkpoint's dtype on a GPU. Storage keeps the checkpoint's dtype."""
+    """Compute dtype; auto is float32 on a CPU and the checkpoint's dtype on a GPU. Storage keeps the checkpoint's dtype.
+    What is given in short (bf16) gets its whole name, so that recipes can be compared."""
     survey: str | None = None
     """File of `streamlap survey` by which layers and sub-layers share out what stays; None gives all the same share."""
 
     def __post_init__(self) -> None:
-        if isinstance(self.ratio, bool) or not isinstance(self.ratio, int | float) or not 0 < self.ratio < 1:
-            raise RecipeError(
-                f"ratio is {shown(self.ratio)}; wanted a fraction between 0 and 1, like 0.2 for 20 % removed."
-            )
+        object.__setattr__(self, "ratio", parse_ratio(self.ratio))
+        object.__setattr__(self, "dtype", parse_dtype(self.dtype))
         if self.preset not in (*PRESETS, "custom"):
             raise RecipeError(f"preset is {shown(self.preset)}; wanted one of {', '.join(PRESETS)}, custom.")
-        if self.dtype not in ("auto", *COMPUTE_DTYPES):
-            raise RecipeError(f"dtype is {shown(self.dtype)}; wanted one of auto, {', '.join(COMPUTE_DTYPES)}.")
         if self.trained and not self.anchored:
             raise RecipeError(
                 f"methods have {method_name(self.trained[0])}, and preset {self.preset} does not keep the dense model's "
@@ -159,9 +167,8 @@ class Recipe:
 
     def to_dict(self) -> dict[str, Any]:
         methods = [{"method": method_name(method), **_knobs(method)} for method in self.methods]
-        calibration = asdict(self.calibration) | {"files": list(self.calibration.files)}
         plain = {"preset": self.preset, "ratio": self.ratio, "dtype": self.dtype, "survey": self.survey}
-        return plain | {"methods": methods, "calibration": calibration}
+        return plain | {"methods": methods, "calibration": self.calibration.to_dict()}
 
     def to_yaml(self) -> str:
         text: str = yaml.safe_dump(self.to_dict(), sort_keys=False)
@@ -185,7 +192,9 @@ class Recipe:
             values["methods"] = with_refinement(values["methods"], table["refine"])
         calibration = values.get("calibration") or {}
         if not isinstance(calibration, Mapping):
-            raise RecipeError(f"calibration is {shown(calibration)}; wanted files, samples, length and seed.")
+            raise RecipeError(
+                f"calibration is {shown(calibration)}; wanted files, samples, length, seed and text_column."
+            )
         _refuse_unknown("calibration", calibration, Calibration)
         return cls(**(values | {"calibration": Calibration(**calibration)}))
 

@@ -29,7 +29,8 @@ from streamlap.recipe import Recipe
 from streamlap.settings import RunSettings
 from streamlap.store.header import read_header
 from streamlap.store.journal import STATE_FOLDER, Journal
-from streamlap.store.source import INDEX_NAME, SINGLE_NAME, SafetensorsFolder
+from streamlap.store.shards import INDEX_NAME, SINGLE_NAME
+from streamlap.store.source import SafetensorsFolder
 
 LONGEST = 2000
 """Characters in a message, with the folder's path in it."""

@@ -43,7 +43,13 @@ MOST_AT_THE_TOP = 8
 
 COPIED = {f"loader.{name.removesuffix('.py')}" for name in SHIM_FILES}
 """Files that go into every output folder, so that they must stand alone."""
-WITHOUT_TRANSFORMERS = {"loader.linears", "loader.forms", "loader.modules"}
+NEEDED_BY_COPIED = {
+    "loader.linears": {"torch"},
+    "loader.forms": {"torch"},
+    "loader.modules": {"torch"},
+    "loader.adapters": {"torch", "peft"},
+}
+"""What a copied file may import from elsewhere, where that is not torch and transformers."""
 
 STATELESS = {"linalg", "methods", "planning", "pipeline"}
 """Rooms in which nothing outlives a run, and nothing is handed on behind the arguments."""
@@ -161,7 +167,7 @@ def test_linalg_is_torch_only(module: str) -> None:
 @pytest.mark.parametrize("module", sorted(COPIED))
 def test_copied_files_stand_alone(module: str) -> None:
     assert inside(module) <= COPIED
-    assert outside(module) <= ({"torch"} if module in WITHOUT_TRANSFORMERS else {"torch", "transformers"})
+    assert outside(module) <= NEEDED_BY_COPIED.get(module, {"torch", "transformers"})
 
 
 @pytest.mark.parametrize("module", [module for module in SOURCES if room(module) in STATELESS])

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 import yaml
 
 from streamlap import recipe as module
@@ -31,7 +33,14 @@ RECIPES = {
     "lorap": FULL.override(preset="lorap"),
     "trained": FULL.override(refine=4),
     "by hand": TRAINED_TOO,
+    "with a text column": FULL.override(text_column="body"),
 }
+
+
+def test_a_text_column_is_written_where_there_is_one() -> None:
+    """So recipes without one are those of earlier versions."""
+    assert list(FULL.to_dict()["calibration"]) == ["files", "samples", "length", "seed"]
+    assert FULL.override(text_column="body").to_dict()["calibration"]["text_column"] == "body"
 
 
 @pytest.mark.parametrize("name", RECIPES)
@@ -120,6 +129,40 @@ def test_methods_of_a_sublayer_have_names_that_tell_them_apart() -> None:
     assert Recipe(preset="custom", methods=(FfnLorap(),)).of_sublayer("attention") == {}
 
 
+# --- as people write it --------------------------------------------------------------------------------------------------
+
+DTYPES: dict[str, list[Any]] = {
+    "bfloat16": ["bf16", "BF16", "bfloat16", "torch.bfloat16", torch.bfloat16],
+    "float16": ["fp16", "f16", "half", "Float16", torch.half],
+    "float32": ["fp32", "f32", "float", torch.float32, " float32 "],
+    "auto": ["auto", "AUTO"],
+}
+
+
+@pytest.mark.parametrize(("name", "word"), [(name, word) for name, words in DTYPES.items() for word in words], ids=str)
+def test_a_dtype_has_one_name_however_it_is_written(name: str, word: Any) -> None:
+    """In a call, in a file, and in what is kept of it: so runs that were begun by either go on by the other."""
+    assert (
+        Recipe(dtype=word) == Recipe().override(dtype=word) == Recipe.from_dict({"dtype": word}) == Recipe(dtype=name)
+    )
+    assert Recipe(dtype=word).to_dict()["dtype"] == name
+
+
+@pytest.mark.parametrize("word", ["int8", "fp8", "bf", "", 16, None, torch.int8, "torch.float64"], ids=str)
+def test_what_is_no_compute_dtype_is_refused(word: Any) -> None:
+    with pytest.raises(
+        RecipeError, match=r"dtype is .*; wanted one of auto, float32, float16, bfloat16, or short fp32"
+    ):
+        Recipe(dtype=word)
+
+
+def test_percent_in_a_file_and_in_a_call(tmp_path: Path) -> None:
+    (tmp_path / "recipe.yaml").write_text("ratio: 35%\ndtype: bf16\n")
+    assert Recipe.from_yaml(tmp_path / "recipe.yaml") == Recipe(ratio=0.35, dtype="bfloat16")
+    assert Recipe().override(ratio="35%").to_dict()["ratio"] == 0.35
+    assert Recipe.from_dict({"ratio": "0.35"}) == Recipe(ratio=0.35)
+
+
 # --- the rest ------------------------------------------------------------------------------------------------------------
 
 
@@ -141,7 +184,9 @@ def test_overrides_replace_single_fields() -> None:
     [
         ({"ratoi": 0.2}, ["ratoi", "ratio"]),
         ({"ratio": 0.2, "calibration": {"sample": 4}}, ["sample", "samples"]),
-        ({"calibration": 7}, ["calibration", "7"]),
+        ({"calibration": 7}, ["calibration", "7", "text_column"]),
+        ({"calibration": {"text_column": ""}}, ["text_column", "''", "name of a column"]),
+        ({"calibration": {"text_column": 3}}, ["text_column", "3", "name of a column"]),
         ({"ratio": 1.0}, ["ratio", "1.0", "between 0 and 1"]),
         ({"ratio": True}, ["ratio", "True"]),
         ({"ratio": float("nan")}, ["ratio", "nan"]),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import codecs
+import io
 import logging
 import os
 import sys
@@ -32,6 +34,7 @@ for command in (commands.inspect, commands.verify, commands.export, commands.dem
 
 def main() -> None:
     """Entry point of the console script: a StreamlapError becomes one line on stderr and its exit code."""
+    spell_all_names()
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
     if "OMP_NUM_THREADS" not in os.environ:  # torch counts the machine's cores, also those that a container may not use
         torch.set_num_threads(min(torch.get_num_threads(), usable_cpus()))
@@ -48,6 +51,16 @@ def main() -> None:
         if not is_out_of_memory(error):
             raise
         fail(f"out of memory ({first_line(error)}) before the first layer. Free some.", BudgetError.exit_code)
+
+
+def spell_all_names() -> None:
+    """Names of files come out as they came in, byte for byte; what another encoding than UTF-8 cannot spell is escaped."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            if codecs.lookup(stream.encoding).name in ("ascii", "utf-8"):
+                stream.reconfigure(encoding="utf-8", errors="surrogateescape")
+            else:
+                stream.reconfigure(errors="backslashreplace")
 
 
 def fail(message: str, code: int) -> None:

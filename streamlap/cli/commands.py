@@ -19,6 +19,7 @@ from streamlap.cli.options import (
     RecipeOptions,
     RunOptions,
     StopAfter,
+    TextColumn,
     TextOptions,
     given,
     takes,
@@ -120,20 +121,28 @@ def evaluate(
     run: RunOptions,
     text: Annotated[
         list[str] | None,
-        typer.Option(help="Text or token ids, as for --calibration; default: the bundled validation text."),
+        typer.Option(
+            metavar="TEXT",
+            help="Text or token ids, as for --calibration; of a data set the validation split, else the test split; "
+            "default: the bundled validation text.",
+        ),
     ] = None,
     length: Length = None,
     stride: Annotated[
         int | None, typer.Option(help="Overlapping windows, each scoring its last STRIDE tokens.")
     ] = None,
-    limit: Annotated[int | None, typer.Option(help="Use at most this many tokens.")] = None,
+    limit: Annotated[
+        int | None, typer.Option(help="Use at most this many tokens; what is behind them is not read.")
+    ] = None,
+    text_column: TextColumn = None,
     dtype: Dtype = None,
     as_json: Json = False,
 ) -> None:
     """Streaming perplexity of any checkpoint, original or compressed; never more than one layer in memory."""
     result = streamlap.evaluate(
-        model, text, length=length, stride=stride, limit=limit, dtype=dtype or "auto", **given(run)
-    )
+        model, text, length=length, stride=stride, limit=limit, text_column=text_column, dtype=dtype or "auto",
+        **given(run),
+    )  # fmt: skip
     emit(as_json, result.to_json(), describe_evaluation(result))
 
 
@@ -180,7 +189,7 @@ def demo(
     out: Annotated[Path, typer.Argument(metavar="OUT", help="New folder for the compressed model.")] = Path(
         "streamlap-demo"
     ),
-    ratio: Annotated[float, RATIO] = 0.2,
+    ratio: Annotated[str, RATIO] = "0.2",
     as_json: Json = False,
 ) -> None:
     """Offline, in two minutes: compress the bundled trained model, show what it cost and what it kept."""

@@ -21,9 +21,17 @@ import typer
 Model = Annotated[str, typer.Argument(metavar="MODEL", help="Checkpoint folder or hub id, org/name[@revision].")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout instead of text.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace an earlier result of streamlap.")]
-Dtype = Annotated[str | None, typer.Option(help="Compute dtype: auto, float32, float16 or bfloat16.")]
-RATIO = typer.Option(help="Fraction of the decoder-linear parameters to remove.")
+Dtype = Annotated[
+    str | None, typer.Option(help="Compute dtype: auto, float32, float16 or bfloat16; or fp32, fp16, bf16.")
+]
+RATIO = typer.Option(metavar="FRACTION", help="Part of the decoder-linear parameters to remove, like 0.2 or 20%.")
 """The same wherever there is one; its default is not."""
+TextColumn = Annotated[
+    str | None,
+    typer.Option(
+        metavar="NAME", help="Column of JSON or parquet rows that has the text; default text, or a chat's turns."
+    ),
+]
 Length = Annotated[
     int | None, typer.Option(help="Tokens a window; default 2048, of a survey 256, or the model's context.")
 ]
@@ -40,9 +48,15 @@ class CapOptions:
     """What a resumed run may be given anew."""
 
     max_ram: Annotated[
-        str | None, typer.Option(help="Cap on RAM, Python included, like 8GiB; default what is free.")
+        str | None,
+        typer.Option(
+            metavar="SIZE",
+            help="Cap on RAM, Python included, like 8GiB or 8G (2^30 bytes each), or 8GB (10^9); default what is free.",
+        ),
     ] = None
-    max_vram: Annotated[str | None, typer.Option(help="Cap on GPU memory, like 8GiB; default what is free.")] = None
+    max_vram: Annotated[
+        str | None, typer.Option(metavar="SIZE", help="Cap on GPU memory, like 8GiB; default what is free.")
+    ] = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,9 +82,21 @@ class TextOptions:
     """Which tokens statistics are taken on, and in which dtype."""
 
     calibration: Annotated[
-        list[str] | None, typer.Option(help="Text (.txt, .jsonl, .parquet) or token ids (.npy); may be repeated.")
+        list[str] | None,
+        typer.Option(
+            metavar="TEXT",
+            help="Text (.txt, .md, .jsonl, .json, .parquet, also .gz, .zst), token ids (.npy), or a data set of the hub, "
+            "org/name[@revision][/configuration][:split] or org/name/path/to/file; may be repeated.",
+        ),
     ] = None
-    samples: Annotated[int | None, typer.Option(help="Calibration windows; default 128, of a survey 16.")] = None
+    text_column: TextColumn = None
+    samples: Annotated[
+        int | None,
+        typer.Option(
+            help="Calibration windows; default 128, of a survey 16. They are drawn from the first 2^20 tokens of the text, or "
+            "from the first 4 x samples x length if that is more."
+        ),
+    ] = None
     length: Length = None
     seed: Annotated[int | None, typer.Option(help="Seed of the choice of windows.")] = None
     dtype: Dtype = None
@@ -80,12 +106,19 @@ class TextOptions:
 class RecipeOptions(TextOptions):
     """All that decides the result."""
 
-    ratio: Annotated[float | None, RATIO] = None
+    ratio: Annotated[str | None, RATIO] = None
     target_size: Annotated[
-        str | None, typer.Option(help="In place of --ratio: most that all shards may take, like 24GB.")
+        str | None,
+        typer.Option(
+            metavar="SIZE", help="In place of --ratio: most that all shards may take, like 24GB (10^9) or 24G (2^30)."
+        ),
     ] = None
     target_params: Annotated[
-        str | None, typer.Option(help="In place of --ratio: most parameters of the whole model, like 50B or 7.5M.")
+        str | None,
+        typer.Option(
+            metavar="COUNT",
+            help="In place of --ratio: most parameters of the whole model, like 50B (billions) or 150k.",
+        ),
     ] = None
     preset: Annotated[str | None, typer.Option(help="best or lorap.  [default: best]")] = None
     recipe: Annotated[Path | None, typer.Option(help="YAML file of settings; other options replace single ones.")] = (

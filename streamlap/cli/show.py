@@ -10,6 +10,7 @@ import typer
 from tqdm import tqdm
 
 from streamlap.demo import DemoResult
+from streamlap.errors import few
 from streamlap.output.report import Report
 from streamlap.pipeline.evaluate import Evaluation
 from streamlap.planning.allocate import Survey
@@ -30,7 +31,9 @@ def describe_inventory(table: dict[str, Any]) -> list[str]:
     for layer in table["layers"]:
         lines.append(f"layer {layer['index']}")
         lines += [f"  {path:<22}{describe_site(site)}" for path, site in layer["sites"].items()]
-    return lines + describe_parameters(table["parameters"])
+    unused = table.get("unused", [])
+    left = [f"tensors that are not read ({len(unused):,}): {few(unused)}"] if unused else []
+    return lines + describe_parameters(table["parameters"]) + left
 
 
 def describe_evaluation(result: Evaluation) -> list[str]:
@@ -53,7 +56,7 @@ def describe_report(report: Report) -> list[str]:
         f"{report.out}: {len(report.layers)} layers in {report.seconds:.1f} s, peak RAM {show_size(report.peak_ram_bytes)}",
         *describe_parameters(report.parameters.to_json()),
         *describe_numerics(report),
-        f"load it with: import streamlap; AutoModelForCausalLM.from_pretrained({report.out!r})",
+        f"load it with: import streamlap; {report.loader}.from_pretrained({report.out!r})",
     ]
 
 
@@ -97,10 +100,19 @@ def describe_plan(plan: Plan) -> list[str]:
         ("disk", f"{show_size(plan.disk_bytes)} beside the source"),
         ("read, written", f"{show_size(plan.read_bytes)}, {show_size(plan.write_bytes)}"),
         ("operations", f"{plan.flops:.3g} FLOP, {sequences} windows of {length} tokens"),
+        (
+            "calibration",
+            "{tokens:,} tokens; the widest linear to fit has {inputs:,} inputs".format_map(plan.calibration),
+        ),
         ("time", f"{hours}, {heaviest.seconds_low:.1f} s for a layer at the least, {len(plan.layers)} layers"),
         ("schedule", f"{way}, hidden states in {plan.hidden_states}, {plan.forward_tokens:,} tokens a forward"),
     ]
-    return [*(f"{name:<15}{value}" for name, value in rows), *(plan.advice or ["it fits"])]
+    lines = [f"{name:<15}{value}" for name, value in rows]
+    if not plan.disk_measured:
+        lines.append(
+            "the speed of the disk could not be measured, so the time is that of a fast one to that of a slow one"
+        )
+    return [*lines, *(plan.advice or ["it fits"])]
 
 
 def describe_demo(result: DemoResult) -> list[str]:

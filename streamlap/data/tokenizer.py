@@ -5,14 +5,21 @@ A chat template is text that is carried over, never rendered.
 
 from __future__ import annotations
 
+import contextlib
+import functools
+import json
+import logging
 import re
-from collections.abc import Callable
+import tempfile
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
-import torch
+import numpy as np
+import numpy.typing as npt
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from transformers.models.auto.tokenization_auto import tokenizer_class_from_name
+from transformers.utils.import_utils import is_protobuf_available, is_sentencepiece_available, is_tiktoken_available
 
 from streamlap.errors import CheckpointError, RecipeError, first_line, shown
 from streamlap.families.bounds import native_config
@@ -20,39 +27,143 @@ from streamlap.families.shell import read_config
 from streamlap.families.table import find_family
 from streamlap.untrusted.paths import CONFIG_BYTES, check_folder, read_object
 
+log = logging.getLogger(__name__)
+
 SETTINGS, TOKENS = "tokenizer_config.json", "special_tokens_map.json"
 PATH_KEY = re.compile(r"vocab|merges|.*_(file|path|dir)")
 """Keys of what transformers hands to a tokenizer's class, whose text it might open."""
-LABELS = {"name_or_path", "special_tokens_map_file", "tokenizer_file"}
-"""Such keys that old versions left behind, and that are not opened."""
+LEFT_OVER = re.compile(r"(?!gguf_).*_(file|path|dir)")
+"""Of these, the keys by which a tokenizer kept where it had its files from when it was saved, on another machine. They are
+taken out of the settings, so that the files are those of the folder."""
+LABELS = {"name_or_path", "special_tokens_map_file"}
+"""Such keys that nearly every folder has, and that are not opened."""
+VOCABULARY = re.compile(
+    r"(tokenizer(?!_config).*|vocab.*|tekken|bpe.*)\.(json|txt)|.*\.(model|tiktoken|spm|bpe)(\.\w+)?"
+)
+"""Files that a tokenizer's tokens are in."""
+MODEL = re.compile(r"\.(model|tiktoken|spm)\b")
+TIKTOKEN = re.compile(rb"[A-Za-z0-9+/]+=* \d+\r?\n")
+"""How such a file begins; a model of sentencepiece is no text."""
 Result = TypeVar("Result")
+Ids = npt.NDArray[np.int64]
 
 
-def tokenise(text: str, folder: Path, of: Path, trust_remote_code: bool = False) -> torch.Tensor:
-    """The ids of a text by the tokenizer in `folder`, [T] int64, without special tokens; `of` is what messages call the text.
+class Encoder:
+    """The tokenizer of a model folder at work; `of` is what messages call the text that it is loaded for.
 
     Raises RecipeError where the folder has no tokenizer that loads and works, CheckpointError where its files may not be read.
     """
-    tokenizer = load_tokenizer(folder, of, trust_remote_code)
 
-    def encode() -> torch.Tensor:
-        return torch.tensor(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"], dtype=torch.int64)
+    def __init__(self, folder: Path, of: Path, trust_remote_code: bool = False) -> None:
+        self.folder = folder
+        self._tokenizer = load_tokenizer(folder, of, trust_remote_code)
+        self.gives_places = bool(getattr(self._tokenizer, "is_fast", False))
+        """Whether it says where in a text a token stands: what the tokenizers library runs does, what Python runs does not."""
 
-    return _tried(encode, f"the tokenizer in {folder} fails", f"wanted token ids of {of}. Give them as .npy.")
+    def ids(self, text: str, of: Path) -> Ids:
+        """The ids of a text, [T], without special tokens."""
+        return self._tried(lambda: np.array(self._call(text)["input_ids"], np.int64), of)
+
+    def places(self, text: str, of: Path) -> Ids:
+        """[T, 3]: the ids, and the characters at which each token begins and ends."""
+
+        def encode() -> Ids:
+            found = self._call(text, return_offsets_mapping=True)
+            ids, places = np.array(found["input_ids"], np.int64), np.array(found["offset_mapping"], np.int64)
+            return np.column_stack([ids, places.reshape(-1, 2)])
+
+        return self._tried(encode, of)
+
+    def token(self, index: int) -> str:
+        """What the tokenizer calls a token, as messages show it."""
+        return shown(self._tried(lambda: self._tokenizer.convert_ids_to_tokens(index), self.folder))
+
+    def _call(self, text: str, **options: bool) -> Any:
+        return self._tokenizer(text, add_special_tokens=False, verbose=False, **options)
+
+    def _tried(self, act: Callable[[], Result], of: Path) -> Result:
+        return _tried(act, f"the tokenizer in {self.folder} fails", f"wanted token ids of {of}. Give them as .npy.")
 
 
 def load_tokenizer(folder: Path, of: Path, trust_remote_code: bool = False) -> Any:
     """AutoTokenizer's, with the config of transformers' own class: `auto_map` in config.json is not heeded."""
     check_folder(folder)
+    if any("\ud800" <= char <= "\udfff" for char in str(folder)):  # bytes that Python could not decode
+        raise RecipeError(
+            f"the path {folder} is no UTF-8 text in this locale, and tokenizers open no other; wanted one that is. Set "
+            "LC_ALL=C.UTF-8, rename it, or give token ids as .npy."
+        )
     raw = read_config(folder)
     find_family(raw)
     config = native_config(raw, folder)
     code = check_settings(folder, raw.get("tokenizer_class"), trust_remote_code)
-    return _tried(
-        lambda: AutoTokenizer.from_pretrained(folder, config=config, local_files_only=True, trust_remote_code=code),
-        f"{folder} has no tokenizer that loads",
-        f"wanted one to read {of}. Put its files there, or give token ids as .npy.",
-    )
+    seen = f"{folder} has no tokenizer that loads"
+    wanted = f"wanted one to read {of}. Put its files there, or give token ids as .npy."
+    names = sorted(path.name for path in folder.iterdir() if VOCABULARY.fullmatch(path.name) and path.is_file())
+    if missing := [] if code else missing_packages(folder, names):
+        packages = " and ".join(missing)
+        raise RecipeError(
+            f"{seen}: {names[0]} needs {packages}, not installed here; wanted it to read {of}. Run pip install "
+            f"{' '.join(missing)}, or give token ids as .npy."
+        )
+
+    def load() -> Any:
+        with without_paths(folder) as place:
+            return AutoTokenizer.from_pretrained(place, config=config, local_files_only=True, trust_remote_code=code)
+
+    tokenizer = _tried(load, seen, wanted)
+    if not names and not code and type(tokenizer).vocab_files_names:
+        raise RecipeError(f"{seen}: no tokenizer.json, and no other file of tokens; {wanted}")
+    return tokenizer
+
+
+def missing_packages(folder: Path, names: list[str]) -> list[str]:
+    """What is to be installed before transformers can read a folder whose files of tokens are `names`, where each of them is a
+    model of sentencepiece or tiktoken."""
+    if not names or not all(MODEL.search(name) for name in names):
+        return []
+    with (folder / names[0]).open("rb") as file:
+        if TIKTOKEN.match(file.read(1 << 10)):
+            return [] if is_tiktoken_available() else ["tiktoken"]
+    packages = {"sentencepiece": is_sentencepiece_available, "protobuf": is_protobuf_available}
+    return [name for name, is_there in packages.items() if not is_there()]
+
+
+@functools.cache
+def say_once(message: str) -> None:
+    """The tokenizer of a folder is loaded for each text."""
+    log.warning(message)
+
+
+@contextlib.contextmanager
+def without_paths(folder: Path) -> Iterator[Path]:
+    """The folder, or one of links to its files in which the settings name no other files: transformers opens what they name,
+    from anywhere."""
+    settings = read_object(folder, SETTINGS, CONFIG_BYTES) if (folder / SETTINGS).exists() else {}
+    dropped = left_over(settings)
+    if not dropped:
+        yield folder
+        return
+    keys = ", ".join(shown(key)[1:-1] for key in dropped[:8])
+    say_once(f"{folder / SETTINGS} has {keys}, of the machine that wrote it: ignored, the files are those of {folder}")
+    with tempfile.TemporaryDirectory(prefix="streamlap-") as scratch:
+        place = Path(scratch) / (folder.resolve().name or "model")
+        place.mkdir()
+        for path in folder.iterdir():
+            if path.name != SETTINGS:
+                (place / path.name).symlink_to(path.resolve())
+        kept = {key: value for key, value in settings.items() if key not in dropped}
+        (place / SETTINGS).write_text(json.dumps(kept), encoding="utf-8")
+        yield place
+
+
+def left_over(settings: Mapping[str, Any]) -> list[str]:
+    """Keys by which settings name files or folders of the machine that wrote them."""
+    return [
+        key
+        for key, value in settings.items()
+        if LEFT_OVER.fullmatch(key) and isinstance(value, str) and key not in LABELS
+    ]
 
 
 def check_settings(folder: Path, default: Any, trust_remote_code: bool) -> bool:
@@ -67,7 +178,8 @@ def check_settings(folder: Path, default: Any, trust_remote_code: bool) -> bool:
         raise CheckpointError(
             f"{SETTINGS} has fast_tokenizer_files {shown(files)}; wanted names of files inside {folder}."
         )
-    check_paths(settings, SETTINGS, folder)
+    dropped = left_over(settings)
+    check_paths({key: value for key, value in settings.items() if key not in dropped}, SETTINGS, folder)
     check_paths(read_object(folder, TOKENS, CONFIG_BYTES) if (folder / TOKENS).exists() else {}, TOKENS, folder)
     if settings.get("init_inputs"):
         raise CheckpointError(f"{SETTINGS} has init_inputs {shown(settings['init_inputs'])}; wanted settings by name.")

@@ -57,7 +57,7 @@ def bundled(name: str) -> Path:
     return Path(str(resources.files("streamlap") / "demo" / name))
 
 
-def run_demo(out: str | Path, ratio: float = 0.2) -> DemoResult:
+def run_demo(out: str | Path, ratio: float | str = 0.2) -> DemoResult:
     """Compress the bundled model into `out` and measure both. Raises RecipeError when `out` is not empty."""
     start = time.perf_counter()
     model, out = bundled("model"), Path(out)

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import math
-import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 from transformers import CONFIG_MAPPING, PreTrainedConfig
 
-from streamlap.errors import CheckpointError, UnsupportedModel, shown, whole
+from streamlap.errors import CheckpointError, StreamlapError, UnsupportedModel, shown, whole
 from streamlap.families.table import Family
 from streamlap.loader.forms import Dense, Form
 from streamlap.loader.linears import StoredLinear
@@ -34,29 +35,46 @@ ROPE_MOST = 1e15
 
 UNUSED = {
     "auto_map", "architectures", "quantization_config", "configuration_files", "attn_implementation", "experts_implementation",
-    "name_or_path", "num_labels", "id2label", "label2id", "problem_type", "task_specific_params", "transformers_version",
+    "name_or_path", "transformers_weights", "num_labels", "id2label", "label2id", "problem_type", "task_specific_params",
+    "transformers_version", "return_dict",
 }  # fmt: skip
-"""Keys that transformers would act on, by running code, fetching kernels, reading other files or filling tables, and that say
-nothing of the architecture."""
+"""Keys that transformers would act on, by running code, fetching kernels, reading other files, filling tables or giving tuples,
+and that say nothing of the architecture."""
 DTYPES = {"float32", "float16", "bfloat16"}
+
+
+@contextlib.contextmanager
+def described_by(folder: Path) -> Iterator[None]:
+    """Whatever transformers makes, in the block, of values that are out of range is a CheckpointError over config.json."""
+    try:
+        yield
+    except (StreamlapError, MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:
+        raise CheckpointError(
+            f"{folder / 'config.json'} does not describe a model that runs: {whole(error)}"
+        ) from error
 
 
 def native_config(raw: Mapping[str, Any], folder: Path) -> PreTrainedConfig:
     """The transformers config of a parsed config.json with a known model_type; no code of the folder runs.
 
-    Raises CheckpointError for sizes out of bounds, and with transformers' reason for what it does not take.
+    Raises CheckpointError for sizes out of bounds, and with transformers' reason for what it does not take; UnsupportedModel
+    for layers that differ.
     """
+    if raw.get("per_layer_config"):
+        raise UnsupportedModel(
+            f"{folder / 'config.json'} has per_layer_config {shown(raw['per_layer_config'])}; wanted layers that are all alike."
+        )
     check_sizes(raw.get, folder, raw)
     _check_lists(raw, folder)
     for key in ROPE_KEYS:
         _check_rope(raw.get(key), key, folder)
     kept = {key: value for key, value in raw.items() if key not in UNUSED and not key.startswith("_")}
     kept = {k: v for k, v in kept.items() if k not in ("dtype", "torch_dtype") or (isinstance(v, str) and v in DTYPES)}
-    try:
-        config = CONFIG_MAPPING[raw["model_type"]].from_dict(copy.deepcopy(kept))
+    with described_by(folder):
+        config: PreTrainedConfig = CONFIG_MAPPING[raw["model_type"]].from_dict(copy.deepcopy(kept))
         config.name_or_path = str(folder)
-    except Exception as error:  # whatever transformers makes of a config that is out of range
-        raise CheckpointError(f"{folder / 'config.json'} does not describe a model: {whole(error)}") from error
     check_sizes(lambda key: getattr(config, key, None), folder, SIZES)  # the defaults of what config.json leaves out
     return config
 
@@ -79,18 +97,6 @@ def check_sizes(value_of: Callable[[str], Any], folder: Path, given: Iterable[st
     if heads and groups and heads % groups:
         raise CheckpointError(
             f"{folder / 'config.json'} has num_key_value_heads {groups}; wanted a divisor of num_attention_heads {heads}."
-        )
-
-
-def check_depth(depth: int, names: Iterable[str], family: Family, folder: Path) -> None:
-    """Raise CheckpointError unless the shards hold tensors of as many decoder layers as config.json wants."""
-    layer = re.compile(re.escape(family.layers) + r"\.(\d{1,9})\.")
-    found = {int(match[1]) for name in names if not name.endswith(family.ignored) and (match := layer.match(name))}
-    if len(found) != depth or max(found) + 1 != depth:
-        extent = f"{len(found)} decoder layers, the last numbered {max(found)}" if found else "no decoder layer"
-        raise CheckpointError(
-            f"{folder / 'config.json'} has num_hidden_layers {depth}, and the shards hold {extent}; wanted both to agree. "
-            "Fetch config.json, index and shards of one revision."
         )
 
 

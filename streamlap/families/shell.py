@@ -18,15 +18,23 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
-from streamlap.errors import CheckpointError, UnsupportedModel, one_line, shown, whole
+from streamlap.errors import CheckpointError, RecipeError, UnsupportedModel, one_line, shown
 from streamlap.families.table import Family
 from streamlap.loader.linears import PivotedLinear
 from streamlap.loader.modules import swap_modules
+from streamlap.store.foreign import ADAPTER
 from streamlap.store.header import TensorInfo
 from streamlap.untrusted.paths import CONFIG_BYTES, read_object
 
 COMPUTE_DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
-"""What a layer may be computed and stored in; "auto" is the checkpoint's dtype where the device is fast in it, else float32."""
+"""What a layer may be computed in; "auto" is the checkpoint's dtype where the device is fast in it, else float32."""
+SHORT_DTYPES = {
+    "fp32": "float32", "f32": "float32", "float": "float32", "fp16": "float16", "f16": "float16", "half": "float16",
+    "bf16": "bfloat16",
+}  # fmt: skip
+"""What else they are called."""
+STORED_DTYPES = {*COMPUTE_DTYPES.values(), torch.float64}
+"""What weights may be stored in. No device is fast in float64, so it is never computed in."""
 
 
 def read_config(folder: Path) -> dict[str, Any]:
@@ -34,17 +42,22 @@ def read_config(folder: Path) -> dict[str, Any]:
     return read_object(folder, "config.json", CONFIG_BYTES)
 
 
-def meta_model(config: PreTrainedConfig, folder: Path) -> PreTrainedModel:
-    """The model of `config`, without weights, of transformers' own classes. Raises CheckpointError where there is none."""
-    try:
-        with torch.device("meta"):
-            model: PreTrainedModel = AutoModelForCausalLM.from_config(  # type: ignore[no-untyped-call]
-                config, trust_remote_code=False
-            )
-        model.eval()  # type: ignore[no-untyped-call]
-        return model
-    except Exception as error:  # whatever transformers makes of a config that is out of range
-        raise CheckpointError(f"{folder / 'config.json'} does not describe a model: {whole(error)}") from error
+def check_alone(folder: Path) -> None:
+    """Raise CheckpointError for a folder with an adapter, which transformers would put onto the weights."""
+    if (folder / ADAPTER).exists():
+        raise CheckpointError(
+            f"{folder} has an {ADAPTER}; wanted a model alone. Merge the adapter with peft, or take its files away."
+        )
+
+
+def meta_model(config: PreTrainedConfig) -> PreTrainedModel:
+    """The model of `config`, without weights, of transformers' own classes."""
+    with torch.device("meta"):
+        model: PreTrainedModel = AutoModelForCausalLM.from_config(  # type: ignore[no-untyped-call]
+            config, trust_remote_code=False
+        )
+    model.eval()  # type: ignore[no-untyped-call]
+    return model
 
 
 def module_table(raw: Mapping[str, Any], family: Family, depth: int) -> dict[str, dict[str, int]]:
@@ -59,6 +72,20 @@ def module_table(raw: Mapping[str, Any], family: Family, depth: int) -> dict[str
             'row like {"rank": 7} for each.'
         )
     return rows
+
+
+def parse_dtype(name: str | torch.dtype) -> str:
+    """auto, or a compute dtype as people write it (bf16, BF16, torch.bfloat16) -> auto, or its key in COMPUTE_DTYPES.
+
+    Raises RecipeError for any other.
+    """
+    word = str(name).strip().lower().removeprefix("torch.") if isinstance(name, str | torch.dtype) else ""
+    word = SHORT_DTYPES.get(word, word)
+    if word not in ("auto", *COMPUTE_DTYPES):
+        raise RecipeError(
+            f"dtype is {shown(name)}; wanted one of auto, {', '.join(COMPUTE_DTYPES)}, or short fp32, fp16, bf16."
+        )
+    return word
 
 
 def swapped(model: nn.Module, rows: Mapping[str, Mapping[str, int]]) -> dict[str, nn.Linear]:
@@ -80,9 +107,9 @@ def check_tensor(info: TensorInfo, wanted: torch.Tensor) -> None:
     if not wanted.is_floating_point():  # the order of a pivoted linear, and nothing else
         if info.dtype != wanted.dtype:
             raise UnsupportedModel(f"tensor {info.name!r} has dtype {info.dtype}; wanted {wanted.dtype}.")
-    elif info.dtype not in COMPUTE_DTYPES.values():
+    elif info.dtype not in STORED_DTYPES:
         raise UnsupportedModel(
-            f"tensor {info.name!r} has dtype {info.dtype}; wanted float32, float16 or bfloat16 weights."
+            f"tensor {info.name!r} has dtype {info.dtype}; wanted float32, float16, bfloat16 or float64 weights."
         )
 
 
@@ -90,7 +117,9 @@ def check_orders(root: nn.Module, name: str) -> None:
     """Raise CheckpointError where a pivoted linear in `root`, which the checkpoint calls `name`, has no usable order."""
     for path, module in root.named_modules(prefix=name):
         if isinstance(module, PivotedLinear) and not module.has_permutation():
-            raise CheckpointError(f"tensor '{path}.order' is no permutation of its numbers. Fetch it again.")
+            raise CheckpointError(
+                f"tensor '{path}.order' is no permutation of its numbers; wanted one. Copy its shard again."
+            )
 
 
 class Recorder(nn.Module):

@@ -9,6 +9,7 @@ Shape suffixes: N sequences, B batch, L length, D hidden, T tokens, V vocabulary
 from __future__ import annotations
 
 import copy
+import logging
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -16,26 +17,29 @@ from typing import Any
 import torch
 from torch import nn
 
-from streamlap.errors import CheckpointError, RecipeError, whole
-from streamlap.families.bounds import check_depth, check_roles, check_widths, native_config
+from streamlap.errors import UnsupportedModel, few, shown
+from streamlap.families.bounds import check_roles, check_widths, described_by, native_config
 from streamlap.families.layer import StreamLayer
+from streamlap.families.names import ModelTensors, check_depth
 from streamlap.families.shell import (
     COMPUTE_DTYPES,
     AfterLayers,
     BeforeLayers,
+    check_alone,
     check_orders,
     check_tensor,
     meta_model,
     module_table,
+    parse_dtype,
     read_config,
     swapped,
 )
-from streamlap.families.table import find_family
+from streamlap.families.table import find_family, is_language_model
 from streamlap.linalg.rows import marked
 from streamlap.loader.forms import Dense, Form, form_of
 from streamlap.loader.modules import carriers, disk_name
 from streamlap.store.header import TensorInfo
-from streamlap.store.source import SafetensorsFolder, TensorSource, read_rows
+from streamlap.store.source import SafetensorsFolder, TensorSource, equal_numbers, read_rows
 from streamlap.store.staging import Staging
 from streamlap.untrusted.paths import check_folder
 
@@ -44,6 +48,8 @@ BATCH_TOKENS = 4096
 
 HEAD_TOKENS = 512
 """Tokens whose logits are in memory at a time."""
+
+logger = logging.getLogger(__name__)
 
 
 def cpu_has_bfloat16() -> bool:
@@ -69,20 +75,32 @@ class ModelStream:
     ) -> None:
         self.folder, self.device = folder, torch.device(device)
         check_folder(folder)
+        check_alone(folder)
         self.raw_config = read_config(folder)
         self.family = find_family(self.raw_config)
-        self.source = source or SafetensorsFolder(folder)
-        config: Any = native_config(self.raw_config, folder)
-        depth = config.num_hidden_layers
-        check_depth(depth, self.source.names(), self.family, folder)
+        source = source or SafetensorsFolder(folder)
+        with described_by(folder):
+            self._open(source, dtype)
+
+    def _open(self, source: TensorSource, dtype: str) -> None:
+        config: Any = native_config(self.raw_config, self.folder)
+        depth = int(config.num_hidden_layers)
+        check_depth(depth, source, self.family, self.folder)
         self.rows = module_table(self.raw_config, self.family, depth)
-        self.model = meta_model(config, folder)
+        self.model = meta_model(config)
         self.config: Any = self.model.config
         self._dense = swapped(self.model, self.rows)  # the linears that an earlier compression replaced, by path
         self.layers = list(self.model.get_submodule(self.family.layers).children())
+        self.width, self.vocabulary = int(self.config.hidden_size), int(self.config.vocab_size)
+        self.context = int(self.config.max_position_embeddings)
+        """The longest sequence the model was made for."""
+        self.head_dim = int(getattr(self.config, "head_dim", None) or self.width // self.config.num_attention_heads)
+        """Numbers in one attention head."""
+        self.tied = bool(self.config.tie_word_embeddings)
+        """Whether one matrix is embedding and head, unless two are stored."""
         check_roles(self.model, self.family, depth)
+        self.source = self._check_tensors(source)
         self.dtype = self._resolve_dtype(dtype)
-        self._check_tensors()
         for index in range(self.depth) if self.rows else ():
             forms = {role: self.form(index, role) for role in self.family.roles}
             check_widths(forms, self.natives(index), self.family, self.head_dim, self.layer_name(index))
@@ -90,24 +108,6 @@ class ModelStream:
     @property
     def depth(self) -> int:
         return len(self.layers)
-
-    @property
-    def width(self) -> int:
-        return int(self.config.hidden_size)
-
-    @property
-    def vocabulary(self) -> int:
-        return int(self.config.vocab_size)
-
-    @property
-    def context(self) -> int:
-        """The longest sequence the model was made for."""
-        return int(self.config.max_position_embeddings)
-
-    @property
-    def head_dim(self) -> int:
-        """Numbers in one attention head."""
-        return int(getattr(self.config, "head_dim", None) or self.width // self.config.num_attention_heads)
 
     def storage_itemsize(self, index: int) -> int:
         """Bytes of a weight of a layer's linears; of the widest where they differ."""
@@ -135,16 +135,19 @@ class ModelStream:
         return form_of(self.model.get_submodule(self.linear_name(index, role)))
 
     def outer_tensors(self) -> dict[str, TensorInfo]:
-        """Everything outside the decoder layers, by name: embeddings, final norm, head."""
+        """Everything outside the decoder layers, by name: embeddings, final norm, heads."""
         names = [name for name in self.source.names() if not name.startswith(self.family.layers + ".")]
-        return {name: self.source.info(name) for name in sorted(names) if not name.endswith(self.family.ignored)}
+        return {name: self.source.info(name) for name in sorted(names)}
+
+    def layer_names(self, index: int) -> dict[str, str]:
+        """Module state name -> name in the source, for one decoder layer."""
+        prefix, module = self.layer_name(index), self.layers[index]
+        parts = carriers(module)
+        return {name: f"{prefix}.{disk_name(name, parts)}" for name in module.state_dict()}
 
     def layer_tensors(self, index: int) -> dict[str, TensorInfo]:
         """Module state name -> place in the source, for one decoder layer."""
-        prefix = self.layer_name(index)
-        module = self.layers[index]
-        parts = carriers(module)
-        return {name: self.source.info(f"{prefix}.{disk_name(name, parts)}") for name in module.state_dict()}
+        return {name: self.source.info(stored) for name, stored in self.layer_names(index).items()}
 
     @torch.no_grad()
     def layer_kwargs(self, length: int) -> list[dict[str, Any]]:
@@ -153,14 +156,8 @@ class ModelStream:
         Raises CheckpointError where the values of config.json give no forward.
         """
         embedded_BLD = torch.zeros(1, length, self.width, dtype=self.dtype, device=self.device)
-        try:
+        with described_by(self.folder):
             return BeforeLayers(self.model, self.family, self.device).layer_kwargs(embedded_BLD)
-        except (MemoryError, torch.OutOfMemoryError):
-            raise
-        except Exception as error:  # whatever transformers makes of values that are out of range
-            raise CheckpointError(
-                f"{self.folder / 'config.json'} describes no model that runs: {whole(error)}"
-            ) from error
 
     @torch.no_grad()
     def embed(self, tokens_NL: torch.Tensor) -> Iterator[torch.Tensor]:
@@ -180,7 +177,7 @@ class ModelStream:
         """
         stored = self.layer_tensors(index)
         if staging is None:
-            tensors = {name: self.source.read(info.name) for name, info in stored.items()}
+            tensors = {name: self.source.read(found) for name, found in self.layer_names(index).items()}
         else:
             tensors = staging.take(stored)
             if not staging.lasting:  # some tensors are converted, and those that are not must leave the buffer too
@@ -198,9 +195,29 @@ class ModelStream:
         self.layer(0, self.layer_kwargs(tokens_NL.shape[1])[0]).check_sublayers(x_BLD, writes)
 
     @property
+    def has_head(self) -> bool:
+        """Whether this is a language model: a decoder alone, or one for another task, may have no output head."""
+        return self.tied or f"{self.family.head}.weight" in self.source
+
+    def require_head(self) -> None:
+        """Raise UnsupportedModel where there is no output head, and so no prediction to measure."""
+        if not self.has_head:
+            raise UnsupportedModel(
+                f"{self.folder} has no language-model head (architectures {shown(self.raw_config.get('architectures'))}); "
+                "wanted one, to measure its predictions. Compress it without a survey, and measure it on its own task."
+            )
+
+    @property
     def head_name(self) -> str:
-        """Name on disk of the output head. A tied model may carry one of its own; the embedding is what transformers uses."""
-        return f"{self.family.embedding if self._tied() else self.family.head}.weight"
+        """Name of the matrix that makes the logits. A tied model may store one beside its embedding: where their numbers differ
+        transformers keeps both, and where they are equal either will do."""
+        head = f"{self.family.head}.weight"
+        return head if head in self.source else f"{self.family.embedding}.weight"
+
+    def two_heads(self) -> bool:
+        """Whether config.json ties the head to the embedding, and other numbers are stored for it. Reads both."""
+        head, embedding = (f"{path}.weight" for path in (self.family.head, self.family.embedding))
+        return self.tied and head in self.source and not equal_numbers(*map(self.source.info, (head, embedding)))
 
     def head(self) -> Callable[[torch.Tensor], torch.Tensor]:
         """Final norm and output head, read into memory: x_TD -> logits_TV in the compute dtype."""
@@ -220,30 +237,27 @@ class ModelStream:
         """What `tensor` is computed in: whole numbers stay what they are."""
         return self.dtype if tensor.is_floating_point() else tensor.dtype
 
-    def _tied(self) -> bool:
-        return bool(self.config.tie_word_embeddings)
-
     def _resolve_dtype(self, name: str) -> torch.dtype:
         stored = self.source.info(f"{self.family.embedding}.weight").dtype
+        name = parse_dtype(name)
+        if name == "auto" and stored not in COMPUTE_DTYPES.values():
+            return torch.float32
         if name == "auto":
             fast = self.device.type != "cpu" or (stored == torch.bfloat16 and cpu_has_bfloat16())
             return stored if fast else torch.float32
-        if name not in COMPUTE_DTYPES:
-            raise RecipeError(f"dtype is {name!r}; wanted one of auto, {', '.join(COMPUTE_DTYPES)}.")
         return COMPUTE_DTYPES[name]
 
-    def _check_tensors(self) -> None:
-        wanted: dict[str, torch.Tensor] = {}
-        parts = carriers(self.model)
-        for name, tensor in self.model.state_dict().items():
-            if name != f"{self.family.head}.weight" or not self._tied():
-                wanted[disk_name(name, parts)] = tensor
+    def _check_tensors(self, source: TensorSource) -> ModelTensors:
+        """The source by the names of the model, each tensor of which was looked at."""
+        parts, head = carriers(self.model), f"{self.family.head}.weight"
+        wanted = {disk_name(name, parts): tensor for name, tensor in self.model.state_dict().items()}
+        tensors = ModelTensors(source, wanted, self.family, self.tied)
+        may_lack = self.tied or not is_language_model(self.raw_config)
         for name, tensor in wanted.items():
-            check_tensor(self.source.info(name), tensor)
-        for name in self.source.names():
-            in_layers = name.startswith(self.family.layers + ".") and not name.endswith(self.family.ignored)
-            if in_layers and name not in wanted:
-                raise CheckpointError(
-                    f"tensor {name!r} has no place in the {self.depth}-layer {self.family.model_type} "
-                    "that config.json describes. Check num_hidden_layers and the bias flags there."
-                )
+            if name != head or not may_lack or head in tensors:
+                check_tensor(tensors.info(name), tensor)
+        if tensors.unused:
+            model = f"{self.depth}-layer {self.family.model_type}"
+            logger.warning("%s: tensors that the %s of config.json has no place for are not read (%d in all): %s.",
+                           self.folder, model, len(tensors.unused), few(tensors.unused))  # fmt: skip
+        return tensors

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -20,6 +21,8 @@ class Family:
     embedding: str = "model.embed_tokens"
     norm: str = "model.norm"
     head: str = "lm_head"
+    task_head: str = "score"
+    """The head that transformers' classes for other tasks have; it is carried over as it stands."""
     ignored: tuple[str, ...] = ("rotary_emb.inv_freq",)
     """Endings of tensors that old checkpoints carry and no current model reads; they are left behind."""
     roles: Mapping[str, str] = field(default_factory=lambda: ROLES)
@@ -28,6 +31,17 @@ class Family:
     """In their order. One after another they are the whole layer."""
     bias_flags: Mapping[str, str] = field(default_factory=dict)
     """Beginning of a path -> the flag in config.json that gives every linear under it a bias."""
+
+    @property
+    def base(self) -> str:
+        """Where the decoder is in the whole model; a checkpoint of the decoder alone leaves it out of its names."""
+        return self.layers.partition(".")[0]
+
+    @property
+    def layer_pattern(self) -> re.Pattern[str]:
+        """Beginning of the name on disk of a layer's tensor; its group is the number of the layer."""
+        base, inner = map(re.escape, (self.base, self.layers.removeprefix(f"{self.base}.")))
+        return re.compile(rf"(?:{base}\.){{0,2}}{inner}\.(\d{{1,9}})\.")
 
     @property
     def paths(self) -> tuple[str, ...]:
@@ -94,3 +108,9 @@ def find_family(config: Mapping[str, Any]) -> Family:
             f"{' and '.join(map(str, READ_VERSIONS))}. Update streamlap."
         )
     return FAMILIES[found]
+
+
+def is_language_model(config: Mapping[str, Any]) -> bool:
+    """Whether a parsed config.json describes a model with an output head, as one does that names no architecture."""
+    names = config.get("architectures")
+    return not isinstance(names, list) or not names or any(str(name).endswith("ForCausalLM") for name in names)

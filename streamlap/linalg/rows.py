@@ -71,5 +71,5 @@ def require_few(out_NL: torch.Tensor, most: float, where: str) -> None:
         raise NumericalError(
             f"{where}: the numbers of {count} of {total} tokens ({count / total:.1%}) are NaN or infinite; wanted "
             f"{f'at most {most:.0%}' if most else 'none'}. Take dtype float32 or bfloat16; if it is one of these already, the "
-            "checkpoint is broken: fetch it again."
+            "checkpoint is broken."
         )

@@ -136,7 +136,7 @@ class LowRank(Form):
     @classmethod
     def from_module(cls, module: nn.Module) -> LowRank:
         assert isinstance(module, LowRankLinear)
-        return cls((module.out_features, module.in_features), module.merged_bias() is not None, module.rank)
+        return cls((module.out_features, module.in_features), module.bias is not None, module.rank)
 
     def build(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> LowRankLinear:
         return LowRankLinear(self.shape[1], self.shape[0], self.rank, self.bias, device, dtype)

@@ -6,8 +6,9 @@ A folder keeps its native `model_type`; `quantization_config` in config.json lis
      "modules": {"model.layers.0.self_attn.q_proj": {"rank": 7}, "model.layers.0.mlp.down_proj": {"in": 96}}}
 
 transformers builds the native model on the meta device; the quantizer below puts the listed modules in, and the weights
-are read into them. This file is copied as it is into every output folder, next to modules.py, forms.py and linears.py, so that
-`trust_remote_code=True` works where streamlap is not installed; it therefore imports nothing else of the package.
+are read into them. This file is copied as it is into every output folder, next to modules.py, forms.py, linears.py and
+adapters.py, so that `trust_remote_code=True` works where streamlap is not installed; it therefore imports nothing else of the
+package. Where peft is installed, adapters.py teaches it these modules when a model is loaded.
 """
 
 from __future__ import annotations
@@ -15,19 +16,26 @@ from __future__ import annotations
 import logging
 import re
 from collections.abc import Mapping
+from functools import wraps
 from typing import Any
 
 import torch
 from torch import nn
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from transformers import PreTrainedModel
 from transformers.core_model_loading import WeightRenaming, WeightTransform
-from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING, register_quantization_config, register_quantizer
+from transformers.quantizers.auto import (
+    AUTO_QUANTIZER_MAPPING,
+    AutoHfQuantizer,
+    register_quantization_config,
+    register_quantizer,
+)
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from .forms import form_of, short
+from .forms import Dense, form_of, short
 from .linears import LowRankLinear, PivotedLinear, StoredLinear
-from .modules import carriers, merge_modules, swap_modules
+from .modules import carriers, check_loaded, merge_modules, swap_modules, unhook
 
 QUANT_METHOD = "streamlap"
 FORMAT_VERSION = 2
@@ -76,6 +84,12 @@ class StreamlapConfig(QuantizationConfigMixin):
         self.modules = {path: dict(row) for path, row in modules.items()}
 
 
+class DiskName(WeightRenaming):
+    """A renaming that this loader gave, to tell it from the others of a model."""
+
+    __slots__ = ()
+
+
 class StreamlapQuantizer(HfQuantizer):
     """Swaps the listed modules in before the weights are read, and maps their names on disk, both ways."""
 
@@ -85,13 +99,14 @@ class StreamlapQuantizer(HfQuantizer):
 
     def __init__(self, quantization_config: StreamlapConfig, **kwargs: Any) -> None:
         super().__init__(quantization_config, **kwargs)
-        self.dense_shapes: dict[str, tuple[int, int]] = {}
+        self.natives: dict[str, Dense] = {}
+        """What the native model has at each path of the table."""
         self.carriers: dict[str, str] = {}
 
     def _process_model_before_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
         rows = self.quantization_config.modules
         replaced = swap_modules(model, {_path_in(model, path): row for path, row in rows.items()})
-        self.dense_shapes = {path: (old.out_features, old.in_features) for path, old in replaced.items()}
+        self.natives = {path: Dense.from_module(replaced[_path_in(model, path)]) for path in rows}
         # transformers loads a bare decoder's checkpoint into the whole model and the other way round: know both names.
         found, prefix = carriers(model), f"{model.base_model_prefix}."
         given = {path: found[_path_in(model, path)] for path in rows if _path_in(model, path) in found}
@@ -107,7 +122,7 @@ class StreamlapQuantizer(HfQuantizer):
         for part in sorted(set(self.carriers.values())):
             paths = "|".join(re.escape(path) for path in sorted(self.carriers) if self.carriers[path] == part)
             leaves = ("weight",) if part == PivotedLinear.carrier else ("weight", "bias")  # that bias has no part
-            renamings += [WeightRenaming(rf"^({paths})\.{leaf}", rf"^\1\.{part}\.{leaf}") for leaf in leaves]
+            renamings += [DiskName(rf"^({paths})\.{leaf}", rf"^\1\.{part}\.{leaf}") for leaf in leaves]
         return renamings
 
     def update_parallel_plan(self, model: PreTrainedModel, plan: dict[str, str]) -> None:
@@ -136,27 +151,53 @@ class StreamlapQuantizer(HfQuantizer):
         # save_pretrained writes no code files, so the reference to them must not be written either.
         if hasattr(model.config, "auto_map"):
             del model.config.auto_map
-        for path in self.dense_shapes:
-            module = model.get_submodule(path)
+        _teach_peft()
+        for path in self.natives:
+            module = model.get_submodule(_path_in(model, path))
             if isinstance(module, StoredLinear):
                 # transformers before 5.21 leaves a tensor that it renamed in the dtype that it has on disk.
                 module.get_submodule(module.carrier).to(model.dtype)
                 if getattr(model, "_tp_size", None):
-                    _unhook(module)
-            _check_loaded(path, module)
+                    unhook(module)
+            check_loaded(path, module)
 
     def _dequantize(self, model: PreTrainedModel, dtype: torch.dtype | str | None = None) -> PreTrainedModel:
         """Every linear dense, widths padded with zeros: the plain native model of config.json, all in `dtype`."""
         wanted = getattr(torch, dtype) if isinstance(dtype, str) else dtype  # save_pretrained leaves a string there
-        merge_modules(model, self.dense_shapes, wanted)
+        merge_modules(model, {_path_in(model, path): native.shape for path, native in self.natives.items()}, wanted)
         if wanted is not None:
             # Parameters only: Module.to would also round the rotary frequencies, which stay float32 on purpose.
             for parameter in model.parameters():
                 parameter.data = parameter.data.to(wanted)
-        added = [path for path, row in self.quantization_config.modules.items() if "bias" in row]
+        without = [path for path, native in self.natives.items() if not native.bias]
+        added = [path for path in without if model.get_submodule(_path_in(model, path)).bias is not None]
         if added:
             logger.warning("%s and %d more have a bias that a saved native model leaves out", added[0], len(added) - 1)
         return model
+
+    def get_state_dict_and_metadata(self, model: PreTrainedModel) -> Any:
+        """Asked for before anything is saved: the table and the names on disk become those of the modules that are there.
+
+        Merging an adapter changes forms, and loading one makes transformers forget the renamings. Raises ValueError for weights
+        that were quantised after loading, which the format cannot hold.
+        """
+        for name, parameter in model.named_parameters():
+            if is_traceable_wrapper_subclass(parameter) and not hasattr(parameter, "to_local"):
+                raise ValueError(
+                    f"{name}: seen a {type(parameter).__name__}; wanted plain numbers, as a streamlap folder holds no others. "
+                    "Save before quantising, and quantise again after loading."
+                )
+        modules, rows = dict(model.named_modules()), dict(self.quantization_config.modules)
+        for path, native in self.natives.items():
+            module = modules.get(_path_in(model, path))
+            if isinstance(module, StoredLinear | nn.Linear):  # and no adapter
+                rows[path] = form_of(module).row(native)
+        self.quantization_config.modules = {path: row for path, row in rows.items() if row}
+        model.config.quantization_config = self.quantization_config
+        kept = getattr(model, "_weight_conversions", None) or ()
+        others = [entry for entry in kept if not isinstance(entry, DiskName)]
+        vars(model)["_weight_conversions"] = [*others, *self.get_weight_conversions()]
+        return super().get_state_dict_and_metadata(model)  # type: ignore[no-untyped-call]
 
     def is_serializable(self) -> bool:
         return True
@@ -174,36 +215,37 @@ class StreamlapQuantizer(HfQuantizer):
         return True
 
 
+def _teach_peft() -> None:
+    """Have peft, where it is installed, know the modules that are not an `nn.Linear`."""
+    try:
+        from .adapters import register
+    except ImportError as error:
+        if error.name != "peft":
+            logger.warning("peft is installed and cannot adapt compressed modules by name: %s", error)
+    else:
+        register()
+
+
+def _refuse_another(merge: Any) -> Any:
+    """`merge` of the table in config.json with a `quantization_config` that was given, which takes no other than the table."""
+
+    @wraps(merge)
+    def merge_or_refuse(stored: Any, given: Any) -> Any:
+        method = stored.get("quant_method") if isinstance(stored, Mapping) else stored.quant_method
+        if method == QUANT_METHOD and given is not None and not isinstance(given, StreamlapConfig):
+            raise ValueError(
+                f"quantization_config: seen a {type(given).__name__} for a compressed folder; wanted none, as its own says "
+                "which modules are compressed. Load it without, then quantise: torchao's quantize_(model, "
+                "Int8WeightOnlyConfig())."
+            )
+        return merge(stored, given)
+
+    return merge_or_refuse
+
+
 def _path_in(model: PreTrainedModel, path: str) -> str:
     """`path` as `model` spells it: the bare decoder that AutoModel gives has no `model.` in front."""
     return path.removeprefix(f"{model.base_model_prefix}.") if model.base_model is model else path
-
-
-def _unhook(module: StoredLinear) -> None:
-    """Tensor parallel: the parts have hooks of their own, the module itself is whole.
-
-    A plan has one row for all layers, so the module got the hook, an instance attribute, and the distributed bias that its
-    dense siblings in other layers need.
-    """
-    module.__dict__.pop("forward", None)
-    for name, parameter in module.named_parameters(recurse=False):
-        if hasattr(parameter, "to_local"):
-            module.register_parameter(name, nn.Parameter(parameter.to_local(), parameter.requires_grad))
-
-
-def _check_loaded(path: str, module: nn.Module) -> None:
-    """transformers before 5.23 does not compare the shapes of tensors that it loads through a quantizer."""
-    for linear in module.modules():
-        if isinstance(linear, nn.Linear) and linear.weight.shape != (linear.out_features, linear.in_features):
-            raise ValueError(
-                f"streamlap module {path!r}: seen a tensor of shape {tuple(linear.weight.shape)} in the folder; "
-                f"wanted {(linear.out_features, linear.in_features)}, as quantization_config.modules says"
-            )
-    if isinstance(module, PivotedLinear) and not module.has_permutation():
-        raise ValueError(
-            f"streamlap module {path!r}: seen an order in the folder that is no permutation; "
-            f"wanted each of 0..{module.out_features - 1} once"
-        )
 
 
 if (
@@ -211,3 +253,7 @@ if (
 ):  # a second copy of this file, out of a folder, leaves the first in charge
     register_quantization_config(QUANT_METHOD)(StreamlapConfig)
     register_quantizer(QUANT_METHOD)(StreamlapQuantizer)
+    # transformers' own message advises to pass the class of this table, which no one wants who passes another.
+    AutoHfQuantizer.merge_quantization_configs = staticmethod(  # type: ignore[method-assign]
+        _refuse_another(AutoHfQuantizer.merge_quantization_configs)
+    )

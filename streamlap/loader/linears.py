@@ -26,15 +26,29 @@ class StoredLinear(nn.Module, ABC):
     in_features: int
     out_features: int
     rank: int
+    bias: torch.Tensor | None
+    """The bias [O] of the dense layer."""
 
     @abstractmethod
     def merged(self, dtype: Dtype = None) -> torch.Tensor:
         """The dense matrix [O, I] that this stands for, computed in float32 or wider, in `dtype` (that of the parts)."""
 
-    def merged_bias(self) -> torch.Tensor | None:
-        """The bias [O] of the dense layer."""
-        bias_O: torch.Tensor | None = self.get_submodule(self.carrier)._parameters["bias"]
-        return bias_O
+    @abstractmethod
+    def plus(self, left_OS: torch.Tensor, right_SI: torch.Tensor, bias_O: torch.Tensor | None) -> nn.Module:
+        """What computes self(x) + left right x, with `bias_O` for its own bias, in the dtype of the parts.
+
+        Nothing is cut off: the rank grows by S at most. Where that form is no smaller than the dense matrix, it is an
+        `nn.Linear`.
+        """
+
+    def _dense_plus(self, left_OS: torch.Tensor, right_SI: torch.Tensor, bias_O: torch.Tensor | None) -> nn.Linear:
+        dtype = next(self.parameters()).dtype
+        w_OI = self.merged(torch.promote_types(dtype, torch.float32)) + _wide(left_OS) @ _wide(right_SI)
+        dense = nn.Linear(self.in_features, self.out_features, bias_O is not None, device="meta")
+        dense.weight = _frozen(w_OI.to(dtype))
+        if bias_O is not None:
+            dense.bias = _frozen(bias_O)
+        return dense
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         # Names on disk are welcome too: a Trainer resumes by handing the saved file to load_state_dict as it is, and
@@ -76,6 +90,22 @@ class LowRankLinear(StoredLinear):
         """x [..., I] -> [..., O]."""
         y: torch.Tensor = self.up(self.down(x))
         return y
+
+    @property
+    def bias(self) -> torch.Tensor | None:  # type: ignore[override]
+        bias_O: torch.Tensor | None = self.up.bias
+        return bias_O
+
+    @torch.no_grad()
+    def plus(
+        self, left_OS: torch.Tensor, right_SI: torch.Tensor, bias_O: torch.Tensor | None
+    ) -> LowRankLinear | nn.Linear:
+        out_features, in_features, rank = self.out_features, self.in_features, self.rank + len(right_SI)
+        if rank * (out_features + in_features) >= out_features * in_features:
+            return self._dense_plus(left_OS, right_SI, bias_O)
+        up_OR = torch.cat((self.up.weight, left_OS.to(self.up.weight)), 1)
+        down_RI = torch.cat((self.down.weight, right_SI.to(self.down.weight)), 0)
+        return LowRankLinear.from_factors(up_OR, down_RI, bias_O)
 
     def merged(self, dtype: Dtype = None) -> torch.Tensor:
         up_OR, down_RI = self.up.weight, self.down.weight
@@ -144,6 +174,35 @@ class PivotedLinear(StoredLinear):
             return torch.cat((z_P, z_N), -1)
         return torch.cat([torch.unflatten(z, -1, (self.groups, -1)) for z in (z_P, z_N)], -1).flatten(-2)
 
+    @torch.no_grad()
+    def plus(
+        self, left_OS: torch.Tensor, right_SI: torch.Tensor, bias_O: torch.Tensor | None
+    ) -> PivotedLinear | nn.Linear:
+        """The pivots stay, and as many rows join them as the product takes out of their span."""
+        base_RI, rest_NR, right_SI = self.base.weight.double(), self.rest.weight.double(), right_SI.double()
+        order_O = self._whole_order()
+        left_zS = left_OS.double()[order_O.argsort()]
+        left_RS, left_NS = left_zS[: self.rank], left_zS[self.rank :]
+        base_RI = base_RI + left_RS @ right_SI
+        outside_NS = left_NS - rest_NR @ left_RS  # of each other row, what its pivots do not account for
+        rows_J, others = _spanning_rows(outside_NS, torch.finfo(torch.float32).eps * float(left_OS.norm()))
+        if self.rank + len(rows_J) >= min(self.in_features, self.out_features):
+            return self._dense_plus(left_OS.double(), right_SI, bias_O)
+        share_NJ = outside_NS @ torch.linalg.pinv(outside_NS[rows_J])
+        base_PI = torch.cat((base_RI, rest_NR[rows_J] @ base_RI + outside_NS[rows_J] @ right_SI))
+        rest_NP = torch.cat((rest_NR - share_NJ @ rest_NR[rows_J], share_NJ), 1)[others]
+        moved = torch.cat((torch.arange(self.rank, device=others.device), self.rank + torch.cat((rows_J, others))))
+        dtype = self.base.weight.dtype
+        return PivotedLinear.from_parts(base_PI.to(dtype), rest_NP.to(dtype), bias_O, moved.argsort()[order_O])
+
+    def _whole_order(self) -> torch.Tensor:
+        """The order [O] that is stored, or that which the groups are."""
+        if self.order is not None:
+            return self.order.long()
+        z_O = torch.arange(self.out_features, device=self.base.weight.device)
+        parts = z_O[: self.rank], z_O[self.rank :]
+        return torch.cat([torch.unflatten(part, 0, (self.groups, -1)) for part in parts], 1).flatten()
+
     def merged(self, dtype: Dtype = None) -> torch.Tensor:
         base_RI, rest_NR = _wide(self.base.weight), _wide(self.rest.weight)
         parts = [torch.unflatten(w, 0, (self.groups, -1)) for w in (base_RI, rest_NR @ base_RI)]
@@ -151,12 +210,25 @@ class PivotedLinear(StoredLinear):
         w_OI = w_OI if self.order is None else w_OI.index_select(0, self.order)
         return w_OI.to(dtype or self.base.weight.dtype)
 
-    def merged_bias(self) -> torch.Tensor | None:
-        return self.bias
-
     def has_permutation(self) -> bool:
         """Whether the order, where one is stored and in memory, is a permutation."""
         return self.order is None or self.order.is_meta or is_permutation(self.order, self.out_features)
+
+
+def _spanning_rows(w_NS: torch.Tensor, least: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """Numbers of rows of `w_NS` that span all but for `least`, each the farthest from the span so far; and the others."""
+    left_NS, rows = w_NS.clone(), []
+    for _ in range(min(w_NS.shape)):
+        length_N = left_NS.norm(dim=1)
+        row = int(length_N.argmax())
+        if float(length_N[row]) <= least:
+            break
+        rows.append(row)
+        unit_S = left_NS[row] / length_N[row]
+        left_NS -= torch.outer(left_NS @ unit_S, unit_S)
+    rest = torch.ones(len(w_NS), dtype=torch.bool, device=w_NS.device)
+    rest[rows] = False
+    return torch.tensor(rows, dtype=torch.long, device=w_NS.device), rest.nonzero().flatten()
 
 
 def is_permutation(order: torch.Tensor, size: int) -> bool:

@@ -6,7 +6,7 @@ so what comes out is the config and the model of transformers itself. Copied as 
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
@@ -15,6 +15,9 @@ from .forms import Form  # noqa: F401
 from .hf_plugin import StreamlapQuantizer  # noqa: F401
 from .linears import StoredLinear  # noqa: F401
 from .modules import swap_modules  # noqa: F401
+
+if TYPE_CHECKING:  # it needs peft, so it is only named
+    from .adapters import register  # noqa: F401
 
 
 class StreamlapAutoConfig:

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from .forms import Dense, read_row, short
-from .linears import StoredLinear
+from .linears import PivotedLinear, StoredLinear
 
 
 def swap_modules(root: nn.Module, modules: Mapping[str, Mapping[str, int]]) -> dict[str, nn.Linear]:
@@ -43,7 +43,7 @@ def merge_modules(
 def dense_linear(module: nn.Module, shape: tuple[int, int], dtype: torch.dtype | None = None) -> nn.Linear:
     """The `nn.Linear` of shape (O, I) that computes what `module` does, with zeros where it has no channels."""
     if isinstance(module, StoredLinear):
-        weight_oi, bias_o = module.merged(dtype), module.merged_bias()
+        weight_oi, bias_o = module.merged(dtype), module.bias
     else:
         weight_oi, bias_o = module.get_parameter("weight"), module._parameters["bias"]
     new = nn.Linear(shape[1], shape[0], bias_o is not None, weight_oi.device, dtype or weight_oi.dtype)
@@ -52,6 +52,33 @@ def dense_linear(module: nn.Module, shape: tuple[int, int], dtype: torch.dtype |
         if bias_o is not None:
             new.bias.zero_()[: bias_o.shape[0]] = bias_o
     return new
+
+
+def check_loaded(path: str, module: nn.Module) -> None:
+    """transformers before 5.23 does not compare the shapes of tensors that it loads through a quantizer."""
+    for linear in module.modules():
+        if isinstance(linear, nn.Linear) and linear.weight.shape != (linear.out_features, linear.in_features):
+            raise ValueError(
+                f"streamlap module {path!r}: seen a tensor of shape {tuple(linear.weight.shape)} in the folder; "
+                f"wanted {(linear.out_features, linear.in_features)}, as quantization_config.modules says"
+            )
+    if isinstance(module, PivotedLinear) and not module.has_permutation():
+        raise ValueError(
+            f"streamlap module {path!r}: seen an order in the folder that is no permutation; "
+            f"wanted each of 0..{module.out_features - 1} once"
+        )
+
+
+def unhook(module: StoredLinear) -> None:
+    """Tensor parallel: the parts have hooks of their own, the module itself is whole.
+
+    A plan has one row for all layers, so the module got the hook, an instance attribute, and the distributed bias that its
+    dense siblings in other layers need.
+    """
+    module.__dict__.pop("forward", None)
+    for name, parameter in module.named_parameters(recurse=False):
+        if hasattr(parameter, "to_local"):
+            module.register_parameter(name, nn.Parameter(parameter.to_local(), parameter.requires_grad))
 
 
 def carriers(root: nn.Module) -> dict[str, str]:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 # The package's own files, byte for byte: one implementation, wherever it runs. Each imports only the others and
 # third-party packages; transformers follows their relative imports from the one that auto_map names.
-SHIM_FILES = ("modeling_streamlap.py", "hf_plugin.py", "modules.py", "forms.py", "linears.py")
+SHIM_FILES = ("modeling_streamlap.py", "hf_plugin.py", "modules.py", "forms.py", "linears.py", "adapters.py")
 
 
 def write_shim(folder: Path, write: Callable[[Path, bytes], object] = Path.write_bytes) -> dict[str, str]:

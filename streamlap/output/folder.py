@@ -9,12 +9,13 @@ from pathlib import Path
 from typing import Any
 
 from streamlap.errors import CheckpointError
-from streamlap.families.shell import read_config
+from streamlap.families.stream import ModelStream
+from streamlap.families.table import is_language_model
 from streamlap.loader.hf_plugin import FORMAT_VERSION
 from streamlap.loader.shim import write_shim
 from streamlap.output.report import LayerReport, Report
+from streamlap.store.shards import NAMING_KEY, PICKLE_SUFFIXES
 from streamlap.store.sink import write_durably
-from streamlap.store.source import PICKLE_SUFFIXES
 from streamlap.untrusted.paths import checked, read_bytes
 
 RECIPE_NAME = "streamlap_recipe.yaml"
@@ -61,11 +62,12 @@ def write_json(path: Path, value: Any, indent: int | None = 2) -> None:
     write_durably(path, (json.dumps(value, indent=indent) + "\n").encode())
 
 
-def finish_folder(out: Path, source: Path, base: str, layers_path: str, report: Report, recipe_yaml: str) -> None:
+def finish_folder(out: Path, stream: ModelStream, base: str, report: Report, recipe_yaml: str) -> None:
     """Everything that makes shards and index a model folder. May be run again after a crash: it writes the same bytes.
 
-    Args: base, the name the card gives to the source; layers_path, where the decoder layers are in the model.
+    Args: stream, the source; base, the name that the card gives to it.
     """
+    source = stream.folder
     copy_companions(source, out)
     write_durably(out / RECIPE_NAME, recipe_yaml.encode())
     write_json(out / REPORT_NAME, report.to_json(), indent=1)
@@ -77,9 +79,24 @@ def finish_folder(out: Path, source: Path, base: str, layers_path: str, report: 
     }
     write_json(out / KEPT_NAME, kept, indent=None)
     write_durably(out / "README.md", model_card(report, base, licence_of(source)).encode())
-    raw = read_config(source)
-    raw |= {"auto_map": write_shim(out, write_durably), "quantization_config": quantization_config(report, layers_path)}
-    write_json(out / "config.json", raw)
+    table = quantization_config(report, stream.family.layers)
+    loader = {"auto_map": write_shim(out, write_durably), "quantization_config": table}
+    write_json(out / "config.json", source_config(stream) | loader)
+
+
+def loader_of(stream: ModelStream) -> str:
+    """The class of transformers that loads the result of a checkpoint: that of its task."""
+    if is_language_model(stream.raw_config):
+        return "AutoModelForCausalLM"
+    task = re.fullmatch(r"\w+For(Sequence|Token)Classification", str(stream.raw_config["architectures"][0]))
+    return f"AutoModelFor{task[1]}Classification" if task else "AutoModel"
+
+
+def source_config(stream: ModelStream) -> dict[str, Any]:
+    """config.json of a checkpoint as it holds for its tensors in another folder: the files have other names there, and a head
+    that is not the embedding is said not to be."""
+    raw = {key: value for key, value in stream.raw_config.items() if key != NAMING_KEY}
+    return raw | {"tie_word_embeddings": False} if stream.two_heads() else raw
 
 
 def quantization_config(report: Report, layers_path: str) -> dict[str, Any]:
@@ -130,8 +147,8 @@ def model_card(report: Report, base: str, licence: Mapping[str, str]) -> str:
             f"| whole model | {parameters.total_before:,} | {parameters.total_after:,} |", "",
             f"Preset `{report.recipe['preset']}`, ratio {report.recipe['ratio']}, calibrated on {sequences} windows of "
             f"{length} tokens. All settings: `{RECIPE_NAME}`; what was done to each layer: `{REPORT_NAME}`.", "",
-            "```python", "import streamlap  # registers the loader", "from transformers import AutoModelForCausalLM", "",
-            'model = AutoModelForCausalLM.from_pretrained("path/to/this/folder")', "```", "",
+            "```python", "import streamlap  # registers the loader", f"from transformers import {report.loader}", "",
+            f'model = {report.loader}.from_pretrained("path/to/this/folder")', "```", "",
             "Where streamlap is not installed, `from_pretrained(..., trust_remote_code=True)` uses the loader files in this "
             "folder. Any other loader refuses the weights rather than misread them.", "",
         ]

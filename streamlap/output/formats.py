@@ -9,9 +9,10 @@ from typing import Any
 import torch
 
 from streamlap.errors import UnsupportedModel
-from streamlap.families.shell import check_orders, read_config
+from streamlap.families.shell import check_orders
 from streamlap.families.stream import ModelStream
 from streamlap.loader.modules import dense_linear
+from streamlap.output.folder import source_config
 from streamlap.store.sink import TensorEntry
 
 
@@ -20,7 +21,7 @@ def dense_config(stream: ModelStream) -> dict[str, Any]:
 
     Raises UnsupportedModel where the architecture has no such flag.
     """
-    raw = {k: v for k, v in read_config(stream.folder).items() if k not in ("quantization_config", "auto_map")}
+    raw = {k: v for k, v in source_config(stream).items() if k not in ("quantization_config", "auto_map")}
     for index in range(stream.depth):
         for role in stream.family.roles:
             if stream.form(index, role).bias and not stream.native(index, role).bias:
@@ -41,7 +42,7 @@ def bias_flag(stream: ModelStream, index: int, role: str) -> str:
 
 def dense_layer(stream: ModelStream, index: int, config: Mapping[str, Any]) -> dict[str, TensorEntry]:
     """Tensors of one layer in the shapes that `config` wants. Untouched ones are copied as bytes."""
-    prefix, tensors = stream.layer_name(index), stream.layer_tensors(index)
+    prefix, names, tensors = stream.layer_name(index), stream.layer_names(index), stream.layer_tensors(index)
     entries: dict[str, TensorEntry] = {f"{prefix}.{n}": info for n, info in tensors.items()}
     for role, path in stream.family.roles.items():
         base, native = stream.linear_name(index, role), stream.native(index, role)
@@ -50,9 +51,7 @@ def dense_layer(stream: ModelStream, index: int, config: Mapping[str, Any]) -> d
             for name in stored.values():
                 del entries[f"{prefix}.{name}"]
             module = copy.deepcopy(stream.layers[index].get_submodule(path))
-            module.load_state_dict(
-                {n: stream.source.read(tensors[name].name) for n, name in stored.items()}, assign=True
-            )
+            module.load_state_dict({n: stream.source.read(names[name]) for n, name in stored.items()}, assign=True)
             check_orders(module, base)
             entries |= {f"{base}.{n}": t for n, t in dense_linear(module, native.shape).state_dict().items()}
         flags = [flag for start, flag in stream.family.bias_flags.items() if path.startswith(start)]

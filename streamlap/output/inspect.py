@@ -34,7 +34,8 @@ def inspect(path: str | Path) -> dict[str, Any]:
         for index in range(stream.depth)
     ]
     parameters = count_parameters(stream, stream.rows).to_json()
-    return {"model_type": stream.family.model_type, "layers": layers, "parameters": parameters}
+    table = {"model_type": stream.family.model_type, "layers": layers, "parameters": parameters}
+    return table | ({"unused": list(stream.source.unused)} if stream.source.unused else {})
 
 
 def count_parameters(stream: ModelStream, rows: Mapping[str, Mapping[str, int]]) -> Parameters:

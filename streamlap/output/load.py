@@ -8,16 +8,15 @@ from typing import Any
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from streamlap.errors import CheckpointError, shown
-from streamlap.families.shell import read_config
+from streamlap.families.shell import SHORT_DTYPES, check_alone, read_config
 from streamlap.loader import hf_plugin as hf_plugin
 from streamlap.store.hub import local_folder
 from streamlap.untrusted.paths import check_folder
 
-ADAPTER = "adapter_config.json"
-
 
 def load(model: str | Path, **options: Any) -> PreTrainedModel:
     """`AutoModelForCausalLM.from_pretrained` with the loader registered; `options` are passed on (dtype, device_map, ...).
+    A dtype may be short, like bf16.
 
     Unless they say otherwise, no code of the folder runs and no pickle is opened. Raises CheckpointError for links out of the
     folder.
@@ -26,18 +25,18 @@ def load(model: str | Path, **options: Any) -> PreTrainedModel:
     check_folder(folder)
     check_config(folder)
     safe = {"trust_remote_code": False, "use_safetensors": True}
+    if isinstance(dtype := options.get("dtype"), str):
+        options["dtype"] = SHORT_DTYPES.get(dtype.lower(), dtype)
     loaded: PreTrainedModel = AutoModelForCausalLM.from_pretrained(folder, **(safe | options))
     return loaded
 
 
 def check_config(folder: Path) -> None:
-    """Raise CheckpointError where config.json would have transformers fetch kernels, or the folder is an adapter to another
-    model."""
+    """Raise CheckpointError where config.json would have transformers fetch kernels, or an adapter lies beside it."""
     for key, value in read_config(folder).items():
         if key.endswith("_implementation") and "/" in str(value):
             raise CheckpointError(
                 f"config.json has {shown(key)[1:-1]} {shown(value)}, code on a hub; wanted none. Take the key out, and name an "
                 "implementation that you trust as an argument."
             )
-    if (folder / ADAPTER).exists():
-        raise CheckpointError(f"{folder} has an {ADAPTER}; wanted a model. Load the adapter onto it with peft.")
+    check_alone(folder)

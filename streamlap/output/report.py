@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -120,10 +121,14 @@ class Report:
     """Shard -> sha256."""
     calibration_tokens: tuple[int, int]
     """[N, L] as used."""
+    calibration_inputs: int
+    """Of the widest linear that was fitted."""
     seconds: float
     """Summed over the layers, over all runs where the compression was resumed."""
     kept_channels: str
     """File in the output folder with the channels that stay, by layer."""
+    loader: str = "AutoModelForCausalLM"
+    """The class of transformers that loads it."""
 
     @property
     def peak_ram_bytes(self) -> int:
@@ -138,6 +143,7 @@ class Report:
             "recipe": dict(self.recipe),
             "parameters": self.parameters.to_json(),
             "calibration_tokens": list(self.calibration_tokens),
+            "calibration": {"tokens": math.prod(self.calibration_tokens), "inputs": self.calibration_inputs},
             "kept_channels": self.kept_channels,
             "layers": [layer.public() for layer in self.layers],
             "peak_ram_bytes": self.peak_ram_bytes,

@@ -9,13 +9,15 @@ from pathlib import Path
 from typing import Any
 
 from streamlap.errors import CheckpointError, StreamlapError, UnsupportedModel, shown
+from streamlap.families.shell import read_config
 from streamlap.families.stream import ModelStream
 from streamlap.loader.linears import is_permutation
 from streamlap.output.folder import REPORT_NAME
 from streamlap.store.header import check_name
 from streamlap.store.journal import STATE_FOLDER, Journal
+from streamlap.store.shards import INDEX_NAME
 from streamlap.store.sink import file_hash
-from streamlap.store.source import INDEX_NAME, SafetensorsFolder
+from streamlap.store.source import SafetensorsFolder, TensorSource
 from streamlap.untrusted.paths import REPORT_BYTES, check_folder, read_object
 
 Fault = dict[str, str | None]
@@ -77,21 +79,26 @@ def wrong_hashes(folder: Path) -> list[Fault]:
 
 def wrong_tensors(folder: Path) -> list[Fault]:
     try:
-        source = SafetensorsFolder(folder)
+        read_config(folder)
+    except CheckpointError as error:
+        return [fault("config.json", str(error))]
+    try:
+        source: TensorSource = SafetensorsFolder(folder)
     except StreamlapError as error:
         return [fault(INDEX_NAME, str(error))]
     faults = []
     try:
-        ModelStream(folder, source=source)
+        source = ModelStream(folder, source=source).source  # what the model has no place for is not looked at
     except (CheckpointError, UnsupportedModel) as error:
         faults.append(fault("config.json", str(error)))
     for name in source.names():
-        file = source.info(name).path.name
+        info = source.info(name)
         try:
             tensor = source.read(name)
         except CheckpointError as error:
-            faults.append(fault(file, str(error), name))
+            faults.append(fault(info.path.name, str(error), info.name))
             continue
         if name.endswith(".order") and not is_permutation(tensor, tensor.numel()):
-            faults.append(fault(file, f"tensor {name!r} is no permutation of 0..{tensor.numel() - 1}", name))
+            text = f"tensor {info.name!r} is no permutation of 0..{tensor.numel() - 1}"
+            faults.append(fault(info.path.name, text, info.name))
     return faults

@@ -11,15 +11,17 @@ import torch
 from streamlap.data.calibration import calibration_tokens
 from streamlap.errors import RecipeError, ResumeMismatch, first_line
 from streamlap.families.stream import ModelStream
-from streamlap.output.folder import KEPT_NAME, RECIPE_NAME, companions, finish_folder, module_rows
+from streamlap.output.folder import KEPT_NAME, RECIPE_NAME, companions, finish_folder, loader_of, module_rows
 from streamlap.output.inspect import count_parameters
 from streamlap.output.report import LayerReport, Report
 from streamlap.pipeline.layers import Job, compress_layers
+from streamlap.pipeline.place import check_apart, check_places, contents
 from streamlap.pipeline.runner import check_sublayers
-from streamlap.pipeline.session import Run, check_apart, session, stream_marks, whole_name
+from streamlap.pipeline.session import Run, session, stream_marks, whole_name
 from streamlap.pipeline.streams import open_streams
 from streamlap.planning.disk import COMPANION_BYTES, DiskNeeds
 from streamlap.planning.plan import Plan, decide, make_plan, windows_of
+from streamlap.planning.sample import check_sample, fitted_inputs
 from streamlap.planning.target import parse_target
 from streamlap.recipe import Recipe
 from streamlap.settings import RunSettings, split_options
@@ -54,23 +56,24 @@ def compress(
     deadline = settings.deadline()
     steady_heap()
     target = parse_target(target_size, target_params, changes.get("ratio"))
-    recipe = (recipe or Recipe()).override(**changes)
-    folder, out = local_folder(str(model), settings.trust_remote_code), Path(out)
+    recipe, out = (recipe or Recipe()).override(**changes), Path(out)
+    check_places(out, settings.work)
+    folder = local_folder(str(model), settings.trust_remote_code)
     settings = settings.settled()
     reset_peaks()
     stream = ModelStream(folder, settings.device, recipe.dtype)
     decided = decide(stream, recipe, target)
     tokens_NL = calibration_tokens(
-        recipe.calibration, folder, stream.vocabulary, stream.context, settings.trust_remote_code
+        recipe.calibration, folder, stream.vocabulary, stream.context, settings.trust_remote_code, settings.caps.ram
     )
     plan = make_plan(stream, decided, windows_of(tokens_NL), settings)
+    check_sample(tokens_NL, plan.inputs)
     plan.require_fit()
-    if not overwrite:
-        check_output(folder, out, overwrite=False)
+    check_output(folder, out, overwrite)
     if overwrite or not Journal.exists(out):
         check_sublayers(stream, plan.fit, tokens_NL, writes=plan.recipe.anchored)
-    if overwrite:
-        check_output(folder, out, overwrite=True)  # which may remove an earlier result, so it comes last
+    if overwrite and contents(out):
+        empty_output(out)  # after all that may go wrong
     survey = plan.recipe.survey and str(Path(plan.recipe.survey).resolve())
     run = Run(
         command="compress", out=out, folder=out, model=whole_name(model, folder), settings=settings,
@@ -108,7 +111,7 @@ def run_compression(run: Run, stream: ModelStream, plan: Plan, tokens_NL: torch.
         compress_layers(Job(stream=stream, plan=plan, out=out, streams=streams, session=running))
         report = build_report(stream, recipe, out, tokens_NL, running.journal)
         ShardFolder(out).seal(report.shards)
-        finish_folder(out, stream.folder, model_name(running.run.model), stream.family.layers, report, recipe.to_yaml())
+        finish_folder(out, stream, model_name(running.run.model), report, recipe.to_yaml())
     return report
 
 
@@ -129,8 +132,9 @@ def build_report(stream: ModelStream, recipe: Recipe, out: Path, tokens_NL: torc
     hashes = {names[0]: file_hash(out / names[0])} | {names[layer.index + 1]: layer.sha256 for layer in layers}
     return Report(
         out=str(out), recipe=recipe.to_dict(), parameters=count_parameters(stream, rows), layers=layers,
-        shards=hashes, calibration_tokens=windows_of(tokens_NL), kept_channels=KEPT_NAME,
+        shards=hashes, calibration_tokens=windows_of(tokens_NL), kept_channels=KEPT_NAME, loader=loader_of(stream),
         seconds=sum(sum(layer.seconds.values()) for layer in layers),
+        calibration_inputs=fitted_inputs(stream, {method.sublayer for method in recipe.solving}),
     )  # fmt: skip
 
 
@@ -144,18 +148,16 @@ def fingerprint(stream: ModelStream, recipe: Recipe, tokens_NL: torch.Tensor) ->
 
 
 def check_output(folder: Path, out: Path, overwrite: bool) -> None:
-    """Refuse an output folder that is the input or holds something else; empty it where `overwrite` allows."""
+    """Refuse an output folder that is the input or holds something else; an earlier result is refused unless `overwrite`."""
     check_apart(folder, out)
     companions(folder)  # what cannot be copied at the end is said at the start
-    entries = {path.name for path in out.iterdir()} if out.exists() else set()
+    entries = contents(out)
     ours = STATE_FOLDER in entries or RECIPE_NAME in entries
-    if overwrite and entries:
-        if not ours:
-            raise RecipeError(
-                f"--overwrite: {out} was not written by streamlap ({min(entries)}, ...); choose another folder."
-            )
-        empty_output(out)
-    elif entries and not Journal.exists(out) and entries != {STATE_FOLDER}:
+    if overwrite and entries and not ours:
+        raise RecipeError(
+            f"--overwrite: {out} was not written by streamlap ({min(entries)}, ...); choose another folder."
+        )
+    if not overwrite and entries and not Journal.exists(out) and entries != {STATE_FOLDER}:
         state = "holds a finished model" if RECIPE_NAME in entries else f"is not empty ({min(entries)}, ...)"
         raise RecipeError(
             f"output folder {out} {state}; wanted a new one. Choose another, or --overwrite a streamlap output."
@@ -163,12 +165,13 @@ def check_output(folder: Path, out: Path, overwrite: bool) -> None:
 
 
 def empty_output(out: Path) -> None:
-    """Remove an earlier result. Cut short, what is left is no model and no run to resume, and is still known as ours."""
+    """Remove an earlier result, but not what the file system or git has put there. Cut short, what is left is no model and no
+    run to resume, and is still known as ours."""
     with OutputLock(out):
         for mark in (out / "config.json", out / STATE_FOLDER / JOURNAL_NAME):
             remove_file(mark)
             fsync_folder(mark.parent)
-        for path in out.iterdir():
+        for path in map(out.joinpath, sorted(contents(out))):
             if path.is_dir() and not path.is_symlink():
                 shutil.rmtree(path) if path.name != STATE_FOLDER else None
             else:

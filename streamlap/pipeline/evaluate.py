@@ -20,9 +20,13 @@ from typing import Any
 import torch
 from torch.nn.functional import cross_entropy
 
-from streamlap.data.calibration import bundled_text, read_windows
+from streamlap.data.calibration import bundled_text, find_files
+from streamlap.data.datasets import EVALUATION
+from streamlap.data.windows import ReadSettings, read_windows
 from streamlap.errors import NumericalError, RecipeError, shown
+from streamlap.families.shell import parse_dtype
 from streamlap.families.stream import HEAD_TOKENS, ModelStream
+from streamlap.pipeline.place import check_place
 from streamlap.pipeline.runner import LayerRunner, start_runner
 from streamlap.pipeline.streams import HiddenStates, open_bank
 from streamlap.planning.schedule import Fit, Schedule, fit, require_fit
@@ -62,6 +66,7 @@ def evaluate(
     length: int | None = None,
     stride: int | None = None,
     limit: int | None = None,
+    text_column: str | None = None,
     dtype: str = "auto",
     **options: Any,
 ) -> Evaluation:
@@ -69,8 +74,9 @@ def evaluate(
     which is not the one that calibration takes).
 
     Args: length, tokens a window (default 2048, the model's context, or the rows of an .npy); limit, tokens to use at
-    most, windows times length; dtype, compute dtype, auto is float32 on a CPU; options, single fields of RunSettings, of which
-    `work` is where hidden states go when memory is short, and without which they stay in memory.
+    most, windows times length, behind which nothing is read; text_column, where the text of a row of JSON or parquet is; dtype,
+    compute dtype, auto is float32 on a CPU; options, single fields of RunSettings, of which `work` is where hidden states go
+    when memory is short, and without which they stay in memory.
     """
     settings, others = split_options(options)
     if others:
@@ -78,11 +84,22 @@ def evaluate(
     start, settings = time.perf_counter(), settings.settled()
     steady_heap()
     reset_peaks()
+    dtype = parse_dtype(dtype)
+    if settings.work is not None:
+        check_place(Path(settings.work), "--work")
     folder = local_folder(str(model), settings.trust_remote_code)
     dtype = "float32" if (settings.device, dtype) == ("cpu", "auto") else dtype
     stream = ModelStream(folder, settings.device, dtype)
+    stream.require_head()
     files = (text,) if isinstance(text, str | Path) else tuple(text or bundled_text("validation"))
-    tokens_NL = choose_windows(stream, [str(file) for file in files], length, stride, limit, settings.trust_remote_code)
+    for name, value, least in (("stride", stride, 1), ("limit", limit, 1), ("length", length, 2)):
+        if value is not None and value < least:
+            raise RecipeError(f"{name} is {value}; wanted at least {least}.")
+    reading = ReadSettings(
+        folder=folder, vocabulary=stream.vocabulary, context=stream.context, text_column=text_column,
+        trust_remote_code=settings.trust_remote_code, max_ram=settings.caps.ram,
+    )  # fmt: skip
+    tokens_NL = read_windows(find_files([str(file) for file in files], EVALUATION), reading, length, stride, limit)
     windows, window = tokens_NL.shape
     work = evaluation_workload(stream, windows, window, disk=settings.work is not None)
     choice = fit(work, settings.caps, settings.overlap)
@@ -96,24 +113,6 @@ def evaluate(
         perplexity=math.exp(min(mean, 700.0)), nll=mean, tokens=scored_NL.numel(), length=tokens_NL.shape[1],
         seconds=time.perf_counter() - start, peak_ram_bytes=peak_ram_bytes(), peak_vram_bytes=peak_vram_bytes(),
     )  # fmt: skip
-
-
-def choose_windows(
-    stream: ModelStream, files: Sequence[str], length: int | None, stride: int | None, limit: int | None,
-    trust_remote_code: bool = False,
-) -> torch.Tensor:  # fmt: skip
-    """The windows to score, [N, L]. Raises RecipeError where the numbers do not fit the text or each other."""
-    for name, value in (("stride", stride), ("limit", limit), ("length", length)):
-        least = 2 if name == "length" else 1
-        if value is not None and value < least:
-            raise RecipeError(f"{name} is {value}; wanted at least {least}.")
-    tokens_NL = read_windows(files, stream.folder, stream.vocabulary, stream.context, length, stride, trust_remote_code)
-    if stride is not None and stride >= tokens_NL.shape[1]:
-        raise RecipeError(f"stride is {stride}; wanted less than the window's {tokens_NL.shape[1]} tokens.")
-    windows = len(tokens_NL) if limit is None else limit // tokens_NL.shape[1]
-    if not windows:
-        raise RecipeError(f"limit is {limit} tokens; wanted at least one window of {tokens_NL.shape[1]}.")
-    return tokens_NL[:windows]
 
 
 def token_losses(stream: ModelStream, tokens_NL: torch.Tensor, choice: Fit, work: Path | None = None) -> torch.Tensor:

@@ -11,7 +11,8 @@ from streamlap.families.stream import ModelStream
 from streamlap.output.folder import companions, copy_companions, write_json
 from streamlap.output.formats import dense_config, dense_layer
 from streamlap.output.inspect import count_parameters
-from streamlap.pipeline.session import Run, Session, check_apart, session, source_marks
+from streamlap.pipeline.place import check_apart, contents
+from streamlap.pipeline.session import Run, Session, session, source_marks
 from streamlap.planning.disk import DiskNeeds
 from streamlap.settings import RunSettings
 from streamlap.store.journal import STATE_FOLDER, Journal
@@ -63,7 +64,7 @@ def resume_export(run: Run, settings: RunSettings) -> Exported:
 
 def check_destination(destination: Path) -> None:
     """Refuse a folder that holds anything but an unfinished run."""
-    entries = {path.name for path in destination.iterdir()} if destination.exists() else set()
+    entries = contents(destination)
     if entries and not Journal.exists(destination) and entries != {STATE_FOLDER}:
         raise RecipeError(f"destination {destination} is not empty ({min(entries)}, ...); wanted a new folder.")
 

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
-from streamlap.errors import ResumeMismatch, shown
+from streamlap.errors import CheckpointError, ResumeMismatch, shown
 from streamlap.output.report import Report
 from streamlap.pipeline.compress import resume_compression
 from streamlap.pipeline.export import Exported, resume_export
@@ -22,6 +22,13 @@ COMMANDS: dict[str, Callable[[Run, RunSettings], Report | Survey | Exported]] = 
     "export": resume_export,
 }
 
+AGAIN = {
+    "compress": "streamlap compress MODEL {out}, and the same options",
+    "survey": "streamlap survey MODEL {out}, and the same options",
+    "export": "streamlap export MODEL {out} --to dense",
+}
+"""How a run goes on whose source has another place: what tells it is its contents."""
+
 
 def resume(
     path: str | Path, *, max_ram: int | str | None = None, max_vram: int | str | None = None,
@@ -31,7 +38,7 @@ def resume(
 
     Args: path, the output folder, or the file of a survey; what else is needed is known there. max_ram, max_vram, other caps
     than the run began with, as bytes or as text like 8GiB; stop_after, as for `compress`.
-    Raises ResumeMismatch where there is nothing to go on with.
+    Raises ResumeMismatch where there is nothing to go on with, CheckpointError where the source is not where it was.
     """
     given = RunSettings(max_ram=max_ram, max_vram=max_vram, stop_after=stop_after)
     path = Path(path)
@@ -43,4 +50,12 @@ def resume(
     if run.command not in COMMANDS:
         raise ResumeMismatch(f"{folder} was begun by {shown(run.command)}; wanted one of {', '.join(COMMANDS)}.")
     caps = {name: getattr(given, name) or getattr(run.settings, name) for name in ("max_ram", "max_vram")}
-    return COMMANDS[run.command](run, replace(run.settings, **caps, stop_after=given.stop_after))
+    try:
+        return COMMANDS[run.command](run, replace(run.settings, **caps, stop_after=given.stop_after))
+    except CheckpointError as error:
+        if Path(run.model).is_absolute() and not Path(run.model).is_dir():
+            raise CheckpointError(
+                f"{run.model}, of which {run.out} is made, is not there; wanted the same checkpoint. Put it back, or give the "
+                f"first command again with the place where it is now: {AGAIN[run.command].format(out=run.out)}."
+            ) from error
+        raise

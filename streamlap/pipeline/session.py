@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -23,7 +24,6 @@ from streamlap.store.hidden import remove_hidden
 from streamlap.store.journal import STATE_FOLDER, Journal, save_tokens
 from streamlap.store.lock import OutputLock
 from streamlap.store.source import data_digest
-from streamlap.system.budget import existing_ancestor
 from streamlap.system.signals import Stops, stop_requests
 from streamlap.version import __version__
 
@@ -52,7 +52,7 @@ class Run:
     @property
     def hidden(self) -> Path:
         """Hidden states live in the state folder, or in a folder of this output's own under `work`."""
-        mark = hashlib.sha256(str(self.folder.resolve()).encode()).hexdigest()[:16]
+        mark = hashlib.sha256(os.fsencode(self.folder.resolve())).hexdigest()[:16]
         work = self.settings.work
         return self.folder / STATE_FOLDER / "hidden" if work is None else Path(work) / f"streamlap-hidden-{mark}"
 
@@ -126,17 +126,6 @@ def parse_run(out: Path, folder: Path, arguments: Mapping[str, Any]) -> Run:
 def whole_name(model: str | Path, folder: Path) -> str:
     """What a run that is resumed from elsewhere calls its source."""
     return str(folder.resolve()) if Path(model).is_dir() else str(model)
-
-
-def check_apart(folder: Path, out: Path) -> None:
-    """Refuse a place for results that is, holds or lies in the source, or that cannot be a folder."""
-    source, target = folder.resolve(), out.resolve()
-    if target == source or source in target.parents or target in source.parents:
-        raise RecipeError(
-            f"output folder {out} is, holds or is inside the input {folder}; wanted a folder apart from it."
-        )
-    if not existing_ancestor(out).is_dir():
-        raise RecipeError(f"output {out}: {existing_ancestor(out)} is a file; wanted a folder.")
 
 
 def remove_state(folder: Path) -> None:

@@ -21,14 +21,18 @@ from typing import Any
 import torch
 
 from streamlap.data.calibration import calibration_tokens
+from streamlap.data.text import is_ids
 from streamlap.errors import RecipeError, ResumeMismatch, UnsupportedModel, shown
+from streamlap.families.shell import parse_dtype
 from streamlap.families.stream import ModelStream
+from streamlap.pipeline.place import check_apart, check_places
 from streamlap.pipeline.runner import check_sublayers
-from streamlap.pipeline.session import Run, check_apart, remove_state, session, stream_marks, whole_name
+from streamlap.pipeline.session import Run, remove_state, session, stream_marks, whole_name
 from streamlap.pipeline.sweep import Sweep, open_sweep, points, sweep_layers
 from streamlap.planning.allocate import Survey, model_digest
 from streamlap.planning.disk import COMPANION_BYTES, DiskNeeds
 from streamlap.planning.plan import windows_of
+from streamlap.planning.sample import check_sample, fitted_inputs
 from streamlap.planning.survey import SurveyPlan, disk_generations, plan_survey
 from streamlap.recipe import Calibration
 from streamlap.settings import RunSettings, split_options
@@ -50,6 +54,7 @@ def survey(
     samples: int | None = None,
     length: int | None = None,
     seed: int = 0,
+    text_column: str | None = None,
     dtype: str = "auto",
     overwrite: bool = False,
     **options: Any,
@@ -58,22 +63,26 @@ def survey(
 
     A killed run goes on when it is called again, or by `resume`; till then its state is in the folder `file` + ".streamlap".
 
-    Args: files, samples, length, seed, the calibration windows (default: 16 of 256 tokens); dtype, compute dtype; overwrite,
-    whether an earlier survey is replaced; options, single fields of RunSettings. Raises a StreamlapError before the first layer
-    for what can be checked from headers, and Interrupted where it was stopped.
+    Args: files, samples, length, seed, text_column, the calibration windows (default: 16 of 256 tokens); dtype, compute dtype;
+    overwrite, whether an earlier survey is replaced; options, single fields of RunSettings. Raises a StreamlapError before the
+    first layer for what can be checked from headers, and Interrupted where it was stopped.
     """
     settings, others = split_options(options)
     if others:
         raise RecipeError(f"survey has no options {', '.join(map(shown, others))}; wanted fields of RunSettings.")
     deadline, settings = settings.deadline(), settings.settled()
-    folder, file = local_folder(str(model), settings.trust_remote_code), Path(file)
+    dtype, file = parse_dtype(dtype), Path(file)
+    check_places(state_of(file), settings.work)
+    folder = local_folder(str(model), settings.trust_remote_code)
     steady_heap()
     reset_peaks()
     stream = ModelStream(folder, settings.device, dtype)
+    stream.require_head()
     if stream.rows:
         raise UnsupportedModel(f"{folder} is already compressed by streamlap; wanted the original checkpoint.")
-    wanted = Calibration(files=files, samples=samples, length=length, seed=seed)
-    tokens_NL = survey_windows(stream, wanted, settings.trust_remote_code)
+    wanted = Calibration(files=files, samples=samples, length=length, seed=seed, text_column=text_column)
+    tokens_NL = survey_windows(stream, wanted, settings)
+    check_sample(tokens_NL, fitted_inputs(stream, stream.family.sublayers))
     plan = plan_survey(stream, windows_of(tokens_NL), settings)
     check_apart(folder, state_of(file))
     if not overwrite:
@@ -107,12 +116,14 @@ def state_of(file: Path) -> Path:
     return file.with_name(file.name + STATE_FOLDER)
 
 
-def survey_windows(stream: ModelStream, settings: Calibration, trust_remote_code: bool = False) -> torch.Tensor:
+def survey_windows(stream: ModelStream, wanted: Calibration, settings: RunSettings) -> torch.Tensor:
     """The windows to measure on, [N, L]: few and short unless told otherwise; token ids are taken as they are."""
-    if not (len(settings.files) == 1 and settings.files[0].endswith(".npy")):
-        length = settings.length or min(DEFAULT_LENGTH, stream.context)
-        settings = replace(settings, samples=settings.samples or DEFAULT_SAMPLES, length=length)
-    return calibration_tokens(settings, stream.folder, stream.vocabulary, stream.context, trust_remote_code)
+    if not (len(wanted.files) == 1 and is_ids(Path(wanted.files[0]))):
+        length = wanted.length or min(DEFAULT_LENGTH, stream.context)
+        wanted = replace(wanted, samples=wanted.samples or DEFAULT_SAMPLES, length=length)
+    return calibration_tokens(
+        wanted, stream.folder, stream.vocabulary, stream.context, settings.trust_remote_code, settings.caps.ram
+    )
 
 
 def check_file(file: Path, overwrite: bool) -> None:

@@ -6,6 +6,7 @@ those that were shown. From headers alone, before any weight is read.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
@@ -21,6 +22,8 @@ from streamlap.planning.allocate import Survey, layer_parameters, read_survey
 from streamlap.planning.disk import COMPANION_BYTES
 from streamlap.planning.forecast import LayerPlan, compression_workload, forecast_layers, shape_key
 from streamlap.planning.layouts import Candidates, layer_candidates
+from streamlap.planning.machine import Machine, this_machine
+from streamlap.planning.sample import check_sample, fitted_inputs
 from streamlap.planning.schedule import Fit, advice, fit, require_fit
 from streamlap.planning.target import Target, meet, parse_target
 from streamlap.recipe import Recipe
@@ -28,8 +31,7 @@ from streamlap.settings import Caps, RunSettings, split_options
 from streamlap.store.hub import header_source
 from streamlap.store.sink import shard_bytes
 from streamlap.system.allocator import steady_heap
-from streamlap.system.budget import existing_ancestor
-from streamlap.system.speed import Speed, calibrated
+from streamlap.system.disk_speed import Disk
 
 SLACK = 1.8
 """Upper end of the range of seconds over its lower end: what lies between products and decompositions, and other programs."""
@@ -60,8 +62,10 @@ class Plan:
     """Of the first shard: what lies outside the layers."""
     first_read: int
     """What is read before the first layer."""
-    speed: Speed | None = None
-    """Rates of the machine, where seconds are asked for."""
+    inputs: int
+    """Of the widest linear that is fitted."""
+    machine: Machine | None = None
+    """Where seconds are asked for."""
 
     @property
     def fits(self) -> bool:
@@ -104,14 +108,16 @@ class Plan:
     @property
     def seconds_low(self) -> float:
         """With every product and decomposition at its measured rate and nothing else; 0 where no rate is known."""
-        if self.speed is None:
-            return 0.0
-        first = self.first_read / self.speed.read + self._first_write / self.speed.write
-        return sum(row.seconds_low for row in self.figures) + first
+        return self._seconds(self.machine, self.machine.fastest_disk) if self.machine else 0.0
 
     @property
     def seconds_high(self) -> float:
-        return SLACK * self.seconds_low
+        """More than that by SLACK; where the disk was not measured, with a slow one."""
+        return SLACK * self._seconds(self.machine, self.machine.slowest_disk) if self.machine else 0.0
+
+    @property
+    def disk_measured(self) -> bool:
+        return self.machine is not None and self.machine.disk is not None
 
     @property
     def advice(self) -> tuple[str, ...]:
@@ -121,6 +127,11 @@ class Plan:
     @property
     def calibration_tokens(self) -> tuple[int, int]:
         return self.fit.work.sequences, self.fit.work.length
+
+    @property
+    def calibration(self) -> dict[str, int]:
+        """Tokens to fit on, and inputs of the widest linear that is fitted."""
+        return {"tokens": math.prod(self.calibration_tokens), "inputs": self.inputs}
 
     @property
     def overlap(self) -> bool:
@@ -150,28 +161,26 @@ class Plan:
         on_disk = self.hidden_states == "disk"
         read = layer.source_bytes + layer.copied_bytes + (layer.generations_read - last) * generation * on_disk
         written = layer.generations_written - last + layer.generations_spilled * on_disk
-        write = layer.output_bytes + layer.state_bytes + written * generation
+        write, machine = layer.output_bytes + layer.state_bytes + written * generation, self.machine
         return LayerFigures(
             index=layer.index, output_bytes=layer.output_bytes, read_bytes=read, write_bytes=write,
-            flops=layer.flops + layer.flops64 + layer.flops32, seconds_low=self._seconds(layer, read, write),
+            flops=layer.flops + layer.flops64 + layer.flops32,
+            seconds_low=machine.layer_seconds(layer, (read, write), machine.fastest_disk, self.overlap) if machine else 0.0,
         )  # fmt: skip
 
-    def _seconds(self, layer: LayerPlan, read: int, write: int) -> float:
-        """The least that a layer takes. What overlaps takes as long as the longer of the two."""
-        speed = self.speed
-        if speed is None:
-            return 0.0
-        compute = layer.flops / speed.matmul + layer.flops64 / speed.matmul64 + layer.flops32 / speed.matmul32
-        compute += sum(size**3 for size in layer.decompositions) / speed.eigh
-        disk = read / speed.read + write / speed.write
-        upload = layer.source_bytes / speed.upload if self.fit.work.device.type == "cuda" else 0.0
-        return upload + (max(compute, disk) if self.overlap else compute + disk)
+    def _seconds(self, machine: Machine, disk: Disk) -> float:
+        """The least that the run takes with such a disk."""
+        first = self.first_read / disk.read + self._first_write / disk.write
+        rows = (
+            (layer, (row.read_bytes, row.write_bytes)) for layer, row in zip(self.layers, self.figures, strict=True)
+        )
+        return first + sum(machine.layer_seconds(layer, moved, disk, self.overlap) for layer, moved in rows)
 
     def to_json(self) -> dict[str, Any]:
         names = (
             "fits", "ratio", "output_bytes", "peak_ram_bytes", "peak_vram_bytes", "disk_bytes", "read_bytes", "write_bytes",
-            "flops", "seconds_low", "seconds_high", "advice", "calibration_tokens", "overlap", "hidden_states",
-            "forward_tokens",
+            "flops", "seconds_low", "seconds_high", "disk_measured", "advice", "calibration_tokens", "calibration",
+            "overlap", "hidden_states", "forward_tokens",
         )  # fmt: skip
         return {name: getattr(self, name) for name in names} | {"layers": [asdict(row) for row in self.figures]}
 
@@ -208,6 +217,7 @@ def make_plan(stream: ModelStream, decided: Decided, shape_NL: tuple[int, int], 
     return Plan(
         recipe=decided.recipe, layers=layers, fit=choice, caps=settings.caps, outer_bytes=shard_bytes(outer),
         first_read=sum(info.nbytes for info in outer.values()) + embedding_bytes(stream, choice),
+        inputs=fitted_inputs(stream, {method.sublayer for method in decided.recipe.solving}),
     )  # fmt: skip
 
 
@@ -235,7 +245,8 @@ def plan(
 
     `options` are single fields of RunSettings and of the recipe, as for `compress`. Raises the
     StreamlapError that `compress` would raise over its arguments, headers and text. Where the memory does not do, the plan says
-    so in `fits` and `advice`. The disk, the output folder and the weights are not looked at.
+    so in `fits` and `advice`. The free disk, the output folder and the weights are not looked at. Nothing has to be writable:
+    a disk whose rates cannot be measured makes the range of seconds wider.
     """
     settings, changes = split_options(options)
     target = parse_target(target_size, target_params, changes.get("ratio"))
@@ -245,11 +256,11 @@ def plan(
     stream = ModelStream(folder, settings.device, recipe.dtype, source)
     decided = decide(stream, recipe, target)
     tokens_NL = calibration_tokens(
-        recipe.calibration, folder, stream.vocabulary, stream.context, settings.trust_remote_code
+        recipe.calibration, folder, stream.vocabulary, stream.context, settings.trust_remote_code, settings.caps.ram
     )
     found = make_plan(stream, decided, windows_of(tokens_NL), settings)
-    speed = calibrated(settings.device, stream.dtype, existing_ancestor(Path(settings.work or ".")))
-    return replace(found, speed=speed)
+    check_sample(tokens_NL, found.inputs)
+    return replace(found, machine=this_machine(settings, stream.dtype))
 
 
 def windows_of(tokens_NL: torch.Tensor) -> tuple[int, int]:

@@ -8,13 +8,12 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 
 import torch
 
-from streamlap.errors import RecipeError
+from streamlap.errors import RecipeError, shown
 from streamlap.families.stream import ModelStream
 from streamlap.loader.forms import index_parameters
 from streamlap.planning.allocate import Survey, layer_parameters
@@ -23,6 +22,7 @@ from streamlap.planning.layouts import layer_candidates, layer_entries, possible
 from streamlap.recipe import Recipe
 from streamlap.store.header import TensorInfo
 from streamlap.store.sink import shard_bytes
+from streamlap.system.amounts import parse_amount
 from streamlap.system.budget import parse_size
 
 STEPS = 1_000_000
@@ -66,17 +66,14 @@ def parse_target(
 
 
 def parse_count(text: str | int | None, what: str) -> int | None:
-    """`50B`, `7.5M` or a number -> parameters; None stays None. Raises RecipeError that names `what`."""
+    """`50B`, `7.5M`, `150k` or a number -> parameters; None stays None. Raises RecipeError that names `what`."""
     if text is None:
         return None
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([A-Za-z]?)", str(text).strip())
-    if (
-        not match
-        or match[2].upper() not in COUNT_UNITS
-        or not (count := int(float(match[1]) * COUNT_UNITS[match[2].upper()]))
-    ):
-        raise RecipeError(f"{what} is {text!r}; wanted a number of parameters like 50B, 7.5M or 1000000.")
-    return count
+    if count := parse_amount(text, COUNT_UNITS):
+        return count
+    raise RecipeError(
+        f"{what} is {shown(text)}; wanted a number of parameters like 50B (billions), 7.5M, 150k or 1000000."
+    )
 
 
 def parameters(tensors: Tensors) -> int:

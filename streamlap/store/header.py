@@ -30,6 +30,10 @@ DTYPES: dict[str, torch.dtype] = {
     "BF16": torch.bfloat16,
     "F8_E4M3": torch.float8_e4m3fn,
     "F8_E5M2": torch.float8_e5m2,
+    "F8_E4M3FNUZ": torch.float8_e4m3fnuz,
+    "F8_E5M2FNUZ": torch.float8_e5m2fnuz,
+    "F8_E8M0": torch.float8_e8m0fnu,
+    "C64": torch.complex64,
     "U64": torch.uint64,
     "U32": torch.uint32,
     "U16": torch.uint16,
@@ -85,8 +89,8 @@ def file_stamp(handle: int) -> tuple[int, int]:
     return stat.st_size, stat.st_mtime_ns
 
 
-def _fault(path: Path, seen: str, wanted: str) -> CheckpointError:
-    return CheckpointError(f"{path.name}: {seen}; wanted {wanted}. Fetch the file again from where it came ({path}).")
+def _fault(path: Path, seen: str, wanted: str, advice: str = "Take it again from where it came") -> CheckpointError:
+    return CheckpointError(f"{path.name}: {seen}; wanted {wanted}. {advice} ({path}).")
 
 
 def read_header(path: Path) -> Header:
@@ -119,7 +123,7 @@ def parse_header(path: Path, file: IO[bytes], size: int) -> Header:
         table = parse_json(raw)
     except ValueError as error:
         raise _fault(path, f"header is not JSON ({error})", "a JSON object") from error
-    _check_metadata(path, table.pop("__metadata__", {}))
+    _check_metadata(path, table.pop("__metadata__", None))
     tensors = {name: _parse_row(path, name, row, 8 + length) for name, row in table.items()}
     _check_layout(path, tensors, 8 + length, size)
     return Header(path=path, tensors=tensors, file_bytes=size, digest=hashlib.sha256(raw).hexdigest())
@@ -131,7 +135,9 @@ def check_name(name: str) -> bool:
 
 
 def _check_metadata(path: Path, table: Any) -> None:
-    """What the format allows there is text by name; none of it is used."""
+    """What the format allows there is text by name, or null; none of it is used."""
+    if table is None:
+        return
     if not isinstance(table, dict) or not all(isinstance(value, str) for value in table.values()):
         raise _fault(path, f"__metadata__ is {shown(table)}", "texts by name")
 
@@ -144,7 +150,8 @@ def _parse_row(path: Path, name: str, row: Any, data_start: int) -> TensorInfo:
     except (KeyError, TypeError, ValueError) as error:
         raise _fault(path, f"tensor {name!r} is described as {shown(row)}", "dtype, shape and data_offsets") from error
     if not isinstance(dtype, str) or dtype not in DTYPES:
-        raise _fault(path, f"tensor {name!r} has dtype {shown(dtype)}", f"one of {', '.join(DTYPES)}")
+        seen = f"tensor {name!r} has dtype {shown(dtype)}"
+        raise _fault(path, seen, f"one of {', '.join(DTYPES)}", "Save it in one of them")
     numbers = [*shape, begin, end] if isinstance(shape, list) else [None]
     if any(type(number) is not int or not 0 <= number < 2**60 for number in numbers):
         seen = f"tensor {name!r} has shape {shown(shape)} and offsets {shown(begin)}, {shown(end)}"

@@ -158,7 +158,12 @@ class HiddenBank:
         """The file of a generation, which is whole."""
         self.settle()
         path = self._path(generation)
-        found = path.stat().st_size if path.exists() else 0
+        if not path.exists():
+            raise ResumeMismatch(
+                f"{path} is not there; wanted hidden states of this run. Where --work was given, they are found by the place "
+                "of the output folder: if that was moved, move it back. Else start over with --overwrite."
+            )
+        found = path.stat().st_size
         if found != self.nbytes:
             raise ResumeMismatch(
                 f"{path} has {found} bytes of hidden states; wanted {self.nbytes}. It was changed from outside: "

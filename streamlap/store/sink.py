@@ -19,7 +19,8 @@ import torch
 
 from streamlap.errors import BudgetError, StreamlapError
 from streamlap.store.header import DTYPE_NAMES, TensorInfo, byte_view, read_header
-from streamlap.store.source import CHUNK_BYTES, INDEX_NAME, forget, read_chunks, require_finite
+from streamlap.store.shards import INDEX_NAME
+from streamlap.store.source import CHUNK_BYTES, forget, read_chunks, require_finite
 
 STATE_FOLDER = ".streamlap"
 """Where a run keeps what it needs to go on, in its output."""

@@ -6,27 +6,27 @@ A mapped shard counts into the process's memory for as long as the map is open; 
 from __future__ import annotations
 
 import hashlib
+import logging
 import os
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Protocol
 
 import torch
 
-from streamlap.errors import CheckpointError, shown
+from streamlap.errors import CheckpointError, few
 from streamlap.linalg.statistics import all_finite
-from streamlap.store.header import Header, TensorInfo, byte_view, check_name, file_stamp, read_header
-from streamlap.untrusted.paths import INDEX_BYTES, checked, read_object
+from streamlap.store.header import Header, TensorInfo, byte_view, file_stamp, read_header
+from streamlap.store.shards import Shards, files_in, find_shards
+from streamlap.untrusted.paths import checked
 
-INDEX_NAME = "model.safetensors.index.json"
-SINGLE_NAME = "model.safetensors"
-PICKLE_SUFFIXES = {".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle"}
-PICKLE_INDEX = "pytorch_model.bin.index.json"
 CHUNK_BYTES = 1 << 26
 """Bytes in one read; a multiple of every item size."""
 SAMPLES, SAMPLE_BYTES = 64, 4096
 """Pieces of a shard that stand for all of its data, and their size."""
+
+logger = logging.getLogger(__name__)
 
 
 class TensorSource(Protocol):
@@ -42,24 +42,42 @@ class TensorSource(Protocol):
 class SafetensorsHeaders:
     """The tensors of a checkpoint as its headers tell of them; the weights themselves are elsewhere.
 
-    `place` is what messages call the checkpoint, `shards` comes from `find_shards`, `headers` has each of them by name.
-    Raises CheckpointError when a tensor stands twice, or not where the index has it.
+    `place` is what messages call the checkpoint, `shards` comes from `find_shards`, `headers` has each of them by name. Of a
+    tensor that stands in several shards the last one counts, as in transformers; the index has to list it.
+    Raises CheckpointError when a tensor stands twice without that, or not where the index has it.
     """
 
-    def __init__(self, place: str, shards: Mapping[str, str], headers: dict[str, Header]) -> None:
-        self.place, self.headers = place, headers
+    def __init__(self, place: str, shards: Shards, headers: dict[str, Header]) -> None:
+        self.place, self.headers, self._chosen = place, headers, shards.chosen
+        shards.tell(place)
         self._tensors: dict[str, TensorInfo] = {}
-        for header in self.headers.values():
-            for name, info in header.tensors.items():
+        overlaid: dict[str, str] = {}
+        for shard in shards.files:
+            for name, info in headers[shard].tensors.items():
                 if name in self._tensors:
-                    first = self._tensors[name].path.name
-                    raise CheckpointError(f"tensor {name!r} stands in {first} and in {info.path.name}; wanted it once.")
+                    overlaid[name] = self._listed(name, info, shards.index)
                 self._tensors[name] = info
-        for name, shard in shards.items():
-            if name and name not in self.headers[shard].tensors:
+        for name, shard in shards.index.items():
+            if name not in headers[shard].tensors:
                 raise CheckpointError(
-                    f"{INDEX_NAME} says that tensor {name!r} is in {shard}, and it is not there. Fetch both files again."
+                    f"{shards.chosen} says that tensor {name!r} is in {shard}, and it is not there; wanted both of one "
+                    "checkpoint."
                 )
+        self._tell_overruled({name for name, shard in overlaid.items() if shard != self._tensors[name].path.name})
+
+    def _listed(self, name: str, info: TensorInfo, index: Mapping[str, str]) -> str:
+        """Where the index has a tensor that stands in more than one shard."""
+        if name not in index:
+            first = self._tensors[name].path.name
+            raise CheckpointError(
+                f"tensor {name!r} stands in {first} and in {info.path.name}, and {self._chosen} lists none; wanted it once."
+            )
+        return index[name]
+
+    def _tell_overruled(self, names: set[str]) -> None:
+        if names:
+            logger.warning("%s: tensors are read from a later shard than %s says, as the last one counts in transformers "
+                           "(%d in all): %s.", self.place, self._chosen, len(names), few(names))  # fmt: skip
 
     def names(self) -> Iterable[str]:
         return self._tensors
@@ -80,14 +98,14 @@ class SafetensorsHeaders:
 
 
 class SafetensorsFolder(SafetensorsHeaders):
-    """A local checkpoint folder: one `model.safetensors`, or shards behind an index.
+    """A local checkpoint folder: a whole file, or shards behind an index.
 
     Raises CheckpointError at once when a shard is missing, truncated, lies in its header, or lies outside the folder.
     """
 
     def __init__(self, folder: Path) -> None:
         shards = find_shards(folder, files_in(folder), str(folder))
-        headers = {shard: read_header(checked(folder, folder / shard)) for shard in sorted(set(shards.values()))}
+        headers = {shard: read_header(checked(folder, folder / shard)) for shard in shards.files}
         super().__init__(str(folder), shards, headers)
 
     def read(self, name: str) -> torch.Tensor:
@@ -105,7 +123,7 @@ def require_finite(tensor: torch.Tensor, name: str, file: str) -> None:
         bad = int((~torch.isfinite(tensor.float())).sum())
         raise CheckpointError(
             f"tensor {name!r} in {file} has {bad} NaN or infinite entries of {tensor.numel()}; "
-            "wanted finite weights. Fetch the checkpoint again or repair it."
+            "wanted finite weights. Take the checkpoint from its source again, or mend it."
         )
 
 
@@ -168,6 +186,27 @@ def read_chunks(info: TensorInfo) -> Iterator[torch.Tensor]:
         yield buffer[: piece.nbytes]
 
 
+def equal_numbers(first: TensorInfo, second: TensorInfo) -> bool:
+    """Whether two stored tensors hold the same numbers in float32; read in pieces, and up to the first difference only."""
+    if first.shape != second.shape:
+        return False
+    step = CHUNK_BYTES // max(first.dtype.itemsize, second.dtype.itemsize)
+    for begin in range(0, first.numel, step):
+        one, other = (_numbers(info, begin, min(begin + step, info.numel)) for info in (first, second))
+        if not torch.equal(one, other):
+            return False
+    return True
+
+
+def _numbers(info: TensorInfo, begin: int, end: int) -> torch.Tensor:
+    """Some of the numbers of a tensor, in their order, as float32."""
+    size = info.dtype.itemsize
+    piece = replace(info, begin=info.begin + begin * size, end=info.begin + end * size)
+    numbers = torch.empty(end - begin, dtype=info.dtype)
+    read_into(piece, byte_view(numbers))
+    return numbers.float()
+
+
 def _open(info: TensorInfo) -> int:
     try:
         handle = os.open(info.path, os.O_RDONLY)
@@ -201,50 +240,3 @@ def forget(handle: int, offset: int = 0, count: int = 0) -> None:
     """Drop these bytes of an open file (count 0: up to its end) from the page cache, where the system can."""
     if hasattr(os, "posix_fadvise"):
         os.posix_fadvise(handle, offset, count, os.POSIX_FADV_DONTNEED)
-
-
-def files_in(folder: Path) -> set[str]:
-    """Names of the files right in `folder`; none where there is no such folder."""
-    return {path.name for path in folder.glob("*") if os.path.isfile(path)}
-
-
-def find_shards(folder: Path, files: Collection[str], place: str) -> dict[str, str]:
-    """Tensor name -> shard file name; a single file gives {"": "model.safetensors"}.
-
-    `files` are the names in the checkpoint `place`. Of these only the index need lie in `folder`.
-    Raises CheckpointError when there are no safetensors, or not all that the index names.
-    """
-    if INDEX_NAME in files:
-        return _read_index(folder, files, place)
-    if SINGLE_NAME in files:
-        return {"": SINGLE_NAME}
-    pickles = sorted(name for name in files if Path(name).suffix in PICKLE_SUFFIXES or name == PICKLE_INDEX)
-    if pickles:
-        names = ", ".join(shown(name)[1:-1] for name in pickles[:3])
-        raise CheckpointError(
-            f"{place} holds only pickled weights ({names}), which can run code when opened; wanted "
-            "safetensors. Convert once where you trust it: AutoModelForCausalLM.from_pretrained(...).save_pretrained(...)."
-        )
-    raise CheckpointError(f"{place} holds neither {INDEX_NAME} nor {SINGLE_NAME}; wanted a safetensors checkpoint.")
-
-
-def _read_index(folder: Path, files: Collection[str], place: str) -> dict[str, str]:
-    table = read_object(folder, INDEX_NAME, INDEX_BYTES).get("weight_map")
-    if not isinstance(table, dict) or not all(isinstance(shard, str) for shard in table.values()):
-        raise CheckpointError(f"{INDEX_NAME} has weight_map {shown(table)}; wanted tensor name -> shard file name.")
-    for name, shard in table.items():
-        if not check_name(name) or not check_name(shard) or "\\" in shard or Path(shard).name != shard:
-            raise CheckpointError(
-                f"{INDEX_NAME} puts tensor {shown(name)} into {shown(shard)}; wanted a .safetensors file inside {place}. "
-                "Do not trust it."
-            )
-        if not shard.endswith(".safetensors"):
-            raise CheckpointError(
-                f"{INDEX_NAME} puts tensor {name!r} into {shown(shard)}; wanted a .safetensors file. Pickled weights can run "
-                "code when opened, and no other kind is read."
-            )
-        if shard not in files:
-            raise CheckpointError(
-                f"shard {shown(shard)[1:-1]} is missing; {INDEX_NAME} wants it for tensor {name!r}. Fetch it again."
-            )
-    return table

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import gc
 import logging
-import re
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -14,29 +13,32 @@ from typing import TypeVar
 import psutil
 import torch
 
-from streamlap.errors import BudgetError, RecipeError, first_line
+from streamlap.errors import BudgetError, RecipeError, first_line, shown
 from streamlap.system.allocator import trim_heap
+from streamlap.system.amounts import parse_amount
 from streamlap.system.cgroups import memory_room
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
 
-UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12,
-         "KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}  # fmt: skip
-
+UNITS = {"": 1, "B": 1} | {
+    f"{letter}{ending}": base**power
+    for power, letter in enumerate("KMGT", start=1)
+    for ending, base in (("", 1024), ("I", 1024), ("IB", 1024), ("B", 1000))
+}
+"""As GNU tools read them: G and GiB are 2^30 bytes, GB is 10^9."""
 
 OUT_OF_MEMORY = ("DefaultCPUAllocator", "out of memory", "CUBLAS_STATUS_ALLOC_FAILED", "CUSOLVER_STATUS_ALLOC_FAILED")
 """What libraries say in errors of other kinds."""
 
 
 def parse_size(text: str | int | None, what: str) -> int | None:
-    """`8GiB`, `500MB` or a number of bytes -> bytes; None stays None. Raises RecipeError that names `what`."""
+    """`8GiB`, `8G`, `500MB` or a number of bytes -> bytes; None stays None. Raises RecipeError that names `what`."""
     if text is None:
         return None
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([A-Za-z]*)", str(text).strip())
-    if not match or match[2].upper() not in UNITS or not (size := int(float(match[1]) * UNITS[match[2].upper()])):
-        raise RecipeError(f"{what} is {text!r}; wanted a size like 8GiB or 500MB.")
-    return size
+    if size := parse_amount(text, UNITS):
+        return size
+    raise RecipeError(f"{what} is {shown(text)}; wanted a size like 8GiB or 8G (2^30 bytes each), or 8GB (10^9 bytes).")
 
 
 def show_size(count: int) -> str:

@@ -6,7 +6,7 @@ import re
 
 import torch
 
-from streamlap.errors import RecipeError
+from streamlap.errors import RecipeError, shown
 
 
 def pick_device(name: str) -> str:
@@ -14,7 +14,7 @@ def pick_device(name: str) -> str:
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     if not re.fullmatch(r"cpu|cuda(:[0-9]+)?", name):
-        raise RecipeError(f"device is {name!r}; wanted auto, cpu, cuda or cuda:N.")
+        raise RecipeError(f"device is {shown(name)}; wanted auto, cpu, cuda or cuda:N.{hint(name)}")
     if name.startswith("cuda") and int(name[5:] or 0) >= torch.cuda.device_count():
         raise RecipeError(
             f"device is {name!r}, and torch sees {torch.cuda.device_count()} CUDA devices; use --device cpu."
@@ -23,3 +23,10 @@ def pick_device(name: str) -> str:
         name = f"cuda:{int(name[5:] or 0)}"
         torch.cuda.set_device(name)
     return name
+
+
+def hint(name: str) -> str:
+    """What a device of another name may be meant to be."""
+    if match := re.fullmatch(r"(?:cuda|gpu)[: ]?([0-9]*)", name.strip().lower()):
+        return f" Did you mean {f'cuda:{match[1]}' if match[1] else 'cuda'}?"
+    return " Apple's GPUs are not served yet; use cpu." if name.strip().lower() == "mps" else ""

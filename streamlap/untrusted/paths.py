@@ -2,13 +2,16 @@
 
 A folder that a stranger made may hold links, pipes and devices. A link `tokenizer.json` to somebody's key would be copied into
 the output and published with it; a pipe in place of config.json would block for ever. So each file must be a plain one
-inside the folder, or, in a snapshot of the hub's cache (`models--org--name/snapshots/REVISION`, whose files are links to
-`../../blobs`), inside that repository's part of the cache.
+inside the folder, or, in a snapshot of the hub's cache, at one of the two places where the hub puts what its links lead to:
+
+    CACHE/models--org--name/snapshots/REVISION/file -> ../../blobs/ETAG       the repository's part of the cache
+    CACHE/models--org--name/blobs/ETAG -> ../../blobs/ab/abcd...              the store that all repositories share
 """
 
 from __future__ import annotations
 
 import os
+import re
 import stat
 from pathlib import Path
 from typing import Any
@@ -19,6 +22,9 @@ from streamlap.untrusted.json import parse_json, read_limited
 CONFIG_BYTES = 16 << 20
 INDEX_BYTES = 64 << 20
 REPORT_BYTES = 256 << 20
+
+STORED = re.compile(r"([0-9a-f]{2})/\1[0-9a-f]{62}")
+"""A file in the cache's shared store, relative to it: its name is the hash of what is in it."""
 
 KINDS = {
     stat.S_IFIFO: "a pipe", stat.S_IFSOCK: "a socket", stat.S_IFCHR: "a device", stat.S_IFBLK: "a device",
@@ -42,20 +48,24 @@ def check_folder(folder: Path, inner: str = "additional_chat_templates") -> None
 def checked(folder: Path, path: Path) -> Path:
     """`path` where it leads to a plain file, or a folder, within bounds. Raises CheckpointError; what is not there passes."""
     try:
-        root, target = _root(folder), path.resolve()
+        target = path.resolve()
+        inside = _inside(folder, target)
         mode = target.stat().st_mode if target.exists() else 0
     except (OSError, RuntimeError) as error:  # Python before 3.13 raises the latter for links in a circle
         raise CheckpointError(
             f"{_name(path)} in {folder} cannot be looked at: {first_line(error)}; wanted a file."
         ) from error
-    if not target.is_relative_to(root):
+    if not inside:
+        absent = "" if target.exists() else ", where nothing is"
         raise CheckpointError(
-            f"{_name(path)} in {folder} leads to {shown(str(target))}, outside the checkpoint; wanted the file itself. "
+            f"{_name(path)} in {folder} leads to {shown(str(target))}, outside the checkpoint{absent}; wanted the file itself. "
             "If it belongs to the checkpoint, copy it in its place (cp -rL makes a folder without links), else remove the link."
         )
     kind = KINDS.get(stat.S_IFMT(mode))
     if kind and not (kind == "a folder" and path.is_symlink()):
-        raise CheckpointError(f"{_name(path)} in {folder} is {kind}; wanted a plain file. Fetch the checkpoint again.")
+        raise CheckpointError(
+            f"{_name(path)} in {folder} is {kind}; wanted a plain file. Put it there, or take that away."
+        )
     return path
 
 
@@ -76,23 +86,32 @@ def read_object(folder: Path, name: str, most: int) -> dict[str, Any]:
     try:
         table = parse_json(raw)
     except ValueError as error:
-        raise CheckpointError(f"{folder / name} is not JSON ({error}); fetch it again.") from error
+        raise CheckpointError(f"{folder / name} is not JSON ({error}); wanted a JSON object. Mend it.") from error
     if not isinstance(table, dict):
         raise CheckpointError(f"{folder / name} holds a {type(table).__name__}; wanted a JSON object.")
     return table
 
 
-def _root(folder: Path) -> Path:
-    """The folder that holds all files of a checkpoint: itself, or its repository's part of the hub's cache."""
+def _inside(folder: Path, target: Path) -> bool:
+    """Whether `target`, a path without links, is where a file of the checkpoint in `folder` may lie."""
     real = Path(os.path.realpath(folder))
-    for path in (
-        Path(os.path.abspath(folder)),
-        real,
-    ):  # by the name it was called by: the cache's folder may be a link itself
-        repository = path.parent.parent
-        if path.parent.name == "snapshots" and repository.name.startswith(("models--", "datasets--")):
-            return Path(os.path.realpath(repository))
-    return real
+    repository = _repository(Path(os.path.abspath(folder))) or _repository(real)
+    if repository is None:
+        return target.is_relative_to(real)
+    store = repository.parent / "blobs"
+    shared = target.is_relative_to(store) and STORED.fullmatch(target.relative_to(store).as_posix())
+    return target.is_relative_to(repository) or bool(shared)
+
+
+def _repository(snapshot: Path) -> Path | None:
+    """A repository's part of the hub's cache, without links, where the folder is called like a snapshot in one.
+
+    The cache may be a link itself, so a folder is looked at by the name it was called by, and by its real one.
+    """
+    repository = snapshot.parent.parent
+    if snapshot.parent.name != "snapshots" or not repository.name.startswith(("models--", "datasets--")):
+        return None
+    return Path(os.path.realpath(repository))
 
 
 def _name(path: Path) -> str:

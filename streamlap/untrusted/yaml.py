@@ -18,9 +18,15 @@ def read_yaml(path: Path) -> Any:
     """What the file says. Raises ValueError, with a short reason on one line, and OSError."""
     raw = read_limited(path, MOST_BYTES)
     try:
-        return yaml.load(raw.decode("utf-8"), _PlainLoader)
+        return parse_yaml(raw.decode("utf-8"))
     except UnicodeDecodeError as error:
         raise ValueError(f"not UTF-8 at byte {error.start}") from error
+
+
+def parse_yaml(text: str) -> Any:
+    """What the text says. Raises ValueError, with a short reason on one line."""
+    try:
+        return yaml.load(text, _PlainLoader)
     except Exception as error:  # beside its own errors yaml lets through those of int, float, datetime and base64
         raise ValueError(one_line(str(error))) from error
 

@@ -51,6 +51,22 @@ def test_the_main_job_in_json(
     assert ask("export", out, tmp_path / "dense", "--to", "dense")["shards"] == 4
 
 
+def test_a_text_column_is_an_option_of_all_that_read_text(
+    pico: MakeModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model, rows, file = pico("llama", tokenizer=True), tmp_path / "rows.jsonl", tmp_path / "survey.json"
+    rows.write_text("\n".join(json.dumps({"id": line, "body": f"The boat {line} went to sea."}) for line in range(99)))
+    small = ("--calibration", rows, "--samples", 4, "--length", 16)
+    for words in (("compress", model, tmp_path / "out", *small), ("plan", model, *small), ("survey", model, file, *small),
+                  ("eval", model, "--text", rows, "--length", 16, "--limit", 64)):  # fmt: skip
+        code, _, stderr = run(monkeypatch, capsys, *words)
+        assert code == 2
+        assert "row 1 the columns id, body; wanted text" in stderr
+        assert run(monkeypatch, capsys, *words, "--text-column", "body")[0] == 0
+    recipe = (tmp_path / "out" / "streamlap_recipe.yaml").read_text()
+    assert "text_column: body" in recipe
+
+
 def test_the_main_job_in_words(
     pico: MakeModel, tokens: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -86,7 +102,20 @@ def test_a_recipe_file_and_options_together(
     [
         (["frobnicate"], 2, "frobnicate"),
         (["compress"], 2, "MODEL"),
-        (["compress", "m", "o", "--ratio", "abc"], 2, "--ratio"),
+        (
+            ["compress", "m", "o", "--ratio", "abc"],
+            2,
+            "ratio is 'abc'; wanted a fraction between 0 and 1, like 0.2 or 20%",
+        ),
+        (["plan", "m", "--ratio", "20"], 2, "Did you mean 0.2 (20%)?"),
+        (["plan", "m", "--max-ram", "8 parsecs"], 2, "wanted a size like 8GiB or 8G (2^30 bytes each), or 8GB (10^9"),
+        (["plan", "m", "--target-params", "5 GB"], 2, "wanted a number of parameters like 50B (billions), 7.5M, 150k"),
+        (
+            ["plan", "m", "--dtype", "fp8"],
+            2,
+            "wanted one of auto, float32, float16, bfloat16, or short fp32, fp16, bf16",
+        ),
+        (["plan", str(bundled("model")), "--device", "gpu"], 2, "Did you mean cuda?"),
         (["export", "a", "b", "--to", "gguf"], 2, "dense"),
         (["eval", str(bundled("model")), "--dtype", "int8"], 2, "int8"),
         (["eval", str(bundled("model")), "--limit", "5"], 2, "limit is 5"),

@@ -17,7 +17,7 @@ from streamlap.cli import app
 
 CLI = Path(streamlap.__file__).parent / "cli"
 
-TEXT = {"calibration", "samples", "length", "seed", "dtype"}
+TEXT = {"calibration", "text-column", "samples", "length", "seed", "dtype"}
 CAPS = {"max-ram", "max-vram"}
 RUN = CAPS | {"device", "work", "overlap", "no-overlap", "trust-remote-code"}
 RECIPE = TEXT | {"ratio", "target-size", "target-params", "preset", "recipe", "refine", "survey"}
@@ -27,13 +27,13 @@ OPTIONS: dict[str, set[str]] = {
     "plan": RECIPE | RUN,
     "survey": TEXT | RUN | {"stop-after", "overwrite"},
     "resume": CAPS | {"stop-after"},
-    "eval": RUN | {"text", "length", "stride", "limit", "dtype"},
+    "eval": RUN | {"text", "text-column", "length", "stride", "limit", "dtype"},
     "inspect": set(),
     "verify": set(),
     "export": {"to", "stop-after"},
     "demo": {"ratio"},
 }
-"""Beside --json, which all of them have. As in version 0.4."""
+"""Beside --json, which all of them have. As in version 0.4, and --text-column."""
 
 ARGUMENTS = {
     "compress": ["MODEL", "OUT"],

@@ -11,7 +11,8 @@ import torch
 from conftest import TEXT, MakeModel
 from transformers import AutoTokenizer
 
-from streamlap.data.calibration import calibration_tokens, read_windows
+from streamlap.data.calibration import calibration_tokens
+from streamlap.data.windows import ReadSettings, read_windows
 from streamlap.recipe import Calibration
 
 
@@ -22,6 +23,10 @@ def folder(pico: MakeModel) -> Path:
 
 def windows(folder: Path, **settings: object) -> torch.Tensor:
     return calibration_tokens(Calibration(**settings), folder, 300, 64)
+
+
+def all_windows(folder: Path, *paths: Path) -> torch.Tensor:
+    return read_windows(paths, ReadSettings(folder=folder, vocabulary=300, context=64), 16)
 
 
 def test_text_windows_follow_the_seed(folder: Path, text: Path) -> None:
@@ -57,9 +62,9 @@ def test_the_default_length_is_the_models_context(folder: Path, tmp_path: Path) 
 def test_jsonl_and_several_files(folder: Path, text: Path, tmp_path: Path) -> None:
     lines = tmp_path / "lines.jsonl"
     lines.write_text("\n".join(json.dumps({"text": line}) for line in TEXT.split("\n")))
-    plain = read_windows([str(text)], folder, 300, 64, 16)
-    assert torch.equal(read_windows([str(lines)], folder, 300, 64, 16), plain)
-    assert len(read_windows([str(lines), str(text)], folder, 300, 64, 16)) == 2 * len(plain)
+    plain = all_windows(folder, text)
+    assert torch.equal(all_windows(folder, lines), plain)
+    assert len(all_windows(folder, lines, text)) == 2 * len(plain)
 
 
 def test_parquet(folder: Path, text: Path, tmp_path: Path) -> None:
@@ -68,7 +73,7 @@ def test_parquet(folder: Path, text: Path, tmp_path: Path) -> None:
 
     path = tmp_path / "rows.parquet"
     parquet.write_table(pyarrow.table({"text": TEXT.split("\n")}), path)
-    assert torch.equal(read_windows([str(path)], folder, 300, 64, 16), read_windows([str(text)], folder, 300, 64, 16))
+    assert torch.equal(all_windows(folder, path), all_windows(folder, text))
 
 
 def test_fewer_windows_than_asked_is_said(folder: Path, text: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -17,7 +17,7 @@ from transformers import AutoTokenizer
 
 import streamlap
 from streamlap import cli
-from streamlap.data.tokenizer import tokenise
+from streamlap.data.tokenizer import Encoder
 from streamlap.errors import CheckpointError, RecipeError
 
 CODE = """
@@ -31,6 +31,10 @@ class Tokenizer(PreTrainedTokenizerFast):
 SMALL = ("--samples", "4", "--length", "16")
 
 Change = Callable[..., None]
+
+
+def tokenise(text: str, folder: Path, of: Path, trust_remote_code: bool = False) -> torch.Tensor:
+    return torch.from_numpy(Encoder(folder, of, trust_remote_code).ids(text, of))
 
 
 def change(path: Path, **fields: Any) -> None:
@@ -184,6 +188,128 @@ def test_labels_that_old_versions_left_are_not_opened(pico: MakeModel, tmp_path:
     assert torch.equal(tokenise(TEXT, folder, tmp_path), wanted)
 
 
+LEFT_OVER = {
+    "cache_dir": "", "vocab_file": "tokenizer.model", "merges_file": "merges.txt", "tokenizer_file": "tokenizer.json",
+    "chat_template_path": "chat.jinja", "added_tokens_file": "added_tokens.json", "sp_model_path": "tokenizer.model",
+    "output_dir": "", "spm_file": "spiece.model",
+}  # fmt: skip
+"""Key -> a file in the folder outside."""
+
+OPENED: list[str] = []
+
+
+@pytest.fixture(scope="module")
+def opened() -> list[str]:
+    """Every file that the process opens from now on."""
+    if not OPENED:
+        sys.addaudithook(lambda event, args: OPENED.append(str(args[0])) if event == "open" else None)
+    return OPENED
+
+
+@pytest.fixture
+def outside(pico: MakeModel, tmp_path: Path) -> Path:
+    """A folder of a stranger's files, of every name, whose tokenizer gives other ids."""
+    folder = tmp_path / "outside"
+    folder.mkdir()
+    table = json.loads((pico("llama", tokenizer=True) / "tokenizer.json").read_text())
+    vocabulary = table["model"]["vocab"]
+    table["model"]["vocab"] = dict(zip(vocabulary, reversed(vocabulary.values()), strict=True))
+    (folder / "tokenizer.json").write_text(json.dumps(table))
+    for name in {*LEFT_OVER.values()} - {"", "tokenizer.json"}:
+        (folder / name).write_text("{}")
+    return folder
+
+
+@pytest.mark.parametrize(
+    "tokenizer_class", [None, "LlamaTokenizer", "LlamaTokenizerFast", "Qwen2Tokenizer", "GPT2Tokenizer"]
+)
+@pytest.mark.parametrize("key", LEFT_OVER)
+def test_a_path_of_another_place_is_not_heeded(
+    pico: MakeModel, tmp_path: Path, outside: Path, opened: list[str], caplog: pytest.LogCaptureFixture,
+    tokenizer_class: str | None, key: str,
+) -> None:  # fmt: skip
+    folder = Path(shutil.copytree(pico("llama", tokenizer=True), tmp_path / "model"))
+    change(folder / "tokenizer_config.json", **({"tokenizer_class": tokenizer_class} if tokenizer_class else {}))
+    wanted = tokenise(TEXT, folder, tmp_path)
+    change(folder / "tokenizer_config.json", **{key: str(outside / LEFT_OVER[key])})
+    before, _ = (folder / "tokenizer_config.json").read_bytes(), opened.clear()
+    for _ in range(2):
+        assert torch.equal(tokenise(TEXT, folder, tmp_path), wanted)
+    assert not [path for path in opened if "outside" in Path(path).parts]
+    notes = [note for note in caplog.messages if "ignored" in note]
+    assert len(notes) == 1
+    assert f"tokenizer_config.json has {key}, of the machine that wrote it" in notes[0]
+    assert (folder / "tokenizer_config.json").read_bytes() == before
+
+
+@pytest.mark.parametrize("tokenizer_class", [None, "LlamaTokenizer", "Qwen2Tokenizer", "BertTokenizer"])
+@pytest.mark.parametrize("key", LEFT_OVER)
+def test_a_path_of_another_place_is_no_tokenizer(
+    pico: MakeModel, tmp_path: Path, outside: Path, opened: list[str], tokenizer_class: str | None, key: str
+) -> None:
+    """Where the folder has no tokens of its own."""
+    folder = Path(shutil.copytree(pico("llama", tokenizer=True), tmp_path / "model"))
+    (folder / "tokenizer.json").unlink()
+    settings = {"tokenizer_class": tokenizer_class} if tokenizer_class else {}
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings | {key: str(outside / LEFT_OVER[key])}))
+    opened.clear()
+    with pytest.raises(RecipeError, match="has no tokenizer that loads"):
+        tokenise(TEXT, folder, tmp_path)
+    assert not [path for path in opened if "outside" in Path(path).parts]
+
+
+def test_transformers_is_given_no_path_of_another_place(
+    pico: MakeModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever a version of it would open: it never sees them, and all else as it was."""
+    folder = Path(shutil.copytree(pico("llama", tokenizer=True), tmp_path / "model"))
+    before = json.loads((folder / "tokenizer_config.json").read_text())
+    change(folder / "tokenizer_config.json", **{key: f"/x/{name}" for key, name in LEFT_OVER.items()})
+    seen: list[tuple[dict[str, Any], set[str]]] = []
+    load = AutoTokenizer.from_pretrained
+
+    def look(place: Path, **options: Any) -> Any:
+        seen.append(
+            (json.loads((place / "tokenizer_config.json").read_text()), {path.name for path in place.iterdir()})
+        )
+        return load(place, **options)
+
+    monkeypatch.setattr(AutoTokenizer, "from_pretrained", look)
+    tokenise(TEXT, folder, tmp_path)
+    assert seen == [(before, {path.name for path in folder.iterdir()})]
+
+
+def test_the_settings_with_a_path_are_carried_over_as_they_are(pico: MakeModel, text: Path, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(pico("llama", tokenizer=True), tmp_path / "model"))
+    change(folder / "tokenizer_config.json", cache_dir="/workspace/.cache")
+    streamlap.compress(folder, tmp_path / "out", files=(str(text),), samples=4, length=16)
+    assert (tmp_path / "out" / "tokenizer_config.json").read_bytes() == (folder / "tokenizer_config.json").read_bytes()
+
+
+MISSING = {
+    "tokenizer.model": (b"\n\x0e\n\x05<unk>\x15", ["sentencepiece", "protobuf"]),
+    "tokenizer.model.v3": (b"\n\x0e\n\x05<unk>\x15", ["protobuf"]),
+    "sentencepiece.bpe.model": (b"\n\x0e\n\x05<unk>\x15", ["sentencepiece"]),
+    "tiktoken.model": (b"IQ== 0\nIg== 1\n", ["tiktoken"]),
+    "qwen.tiktoken": (b"IQ== 0\nIg== 1\n", ["tiktoken"]),
+}
+
+
+@pytest.mark.parametrize("name", MISSING)
+def test_the_package_that_is_missing_is_that_of_the_file(
+    pico: MakeModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    raw, packages = MISSING[name]
+    for package in ("sentencepiece", "protobuf", "tiktoken"):
+        there = package not in packages
+        monkeypatch.setattr(f"streamlap.data.tokenizer.is_{package}_available", lambda there=there: there)
+    folder = Path(shutil.copytree(pico("llama"), tmp_path / "model"))
+    (folder / name).write_bytes(raw)
+    words = rf"{name} needs {' and '.join(packages)}, not installed here; .* pip install {' '.join(packages)}, or"
+    with pytest.raises(RecipeError, match=words):
+        tokenise(TEXT, folder, tmp_path)
+
+
 @pytest.mark.parametrize(
     "config",
     [
@@ -202,7 +328,7 @@ def test_loading_fetches_no_kernel_of_a_configs_choice(pico: MakeModel, tmp_path
 def test_an_adapter_is_no_model(pico: MakeModel, tmp_path: Path) -> None:
     folder = Path(shutil.copytree(pico("llama"), tmp_path / "model"))
     (folder / "adapter_config.json").write_text('{"base_model_name_or_path": "/etc"}')
-    with pytest.raises(CheckpointError, match=r"has an adapter_config.json; wanted a model"):
+    with pytest.raises(CheckpointError, match=r"has an adapter_config.json; wanted a model alone"):
         streamlap.load(folder)
 
 

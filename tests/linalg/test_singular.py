@@ -294,7 +294,7 @@ TEXTS = {
     "a token a window": np.repeat(IDS_NL[:, :1], 16, axis=1),
     "one window": IDS_NL[:1],
     "two windows": IDS_NL[:2],
-    "two tokens": IDS_NL[:1, :2],
+    "three tokens": IDS_NL[:1, :3],
 }
 EVERY = (
     AttentionGroups(), AttentionAnchored(storage="factors", input_step=None),

@@ -136,6 +136,48 @@ def test_every_kind_is_its_dense_linear(row: dict[str, int], bias: bool) -> None
 
 
 @every_row
+@pytest.mark.parametrize("rank", [1, 2])
+@pytest.mark.parametrize("bias", [False, True])
+def test_every_kind_takes_a_product_and_keeps_its_kind(row: dict[str, int], rank: int, bias: bool) -> None:
+    module = made(row, bias)
+    left_OS, right_SI, bias_O = (torch.randn(size, dtype=torch.float64) for size in [(10, rank), (rank, 12), (10,)])
+    new = module.plus(left_OS, right_SI, bias_O if bias else None)
+    assert type(new) is type(module)
+    assert form_of(new).rank == module.rank + rank
+    x_BLI = torch.randn(2, 4, 12, dtype=torch.float64)
+    wanted_BLO = x_BLI @ (module.merged() + left_OS @ right_SI).T + (bias_O if bias else 0)
+    torch.testing.assert_close(new(x_BLI), wanted_BLO)
+    assert not any(parameter.requires_grad for parameter in new.parameters())
+    form_of(new).check("q")
+
+
+@every_row
+def test_a_product_that_does_not_pay_in_a_form_makes_it_dense(row: dict[str, int]) -> None:
+    module = made(row, bias=True, dtype=torch.float32)
+    left_OS, right_SI, bias_O = torch.randn(10, 6), torch.randn(6, 12), torch.randn(10)
+    new = module.plus(left_OS, right_SI, bias_O)
+    assert type(new) is nn.Linear
+    torch.testing.assert_close(new.weight, nn.Parameter(module.merged() + left_OS @ right_SI), atol=1e-5, rtol=1e-5)
+    assert torch.equal(new.bias, bias_O)
+
+
+def test_a_pivoted_matrix_takes_in_only_rows_that_its_pivots_lack() -> None:
+    """Nothing, a product inside the span of its pivots, and one of two columns of which one is a multiple of the other."""
+    module = made({"pivots": 4})
+    assert isinstance(module, PivotedLinear)
+    right_SI, column_O1 = torch.randn(2, 12, dtype=torch.float64), torch.randn(10, 1, dtype=torch.float64)
+    inside_OS = module.merged() @ torch.linalg.pinv(module.base.weight)[:, :2]
+    for left_OS, added in [
+        (torch.zeros(10, 2, dtype=torch.float64), 0),
+        (inside_OS.detach(), 0),
+        (torch.cat((column_O1, 3 * column_O1), 1), 1),
+    ]:
+        new = module.plus(left_OS, right_SI, None)
+        assert form_of(new).own == {"pivots": 4 + added}
+        torch.testing.assert_close(new.merged(), module.merged() + left_OS @ right_SI)
+
+
+@every_row
 def test_every_kind_compiles_exports_and_runs_narrow(row: dict[str, int]) -> None:
     module = made(row, bias=True, dtype=torch.float32)
     x_BLI = torch.randn(2, 4, 12)

@@ -159,6 +159,74 @@ def test_a_folder_is_resumed_from_inside(broken: Path, whole: dict[str, Any], mo
     assert contents(broken) == whole
 
 
+# --- what was moved -------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def moving(source: Path, tmp_path: Path) -> Path:
+    """A copy of the source, to be moved."""
+    return Path(shutil.copytree(source, tmp_path / "before"))
+
+
+def test_a_compression_whose_source_was_moved_goes_on_by_its_first_command(
+    moving: Path, compress: Compress, whole: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out, written = tmp_path / "out", []
+    crash_after(1, monkeypatch, lambda: compress(out, model=moving))
+    moved = moving.rename(tmp_path / "after")
+    with pytest.raises(CheckpointError) as refusal:
+        streamlap.resume(out)
+    assert f"{moving}, of which {out} is made, is not there; wanted the same checkpoint." in str(refusal.value)
+    assert f"where it is now: streamlap compress MODEL {out}, and the same options." in str(refusal.value)
+    write = ShardFolder.write
+    monkeypatch.setattr(
+        ShardFolder, "write", lambda folder, shard, *rest: written.append(shard) or write(folder, shard, *rest)
+    )
+    compress(out, model=moved)
+    assert written == ["model-00003-of-00003.safetensors"]
+    shards = {name: data for name, data in contents(out).items() if name.endswith(".safetensors")}
+    assert shards == {name: data for name, data in whole.items() if name.endswith(".safetensors")}
+
+
+def test_a_survey_and_an_export_whose_source_was_moved_say_how_they_go_on(
+    moving: Path, out: Path, tokens: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file, dense = tmp_path / "survey.json", tmp_path / "dense"
+    packed = Path(shutil.copytree(out, tmp_path / "packed"))
+    crash_after(1, monkeypatch, lambda: streamlap.survey(moving, file, files=(str(tokens),)))
+    crash_after(1, monkeypatch, lambda: streamlap.export_dense(packed, dense))
+    moved, opened = moving.rename(tmp_path / "after"), packed.rename(tmp_path / "opened")
+    for place, command in (
+        (file, f"streamlap survey MODEL {file}"),
+        (dense, f"streamlap export MODEL {dense} --to dense"),
+    ):
+        with pytest.raises(CheckpointError, match="is not there; wanted the same checkpoint") as refusal:
+            streamlap.resume(place)
+        assert command in str(refusal.value)
+    streamlap.survey(moved, file, files=(str(tokens),))
+    assert not state_of(file).exists()
+    assert streamlap.export_dense(opened, dense)["shards"] == 3
+
+
+def test_an_output_that_was_moved_is_resumed_where_it_is(broken: Path, whole: dict[str, Any], tmp_path: Path) -> None:
+    moved = broken.rename(tmp_path / "elsewhere")
+    streamlap.resume(moved)
+    assert contents(moved) == whole
+
+
+def test_an_output_that_was_moved_away_from_its_work_says_so(
+    compress: Compress, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out, work = tmp_path / "out", tmp_path / "work"
+    crash_after(1, monkeypatch, lambda: compress(out, work=work))
+    moved = out.rename(tmp_path / "moved")
+    with pytest.raises(ResumeMismatch, match=r"is not there; .* if that was moved, move it back"):
+        streamlap.resume(moved)
+    moved.rename(out)
+    streamlap.resume(out)
+    assert not list(work.iterdir())
+
+
 # --- what cannot be resumed ----------------------------------------------------------------------------------------------
 
 
@@ -291,7 +359,7 @@ RECIPES: dict[str, Any] = {
     "a number": 5,
     "a list": [["ratio", 0.2], "ratio"],
     "unknown keys": {"rate": 0.2},
-    "a ratio that is text": {"ratio": "0.2"},
+    "a ratio that is text": {"ratio": "a fifth"},
     "methods that are text": {"methods": "best"},
     "an unknown method": {"methods": [{"method": "magic"}]},
     "a knob that is a list": {"methods": [{"method": "refine", "epochs": [1]}]},

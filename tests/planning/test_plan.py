@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import itertools
 import json
 from collections.abc import Callable, Iterator
@@ -12,6 +13,7 @@ import pytest
 from conftest import MakeModel
 
 import streamlap
+from streamlap.cli.show import describe_plan
 from streamlap.errors import BudgetError, Interrupted
 from streamlap.families.linears import SUBLAYERS
 from streamlap.families.stream import ModelStream
@@ -28,11 +30,13 @@ from streamlap.planning import plan as planning
 from streamlap.planning.allocate import Point, Survey, model_digest
 from streamlap.planning.forecast import LayerPlan
 from streamlap.planning.layouts import possible_layouts
+from streamlap.planning.plan import SLACK
+from streamlap.system import disk_speed
 
 FIELDS = {
     "fits", "ratio", "output_bytes", "peak_ram_bytes", "peak_vram_bytes", "disk_bytes", "read_bytes", "write_bytes",
-    "flops", "seconds_low", "seconds_high", "advice", "calibration_tokens", "overlap", "hidden_states", "forward_tokens",
-    "layers",
+    "flops", "seconds_low", "seconds_high", "disk_measured", "advice", "calibration_tokens", "calibration", "overlap",
+    "hidden_states", "forward_tokens", "layers",
 }  # fmt: skip
 LAYER_FIELDS = {"index", "output_bytes", "read_bytes", "write_bytes", "flops", "seconds_low"}
 
@@ -227,6 +231,31 @@ def test_a_plan_shows_what_it_always_showed(pico: MakeModel, tokens: Path) -> No
     assert table["output_bytes"] == plan.outer_bytes + sum(row["output_bytes"] for row in table["layers"])
     assert 0 < table["seconds_low"] < table["seconds_high"]
     assert (table["fits"], table["advice"]) == (True, ())
+
+
+def test_a_plan_writes_nothing_where_it_stands_and_needs_no_place(
+    pico: MakeModel, tokens: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where nothing can be written, the range of seconds is that of a fast disk to that of a slow one."""
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    monkeypatch.setattr(disk_speed, "DISK_BYTES", 1 << 16)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tokens))  # a file
+    known = streamlap.plan(pico("llama"), files=(str(tokens),))
+    assert known.disk_measured
+    monkeypatch.setattr(disk_speed.tempfile, "TemporaryFile", refuse)
+    blind = streamlap.plan(pico("llama"), files=(str(tokens),))
+    assert (blind.disk_measured, blind.to_json()["disk_measured"]) == (False, False)
+    moved = blind.read_bytes + blind.write_bytes
+    assert blind.seconds_low >= moved / 5e9
+    assert blind.seconds_high >= SLACK * moved / 1e8 * 0.9
+    assert any("speed of the disk could not be measured" in line for line in describe_plan(blind))
+    assert not any("could not be measured" in line for line in describe_plan(known))
+    assert not list((tmp_path / "here").iterdir())
+
+
+def refuse(**words: Any) -> None:
+    raise OSError(errno.EROFS, "Read-only file system")
 
 
 def test_a_plan_that_does_not_fit_says_so_and_a_run_raises_it(pico: MakeModel, tokens: Path, tmp_path: Path) -> None:

@@ -36,14 +36,25 @@ def stored_bytes(folder: Path) -> int:
 
 @pytest.mark.parametrize(
     ("text", "count"),
-    [("50B", 50 * 10**9), ("7.5M", 7_500_000), ("1000000", 10**6), (12, 12), ("3k", 3000), ("1.5 t", 15 * 10**11)],
+    [
+        ("50B", 50 * 10**9),
+        ("7.5M", 7_500_000),
+        ("1000000", 10**6),
+        (12, 12),
+        ("3k", 3000),
+        ("1.5 t", 15 * 10**11),
+        ("150k", 150_000),
+        ("7.5m", 7_500_000),
+        ("50 B", 50 * 10**9),
+        ("8_000_000_000", 8 * 10**9),
+    ],
 )
 def test_counts_of_parameters(text: str | int, count: int) -> None:
     assert parse_count(text, "target_params") == count
     assert parse_count(None, "target_params") is None
 
 
-@pytest.mark.parametrize("text", ["", "B", "-5M", "5 GB", "5Q", "0", "1e9", "0.1"])
+@pytest.mark.parametrize("text", ["", "B", "-5M", "5 GB", "5Q", "5G", "5KB", "0", "1e9", "0.1", "5_M"])
 def test_what_is_no_count_is_refused(text: str) -> None:
     with pytest.raises(RecipeError, match=r"target_params is .*; wanted a number of parameters like 50B"):
         parse_target(None, text)

@@ -30,6 +30,7 @@ import benchmarks as shared
 import compare_devices
 import memory_group
 
+from streamlap.system import disk_speed
 from streamlap.system import speed as machine
 
 ROOT = Path(__file__).parents[2]
@@ -40,7 +41,7 @@ MACHINE = {"date", "cpu", "cores", "threads", "ram_bytes", "gpu", "load", "syste
 @pytest.fixture(autouse=True)
 def quick(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Short measurements in this process; what is measured is another test's. Handlers of signals are put back."""
-    monkeypatch.setattr(machine, "DISK_BYTES", 1 << 20)
+    monkeypatch.setattr(disk_speed, "DISK_BYTES", 1 << 20)
     monkeypatch.setattr(machine, "PATIENCE", 0.01)
     monkeypatch.setattr(machine, "CPU_MATMUL", {"tokens": 64, "columns": 64, "rows": 64})
     monkeypatch.setattr(bench_speed, "PRODUCT_SIZE", 64)

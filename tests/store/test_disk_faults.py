@@ -25,8 +25,9 @@ from streamlap.errors import BudgetError, CheckpointError, StreamlapError
 from streamlap.planning.disk import DiskNeeds
 from streamlap.store.hidden import HiddenBank
 from streamlap.store.lock import OutputLock
+from streamlap.store.shards import INDEX_NAME
 from streamlap.store.sink import ShardFolder
-from streamlap.store.source import INDEX_NAME, SafetensorsFolder
+from streamlap.store.source import SafetensorsFolder
 
 Usage = namedtuple("Usage", "total used free")
 

@@ -24,6 +24,7 @@ import streamlap
 from streamlap.errors import CheckpointError
 from streamlap.store.hub import READ_AHEAD, header_source, local_folder, model_name
 from streamlap.store.source import SafetensorsFolder, TensorSource
+from streamlap.untrusted.paths import check_folder
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
@@ -54,14 +55,14 @@ class Hub(BaseHTTPRequestHandler):
         headers, status = {"X-Repo-Commit": COMMIT}, 200
         revision = self.path.partition("/revision/")[2].partition("?")[0]
         if "/tree/" in self.path:
-            rows = [{"type": "file", "path": path.name, "size": path.stat().st_size, "oid": "0"}
-                    for path in sorted(self.folder.iterdir())]  # fmt: skip
+            rows = [{"type": "file", "path": name, "size": (self.folder / name).stat().st_size, "oid": "0"}
+                    for name in self.names()]  # fmt: skip
             data = json.dumps(rows).encode()
         elif revision not in ("", "main", "v1", COMMIT):
             self.refuse("RevisionNotFound")
             return
         elif self.path.startswith(("/api/models/org/pico", "/api/datasets/org/pico")):
-            siblings = [{"rfilename": path.name} for path in sorted(self.folder.iterdir())]
+            siblings = [{"rfilename": name} for name in self.names()]
             data = json.dumps({"id": "org/pico", "sha": COMMIT, "siblings": siblings}).encode()
             headers["Content-Type"] = "application/json"
         elif (self.folder / name).is_file():
@@ -81,6 +82,9 @@ class Hub(BaseHTTPRequestHandler):
         if body:
             self.sent.setdefault(name, []).append((status, len(data)))
             self.wfile.write(data)
+
+    def names(self) -> list[str]:
+        return sorted(path.relative_to(self.folder).as_posix() for path in self.folder.rglob("*") if path.is_file())
 
     def refuse(self, code: str) -> None:
         self.send_response(404)
@@ -140,7 +144,8 @@ def test_a_hub_id_is_fetched_once_without_pickles_or_code(hub: tuple[str, list[s
 
 @pytest.mark.parametrize("trust", [False, True])
 def test_code_is_fetched_with_the_flag_alone_and_pickles_never(monkeypatch: pytest.MonkeyPatch, trust: bool) -> None:
-    files = ["config.json", "model.safetensors", "tokenizer.json", "tokenizer.pkl", "tokenizer.py", "code.py", "x.bin"]
+    files = ["config.json", "model.safetensors", "tokenizer.json", "tokenizer.pkl", "tokenizer.py", "code.py", "x.bin",
+             "consolidated.safetensors", "onnx/model.safetensors"]  # fmt: skip
     asked: dict[str, list[str]] = {}
     monkeypatch.setattr("streamlap.store.hub.snapshot_download", lambda name, **options: asked.update(options) or "x")
     local_folder("org/pico", trust)
@@ -154,6 +159,30 @@ def test_a_hub_data_set_is_calibration_text(hub: tuple[str, list[str]], text: Pa
     assert done.returncode == 0, done.stderr
     local = streamlap.evaluate(tmp_path / "served", text, length=16)
     assert json.loads(done.stdout)["nll"] == local.nll
+
+
+def test_of_a_data_set_only_the_files_of_a_split_are_fetched(
+    hub: tuple[str, list[str]], text: Path, tmp_path: Path
+) -> None:
+    served = tmp_path / "served"
+    (served / "part.txt").unlink()
+    for split in ("train", "validation", "test"):
+        (served / "data" / split).mkdir(parents=True)
+        (served / "data" / split / "a.txt").write_text(split if split != "validation" else TEXT)
+    home, words = tmp_path / "home", ("eval", "org/pico", "--length", "16", "--json", "--text")
+    done = ask(hub[0], home, *words, "org/pico")
+    assert done.returncode == 0, done.stderr
+    assert "org/pico: its split validation is read, of " in done.stderr
+    assert json.loads(done.stdout)["nll"] == streamlap.evaluate(served, text, length=16).nll
+    assert [path.parent.name for path in (home / "hub").glob("datasets--*/snapshots/*/*/*/a.txt")] == ["validation"]
+    named = ask(hub[0], home, *words, "org/pico@v1/data/validation/a.txt")
+    assert json.loads(named.stdout)["nll"] == json.loads(done.stdout)["nll"]
+    absent = ask(hub[0], home, *words, "org/pico:exam")
+    assert absent.returncode == 2
+    assert "has no split 'exam', but the splits test, train, validation" in absent.stderr
+    offline = run(hub[0], home, "-m", "streamlap", *words, "org/pico:test", offline=True)
+    assert offline.returncode == 2, "what is not in the cache is not left out"
+    assert "data/test/a.txt of data set org/pico cannot be fetched" in offline.stderr
 
 
 def test_an_unknown_hub_id_says_so(hub: tuple[str, list[str]], tmp_path: Path) -> None:
@@ -173,6 +202,116 @@ def test_a_folder_is_itself_and_has_a_public_name(tmp_path: Path) -> None:
 def test_what_is_neither_folder_nor_id_is_refused(name: str) -> None:
     with pytest.raises(CheckpointError, match="hub id"):
         local_folder(name)
+
+
+def share(cache: Path) -> Path:
+    """Put every file of a cache into the store that all repositories share, as the hub's library does."""
+    store = pytest.importorskip("huggingface_hub.utils._shared_blobs")
+    for number, blob in enumerate(sorted(cache.glob("models--*/blobs/*"))):
+        digest, size = f"{number + 171:064x}"[::-1], blob.stat().st_size
+        assert store.publish_blob_to_shared_store(
+            blob_path=str(blob), xet_hash=digest, cache_dir=cache, expected_size=size
+        )
+        assert blob.resolve() == store.shared_blob_path(cache, digest).resolve()
+    return cache
+
+
+@pytest.fixture
+def shared(pico: MakeModel, tmp_path: Path) -> Path:
+    """A cache with a model in it whose files are in that store."""
+    repository = tmp_path / "hub" / "models--org--pico"
+    for folder in (repository / "blobs", repository / "snapshots" / COMMIT):
+        folder.mkdir(parents=True)
+    for number, path in enumerate(sorted(pico("llama", tokenizer=True).iterdir())):
+        shutil.copy(path, repository / "blobs" / str(number))
+        (repository / "snapshots" / COMMIT / path.name).symlink_to(f"../../blobs/{number}")
+    return share(repository.parent)
+
+
+def snapshot_of(cache: Path) -> Path:
+    (folder,) = cache.glob("models--org--pico/snapshots/*")
+    return folder
+
+
+def test_files_in_the_store_that_repositories_share_are_read(
+    hub: tuple[str, list[str]], text: Path, tmp_path: Path
+) -> None:
+    """Fetched as they always are, and found in that store from then on; by every name that the cache may have."""
+    fetched = run(hub[0], tmp_path / "home", "-c", "import huggingface_hub as hub; hub.snapshot_download('org/pico')")
+    assert fetched.returncode == 0, fetched.stderr
+    shared = share(tmp_path / "home" / "hub")
+    words = ("eval", "org/pico", "--text", str(text), "--length", "16", "--limit", "64", "--json")
+    done = run("http://127.0.0.1:9", tmp_path / "home", "-m", "streamlap", *words, offline=True)
+    assert done.returncode == 0, done.stderr
+    wanted = streamlap.evaluate(tmp_path / "served", text, length=16, limit=64).nll
+    assert json.loads(done.stdout)["nll"] == wanted
+    other = tmp_path / "other disk"
+    shared.rename(other)
+    shared.symlink_to(other)
+    for folder in (snapshot_of(shared), snapshot_of(other)):
+        assert streamlap.evaluate(folder, text, length=16, limit=64).nll == wanted
+    (tmp_path / "link").symlink_to(snapshot_of(other))
+    assert streamlap.verify(tmp_path / "link")["ok"]
+    streamlap.compress(snapshot_of(shared), tmp_path / "out", files=(str(text),), samples=4, length=16)
+    assert not [path for path in (tmp_path / "out").rglob("*") if path.is_symlink()]
+
+
+@pytest.mark.parametrize("case", ["repository", "key", "store is a link", "prefix is a link", "name", "key by blob"])
+def test_no_other_place_is_read_by_way_of_that_store(shared: Path, tmp_path: Path, case: str) -> None:
+    snapshot, digest = snapshot_of(shared), "ab" + 62 * "0"
+    (tmp_path / "key").write_text("secret")
+    outside = {"repository": "models--other--m/blobs/1", "name": "blobs/ab/key", "key by blob": "../../key"}
+    link, target = snapshot / "tokenizer.json", shared / outside.get(case, f"blobs/ab/{digest}")
+    if case in outside:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        if case != "key by blob":
+            target.write_text("{}")
+    elif case == "key":
+        target.parent.mkdir(exist_ok=True)
+        target.symlink_to(tmp_path / "key")
+    elif case == "store is a link":
+        (shared / "blobs").rename(tmp_path / "blobs")
+        (shared / "blobs").symlink_to(tmp_path / "blobs")
+    else:
+        (tmp_path / "ab").mkdir()
+        (tmp_path / "ab" / digest).write_text("{}")
+        (shared / "blobs" / "ab").symlink_to(tmp_path / "ab")
+    if case != "store is a link":
+        link.unlink()
+        blob = shared / "models--org--pico" / "blobs" / "mine"
+        blob.symlink_to(target)
+        link.symlink_to("../../blobs/mine")
+    with pytest.raises(CheckpointError, match="outside the checkpoint"):
+        check_folder(snapshot)
+
+
+def test_a_download_into_a_folder_of_ones_own(hub: tuple[str, list[str]], text: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "own"
+    code = f"from huggingface_hub import snapshot_download; snapshot_download('org/pico', local_dir={str(folder)!r})"
+    done = run(hub[0], tmp_path / "home", "-c", code)
+    assert done.returncode == 0, done.stderr
+    assert (folder / ".cache" / "huggingface").is_dir()
+    streamlap.compress(folder, tmp_path / "out", files=(str(text),), samples=4, length=16)
+    assert not (tmp_path / "out" / ".cache").exists()
+
+
+def test_a_hub_id_of_another_kind_is_named(hub: tuple[str, list[str]], tmp_path: Path) -> None:
+    served = tmp_path / "served"
+    for path in served.iterdir():
+        path.unlink()
+    (served / "model-q4.gguf").write_bytes(b"GGUF")
+    for command in ("inspect", "plan"):
+        done = ask(hub[0], tmp_path / "home", command, "org/pico")
+        assert done.returncode == 3
+        assert (
+            "org/pico holds model-q4.gguf, a GGUF container; wanted a checkpoint in transformers' layout" in done.stderr
+        )
+
+
+def test_a_folder_has_no_revisions(pico: MakeModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(pico("llama").parent)
+    with pytest.raises(CheckpointError, match=r"is a folder here, and a folder has no revisions; wanted "):
+        local_folder(f"{pico('llama').name}@main")
 
 
 LIST_HEADERS = f"""
@@ -313,3 +452,18 @@ def test_the_headers_of_a_folder_are_its_own(pico: MakeModel) -> None:
     folder, source = header_source(str(pico("llama")))
     assert folder == pico("llama")
     assert isinstance(source, SafetensorsFolder)
+
+
+def test_the_headers_are_those_of_the_weights_that_are_chosen(large: Path, pico: MakeModel, tmp_path: Path) -> None:
+    """A whole file beside an index, and the file that config.json names."""
+    served = tmp_path / "served"
+    shutil.copytree(large, served)
+    shutil.copy(pico("llama") / "model.safetensors", served / "model.safetensors")
+    with serving(served) as (endpoint, _):
+        (single,) = [found for found in open_headers(endpoint, tmp_path / "1", "org/pico") if "headers" in found]
+        (served / "model.safetensors").rename(served / "tuned.safetensors")
+        config = json.loads((served / "config.json").read_text())
+        (served / "config.json").write_text(json.dumps(config | {"transformers_weights": "tuned.safetensors"}))
+        (named,) = [found for found in open_headers(endpoint, tmp_path / "2", "org/pico") if "headers" in found]
+    assert [list(dict(found["headers"])) for found in (single, named)] == [["model.safetensors"], ["tuned.safetensors"]]  # type: ignore[call-overload]
+    assert not list(tmp_path.glob("[12]/**/*.safetensors"))

@@ -24,6 +24,9 @@ def test_too_little_disk_is_said_with_both_numbers(tmp_path: Path) -> None:
 SIZES = [
     ("8GiB", 8 << 30), ("500MB", 500 * 10**6), ("1.5 GiB", 3 << 29), ("64kib", 64 << 10), (" 2TB ", 2 * 10**12),
     ("3B", 3), ("1024", 1024), (1024, 1024), ("0.5KiB", 512), ("7KB", 7000), ("1TiB", 1 << 40), ("2MiB", 2 << 20),
+    ("8G", 8 << 30), ("8g", 8 << 30), ("8 G", 8 << 30), ("8Gi", 8 << 30), ("24GB", 24 * 10**9), ("24 gb", 24 * 10**9),
+    ("24gib", 24 << 30), ("1.5T", 3 << 39), ("500M", 500 << 20), ("512k", 512 << 10), ("0.1GB", 10**8),
+    ("8_000_000_000", 8 * 10**9), ("8_192 MiB", 8 << 30),
 ]  # fmt: skip
 
 
@@ -37,12 +40,37 @@ def test_no_size_is_no_limit() -> None:
 
 
 @pytest.mark.parametrize(
-    "text", ["0", 0, "0GiB", "0.1B", "-1", -1, "lots", "1e3", "", "GiB", "8 G", "8GiBs", "1,5GiB", "nan", "1.GiB"]
+    "text",
+    [
+        "0",
+        0,
+        "0GiB",
+        "0.1B",
+        "-1",
+        -1,
+        "lots",
+        "1e3",
+        "",
+        "GiB",
+        "8GiBs",
+        "1,5GiB",
+        "nan",
+        "1.GiB",
+        "_8G",
+        "8_G",
+        "8__0",
+        "8 gigs",
+        "8 G B",
+        "٨G",
+        True,
+    ],
 )
 def test_what_is_no_size_is_refused_by_the_name_of_the_knob(text: str | int) -> None:
     with pytest.raises(RecipeError) as refusal:
         parse_size(text, "max_vram")
-    assert str(refusal.value) == f"max_vram is {text!r}; wanted a size like 8GiB or 500MB."
+    assert str(refusal.value) == (
+        f"max_vram is {text!r}; wanted a size like 8GiB or 8G (2^30 bytes each), or 8GB (10^9 bytes)."
+    )
 
 
 def test_sizes_are_shown_in_the_unit_that_suits() -> None:

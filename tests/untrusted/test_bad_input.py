@@ -204,8 +204,13 @@ def write_index(data: bytes) -> Break:
 
 
 def twice(folder: Path) -> None:
+    """A tensor of the first shard in the second too, and not in the index."""
     first, second = sorted(folder.glob("*.safetensors"))[:2]
-    save_file(load_file(second) | {next(iter(load_file(first))): torch.zeros(1)}, second, {"format": "pt"})
+    name = next(iter(load_file(first)))
+    save_file(load_file(second) | {name: torch.zeros(1)}, second, {"format": "pt"})
+    table = json.loads((folder / INDEX).read_text())
+    del table["weight_map"][name]
+    (folder / INDEX).write_text(json.dumps(table))
 
 
 INDEXES: dict[str, tuple[Break, tuple[str, ...]]] = {
@@ -246,13 +251,18 @@ TENSORS: dict[str, tuple[Break, int, tuple[str, ...]]] = {
     ),
     "missing": (edit_tensors(lambda t: t.pop(UP_1)), 3, (UP_1, "missing")),
     "missing embedding": (edit_tensors(lambda t: t.pop(EMBEDDING)), 3, (EMBEDDING, "missing")),
-    "one layer too many": (
-        edit_tensors(lambda t: t.update({"model.layers.3.mlp.up_proj.weight": torch.zeros(48, 32)})),
-        3, ("num_hidden_layers 3", "hold 4 decoder layers, the last numbered 3"),
+    "a layer is missing": (
+        edit_tensors(lambda t: [t.pop(name) for name in list(t) if ".layers.1." in name]),
+        3, ("num_hidden_layers 3", "hold 2 decoder layers, the last numbered 2, but not layer 1"),
     ),
-    "bias that config.json denies": (
-        edit_tensors(lambda t: t.update({"model.layers.0.mlp.up_proj.bias": torch.zeros(48)})),
-        3, ("model.layers.0.mlp.up_proj.bias", "no place"),
+    "layers that differ": (
+        edit_config(per_layer_config={"1": {"intermediate_size": 24}}), 3, ("per_layer_config {'1':", "that are all alike"),
+    ),
+    "weights that are not there": (
+        edit_config(transformers_weights="x.safetensors"), 3, ("x.safetensors is missing", "transformers_weights"),
+    ),
+    "weights elsewhere": (
+        edit_config(transformers_weights="../x.safetensors"), 3, ("transformers_weights '../x", "inside the folder"),
     ),
     "whole numbers": (edit_tensors(lambda t: t.update({UP_1: t[UP_1].int()})), 3, (UP_1, "int32", "float32")),
     "float8": (
@@ -265,7 +275,6 @@ TENSORS: dict[str, tuple[Break, int, tuple[str, ...]]] = {
     "hidden_size is text": (edit_config(hidden_size="wide"), 3, ("config.json", "hidden_size")),
     "no heads": (edit_config(num_attention_heads=0), 3, ("config.json", "num_attention_heads 0", "from 1 to")),
     "no layers": (edit_config(num_hidden_layers=0), 3, ("num_hidden_layers",)),
-    "fewer layers": (edit_config(num_hidden_layers=2), 3, ("num_hidden_layers 2", "3 decoder layers", "agree")),
     "more layers": (edit_config(num_hidden_layers=4), 3, ("num_hidden_layers 4", "3 decoder layers", "agree")),
     "layers below zero": (edit_config(num_hidden_layers=-1), 3, ("num_hidden_layers",)),
     "no context": (edit_config(max_position_embeddings=None), 3, ("config.json", "max_position_embeddings")),
@@ -334,11 +343,11 @@ def test_a_model_that_is_not_there(tokens: Path, tmp_path: Path, run_cli: Cli, m
 # --- what is wrong with the words ------------------------------------------------------------------------------------
 
 WORDS: dict[str, tuple[list[str], tuple[str, ...]]] = {
-    "ratio 0": (["--ratio", "0"], ("ratio is 0.0", "between 0 and 1")),
-    "ratio 1": (["--ratio", "1"], ("ratio is 1.0", "between 0 and 1")),
-    "ratio -1": (["--ratio", "-1"], ("ratio is -1.0", "between 0 and 1")),
-    "ratio 2": (["--ratio", "2"], ("ratio is 2.0", "between 0 and 1")),
-    "ratio nan": (["--ratio", "nan"], ("ratio is nan", "between 0 and 1")),
+    "ratio 0": (["--ratio", "0"], ("ratio is '0'", "between 0 and 1")),
+    "ratio 1": (["--ratio", "1"], ("ratio is '1'", "between 0 and 1")),
+    "ratio -1": (["--ratio", "-1"], ("ratio is '-1'", "between 0 and 1")),
+    "ratio 2": (["--ratio", "2"], ("ratio is '2'", "between 0 and 1")),
+    "ratio nan": (["--ratio", "nan"], ("ratio is 'nan'", "between 0 and 1")),
     "ratio out of reach": (["--ratio", "0.99"], ("leave q [32, 32] no rank", "lower ratio")),
     "preset": (["--preset", "magic"], ("preset is 'magic'", "one of best, lorap")),
     "device": (["--device", "tpu"], ("device is 'tpu'", "cuda:N")),
@@ -363,7 +372,7 @@ def test_a_word_out_of_range(pico: MakeModel, tokens: Path, tmp_path: Path, run_
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("words", [["--ratio", "abc"], ["--samples", "many"], ["--frobnicate"], ["third"]])
+@pytest.mark.parametrize("words", [["--seed", "abc"], ["--samples", "many"], ["--frobnicate"], ["third"]])
 def test_words_that_do_not_parse(tmp_path: Path, run_cli: Cli, words: list[str]) -> None:
     code, err = run_cli("compress", "model", tmp_path / "out", *words)
     assert code == 2
@@ -497,9 +506,9 @@ CALIBRATIONS: dict[str, tuple[str, Break, tuple[str, ...]]] = {
     "blank": ("c.txt", write(" \n"), ("c.txt", "tokens, less than one window of 64")),
     "short": ("c.txt", write("The boat went."), ("c.txt", "tokens, less than one window of 64", "more text")),
     "binary": ("c.txt", write(bytes(range(256)) * 9), ("c.txt", "not UTF-8", "byte 128")),
-    "jsonl without text": ("c.jsonl", write('{"words": "a"}\n'), ("c.jsonl", "text field", "KeyError")),
+    "jsonl without text": ("c.jsonl", write('{"words": "a"}\n'), ("c.jsonl", "row 1", "words", "--text-column NAME")),
     "jsonl of lists": ("c.jsonl", write("[1]\n"), ("c.jsonl", "text field")),
-    "jsonl of null": ("c.jsonl", write('{"text": null}\n' * 99), ("c.jsonl", "text field")),
+    "jsonl of null": ("c.jsonl", write('{"text": null}\n' * 99), ("c.jsonl", "no text", "null")),
     "deep jsonl": ("c.jsonl", write('{"text":' + "[" * 99_999), ("c.jsonl", "text field")),
     "not jsonl": ("c.jsonl", write(TEXT), ("c.jsonl", "text field")),
     "unknown suffix": ("c.pdf", write(TEXT), ("'.pdf'", ".txt")),
@@ -597,7 +606,11 @@ def test_a_finished_output_is_replaced_only_on_demand(source: Path, tokens: Path
 
 PLACES: dict[str, tuple[Callable[[Path], list[object]], int, tuple[str, ...]]] = {
     "output under a file": (lambda tmp: [tmp / "file" / "out"], 2, ("file/out", "is a file", "wanted a folder")),
-    "work is a file": (lambda tmp: [tmp / "out", "--work", tmp / "file"], 1, ("file", "Not a directory")),
+    "work is a file": (
+        lambda tmp: [tmp / "out", "--work", tmp / "file"],
+        2,
+        ("--work", "is a file", "wanted a folder"),
+    ),
 }
 
 

@@ -36,7 +36,7 @@ from streamlap.recipe import Recipe
 from streamlap.settings import KEPT, RunSettings
 from streamlap.store.journal import STATE_FOLDER, Journal, saved_tokens
 from streamlap.store.source import SafetensorsFolder
-from streamlap.system.speed import _load
+from streamlap.system.rate_cache import load
 
 MOST_WORDS = 1000
 """Characters in a message here, with the paths of the test's folder in it."""
@@ -266,7 +266,7 @@ LINKS: dict[str, Case] = {
         lambda f: ((f / "a").symlink_to("../b"), (f / "merges.txt").symlink_to("a"), (f.parent / "b").write_text("x")),
         WRONG, ("leads to", "outside"),
     ),
-    "dangling link out": (link("vocab.json", "/nowhere/at/all"), WRONG, ("'/nowhere/at/all'", "outside")),
+    "dangling link out": (link("vocab.json", "/nowhere/at/all"), WRONG, ("'/nowhere/at/all'", "outside", "where nothing is;")),
     "links in a circle": (link("vocab.json", "vocab.json"), WRONG, ("vocab.json",)),
     "template is a link out": (templates_outside, WRONG, ("tool.jinja", "'/etc/hostname'")),
     "folder of templates is a link out": (link("additional_chat_templates", "/etc"), WRONG, ("'/etc'", "outside")),
@@ -412,7 +412,9 @@ def test_a_forward_of_the_shell_that_fails(source: Path, monkeypatch: pytest.Mon
 
     stream = ModelStream(source)
     monkeypatch.setattr(type(stream.model.get_submodule("model")), "forward", fail)
-    refused_by(lambda: stream.layer_kwargs(4), CheckpointError, "describes no model that runs: ValueError: odd values")
+    refused_by(
+        lambda: stream.layer_kwargs(4), CheckpointError, "does not describe a model that runs: ValueError: odd values"
+    )
 
 
 def test_keys_that_would_make_transformers_act_are_not_heeded(source: Path) -> None:
@@ -690,7 +692,7 @@ def test_a_pickle_in_an_array_does_not_run(pico: MakeModel, tmp_path: Path) -> N
 )
 def test_a_hostile_cache_is_as_if_it_were_not_there(tmp_path: Path, raw: bytes) -> None:
     (tmp_path / "machine.json").write_bytes(raw)
-    assert _load(tmp_path / "machine.json") == {}
+    assert load(tmp_path / "machine.json") == {}
 
 
 # --- the model card --------------------------------------------------------------------------------------------------
@@ -717,8 +719,8 @@ def test_licence_fields_are_plain_words(tmp_path: Path, case: str) -> None:
 def test_a_name_adds_nothing_to_the_card(base: str) -> None:
     counts = Parameters(decoder_before=2, decoder_after=1, total_before=2, total_after=1)
     recipe = {"preset": "best", "ratio": 0.2}
-    report = Report(out="o", recipe=recipe, parameters=counts, layers=(), shards={}, calibration_tokens=(1, 1), seconds=0.0,
-                    kept_channels="k")  # fmt: skip
+    report = Report(out="o", recipe=recipe, parameters=counts, layers=(), shards={}, calibration_tokens=(1, 1),
+                    calibration_inputs=1, seconds=0.0, kept_channels="k")  # fmt: skip
     card = model_card(report, base, {"license": "a: b #"})
     front = yaml.safe_load(card.split("---\n")[1])
     assert set(front) == {"base_model", "base_model_relation", "library_name", "license", "tags"}
