@@ -28,6 +28,9 @@ TEXT_SUFFIXES = (*PLAIN, *JSON, PARQUET)
 IDS_SUFFIX = ".npy"
 WANTED = f"text ({', '.join(TEXT_SUFFIXES)}; all but parquet also as .gz or .zst) or token ids ({IDS_SUFFIX})"
 
+NAMED = "org/name[@revision][/configuration][:split]"
+"""How a data set is called."""
+
 PIECE_BYTES = 1 << 16
 
 
@@ -60,7 +63,7 @@ def check_file(path: Path) -> None:
             "of it into one."
         )
     if not path.is_file():
-        raise RecipeError(f"{path} is not a file; wanted {WANTED}.")
+        raise RecipeError(f"{path} is not a file; wanted {WANTED}, or a data set of the hub: {NAMED}.")
     if path.stat().st_size == 0:
         raise RecipeError(f"{path} is empty; wanted text or token ids.")
     ending, packing = endings(path)

@@ -237,7 +237,7 @@ def test_what_is_no_text(tmp_path: Path, case: str) -> None:
         ("a.parquet.gz", r"is packed.*wanted .parquet. Unpack it first"),
         ("a.npy.zst", r"is packed.*wanted .npy. Unpack it first"),
         ("folder", r"is a folder, not a file; wanted .*Name its files one by one"),
-        ("none.txt", r"none.txt is not a file"),
+        ("none.txt", r"none.txt is not a file; wanted .*, or a data set of the hub: org/name\["),
         ("empty.txt", r"empty.txt is empty"),
     ],
 )
