@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import codecs
+import contextlib
 import io
 import logging
 import os
@@ -64,5 +65,6 @@ def spell_all_names() -> None:
 
 
 def fail(message: str, code: int) -> None:
-    typer.echo(f"streamlap: {message}", err=True)
+    with contextlib.suppress(OSError):  # who cannot be told has the exit code
+        typer.echo(f"streamlap: {message}", err=True)
     sys.exit(code)

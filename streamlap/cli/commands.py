@@ -22,7 +22,9 @@ from streamlap.cli.options import (
     TextColumn,
     TextOptions,
     given,
+    named,
     takes,
+    worded,
 )
 from streamlap.cli.show import (
     describe_demo,
@@ -57,7 +59,7 @@ def how_small(options: RecipeOptions) -> dict[str, Any]:
 @takes
 def compress(
     model: Model,
-    out: Annotated[Path, typer.Argument(metavar="OUT", help="New folder for the result.")],
+    out: Annotated[Path, typer.Argument(metavar="OUT", parser=named, help="New folder for the result.")],
     recipe: RecipeOptions,
     run: RunOptions,
     stop_after: StopAfter = None,
@@ -83,7 +85,7 @@ def plan(model: Model, recipe: RecipeOptions, run: RunOptions, as_json: Json = F
 @takes
 def survey(
     model: Model,
-    file: Annotated[Path, typer.Argument(metavar="FILE", help="New JSON file for compress --survey.")],
+    file: Annotated[Path, typer.Argument(metavar="FILE", parser=named, help="New JSON file for compress --survey.")],
     text: TextOptions,
     run: RunOptions,
     stop_after: StopAfter = None,
@@ -100,7 +102,9 @@ def survey(
 
 @takes
 def resume(
-    out: Annotated[Path, typer.Argument(metavar="OUT", help="Folder of an interrupted run, or file of a survey.")],
+    out: Annotated[
+        Path, typer.Argument(metavar="OUT", parser=named, help="Folder of an interrupted run, or file of a survey.")
+    ],
     caps: CapOptions,
     stop_after: StopAfter = None,
     as_json: Json = False,
@@ -148,7 +152,7 @@ def evaluate(
 
 @takes
 def inspect(
-    path: Annotated[str, typer.Argument(metavar="PATH", help="Checkpoint, output folder or hub id.")],
+    path: Annotated[str, typer.Argument(metavar="PATH", parser=worded, help="Checkpoint, output folder or hub id.")],
     as_json: Json = False,
 ) -> None:
     """What is in a checkpoint or output folder: kinds, shapes, ranks, widths and parameters of every site."""
@@ -158,7 +162,7 @@ def inspect(
 
 @takes
 def verify(
-    out: Annotated[Path, typer.Argument(metavar="OUT", help="Output folder, or any checkpoint folder.")],
+    out: Annotated[Path, typer.Argument(metavar="OUT", parser=named, help="Output folder, or any checkpoint folder.")],
     as_json: Json = False,
 ) -> None:
     """Check every shard: header, hash, shapes against config.json, no NaN; exit 3 with the list of faults."""
@@ -171,8 +175,8 @@ def verify(
 
 @takes
 def export(
-    out: Annotated[Path, typer.Argument(metavar="OUT", help="Folder that streamlap wrote.")],
-    destination: Annotated[Path, typer.Argument(metavar="DEST", help="New folder.")],
+    out: Annotated[Path, typer.Argument(metavar="OUT", parser=named, help="Folder that streamlap wrote.")],
+    destination: Annotated[Path, typer.Argument(metavar="DEST", parser=named, help="New folder.")],
     to: Annotated[str, typer.Option(help="dense: factors multiplied back, removed channels as zeros.")],
     stop_after: StopAfter = None,
     as_json: Json = False,
@@ -186,9 +190,9 @@ def export(
 
 @takes
 def demo(
-    out: Annotated[Path, typer.Argument(metavar="OUT", help="New folder for the compressed model.")] = Path(
-        "streamlap-demo"
-    ),
+    out: Annotated[
+        Path, typer.Argument(metavar="OUT", parser=named, help="New folder for the compressed model.")
+    ] = Path("streamlap-demo"),
     ratio: Annotated[str, RATIO] = "0.2",
     as_json: Json = False,
 ) -> None:

@@ -18,7 +18,22 @@ from typing import Annotated, Any
 
 import typer
 
-Model = Annotated[str, typer.Argument(metavar="MODEL", help="Checkpoint folder or hub id, org/name[@revision].")]
+
+def worded(text: str) -> str:
+    """The word itself. Raises BadParameter for an empty one: `"$OUT"` where OUT is not set would mean the folder one is in."""
+    if not text:
+        raise typer.BadParameter("it is empty; wanted a name. Is a variable of the shell not set?")
+    return text
+
+
+def named(text: str) -> Path:
+    """The path of that name, as `worded`."""
+    return Path(worded(text))
+
+
+Model = Annotated[
+    str, typer.Argument(metavar="MODEL", parser=worded, help="Checkpoint folder or hub id, org/name[@revision].")
+]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout instead of text.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace an earlier result of streamlap.")]
 Dtype = Annotated[
@@ -64,7 +79,9 @@ class RunOptions(CapOptions):
     """How a run goes about its work."""
 
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto"
-    work: Annotated[Path | None, typer.Option(help="Folder for hidden states between layers.")] = None
+    work: Annotated[
+        Path | None, typer.Option(metavar="DIRECTORY", parser=named, help="Folder for hidden states between layers.")
+    ] = None
     overlap: Annotated[
         bool,
         typer.Option(
@@ -121,9 +138,10 @@ class RecipeOptions(TextOptions):
         ),
     ] = None
     preset: Annotated[str | None, typer.Option(help="best or lorap.  [default: best]")] = None
-    recipe: Annotated[Path | None, typer.Option(help="YAML file of settings; other options replace single ones.")] = (
-        None
-    )
+    recipe: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", parser=named, help="YAML file of settings; other options replace single ones."),
+    ] = None
     refine: Annotated[
         int | None,
         typer.Option(

@@ -42,6 +42,8 @@ def text_files(name: str, wanted: Collection[str] = CALIBRATION) -> list[Path]:
     back as it is: the reader says what is wrong with it. Raises RecipeError for a data set, configuration, split or file that
     is not there, or where one of several must be named, and lists them; BudgetError where the split does not fit on the disk.
     """
+    if not name:
+        raise RecipeError("the name of a text is empty; wanted a file or a data set.")
     match = NAME.fullmatch(name)
     if not match or Path(name).exists() or _is_local(name, match):
         return [Path(name)]

@@ -2,10 +2,12 @@
 
 A row is a string, or an object with one of
 
-    text                                   a string
-    messages, or conversations             a list of {role, content} or {from, value}
-    prompt, completion                     two strings
-    instruction, input (or none), output   three strings
+    text                                        a string
+    messages, or conversations, conversation    a list of {role, content} or {from, value}
+    prompt, completion (or response)            two strings
+    instruction, input (or none), output        three strings
+    instruction, context (or none), response    the same
+    question, answer                            two strings
 
 A row whose text is null is skipped. Of several texts in a row, each but the empty ones is a line or more of its own.
 """
@@ -21,8 +23,9 @@ from typing import Any
 from streamlap.errors import RecipeError, first_line, one_line, shown
 
 COLUMNS = (
-    ("text",), ("messages",), ("conversations",), ("prompt", "completion"), ("instruction", "input", "output"),
-    ("instruction", "output"),
+    ("text",), ("messages",), ("conversations",), ("conversation",), ("prompt", "completion"), ("prompt", "response"),
+    ("instruction", "input", "output"), ("instruction", "output"), ("instruction", "context", "response"),
+    ("instruction", "response"), ("question", "answer"),
 )  # fmt: skip
 """Where the text of a row is; the first of which a row has all."""
 HOLDERS = ("data", "rows", "train", "examples")
@@ -34,6 +37,8 @@ PIECE_CHARACTERS = 1 << 16
 BATCH_BYTES, MOST_ROWS = 4 << 20, 1024
 """What is read of a table at a time."""
 
+HALF = re.compile("[\ud800-\udfff]")
+"""One of a pair of escapes in JSON that mean one character: what is left where a program cut a text between them."""
 WHITESPACE = re.compile(r"[ \t\r\n]*")
 CUT_SHORT = 16
 """Characters from the end of what is there, within which a fault in JSON may be that the rest has not been read yet."""
@@ -61,6 +66,10 @@ def row_text(row: Any, column: str | None, place: int) -> str | None:
     if text is not None and len(text) > MOST_CHARACTERS:
         raise ValueError(
             f"has {len(text):,} characters in {where}; wanted at most {MOST_CHARACTERS:,}. Cut it into rows."
+        )
+    if text is not None and (half := HALF.search(text)):
+        raise ValueError(
+            f"has {shown(half[0])} in {where}, half of a character; wanted whole ones. Take it out of the row."
         )
     return text
 

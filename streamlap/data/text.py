@@ -28,6 +28,9 @@ TEXT_SUFFIXES = (*PLAIN, *JSON, PARQUET)
 IDS_SUFFIX = ".npy"
 WANTED = f"text ({', '.join(TEXT_SUFFIXES)}; all but parquet also as .gz or .zst) or token ids ({IDS_SUFFIX})"
 
+NAMED = "org/name[@revision][/configuration][:split]"
+"""How a data set is called."""
+
 PIECE_BYTES = 1 << 16
 
 
@@ -54,8 +57,13 @@ def check_file(path: Path) -> None:
     """Raise RecipeError unless there is such a file, with something in it, and an ending that is known."""
     if path.is_dir():
         raise RecipeError(f"{path} is a folder, not a file; wanted {WANTED}. Name its files one by one.")
+    if path.exists() and not path.is_file():
+        raise RecipeError(
+            f"{path} is a pipe or a device, and a run that goes on reads its text again; wanted a file. Write what comes out "
+            "of it into one."
+        )
     if not path.is_file():
-        raise RecipeError(f"{path} is not a file; wanted {WANTED}.")
+        raise RecipeError(f"{path} is not a file; wanted {WANTED}, or a data set of the hub: {NAMED}.")
     if path.stat().st_size == 0:
         raise RecipeError(f"{path} is empty; wanted text or token ids.")
     ending, packing = endings(path)
@@ -103,9 +111,45 @@ def _open_zstd(path: Path) -> Iterator[BinaryIO]:
         raise RecipeError(f"{path} needs zstandard: pip install 'streamlap[zstd]'.") from error
     try:
         with path.open("rb") as packed:
-            yield zstandard.ZstdDecompressor().stream_reader(packed, read_across_frames=True)
-    except zstandard.ZstdError as error:
+            yield io.BufferedReader(ZstdFile(packed, zstandard.ZstdDecompressor()), PIECE_BYTES)
+    except (zstandard.ZstdError, EOFError) as error:
         raise RecipeError(f"{path} cannot be unpacked ({first_line(error)}); wanted a whole zstd file.") from error
+
+
+ZSTD_BYTES = 1 << 8
+"""Packed bytes that are unpacked at a time. Of four of them zstd may make 128 KiB."""
+
+
+class ZstdFile(io.RawIOBase):
+    """What is in a zstd file, frame after frame. Raises EOFError where the last frame has no end: zstandard's own reader takes
+    such a file, as a broken download leaves it, for a whole one."""
+
+    def __init__(self, packed: BinaryIO, unpacker: Any) -> None:
+        super().__init__()
+        self._packed, self._unpacker, self._frame = packed, unpacker, None
+        self._rest = self._found = b""
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        while not self._found and self._feed():
+            pass
+        count = min(len(buffer), len(self._found))
+        buffer[:count], self._found = self._found[:count], self._found[count:]
+        return count
+
+    def _feed(self) -> bool:
+        """Unpack some more; whether there was more."""
+        raw = self._rest or self._packed.read(ZSTD_BYTES)
+        if not raw:
+            if self._frame is not None:
+                raise EOFError("it ends inside a frame")
+            return False
+        frame = self._frame or self._unpacker.decompressobj()
+        self._found, self._rest = frame.decompress(raw), frame.unused_data
+        self._frame = None if frame.eof else frame
+        return True
 
 
 OPENERS: dict[str, Callable[[Path], AbstractContextManager[Any]]] = {
@@ -141,6 +185,8 @@ def decode(file: BinaryIO) -> Iterator[str]:
 def _start(file: BinaryIO) -> tuple[bytes, int, int]:
     """The first bytes without a byte order mark, the place of the first of them, and of its character."""
     raw = file.read(PIECE_BYTES)
+    if raw.startswith((codecs.BOM_UTF32_LE, codecs.BOM_UTF32_BE)):
+        raise ValueError("is not UTF-8 text but UTF-32 (byte 0); convert it first.")
     if raw.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
         raise ValueError("is not UTF-8 text but UTF-16 (byte 0); convert it first.")
     if raw.startswith(codecs.BOM_UTF8):

@@ -29,7 +29,7 @@ from streamlap.untrusted.paths import CONFIG_BYTES, check_folder, read_object
 
 log = logging.getLogger(__name__)
 
-SETTINGS, TOKENS = "tokenizer_config.json", "special_tokens_map.json"
+SETTINGS, TOKENS, WHOLE = "tokenizer_config.json", "special_tokens_map.json", "tokenizer.json"
 PATH_KEY = re.compile(r"vocab|merges|.*_(file|path|dir)")
 """Keys of what transformers hands to a tokenizer's class, whose text it might open."""
 LEFT_OVER = re.compile(r"(?!gguf_).*_(file|path|dir)")
@@ -100,6 +100,8 @@ def load_tokenizer(folder: Path, of: Path, trust_remote_code: bool = False) -> A
     seen = f"{folder} has no tokenizer that loads"
     wanted = f"wanted one to read {of}. Put its files there, or give token ids as .npy."
     names = sorted(path.name for path in folder.iterdir() if VOCABULARY.fullmatch(path.name) and path.is_file())
+    if not names:
+        seen += ": no tokenizer.json, and no other file of tokens"
     if missing := [] if code else missing_packages(folder, names):
         packages = " and ".join(missing)
         raise RecipeError(
@@ -113,7 +115,7 @@ def load_tokenizer(folder: Path, of: Path, trust_remote_code: bool = False) -> A
 
     tokenizer = _tried(load, seen, wanted)
     if not names and not code and type(tokenizer).vocab_files_names:
-        raise RecipeError(f"{seen}: no tokenizer.json, and no other file of tokens; {wanted}")
+        raise RecipeError(f"{seen}; {wanted}")
     return tokenizer
 
 
@@ -191,7 +193,12 @@ def check_settings(folder: Path, default: Any, trust_remote_code: bool) -> bool:
             )
         return True
     unknown = [name for name in (settings.get("tokenizer_class"), default) if name is not None and not _known(name)]
-    if unknown:
+    named = settings.get("tokenizer_class") is not None  # else transformers takes config.json's, and has to have it
+    if unknown and named and not code and (folder / WHOLE).is_file() and all(map(_free, unknown)):
+        say_once(
+            f"{folder} names {shown(unknown[0])} as its tokenizer, and transformers has none of that name: it takes {WHOLE}"
+        )
+    elif unknown:
         why = "transformers has no tokenizer of that name. Name one that it has,"
         if code:
             why = (
@@ -229,12 +236,21 @@ def _code(table: Any) -> list[str]:
 
 def _known(name: Any) -> bool:
     """Whether transformers has a tokenizer of that name; it looks names up among all that it has, models included."""
-    if not isinstance(name, str):
-        return False
-    found = [tokenizer_class_from_name(word) for word in (name, f"{name}Fast", name.removesuffix("Fast"))]
-    kinds = [kind for kind in found if isinstance(kind, type)]
+    kinds = [kind for kind in _called(name) if isinstance(kind, type)]
     # What needs a package that is not installed has a stand-in with _backends, which says so when it is used.
     return any(issubclass(kind, PreTrainedTokenizerBase) or hasattr(kind, "_backends") for kind in kinds)
+
+
+def _free(name: Any) -> bool:
+    """Whether nothing in transformers has that name, so that it reads tokenizer.json with the tokenizers library."""
+    return isinstance(name, str) and all(found is None for found in _called(name))
+
+
+def _called(name: Any) -> list[Any]:
+    """What transformers finds under the name of a tokenizer, fast or slow."""
+    if not isinstance(name, str):
+        return []
+    return [tokenizer_class_from_name(word) for word in (name, f"{name}Fast", name.removesuffix("Fast"))]
 
 
 def _tried(act: Callable[[], Result], seen: str, wanted: str) -> Result:

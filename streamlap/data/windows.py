@@ -134,14 +134,16 @@ class TokenReader:
         if len(rows) == 2:
             length = length or rows[1]
             if rows[1] % length:
-                raise RecipeError(f"{path} has rows of {rows[1]} tokens; --length {length} does not divide that.")
+                raise RecipeError(
+                    f"{path} has rows of {rows[1]} tokens; --length {length} does not divide that. "
+                    f"{_fitting(rows[1], min(length, context))}"
+                )
         length = length or min(DEFAULT_LENGTH, context)
         if length < 2:
             raise RecipeError(f"{path}: length is {length}; wanted windows of at least 2 tokens.")
         if length > context:
-            raise RecipeError(
-                f"length is {length}, and the model's context is {context}; choose --length {context} or less."
-            )
+            advice = _fitting(length, context) if len(rows) == 2 else f"Choose --length {context} or less."
+            raise RecipeError(f"{path}: length is {length}, and the model's context is {context}. {advice}")
         return length
 
     def _tokenise(self, path: Path, most: int | None, token_bytes: float) -> Tokens:
@@ -201,12 +203,21 @@ class TokenReader:
             raise RecipeError(f"{file.path} cannot be read: {first_line(error)}.") from error
 
 
+def _fitting(row: int, most: int) -> str:
+    """What to do about rows of which windows of `most` tokens, or some fewer, are to be cut."""
+    length = next((length for length in range(most, 1, -1) if row % length == 0), None)
+    longest = "" if length is None else f"Choose --length {length}, or "
+    return f"{longest or 'To have other windows, '}save the ids flat, as one row after another."
+
+
 def open_ids(path: Path) -> IntegerFile:
     """A file of token ids, of which only the header is read. Raises RecipeError where it is none."""
     try:
         return IntegerFile.open(path)
     except TypeError as error:
         raise RecipeError(f"{path} holds {error}.") from error
+    except OSError as error:
+        raise RecipeError(f"{path} cannot be read: {error.strerror or first_line(error)}.") from error
     except Exception as error:  # numpy raises a different one for every way to damage a header
         raise RecipeError(
             f"{path} is not a .npy array ({first_line(error)}); wanted token ids saved by numpy.save."

@@ -78,6 +78,11 @@ def check_depth(depth: int, source: TensorSource, family: Family, folder: Path) 
         int(match[1]) for name in source.names() if (match := layer.match(name)) and not name.endswith(family.ignored)
     }
     if missing := sorted(set(range(depth)) - found):
+        if not found and (others := sorted(name for name in source.names() if ".0." in name)):
+            raise CheckpointError(
+                f"the shards in {folder} hold no {family.layers}.0, but {others[0]!r}; wanted the names that transformers "
+                f"gives a {family.model_type}. Rename the tensors, or save the model with save_pretrained of transformers."
+            )
         extent = f"{len(found)} decoder layers, the last numbered {max(found)}" if found else "no decoder layer"
         lacking = f", but not layer {missing[0]}" if found and missing[0] < max(found) else ""
         raise CheckpointError(

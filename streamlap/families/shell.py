@@ -38,8 +38,13 @@ STORED_DTYPES = {*COMPUTE_DTYPES.values(), torch.float64}
 
 
 def read_config(folder: Path) -> dict[str, Any]:
-    """config.json as it stands. Raises CheckpointError when there is none or it is not a JSON object."""
-    return read_object(folder, "config.json", CONFIG_BYTES)
+    """config.json as transformers takes it: a mistral with `layer_types` is a ministral, whose layers heed them.
+
+    Raises CheckpointError when there is none or it is not a JSON object.
+    """
+    raw = read_object(folder, "config.json", CONFIG_BYTES)
+    alternating = raw.get("model_type") == "mistral" and "layer_types" in raw
+    return raw | {"model_type": "ministral"} if alternating else raw
 
 
 def check_alone(folder: Path) -> None:

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from streamlap.errors import UnsupportedModel, few, shown
+from streamlap.errors import CheckpointError, UnsupportedModel, few, shown
 from streamlap.families.bounds import check_roles, check_widths, described_by, native_config
 from streamlap.families.layer import StreamLayer
 from streamlap.families.names import ModelTensors, check_depth
@@ -253,6 +253,11 @@ class ModelStream:
         wanted = {disk_name(name, parts): tensor for name, tensor in self.model.state_dict().items()}
         tensors = ModelTensors(source, wanted, self.family, self.tied)
         may_lack = self.tied or not is_language_model(self.raw_config)
+        if head not in tensors and not may_lack and f"{self.family.embedding}.weight" in tensors:
+            raise CheckpointError(
+                f"tensor {head!r} is missing from {self.folder}, and config.json does not tie the head to the embedding; "
+                "wanted one of the two. Where the model was trained with one matrix for both, set tie_word_embeddings to true."
+            )
         for name, tensor in wanted.items():
             if name != head or not may_lack or head in tensors:
                 check_tensor(tensors.info(name), tensor)

@@ -100,7 +100,8 @@ def find_family(config: Mapping[str, Any]) -> Family:
     if quantization and not (named and method == "streamlap"):
         raise UnsupportedModel(
             f"the checkpoint is quantised ({shown(method)}); wanted plain float weights. "
-            "Compress the original first and quantise the result."
+            "Compress the original first and quantise the result. If its weights are plain floats all the same, take "
+            "quantization_config out of config.json."
         )
     if quantization and quantization.get("format_version") not in READ_VERSIONS:
         raise UnsupportedModel(

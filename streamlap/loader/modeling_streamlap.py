@@ -38,8 +38,11 @@ class StreamlapAutoModelForCausalLM:
 
     @classmethod
     def from_pretrained(cls, folder: str, /, *args: Any, **kwargs: Any) -> PreTrainedModel:
+        # Asked for an adapter, transformers gives its base model here, and the adapter under this name: begin with that one.
+        adapter = dict(kwargs.get("adapter_kwargs") or {})
+        folder = adapter.pop("_adapter_model_path", folder)
         model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
-            folder, *args, **{**kwargs, "trust_remote_code": False}
+            folder, *args, **{**kwargs, "adapter_kwargs": adapter, "trust_remote_code": False}
         )
         return model
 

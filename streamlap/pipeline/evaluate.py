@@ -108,7 +108,12 @@ def evaluate(
     scored_NL = nll_NL if stride is None else nll_NL[:, -stride:]
     mean = float(scored_NL.double().mean())
     if not math.isfinite(mean):
-        raise NumericalError(f"mean NLL is {mean}; wanted a number. Try dtype float32.")
+        way = (
+            "Try dtype float32"
+            if stream.dtype != torch.float32
+            else "Some weight of norm or head is too large for float32"
+        )
+        raise NumericalError(f"mean NLL is {mean}; wanted a number. {way}.")
     return Evaluation(
         perplexity=math.exp(min(mean, 700.0)), nll=mean, tokens=scored_NL.numel(), length=tokens_NL.shape[1],
         seconds=time.perf_counter() - start, peak_ram_bytes=peak_ram_bytes(), peak_vram_bytes=peak_vram_bytes(),

@@ -72,6 +72,10 @@ def survey(
         raise RecipeError(f"survey has no options {', '.join(map(shown, others))}; wanted fields of RunSettings.")
     deadline, settings = settings.deadline(), settings.settled()
     dtype, file = parse_dtype(dtype), Path(file)
+    if not file.name or file.is_dir():
+        raise RecipeError(
+            f"survey {file} is a folder; wanted the name of a new JSON file, like {file / 'survey.json'}."
+        )
     check_places(state_of(file), settings.work)
     folder = local_folder(str(model), settings.trust_remote_code)
     steady_heap()

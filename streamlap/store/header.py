@@ -22,6 +22,9 @@ MAX_HEADER_BYTES = 100_000_000
 MAX_NAME = 512
 """Characters in the name of a tensor."""
 MAX_DIMS = 8
+POINTER = b"version https://git-lfs."
+"""How a file begins that `git clone` left in the place of a large one."""
+LFS_ADVICE = "Run git lfs pull in that clone, or fetch it with hf download"
 
 DTYPES: dict[str, torch.dtype] = {
     "F64": torch.float64,
@@ -113,7 +116,10 @@ def parse_header(path: Path, file: IO[bytes], size: int) -> Header:
     `path` is where the shard lies, or will lie once it is fetched. Raises CheckpointError as `read_header` does, and what
     `file` raises.
     """
-    length = int.from_bytes(file.read(8), "little")
+    start = file.read(8)
+    if start == POINTER[:8]:
+        raise _fault(path, "the file is a pointer of Git LFS, and no weights", "the file it stands for", LFS_ADVICE)
+    length = int.from_bytes(start, "little")
     if size < 8 or length > min(size - 8, MAX_HEADER_BYTES):
         raise _fault(path, f"header length {length} in a file of {size} bytes", "a whole safetensors file")
     raw = file.read(length)

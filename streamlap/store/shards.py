@@ -86,7 +86,7 @@ def _named_in_config(folder: Path, files: Collection[str]) -> str | None:
             f"config.json has {NAMING_KEY} {shown(name)}; wanted the name of a .safetensors file, or of its index, inside "
             "the folder. Mend that key or take it out."
         )
-    if name not in files and not (folder / name).is_file():
+    if name not in files and not os.path.isfile(folder / name):
         raise CheckpointError(
             f"{shown(name)[1:-1]} is missing; config.json names it as {NAMING_KEY}. Fetch it, or take that key out."
         )
@@ -121,7 +121,7 @@ def _read_index(folder: Path, index: str, files: Collection[str], place: str) ->
     if not isinstance(table, dict) or not all(isinstance(shard, str) for shard in table.values()):
         raise CheckpointError(f"{index} has weight_map {shown(table)}; wanted tensor name -> shard file name.")
     for name, shard in table.items():
-        if not check_name(name) or not check_name(shard) or "\\" in shard or Path(shard).name != shard:
+        if not check_name(name) or not check_name(shard) or "\\" in shard or not _is_inside(PurePosixPath(shard)):
             raise CheckpointError(
                 f"{index} puts tensor {shown(name)} into {shown(shard)}; wanted a .safetensors file inside {place}. "
                 "Do not trust it."
@@ -131,9 +131,9 @@ def _read_index(folder: Path, index: str, files: Collection[str], place: str) ->
                 f"{index} puts tensor {name!r} into {shown(shard)}; wanted a .safetensors file. Pickled weights can run "
                 "code when opened, and no other kind is read."
             )
-        if shard not in files:
+        if shard not in files and not os.path.isfile(folder / shard):
             raise CheckpointError(
                 f"shard {shown(shard)[1:-1]} is missing; {index} wants it for tensor {name!r}. Fetch it from where the others "
                 "came."
             )
-    return table
+    return {name: str(PurePosixPath(shard)) for name, shard in table.items()}

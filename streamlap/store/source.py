@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import logging
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Protocol
@@ -44,45 +44,42 @@ class SafetensorsHeaders:
 
     `place` is what messages call the checkpoint, `shards` comes from `find_shards`, `headers` has each of them by name. Of a
     tensor that stands in several shards the last one counts, as in transformers; the index has to list it.
-    Raises CheckpointError when a tensor stands twice without that, or not where the index has it.
+    Raises CheckpointError when a tensor stands twice without that, or where one is read that only the index has.
     """
 
     def __init__(self, place: str, shards: Shards, headers: dict[str, Header]) -> None:
         self.place, self.headers, self._chosen = place, headers, shards.chosen
         shards.tell(place)
         self._tensors: dict[str, TensorInfo] = {}
-        overlaid: dict[str, str] = {}
+        found_in: dict[str, str] = {}
         for shard in shards.files:
             for name, info in headers[shard].tensors.items():
-                if name in self._tensors:
-                    overlaid[name] = self._listed(name, info, shards.index)
-                self._tensors[name] = info
-        for name, shard in shards.index.items():
-            if name not in headers[shard].tensors:
-                raise CheckpointError(
-                    f"{shards.chosen} says that tensor {name!r} is in {shard}, and it is not there; wanted both of one "
-                    "checkpoint."
-                )
-        self._tell_overruled({name for name, shard in overlaid.items() if shard != self._tensors[name].path.name})
-
-    def _listed(self, name: str, info: TensorInfo, index: Mapping[str, str]) -> str:
-        """Where the index has a tensor that stands in more than one shard."""
-        if name not in index:
-            first = self._tensors[name].path.name
-            raise CheckpointError(
-                f"tensor {name!r} stands in {first} and in {info.path.name}, and {self._chosen} lists none; wanted it once."
-            )
-        return index[name]
+                if name in self._tensors and name not in shards.index:
+                    raise CheckpointError(
+                        f"tensor {name!r} stands in {found_in[name]} and in {shard}, and {shards.chosen} lists none; wanted it "
+                        "once."
+                    )
+                self._tensors[name], found_in[name] = info, shard
+        self._absent = {name: shard for name, shard in shards.index.items() if name not in found_in}
+        self._tell_overruled({name for name, shard in shards.index.items() if found_in.get(name, shard) != shard})
 
     def _tell_overruled(self, names: set[str]) -> None:
         if names:
-            logger.warning("%s: tensors are read from a later shard than %s says, as the last one counts in transformers "
+            logger.warning("%s: tensors are read from another shard than %s says, as the last one counts in transformers "
                            "(%d in all): %s.", self.place, self._chosen, len(names), few(names))  # fmt: skip
+        if self._absent:
+            logger.warning("%s: %s lists tensors that are not where it says, nor elsewhere (%d in all): %s.",
+                           self.place, self._chosen, len(self._absent), few(self._absent))  # fmt: skip
 
     def names(self) -> Iterable[str]:
         return self._tensors
 
     def info(self, name: str) -> TensorInfo:
+        if name in self._absent:
+            raise CheckpointError(
+                f"{self._chosen} says that tensor {name!r} is in {self._absent[name]}, and it is not there; wanted both of one "
+                "checkpoint."
+            )
         if name not in self._tensors:
             raise CheckpointError(
                 f"tensor {name!r} is missing from {self.place}; wanted it in one of its shards, or a config.json without it."

@@ -10,7 +10,7 @@ from typing import Any
 
 from streamlap.errors import RecipeError, shown
 
-AMOUNT = r"(\d+(?:_\d+)*(?:\.\d+)?)\s*([A-Za-z]*)"
+AMOUNT = r"(\d+(?:_\d+)*(?:\.\d+)?|\.\d+)\s*([A-Za-z]*)"
 RATIO = r"(\d*\.?\d+(?:[eE]-?\d{1,3})?)\s*(%?)"
 
 

@@ -11,6 +11,7 @@ import os
 import sys
 import threading
 import time
+from collections.abc import Callable
 from types import TracebackType
 
 import torch
@@ -51,12 +52,11 @@ class Progress:
         now, rate = time.perf_counter(), self._rate()
         self._seconds.append(now - self._began)
         self._began, self._left, self._moved = now, self._left - 1, sum(bytes_moved())
-        self._bar.update()
+        self._show(self._bar.update)
         if self._lines:
             place = f"{self._name} {self._depth - self._left}/{self._depth}"
-            tqdm.write(
-                f"{place} in {self._seconds[-1]:.1f} s, {rate}, {self._memory()}, {self._eta()}", file=sys.stderr
-            )
+            line = f"{place} in {self._seconds[-1]:.1f} s, {rate}, {self._memory()}, {self._eta()}"
+            self._show(lambda: tqdm.write(line, file=sys.stderr))
 
     def seconds_left(self) -> float | None:
         """Forecast for the layers to come, less what the one in hand has taken; None before the first is done."""
@@ -83,7 +83,7 @@ class Progress:
 
     def _tick(self) -> None:
         while not self._stop.wait(TICK_SECONDS):
-            self._bar.set_postfix_str(self.describe())
+            self._show(lambda: self._bar.set_postfix_str(self.describe()))
 
     def __enter__(self) -> Progress:
         if not self._bar.disable:
@@ -94,4 +94,11 @@ class Progress:
         self._stop.set()
         if self._ticker.is_alive():
             self._ticker.join()
-        self._bar.close()
+        self._show(self._bar.close)
+
+    def _show(self, write: Callable[[], object]) -> None:
+        """A terminal that is gone, or a log on a full disk, ends what is shown, and not the run."""
+        try:
+            write()
+        except OSError:
+            self._lines, self._bar.disable = False, True

@@ -15,6 +15,12 @@ import numpy.typing as npt
 
 from streamlap.errors import shown
 
+READERS = {
+    (1, 0): np.lib.format.read_array_header_1_0,
+    (2, 0): np.lib.format.read_array_header_2_0,
+    (3, 0): np.lib.format.read_array_header_2_0,
+}
+"""Version of the format -> what reads a header of it. 3.0 is 2.0 with names of fields in UTF-8, and numbers have no fields."""
 Integers = npt.NDArray[np.integer]
 
 
@@ -35,10 +41,9 @@ class IntegerFile:
         """From the header alone. Raises TypeError for other arrays, ValueError where it is none, and what numpy raises."""
         with path.open("rb") as file:
             version = np.lib.format.read_magic(file)
-            readers = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
-            if version not in readers:
+            if version not in READERS:
                 raise ValueError(f"format version {version}; numpy.save writes (1, 0) for numbers")
-            shape, by_columns, dtype = readers[version](file)
+            shape, by_columns, dtype = READERS[version](file)
             offset = file.tell()
         if dtype.hasobject:
             raise TypeError("pickled Python objects, which can run code when opened; wanted whole numbers")

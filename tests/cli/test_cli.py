@@ -97,6 +97,14 @@ def test_a_recipe_file_and_options_together(
     assert (saved["ratio"], saved["methods"]) == (0.3, [{"method": "ffn_lorap", "protect": 0.1}])
 
 
+EMPTY = [
+    ["compress", "", "o"], ["compress", "m", ""], ["compress", "m", "o", "--work", ""], ["plan", ""],
+    ["plan", "m", "--recipe", ""], ["survey", "m", ""], ["resume", ""], ["eval", ""], ["inspect", ""], ["verify", ""],
+    ["export", "", "d", "--to", "dense"], ["export", "m", "", "--to", "dense"], ["demo", ""],
+]  # fmt: skip
+"""Calls with a variable of the shell that is not set."""
+
+
 @pytest.mark.parametrize(
     ("words", "code", "said"),
     [
@@ -120,6 +128,9 @@ def test_a_recipe_file_and_options_together(
         (["eval", str(bundled("model")), "--dtype", "int8"], 2, "int8"),
         (["eval", str(bundled("model")), "--limit", "5"], 2, "limit is 5"),
         (["eval", "nowhere-at-all"], 3, "nowhere-at-all"),
+        *((words, 2, "it is empty; wanted a name") for words in EMPTY),
+        (["eval", str(bundled("model")), "--text", ""], 2, "the name of a text is empty"),
+        (["survey", "m", "."], 2, "survey . is a folder; wanted the name of a new JSON file, like survey.json"),
         (["verify", "nowhere-at-all"], 3, "nowhere-at-all"),
         (["resume", "nowhere-at-all"], 5, "nowhere-at-all"),
     ],

@@ -143,15 +143,9 @@ def test_code_of_another_repository_is_not_fetched(loaded: Path, tmp_path: Path)
 @pytest.mark.parametrize(
     ("fields", "words"),
     [
-        (
-            {"tokenizer_class": "NoSuchTokenizer"},
-            "a 'NoSuchTokenizer': transformers has no tokenizer of that name.*npy",
-        ),
-        ({"tokenizer_class": ["x"]}, "transformers has no tokenizer"),
-        ({"tokenizer_class": "os.system"}, "transformers has no tokenizer"),
+        ({"tokenizer_class": ["x"]}, "transformers has no tokenizer of that name.*npy"),
         ({"tokenizer_class": "pipeline"}, "transformers has no tokenizer"),
         ({"tokenizer_class": "LlamaForCausalLM"}, "transformers has no tokenizer"),
-        ({"tokenizer_class": "x" * 10**6}, "xxx.*transformers has no tokenizer"),
         ({"fast_tokenizer_files": ["../tokenizer.5.0.0.json"]}, "fast_tokenizer_files .*inside"),
         ({"gguf_file": "/etc/passwd"}, "gguf_file '/etc/passwd'"),
         ({"vocab": "/etc/passwd"}, "vocab '/etc/passwd'; wanted none, the files are those of"),
@@ -337,6 +331,31 @@ def test_tokenizer_settings_that_are_no_object(pico: MakeModel, tmp_path: Path, 
     folder = Path(shutil.copytree(pico("llama", tokenizer=True), tmp_path / "model"))
     (folder / "tokenizer_config.json").write_bytes(raw)
     with pytest.raises(CheckpointError, match=r"tokenizer_config\.json"):
+        tokenise(TEXT, folder, tmp_path)
+
+
+@pytest.mark.parametrize("name", ["LLaMATokenizer", "Ernie4_5_Tokenizer", "os.system", "", "x" * 10**6])
+@pytest.mark.parametrize("file", ["tokenizer_config.json", "config.json"])
+def test_a_name_that_is_none_of_transformers_leaves_tokenizer_json(
+    pico: MakeModel, tmp_path: Path, name: str, file: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    """As in transformers; without that file there is nothing to read."""
+    folder = Path(shutil.copytree(pico("llama", tokenizer=True), tmp_path / "model"))
+    wanted = tokenise(TEXT, folder, tmp_path)
+    change(folder / file, tokenizer_class=name)
+    assert AutoTokenizer.from_pretrained(folder)("a b")["input_ids"]
+    assert torch.equal(tokenise(TEXT, folder, tmp_path), wanted)
+    assert "transformers has none of that name: it takes tokenizer.json" in caplog.text
+    (folder / "tokenizer.json").unlink()
+    with pytest.raises(RecipeError, match=r"transformers has no tokenizer of that name.*npy") as caught:
+        tokenise(TEXT, folder, tmp_path)
+    assert len(str(caught.value)) < 1000
+
+
+def test_a_folder_without_tokens_is_said_to_have_none(pico: MakeModel, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(pico("llama", tokenizer=True), tmp_path / "model"))
+    (folder / "tokenizer.json").unlink()
+    with pytest.raises(RecipeError, match=r"no tokenizer that loads: no tokenizer\.json, and no other file of tokens"):
         tokenise(TEXT, folder, tmp_path)
 
 

@@ -5,8 +5,10 @@ from __future__ import annotations
 import gzip
 import io
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
+from random import Random
 from typing import Any
 
 import pytest
@@ -14,7 +16,7 @@ from conftest import TEXT
 
 from streamlap.data import rows as rows_module
 from streamlap.data.rows import JsonValues
-from streamlap.data.text import PIECE_BYTES, check_file, decode, read_text
+from streamlap.data.text import PIECE_BYTES, ZstdFile, check_file, decode, read_text
 from streamlap.errors import RecipeError
 
 ROWS = TEXT.split("\n")
@@ -78,6 +80,15 @@ ROW: dict[str, tuple[Any, str]] = {
     "instruction": ({"instruction": "Say who", "input": "", "output": "The whale."}, "Say who\nThe whale."),
     "instruction and input": ({"instruction": "Say", "input": "who", "output": "I"}, "Say\nwho\nI"),
     "instruction without input": ({"instruction": "Say who", "output": "The whale."}, "Say who\nThe whale."),
+    "conversation": ({"conversation": SAID, "model": "x"}, "Who?\nThe whale."),
+    "prompt and response": ({"prompt": "Who?", "response": "The whale."}, "Who?\nThe whale."),
+    "instruction and context": (
+        {"instruction": "Say", "context": "who", "response": "I", "category": "qa"},
+        "Say\nwho\nI",
+    ),
+    "instruction and response": ({"instruction": "Say who", "response": "The whale."}, "Say who\nThe whale."),
+    "question and answer": ({"question": "Who?", "answer": "The whale."}, "Who?\nThe whale."),
+    "a character of two escapes": ({"text": "\U0001f40b"}, "\U0001f40b"),
     "text before messages": ({"messages": SAID, "text": "this"}, "this"),
     "empty": ({"text": ""}, ""),
 }
@@ -128,6 +139,37 @@ def test_zstd(tmp_path: Path) -> None:
     (tmp_path / "b.txt.zst").write_bytes(TEXT.encode())
     with pytest.raises(RecipeError, match=r"b.txt.zst cannot be unpacked .*wanted a whole zstd file"):
         "".join(read_text(tmp_path / "b.txt.zst"))
+    skipped = b"\x50\x2a\x4d\x18" + (3).to_bytes(4, "little") + b"xyz"
+    (tmp_path / "c.txt.zst").write_bytes(skipped + pack(TEXT.encode()) + skipped)
+    assert "".join(read_text(tmp_path / "c.txt.zst")) == TEXT
+
+
+@pytest.mark.parametrize("size", [1000, 5 * PIECE_BYTES])
+def test_a_zstd_file_that_was_cut_is_not_taken_for_a_whole_one(tmp_path: Path, size: int) -> None:
+    """Where the cut is in the last block, all blocks before it can be read."""
+    zstandard = pytest.importorskip("zstandard")
+    path, noise = tmp_path / "a.txt.zst", Random(0)
+    packed: bytes = zstandard.ZstdCompressor().compress("".join(noise.choices("abcdefgh ", k=size)).encode())
+    for kept in (len(packed) - 1, len(packed) // 2, 3):
+        path.write_bytes(packed[:kept])
+        with pytest.raises(RecipeError, match=r"a.txt.zst cannot be unpacked \(it ends inside a frame\)"):
+            "".join(read_text(path))
+
+
+def test_zstd_is_unpacked_a_little_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    zstandard = pytest.importorskip("zstandard")
+    (tmp_path / "a.txt.zst").write_bytes(zstandard.ZstdCompressor(level=19).compress(b"a" * (64 << 20)))
+    found: list[int] = []
+    feed = ZstdFile._feed
+
+    def watched(file: ZstdFile) -> bool:
+        more = feed(file)
+        found.append(len(file._found))
+        return more
+
+    monkeypatch.setattr(ZstdFile, "_feed", watched)
+    assert sum(map(len, read_text(tmp_path / "a.txt.zst"))) == 64 << 20
+    assert max(found) <= 16 << 20
 
 
 def test_zstd_without_its_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -139,6 +181,12 @@ def test_zstd_without_its_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 
 REFUSED: dict[str, tuple[str, bytes, str]] = {
     "UTF-16": ("a.txt", TEXT.encode("utf-16"), r"a.txt is not UTF-8 text but UTF-16 \(byte 0\)"),
+    "UTF-32": ("a.txt", TEXT.encode("utf-32"), r"a.txt is not UTF-8 text but UTF-32 \(byte 0\)"),
+    "half of a character": (
+        "a.jsonl",
+        lines("a", "b\ud83d"),
+        r"has '\\ud83d' in row 2, half of a character; wanted whole",
+    ),
     "latin-1 far behind": ("a.txt", b"a" * 99_999 + b"caf\xe9", r"not UTF-8 text \(byte 100002\)"),
     "latin-1 behind a mark": ("a.txt", b"\xef\xbb\xbfcaf\xe9 x", r"not UTF-8 text \(byte 6\)"),
     "cut inside a letter": ("a.txt", "é".encode()[:1], r"not UTF-8 text \(byte 0\)"),
@@ -189,7 +237,7 @@ def test_what_is_no_text(tmp_path: Path, case: str) -> None:
         ("a.parquet.gz", r"is packed.*wanted .parquet. Unpack it first"),
         ("a.npy.zst", r"is packed.*wanted .npy. Unpack it first"),
         ("folder", r"is a folder, not a file; wanted .*Name its files one by one"),
-        ("none.txt", r"none.txt is not a file"),
+        ("none.txt", r"none.txt is not a file; wanted .*, or a data set of the hub: org/name\["),
         ("empty.txt", r"empty.txt is empty"),
     ],
 )
@@ -199,6 +247,14 @@ def test_files_of_other_kinds(tmp_path: Path, name: str, words: str) -> None:
         (tmp_path / name).write_bytes(b"" if name == "empty.txt" else b"x")
     with pytest.raises(RecipeError, match=words):
         check_file(tmp_path / name)
+
+
+def test_a_pipe_is_no_file(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "a.txt")
+    with pytest.raises(RecipeError, match=r"a.txt is a pipe or a device, and a run that goes on reads its text again"):
+        check_file(tmp_path / "a.txt")
+    with pytest.raises(RecipeError, match=r"/dev/null is a pipe or a device"):
+        check_file(Path("/dev/null"))
 
 
 class Counted(io.BytesIO):

@@ -123,10 +123,41 @@ def test_rows_of_any_kind_of_number(folder: Path, tmp_path: Path, dtype: Any, by
     )
 
 
+@pytest.mark.parametrize("version", [(1, 0), (2, 0), (3, 0)])
+def test_every_version_of_the_format(folder: Path, tmp_path: Path, version: tuple[int, int]) -> None:
+    ids = np.arange(160).reshape(10, 16)
+    with (tmp_path / "a.npy").open("wb") as file:
+        np.lib.format.write_array(file, ids, version=version)
+    assert torch.equal(read(folder, tmp_path / "a.npy"), torch.from_numpy(ids))
+
+
+@pytest.mark.parametrize(
+    ("row", "advice"),
+    [(96, "Choose --length 48, or save the ids flat"), (97, "To have other windows, save the ids flat")],
+)
+def test_the_length_that_is_advised_is_one_that_does(folder: Path, tmp_path: Path, row: int, advice: str) -> None:
+    np.save(tmp_path / "a.npy", np.zeros((2, row), int))
+    with pytest.raises(RecipeError, match=f"a.npy: length is {row}, and the model's context is 64. {advice}"):
+        read(folder, tmp_path / "a.npy")
+    if row == 96:
+        assert len(read(folder, tmp_path / "a.npy", length=48)) == 4
+
+
+def test_ids_that_may_not_be_read(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    np.save(tmp_path / "a.npy", np.zeros((2, 16), int))
+
+    def refuse(path: Path) -> None:
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr(IntegerFile, "open", refuse)
+    with pytest.raises(RecipeError, match=r"a.npy cannot be read: Permission denied\.$"):
+        read(folder, tmp_path / "a.npy")
+
+
 def test_overlapping_windows_stay_inside_their_row(folder: Path, tmp_path: Path) -> None:
     ids = torch.arange(40).view(2, 20)
     np.save(tmp_path / "a.npy", ids.numpy())
-    with pytest.raises(RecipeError, match="rows of 20 tokens; --length 8 does not divide that"):
+    with pytest.raises(RecipeError, match=r"--length 8 does not divide that\. Choose --length 5, or save"):
         read(folder, tmp_path / "a.npy", length=8, stride=4)
     assert torch.equal(read(folder, tmp_path / "a.npy", length=10, stride=5), ids.unfold(-1, 10, 5).reshape(-1, 10))
     np.save(tmp_path / "b.npy", ids.flatten().numpy())

@@ -18,7 +18,7 @@ from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSequenceCl
 
 import streamlap
 from streamlap.cli.show import describe_inventory
-from streamlap.errors import CheckpointError, UnsupportedModel
+from streamlap.errors import CheckpointError, NumericalError, UnsupportedModel
 from streamlap.families.stream import ModelStream
 from streamlap.families.table import FAMILIES
 
@@ -273,7 +273,7 @@ def test_old_rotary_buffers_are_left_behind_without_a_word(
             "hold 2 decoder layers, the last numbered 1; wanted",
         ),
         (lambda t: {n: x for n, x in bare(t).items() if n != "norm.weight"}, "'model.norm.weight' is missing"),
-        (lambda t: {f"language_model.{n}": x for n, x in t.items()}, "hold no decoder layer"),
+        (lambda t: {f"language_model.{n}": x for n, x in t.items()}, "hold no model.layers.0, but 'language_model"),
         (lambda t: t | {HEAD: t[HEAD][:, :31]}, r"'lm_head.weight' .* has shape \[300, 31\]"),
     ],
 )
@@ -323,3 +323,40 @@ def test_an_adapter_beside_the_weights_is_refused(pico: MakeModel, tokens: Path,
     (source / "adapter_config.json").write_text("{}")
     with pytest.raises(CheckpointError, match=r"has an adapter_config.json; wanted a model alone"):
         streamlap.evaluate(source, tokens)
+
+
+@pytest.mark.parametrize("layer_types", [["full_attention", "sliding_attention", "full_attention"], None])
+def test_a_mistral_with_layer_types_is_a_ministral(
+    pico: MakeModel, tokens: Path, tmp_path: Path, layer_types: list[str] | None
+) -> None:
+    """So transformers takes it; a mistral would slide in every layer."""
+    folder = layout(pico("mistral", sliding_window=5), tmp_path / "m", layer_types=layer_types)
+    check_loss(folder, tokens, tmp_path)
+    assert streamlap.inspect(folder)["model_type"] == "ministral"
+
+
+@pytest.mark.parametrize("prefix", ["module.", "_orig_mod.", "transformer."])
+def test_names_of_another_program_are_shown(pico: MakeModel, tmp_path: Path, prefix: str) -> None:
+    folder = layout(pico("llama"), tmp_path / "m", lambda tensors: {prefix + name: t for name, t in tensors.items()})
+    with pytest.raises(CheckpointError, match=rf"hold no model.layers.0, but '{prefix}model.layers.0.*Rename"):
+        streamlap.inspect(folder)
+
+
+def test_a_head_that_is_not_there_may_be_tied(pico: MakeModel, tokens: Path, tmp_path: Path) -> None:
+    folder = layout(pico("llama", tied=True), tmp_path / "m", tie_word_embeddings=False)
+    with pytest.raises(CheckpointError, match=r"'lm_head.weight' is missing.* set tie_word_embeddings to true"):
+        streamlap.evaluate(folder, tokens)
+    check_loss(layout(folder, tmp_path / "tied", tie_word_embeddings=True), tokens, tmp_path)
+
+
+def test_a_norm_that_float32_cannot_hold(pico: MakeModel, tokens: Path, tmp_path: Path) -> None:
+    folder = layout(pico("llama"), tmp_path / "m", lambda t: t | {NORM: torch.full((32,), 1e300, dtype=torch.float64)})
+    with pytest.raises(NumericalError, match=r"Some weight of norm or head is too large for float32"):
+        streamlap.evaluate(folder, tokens)
+
+
+def test_a_config_that_only_says_quantised_may_be_mended(pico: MakeModel, tmp_path: Path) -> None:
+    method = {"quant_method": "bitsandbytes", "load_in_4bit": False, "load_in_8bit": False}
+    folder = layout(pico("llama"), tmp_path / "m", quantization_config=method)
+    with pytest.raises(UnsupportedModel, match="plain floats all the same, take quantization_config out"):
+        streamlap.inspect(folder)

@@ -386,6 +386,9 @@ except ValueError as error:
     seen["quanto"] = str(error)
 if "peft" not in absent:
     from peft import PeftModel  # after the model
+    by_its_own_name = AutoModelForCausalLM.from_pretrained(adapter, trust_remote_code=True)
+    with torch.no_grad():
+        torch.save(by_its_own_name(tokens_BL).logits, out + "/own.pt")
     model = PeftModel.from_pretrained(model, adapter).merge_and_unload()
     model.save_pretrained(out + "/merged")
 with torch.no_grad():
@@ -417,4 +420,5 @@ def test_by_name_where_streamlap_is_not_installed(kinds: Case, tmp_path: Path, a
     torch.testing.assert_close(torch.load(tmp_path / "logits.pt"), wanted_BLV, atol=1e-5, rtol=1e-5)
     if not absent:
         assert seen["same"]
+        torch.testing.assert_close(torch.load(tmp_path / "own.pt"), wanted_BLV, atol=1e-5, rtol=1e-5)
         torch.testing.assert_close(logits(load(tmp_path / "merged")), wanted_BLV, atol=1e-5, rtol=1e-5)

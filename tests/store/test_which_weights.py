@@ -166,7 +166,7 @@ def test_the_last_shard_counts_as_in_transformers(
     source = SafetensorsFolder(folder)
     assert (source.info(UP_1).path.name == overlay) is (overlay > "model")
     overruled = (overlay > "model") is not listed
-    assert ("are read from a later shard than model.safetensors.index.json says" in caplog.text) is overruled
+    assert ("are read from another shard than model.safetensors.index.json says" in caplog.text) is overruled
     check_loss(folder, tokens, tmp_path / "out")
 
 
@@ -175,6 +175,74 @@ def test_a_tensor_twice_without_an_index_that_lists_it_is_refused(folder: Path) 
     with pytest.raises(
         CheckpointError, match=f"'{UP_1}' stands in model-0000.* and in z-overlay.safetensors, and .* lists none"
     ):
+        SafetensorsFolder(folder)
+
+
+# --- an index that is not quite that of its shards -------------------------------------------------------------------
+
+
+def indexed(pico: MakeModel, folder: Path, **entries: str | None) -> dict[str, str]:
+    """A folder of shards whose index has other entries; None takes one out."""
+    shutil.copytree(pico("llama", shard_size="60KB"), folder)
+    table = json.loads((folder / INDEX_NAME).read_text())["weight_map"] | entries
+    save_index(folder, INDEX_NAME, **{name: shard for name, shard in table.items() if shard is not None})
+    return table
+
+
+@pytest.mark.parametrize("name", ["lm_head.bias", "model.layers.0.self_attn.rotary_emb.inv_freq"])
+def test_an_index_may_list_what_no_shard_holds_and_no_model_reads(
+    pico: MakeModel, tokens: Path, tmp_path: Path, name: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    indexed(pico, tmp_path / "m", **{name: "model-00001-of-00003.safetensors"})
+    check_loss(tmp_path / "m", tokens, tmp_path / "out")
+    assert f"lists tensors that are not where it says, nor elsewhere (1 in all): {name}" in caplog.text
+
+
+def test_an_index_may_lack_the_head_of_a_tied_model(pico: MakeModel, tokens: Path, tmp_path: Path) -> None:
+    shutil.copytree(pico("llama", tied=True, shard_size="60KB"), tmp_path / "m")
+    table = json.loads((tmp_path / "m" / INDEX_NAME).read_text())["weight_map"]
+    save_index(tmp_path / "m", INDEX_NAME, **table, **{"lm_head.weight": table["model.embed_tokens.weight"]})
+    check_loss(tmp_path / "m", tokens, tmp_path / "out")
+
+
+def test_an_index_may_have_a_tensor_in_another_shard(
+    pico: MakeModel, tokens: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    table = indexed(pico, tmp_path / "m")
+    (other,) = {shard for shard in table.values() if shard != table[UP_1]} - {max(table.values())} or {
+        min(table.values())
+    }
+    save_index(tmp_path / "m", INDEX_NAME, **table | {UP_1: other})
+    check_loss(tmp_path / "m", tokens, tmp_path / "out")
+    assert f"read from another shard than {INDEX_NAME} says" in caplog.text
+
+
+def test_what_the_index_lists_and_the_model_needs_must_be_there(pico: MakeModel, tmp_path: Path) -> None:
+    indexed(pico, tmp_path / "m")
+    for path in (tmp_path / "m").glob("model-*"):
+        tensors = load_file(path)
+        if tensors.pop(UP_1, None) is not None:
+            save_file(tensors, path, {"format": "pt"})
+    with pytest.raises(CheckpointError, match=f"says that tensor '{UP_1}' is in model-.*, and it is not there"):
+        streamlap.inspect(tmp_path / "m")
+
+
+@pytest.mark.parametrize("prefix", ["./", "weights/"])
+def test_an_index_may_name_shards_by_path(pico: MakeModel, tokens: Path, tmp_path: Path, prefix: str) -> None:
+    folder, table = tmp_path / "m", indexed(pico, tmp_path / "m")
+    (folder / prefix).mkdir(exist_ok=True)
+    for shard in set(table.values()):
+        (folder / shard).rename(folder / prefix / shard)
+    save_index(folder, INDEX_NAME, **{name: prefix + shard for name, shard in table.items()})
+    check_loss(folder, tokens, tmp_path / "out")
+
+
+# --- files that are no weights ---------------------------------------------------------------------------------------
+
+
+def test_a_pointer_of_git_lfs_is_named(folder: Path) -> None:
+    (folder / SINGLE_NAME).write_text("version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12345\n")
+    with pytest.raises(CheckpointError, match=r"model.safetensors: the file is a pointer of Git LFS.*Run git lfs pull"):
         SafetensorsFolder(folder)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import re
 import sys
@@ -184,3 +185,40 @@ def test_its_thread_ends_with_the_block_also_where_that_fails(monkeypatch: pytes
         fail_in_the_block()
     assert {thread.name for thread in inside - before} == {"progress"}
     assert set(threading.enumerate()) == before
+
+
+# --- no one there to read it ---------------------------------------------------------------------------------------------
+
+
+class Gone(io.StringIO):
+    """A terminal that is closed after a while, or a log whose disk is full."""
+
+    def __init__(self, terminal: bool) -> None:
+        super().__init__()
+        self.terminal, self.is_gone = terminal, False
+
+    def isatty(self) -> bool:
+        return self.terminal
+
+    def write(self, text: str, /) -> int:
+        if self.is_gone:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return super().write(text)
+
+
+@pytest.mark.usefixtures("loud")
+@pytest.mark.parametrize("terminal", [False, True])
+def test_a_run_outlives_what_it_is_shown_on(monkeypatch: pytest.MonkeyPatch, terminal: bool) -> None:
+    file = Gone(terminal)
+    monkeypatch.setattr(sys, "stderr", file)
+    bar = Progress("compress", 3)
+    with bar:
+        bar.next()
+        shown = file.getvalue()
+        file.is_gone = True
+        bar._bar.last_print_t = 0  # so that the bar is due
+        bar.next()
+        file.is_gone = False
+        bar.next()
+    assert shown
+    assert file.getvalue() == shown, "it is tried once"
