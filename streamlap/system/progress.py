@@ -11,8 +11,8 @@ import os
 import sys
 import threading
 import time
-from collections.abc import Callable
 from types import TracebackType
+from typing import Any, TextIO
 
 import torch
 from tqdm import tqdm
@@ -30,13 +30,40 @@ class _Bar(tqdm):  # type: ignore[type-arg]
     monitor_interval = 0  # no thread of tqdm's own, which would outlive the bar
 
 
+class Shown:
+    """A stream, until it cannot be written any more: a terminal that is gone, or a log on a full disk, ends what is shown, and
+    not the run. Nothing is raised, for tqdm would keep its lock, and the next bar of the process would wait for ever."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream, self._gone = stream, False
+
+    def write(self, text: str) -> int:
+        self._try("write", text)
+        return len(text)
+
+    def flush(self) -> None:
+        self._try("flush")
+
+    def _try(self, action: str, *text: str) -> None:
+        try:
+            if not self._gone:
+                getattr(self._stream, action)(*text)
+        except OSError:
+            self._gone = True
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+
 class Progress:
     """A bar over `depth` layers from layer `first`; `seconds` are those that the layers before took."""
 
     def __init__(self, name: str, depth: int, first: int = 0, seconds: tuple[float, ...] = ()) -> None:
         quiet = any(os.environ.get(switch, "").upper() in {"1", "ON", "YES", "TRUE"} for switch in SWITCHES)
-        terminal = sys.stderr.isatty()
-        self._bar = _Bar(total=depth, initial=first, desc=name, bar_format=FORMAT, disable=quiet or not terminal)
+        terminal, self._shown = sys.stderr.isatty(), Shown(sys.stderr)
+        self._bar = _Bar(
+            total=depth, initial=first, desc=name, bar_format=FORMAT, disable=quiet or not terminal, file=self._shown
+        )
         self._name, self._depth, self._lines = name, depth, not quiet and not terminal
         self._seconds, self._left = list(seconds), depth - first
         self._phase, self._began, self._moved = "start", time.perf_counter(), sum(bytes_moved())
@@ -52,11 +79,11 @@ class Progress:
         now, rate = time.perf_counter(), self._rate()
         self._seconds.append(now - self._began)
         self._began, self._left, self._moved = now, self._left - 1, sum(bytes_moved())
-        self._show(self._bar.update)
+        self._bar.update()
         if self._lines:
             place = f"{self._name} {self._depth - self._left}/{self._depth}"
             line = f"{place} in {self._seconds[-1]:.1f} s, {rate}, {self._memory()}, {self._eta()}"
-            self._show(lambda: tqdm.write(line, file=sys.stderr))
+            tqdm.write(line, file=self._shown)
 
     def seconds_left(self) -> float | None:
         """Forecast for the layers to come, less what the one in hand has taken; None before the first is done."""
@@ -83,7 +110,7 @@ class Progress:
 
     def _tick(self) -> None:
         while not self._stop.wait(TICK_SECONDS):
-            self._show(lambda: self._bar.set_postfix_str(self.describe()))
+            self._bar.set_postfix_str(self.describe())
 
     def __enter__(self) -> Progress:
         if not self._bar.disable:
@@ -94,11 +121,4 @@ class Progress:
         self._stop.set()
         if self._ticker.is_alive():
             self._ticker.join()
-        self._show(self._bar.close)
-
-    def _show(self, write: Callable[[], object]) -> None:
-        """A terminal that is gone, or a log on a full disk, ends what is shown, and not the run."""
-        try:
-            write()
-        except OSError:
-            self._lines, self._bar.disable = False, True
+        self._bar.close()

@@ -222,3 +222,8 @@ def test_a_run_outlives_what_it_is_shown_on(monkeypatch: pytest.MonkeyPatch, ter
         bar.next()
     assert shown
     assert file.getvalue() == shown, "it is tried once"
+    monkeypatch.setattr(sys, "stderr", Terminal())
+    other = threading.Thread(target=lambda: Progress("next", 2).next(), daemon=True)
+    other.start()
+    other.join(10)
+    assert not other.is_alive(), "tqdm's lock is free for the next bar"
