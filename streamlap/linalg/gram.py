@@ -2,8 +2,8 @@
 
 S is symmetric and all that is made of it is triangular or symmetric, so one array holds both: S above the diagonal, its
 diagonal apart, and on and below the diagonal first what rounding took from the sums, then L with L L' = S, then L^-1, then
-S^-1. Each takes the place of the one before. Everything goes in panels of `PANEL` columns, so that beside the array memory
-holds a few panels, and the bits do not depend on how much memory there is.
+S^-1. Each takes the place of the one before. Everything goes in panels of columns (see `triangles`), so that beside the
+array memory holds a few panels, and the bits do not depend on how much memory there is.
 
 Shape suffixes: T tokens, I in, O out, P columns of a panel.
 """
@@ -11,17 +11,21 @@ Shape suffixes: T tokens, I in, O out, P columns of a panel.
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator
 
 import torch
 
 from streamlap.errors import NumericalError
-from streamlap.linalg.lowrank import solver_threads
 from streamlap.linalg.products import product
 from streamlap.linalg.solution import Solution
-
-PANEL = 1024
-"""Columns that are worked on at a time."""
+from streamlap.linalg.triangles import (
+    invert_lower,
+    panels,
+    put_lower,
+    small_factor,
+    solve_right,
+    solve_triangular,
+    square_lower,
+)
 
 LARGE = 1024
 """Problems of more columns are summed and solved in float32: in half the time and memory, on most GPUs in a hundredth of the
@@ -44,10 +48,6 @@ of ten thousand times the mean power and more."""
 def solve_dtype(columns: int) -> torch.dtype:
     """The dtype to sum and solve in."""
     return torch.float32 if columns > LARGE else torch.float64
-
-
-def panels(size: int) -> Iterator[slice]:
-    return (slice(first, min(first + PANEL, size)) for first in range(0, size, PANEL))
 
 
 class Sum:
@@ -225,10 +225,10 @@ class Gram:
             left_PI = square_II[at, done].contiguous()
             corner_PP = self._corner(at) - product(left_PI, left_PI.T)
             corner_PP.diagonal().add_(ridge_I[at])
-            factor_PP = _small_factor(corner_PP)
+            factor_PP = small_factor(corner_PP)
             if factor_PP is None:
                 return None
-            _put_lower(square_II, at, factor_PP)
+            put_lower(square_II, at, factor_PP)
             for below in panels(len(self)):
                 if below.start > at.start:
                     rest = square_II[at, below].T - product(square_II[below, done], left_PI.T)
@@ -284,48 +284,10 @@ class Inverse:
         for at in panels(len(self._square_II)):
             left_QP = half_QI[:, at].contiguous()
             change_PP = product(left_QP.T, left_QP)
-            _put_lower(self._square_II, at, self._square_II[at, at] - change_PP)
+            put_lower(self._square_II, at, self._square_II[at, at] - change_PP)
             for below in panels(len(self._square_II)):
                 if below.start > at.start:
                     self._square_II[below, at] -= product(half_QI[:, below].T, left_QP)
-
-
-def invert_lower(square_II: torch.Tensor) -> None:
-    """L^-1 in the place of L, from the last panel to the first."""
-    order = list(panels(len(square_II)))
-    for at in reversed(order):
-        corner_PP = solve_triangular(square_II[at, at], torch.eye(at.stop - at.start).to(square_II), upper=False)
-        right_IP = product(square_II[at.stop :, at], corner_PP)
-        for below in order:
-            if below.start > at.start:
-                before, inside = slice(at.stop, below.start), slice(below.start - at.stop, below.stop - at.stop)
-                made_PP = product(square_II[below, below].tril(), right_IP[inside])
-                made_PP += product(square_II[below, before], right_IP[: inside.start])
-                square_II[below, at] = made_PP.neg_()
-        _put_lower(square_II, at, corner_PP)
-
-
-def square_lower(square_II: torch.Tensor) -> None:
-    """R' R in the place of R, from the first panel of rows to the last."""
-    for at in panels(len(square_II)):
-        left_IP = square_II[at.start :, at].clone()
-        left_IP[: at.stop - at.start].tril_()
-        for before in panels(at.start):
-            square_II[at, before] = product(left_IP.T, square_II[at.start :, before])
-        _put_lower(square_II, at, product(left_IP.T, left_IP))
-
-
-def _put_lower(square_II: torch.Tensor, at: slice, made_PP: torch.Tensor) -> None:
-    """The lower half of a square on the diagonal; S stays above it."""
-    square_II[at, at] = made_PP.tril() + square_II[at, at].triu(1)
-
-
-def _small_factor(gram_PP: torch.Tensor) -> torch.Tensor | None:
-    """The factor of a panel's square, made in float64."""
-    with solver_threads(gram_PP.device):
-        factor_PP, info = torch.linalg.cholesky_ex(gram_PP.double())
-    factor_PP = factor_PP.to(gram_PP.dtype)
-    return factor_PP if int(info) == 0 and bool(torch.isfinite(factor_PP.diagonal()).all()) else None
 
 
 def squares(x_TI: torch.Tensor) -> torch.Tensor:
@@ -336,23 +298,3 @@ def squares(x_TI: torch.Tensor) -> torch.Tensor:
         made_II[at, at.start :] = product(x_IT[at], x_IT[at.start :].T)
         made_II[at, : at.start] = made_II[: at.start, at].T
     return made_II
-
-
-def solve_triangular(factor_II: torch.Tensor, b_IO: torch.Tensor, upper: bool) -> torch.Tensor:
-    """L^-1 b, for a factor that is lower or, with `upper`, upper; the other half is not looked at."""
-    with solver_threads(factor_II.device):
-        x_IO: torch.Tensor = torch.linalg.solve_triangular(factor_II, b_IO, upper=upper)
-    return x_IO
-
-
-def solve_right(factor_II: torch.Tensor, b_OI: torch.Tensor) -> torch.Tensor:
-    """b S^-1 for S = L L', of which only the lower half is looked at. In panels, so that nearly all is matrix products."""
-    x_IO = b_OI.T.clone(memory_format=torch.contiguous_format)
-    order = list(panels(len(factor_II)))
-    for at in order:
-        x_IO[at] -= product(factor_II[at, : at.start], x_IO[: at.start])
-        x_IO[at] = solve_triangular(factor_II[at, at], x_IO[at], upper=False)
-    for at in reversed(order):
-        x_IO[at] -= product(factor_II[at.stop :, at].T, x_IO[at.stop :])
-        x_IO[at] = solve_triangular(factor_II[at, at].T, x_IO[at], upper=True)
-    return x_IO.T

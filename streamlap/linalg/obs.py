@@ -13,9 +13,10 @@ from dataclasses import dataclass
 import torch
 
 from streamlap.linalg.anchor import root
-from streamlap.linalg.gram import DAMPING, Gram, panels, solve_right, solve_triangular
+from streamlap.linalg.gram import DAMPING, Gram
 from streamlap.linalg.products import product
 from streamlap.linalg.solution import Solution, joined
+from streamlap.linalg.triangles import panels, solve_right, solve_triangular
 
 ROUNDS = 16
 """Rounds that it would take to remove all inputs. After each, W and S^-1 are brought up to date."""

@@ -13,10 +13,11 @@ from collections.abc import Sequence
 import torch
 
 from streamlap.linalg.anchor import root
-from streamlap.linalg.gram import Gram, solve_triangular
+from streamlap.linalg.gram import Gram
 from streamlap.linalg.lowrank import solver_threads
 from streamlap.linalg.products import product
 from streamlap.linalg.solution import Solution, joined
+from streamlap.linalg.triangles import solve_triangular
 
 BLOCK = 64
 """Fewest pivots that several bases choose together before the span of these is projected out."""

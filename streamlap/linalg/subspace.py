@@ -15,11 +15,12 @@ import torch
 
 from streamlap.errors import NumericalError
 from streamlap.linalg.anchor import root, root_if_any
-from streamlap.linalg.gram import MOST_DAMPING, Gram, solve_right, squares
+from streamlap.linalg.gram import MOST_DAMPING, Gram, squares
 from streamlap.linalg.lowrank import eigh, orthonormal
 from streamlap.linalg.products import product
 from streamlap.linalg.solution import Solution, joined
 from streamlap.linalg.storage import as_stored, balanced
+from streamlap.linalg.triangles import solve_right
 
 DROWNED = {torch.float32: 2e-6, torch.float64: 2e-12}
 """Share of the largest eigenvalue below which a dtype cannot tell an eigenvalue from rounding."""

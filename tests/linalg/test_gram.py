@@ -7,7 +7,9 @@ import torch
 
 from streamlap.errors import NumericalError
 from streamlap.linalg import gram as grams
-from streamlap.linalg.gram import LARGE, LEFT, Gram, GramSum, Sum, panels, solve_dtype, solve_right, squares
+from streamlap.linalg import triangles
+from streamlap.linalg.gram import LARGE, LEFT, Gram, GramSum, Sum, solve_dtype, squares
+from streamlap.linalg.triangles import panels, solve_right
 
 SIZE = 13
 CPU = torch.device("cpu")
@@ -16,7 +18,7 @@ CPU = torch.device("cpu")
 @pytest.fixture(autouse=True, params=[4, 1024])
 def panel(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> int:
     """Several panels, the last incomplete, and one."""
-    monkeypatch.setattr(grams, "PANEL", request.param)
+    monkeypatch.setattr(triangles, "PANEL", request.param)
     return int(request.param)
 
 

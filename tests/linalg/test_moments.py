@@ -6,11 +6,11 @@ import pytest
 import torch
 
 from streamlap.errors import NumericalError
-from streamlap.linalg import gram as grams
-from streamlap.linalg import moments
+from streamlap.linalg import moments, triangles
 from streamlap.linalg.anchor import anchored, best_step, root
-from streamlap.linalg.gram import Gram, solve_right
+from streamlap.linalg.gram import Gram
 from streamlap.linalg.moments import Moments, Sample
+from streamlap.linalg.triangles import solve_right
 
 TOKENS, INPUTS, ANCHORS = 53, 6, 9
 
@@ -19,7 +19,7 @@ TOKENS, INPUTS, ANCHORS = 53, 6, 9
 def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Several chunks, and several panels of both sums, the last of each incomplete."""
     monkeypatch.setattr(moments, "CHUNK_TOKENS", 8)
-    monkeypatch.setattr(grams, "PANEL", 4)
+    monkeypatch.setattr(triangles, "PANEL", 4)
 
 
 def tokens(dtype: torch.dtype = torch.float32, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from streamlap.errors import NumericalError
-from streamlap.linalg import gram as grams
+from streamlap.linalg import triangles
 from streamlap.linalg.gram import Gram
 from streamlap.linalg.obs import Rest, removals
 
@@ -30,7 +30,7 @@ def refit_loss(w_OF: torch.Tensor, x_TF: torch.Tensor, kept: torch.Tensor) -> fl
 @pytest.mark.parametrize("counts", [[1], [23], [24, 20, 7], [20, 12, 12, 2]])
 def test_what_is_left_is_what_refits_give(counts: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
     """The weights, and the loss by its formula, against least squares on the tokens."""
-    monkeypatch.setattr(grams, "PANEL", 7)
+    monkeypatch.setattr(triangles, "PANEL", 7)
     w_OF, x_TF = problem()
     before = w_OF.clone()
     found = list(removals(w_OF, Gram.of(x_TF.T @ x_TF), counts, TINY))

@@ -7,9 +7,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from streamlap.linalg.gram import LARGE, PANEL
+from streamlap.linalg.gram import LARGE
 from streamlap.linalg.moments import CHUNK_TOKENS, HELD_TOKENS
 from streamlap.linalg.obs import ROUNDS
+from streamlap.linalg.triangles import PANEL
 from streamlap.methods.base import Cost, Layout, Layouts, Natives
 
 SINGLE = 0.8
