@@ -106,7 +106,7 @@ class Captured:
     """Sums over most tokens, in the dtype to solve in, and rows of others to choose by."""
 
     gram: Gram
-    cross_AI: torch.Tensor
+    cross_IA: torch.Tensor
     held: Sample
 
 
@@ -120,20 +120,24 @@ class StreamStatistics(Protocol):
     def sublayer(self) -> str: ...
 
     def input_gram(self) -> Gram:
-        """The Gram of `inputs` alone."""
+        """Of what the first linears read on the compressed stream."""
         ...
 
     def inputs(self) -> Captured:
-        """What the first linears read on the compressed stream, against what they read on the dense one."""
+        """The same against what they read on the dense one."""
         ...
 
-    def middles(self, edits: Sequence[Edit]) -> Captured:
-        """What the last linear reads with these edits, against what the sub-layer has to add to the compressed stream to
-        arrive where the dense model is, the bias of that linear apart. Each token is divided by the size of that stream."""
+    def grams(self) -> tuple[Gram, Gram]:
+        """`input_gram`, and `middle_gram` without edits, in one pass."""
         ...
 
     def middle_gram(self, edits: Sequence[Edit]) -> Gram:
-        """The Gram of `middles` alone, from the same tokens."""
+        """Of what the last linear reads with these edits. Each token is divided by the size of the stream."""
+        ...
+
+    def middles(self, edits: Sequence[Edit]) -> Captured:
+        """The same against what the sub-layer has to add to the compressed stream to arrive where the dense model is, the
+        bias of the last linear apart. All that is stored in the end must have been looked at so."""
         ...
 
     def held_middles(self, edits: Sequence[Edit]) -> Sample:

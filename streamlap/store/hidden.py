@@ -56,8 +56,15 @@ class HiddenBank:
         sequences, length, width = self.shape_NLD
         return sequences * length * width * self.dtype.itemsize
 
-    def read(self, generation: int) -> Iterator[torch.Tensor]:
-        """Batches [B, L, D] in order. Raises ResumeMismatch when the generation is not whole."""
+    def read(self, generation: int, numbers: Sequence[int] | None = None) -> Iterator[torch.Tensor]:
+        """Batches [B, L, D] in order; of the sequences of these `numbers` alone, where they are given. Raises ResumeMismatch
+        when the generation is not whole."""
+        if numbers is not None:
+            yield from (
+                self.pick(generation, numbers[first : first + self.batch])
+                for first in range(0, len(numbers), self.batch)
+            )
+            return
         if generation == self._kept_generation:
             for place in range(len(self._kept)):
                 kept = self._kept[place]
@@ -107,6 +114,7 @@ class HiddenBank:
             for done in pending:
                 done.result()
         except BaseException:
+            self._kept, self._kept_generation = [], -1  # half of them are of this generation
             if file is not None:
                 writer.submit(file.discard).result()  # now: leaving by an error cancels what is only queued
             raise

@@ -5,7 +5,7 @@ Shape suffixes: D out of down, F channels, K channels kept, R rank.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -17,8 +17,8 @@ from streamlap.linalg.obs import removals
 from streamlap.linalg.products import product
 from streamlap.linalg.solution import Solution, joined
 from streamlap.linalg.subspace import Subspace, subspace
-from streamlap.methods.anchored.fitting import Aim, dense_edit, map_error, narrowed, truncated_edit
-from streamlap.methods.base import Layout, Layouts, StreamStatistics
+from streamlap.methods.anchored.fitting import Aim, Inputs, dense_edit, map_error, narrowed, truncated_edit
+from streamlap.methods.base import Layout, Layouts
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,7 +38,7 @@ class Divisions:
     errors: Mapping[str, float]
     """Of each, as `Solved.error`."""
     kept: Mapping[int, torch.Tensor]
-    """Width -> the channels that it would keep."""
+    """Width -> the channels that it would keep, where these are not all."""
     subspaces: Solution[list[Subspace]] | None
     """Of gate and up; none where no layout cuts a rank."""
 
@@ -48,48 +48,62 @@ class Divisions:
         return Division(kept=kept, subspaces=self.subspaces)
 
 
-def compare(statistics: StreamStatistics, aims: Sequence[Aim], layouts: Layouts) -> Solution[Divisions]:
+def compare(inputs: Inputs, layouts: Layouts) -> Solution[Divisions]:
     """Each with the channels that it would keep, gate and up cut in the directions that serve the channels of the middle one,
     and the down that was fitted again for the lost channels, not yet for the ranks."""
-    w_DF, gram = reads_whole(statistics, aims)
-    counts = {name: _width(layout, len(gram)) for name, layout in layouts.items()}
+    statistics, aims = inputs.statistics, inputs.aims
+    counts = {name: width_of(layout, statistics.layer) for name, layout in layouts.items()}
     ranks = {name: rank for name, layout in layouts.items() if (rank := _rank(layout, "gate"))}
-    found = list(removals(w_DF, gram, sorted(set(counts.values()), reverse=True)))
-    left = {len(pruned.value.kept_K): pruned.value for pruned in found}
+    kept, lasts, notes = shortened(inputs, layouts, counts)
     whole: Solution[list[Subspace]] | None = None
     if ranks:
         middle = sorted(counts[name] for name in ranks)[len(ranks) // 2]
-        whole = subspaces(aims, left[middle].kept_K, max(ranks.values()))
-    errors, notes = {}, [*(pruned.notes for pruned in found), whole.notes if whole else ()]
-    for name, layout in layouts.items():
-        kept_K = left[counts[name]].kept_K
-        edits = truncated(statistics.layer, aims, whole, ranks.get(name), kept_K)
-        shortened = shorten(left[counts[name]].w_OK, gram, kept_K, _rank(layout, "down"))
-        errors[name] = map_error(shortened.value, statistics.held_middles(edits))
-        notes += [shortened.notes, *(edit.notes for edit in edits)]
-    kept = {width: pruned.kept_K for width, pruned in left.items()}
-    return Solution(Divisions(errors=errors, kept=kept, subspaces=whole), notes=joined(*notes))
+        whole = subspaces(aims, kept[middle], max(ranks.values()))
+        notes = joined(notes, whole.notes)
+    errors = {}
+    for name in layouts:
+        edits = truncated(statistics.layer, aims, whole, ranks.get(name), kept[counts[name]])
+        held = statistics.held_middles(edits)
+        errors[name] = map_error(lasts.pop(name).to(aims[0].t_OI.device), held)
+        notes = joined(notes, *(edit.notes for edit in edits))
+    fewer = {width: kept_K for width, kept_K in kept.items() if width < statistics.layer.native("down").shape[1]}
+    return Solution(Divisions(errors=errors, kept=fewer, subspaces=whole), notes=notes)
 
 
-def channels_to_keep(statistics: StreamStatistics, aims: Sequence[Aim], count: int) -> Solution[torch.Tensor]:
-    """The channels that stay where so many do, ascending."""
-    pruned = next(removals(*reads_whole(statistics, aims), [count]))
-    return Solution(pruned.value.kept_K, notes=pruned.notes)
+def shortened(
+    inputs: Inputs, layouts: Layouts, counts: Mapping[str, int]
+) -> tuple[dict[int, torch.Tensor], dict[str, torch.Tensor], tuple[str, ...]]:
+    """Width -> the channels that it would keep; layout -> its down; and notes. The downs wait in RAM, as they would be stored:
+    all are held at a time."""
+    layer, gram = inputs.statistics.layer, inputs.middle()
+    w_DF, dtype = layer.linear("down").weight, layer.storage_dtype("down")
+    kept, lasts, notes = dict[int, torch.Tensor](), dict[str, torch.Tensor](), tuple[str, ...]()
+    for pruned in removals(w_DF, gram, sorted(set(counts.values()), reverse=True)):
+        kept_K, notes = pruned.value.kept_K, joined(notes, pruned.notes)
+        kept[len(kept_K)] = kept_K
+        for name in (name for name, count in counts.items() if count == len(kept_K)):
+            last = shorten(pruned.value.w_OF, gram, _rank(layouts[name], "down"))
+            lasts[name], notes = last.value.to("cpu", dtype)[:, kept_K.cpu()], joined(notes, last.notes)
+    return kept, lasts, notes
 
 
-def _width(layout: Layout, width: int) -> int:
-    return layout["down"].shape[1] if "down" in layout else width
+def channels_to_keep(inputs: Inputs, counts: Iterable[int]) -> Solution[dict[int, torch.Tensor]]:
+    """Of each number of channels those that stay, ascending."""
+    w_DF, notes = inputs.statistics.layer.linear("down").weight, tuple[str, ...]()
+    kept = {}
+    for pruned in removals(w_DF, inputs.middle(), sorted(set(counts), reverse=True)):
+        kept[len(pruned.value.kept_K)], notes = pruned.value.kept_K, joined(notes, pruned.notes)
+    return Solution(kept, notes=notes)
+
+
+def width_of(layout: Layout, layer: StreamLayer) -> int:
+    """Channels that a layout keeps."""
+    return (layout["down"] if "down" in layout else layer.native("down")).shape[1]
 
 
 def _rank(layout: Layout, role: str) -> int | None:
     """None where a linear keeps its own."""
     return layout[role].rank or None if role in layout else None
-
-
-def reads_whole(statistics: StreamStatistics, aims: Sequence[Aim]) -> tuple[torch.Tensor, Gram]:
-    """down, and the Gram of what it reads while gate and up are whole."""
-    whole = [dense_edit(statistics.layer, aim) for aim in aims]
-    return statistics.layer.linear("down").weight, statistics.middle_gram(whole)
 
 
 def subspaces(aims: Sequence[Aim], serves: torch.Tensor | None, rank: int) -> Solution[list[Subspace]]:
@@ -118,11 +132,9 @@ def truncated(
     return [truncated_edit(layer, aim, on_rows(found, kept, rank)) for aim, found in pairs]
 
 
-def shorten(w_DK: torch.Tensor, gram: Gram, kept: torch.Tensor, rank: int | None) -> Solution[torch.Tensor]:
+def shorten(w_DF: torch.Tensor, gram: Gram, rank: int | None) -> Solution[torch.Tensor]:
     """down cut to a rank, too, where it is to have one."""
     if rank is None:
-        return Solution(w_DK)
-    w_DF = w_DK.new_zeros(len(w_DK), len(gram))
-    w_DF[:, kept] = w_DK
+        return Solution(w_DF)
     found = subspace(w_DF, gram, rank)
-    return Solution(product(found.value.basis_OR, found.value.map_RI[:, kept]), notes=found.notes)
+    return Solution(product(found.value.basis_OR, found.value.map_RI), notes=found.notes)
