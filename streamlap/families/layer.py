@@ -111,7 +111,7 @@ class StreamLayer:
             return self(x_BLD)
 
     def run_dense(self, name: str, x_BLD: torch.Tensor) -> torch.Tensor:
-        """The same with the linears that were read, whatever became of them."""
+        """The same with the linears that were read, whatever is tried, as long as they are kept."""
         with replaced(self.module, self._dense):
             return self.run_sublayer(name, x_BLD)
 
@@ -196,10 +196,13 @@ class StreamLayer:
         finally:
             self.module.to(home)
 
-    def apply(self, edits: Iterable[Edit]) -> None:
+    def apply(self, edits: Iterable[Edit], keep_dense: bool = False) -> None:
+        """`keep_dense`, whether what was read stays for `run_dense`."""
         for edit in edits:
             path = self.family.path(edit.role)
             assert edit.form.bias >= edit.native.bias, f"{path}: its bias is lost"
+            if not keep_dense:
+                self._dense.pop(path)
             self._edited[path] = edit.module
             self.module.set_submodule(path, self._running(edit))
 

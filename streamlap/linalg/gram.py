@@ -178,15 +178,20 @@ class Gram:
 
     def times(self, t_OI: torch.Tensor) -> torch.Tensor:
         """T S [O, I], in the dtype of T."""
-        return torch.cat([self._times(t_OI, at) for at in panels(len(self))], dim=1)
+        return torch.cat([self._times(t_OI, at, t_OI.dtype) for at in panels(len(self))], dim=1)
 
-    def metric(self, t_OI: torch.Tensor) -> torch.Tensor:
-        """T S T' [O, O], in the dtype of T."""
-        made = (product(self._times(t_OI, at), t_OI[:, at].T) for at in panels(len(self)))
+    def metric(self, t_OI: torch.Tensor, dtype: torch.dtype | None = None) -> torch.Tensor:
+        """T S T' [O, O], in `dtype`, or that of T. T is widened in panels."""
+        dtype = dtype or t_OI.dtype
+        made = (product(self._times(t_OI, at, dtype), t_OI[:, at].to(dtype).T) for at in panels(len(self)))
         return functools.reduce(torch.Tensor.add_, made)
 
-    def _times(self, t_OI: torch.Tensor, at: slice) -> torch.Tensor:
-        return product(t_OI, self.rows(at).T.to(t_OI.dtype))
+    def _times(self, t_OI: torch.Tensor, at: slice, dtype: torch.dtype) -> torch.Tensor:
+        rows_PI = self.rows(at).to(dtype)
+        if t_OI.dtype == dtype:
+            return product(t_OI, rows_PI.T)
+        parts = (product(t_OI[:, part].to(dtype), rows_PI[:, part].T) for part in panels(len(self)))
+        return functools.reduce(torch.Tensor.add_, parts)
 
     def _corner(self, at: slice) -> torch.Tensor:
         upper_PP = self._square_II[at, at].triu(1)

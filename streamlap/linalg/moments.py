@@ -16,8 +16,13 @@ import torch
 from streamlap.linalg.gram import Gram, GramSum, Sum
 from streamlap.linalg.statistics import all_finite
 
-CHUNK_TOKENS = 4096
-"""Tokens in one product. Fixed, and counted across updates: the bits do not depend on the batches."""
+CHUNK_TOKENS, WIDEST = 4096, 16384
+"""Tokens in one product, half as many where they have more inputs. Fixed, and counted across updates: the bits do not depend
+on the batches."""
+
+
+def chunk_tokens(width: int) -> int:
+    return CHUNK_TOKENS if width <= WIDEST else CHUNK_TOKENS // 2
 
 
 class Moments:
@@ -38,15 +43,16 @@ class Moments:
         assert len(anchor_TA) == len(x_TI), "every token has one anchor"
         self.tokens += len(x_TI)
         while len(given[0]):
+            most = chunk_tokens(x_TI.shape[1])
             if not self._chunk:
-                self._chunk = [rows.new_empty(rows.shape[1], CHUNK_TOKENS) for rows in given]
-            count = min(CHUNK_TOKENS - self._waiting, len(given[0]))
+                self._chunk = [rows.new_empty(rows.shape[1], most) for rows in given]
+            count = min(most - self._waiting, len(given[0]))
             for held, rows in zip(self._chunk, given, strict=True):
                 assert held.dtype == rows.dtype, "one dtype from the first token to the last"
                 held[:, self._waiting : self._waiting + count] = rows[:count].T
             given = [rows[count:] for rows in given]
             self._waiting += count
-            if self._waiting == CHUNK_TOKENS:
+            if self._waiting == most:
                 self._add()
 
     def merge(self, other: Moments) -> None:
@@ -91,7 +97,9 @@ class Moments:
 
     def _add(self) -> None:
         wide = functools.reduce(torch.promote_types, [held.dtype for held in self._chunk], torch.float32)
-        x_IT, anchor_AT = (held[:, : self._waiting].to(wide) for held in self._chunk)
+        for held in self._chunk:
+            held[:, self._waiting :] = 0  # which adds nothing, and a chunk in one piece needs no copy
+        x_IT, anchor_AT = (held.to(wide) for held in self._chunk)
         self._waiting = 0
         gram, cross = self._sums(len(x_IT), len(anchor_AT), x_IT.device)
         gram.add(x_IT)

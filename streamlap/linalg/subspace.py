@@ -22,12 +22,12 @@ from streamlap.linalg.lowrank import eigh, orthonormal
 from streamlap.linalg.products import product
 from streamlap.linalg.solution import Solution, joined
 from streamlap.linalg.storage import as_stored, balanced
-from streamlap.linalg.triangles import solve_right
+from streamlap.linalg.triangles import panels, solve_right
 
 DROWNED = {torch.float32: 2e-6, torch.float64: 2e-12}
 """Share of the largest eigenvalue below which a dtype cannot tell an eigenvalue from rounding."""
 
-BLOCK = 4096
+BLOCK = 2048
 """Rows of T that are widened at a time."""
 
 PULL = 1e-6
@@ -85,13 +85,26 @@ def _find(
     is too narrow."""
     if (len(t_OI) if serves is None else len(serves)) > t_OI.shape[1]:
         return _of_columns(t_OI, gram, rank, root_II, serves, dtype)
-    t_NI = (t_OI if serves is None else t_OI[serves]).to(dtype)
-    energies, vectors = _spectrum(gram.metric(t_NI))
+    t_NI = t_OI if serves is None else t_OI[serves]
+    energies, vectors = _spectrum(gram.metric(t_NI, dtype))
     energies = energies.flip(0).clamp_min(0.0)
     if dtype == torch.float32 and not _is_clear(energies, rank):
         return None
     basis_NR = vectors[:, -rank:].flip(1)
-    return Solution(Subspace(basis_NR, product(basis_NR.T, t_NI), energies))
+    del vectors
+    return Solution(Subspace(basis_NR, _mapped(basis_NR, t_NI), energies))
+
+
+def best_basis(metric_OO: torch.Tensor, rank: int) -> torch.Tensor:
+    """[O, R], orthonormal: U of the best U U' T, where T S T' is that metric."""
+    return _spectrum(metric_OO)[1][:, -rank:]
+
+
+def _mapped(basis_NR: torch.Tensor, t_NI: torch.Tensor) -> torch.Tensor:
+    """U' T [R, I], in the dtype of U; T is widened in panels."""
+    if t_NI.dtype == basis_NR.dtype:
+        return product(basis_NR.T, t_NI)
+    return torch.cat([product(basis_NR.T, t_NI[:, at].to(basis_NR.dtype)) for at in panels(t_NI.shape[1])], dim=1)
 
 
 def _of_columns(
@@ -108,7 +121,9 @@ def _of_columns(
     del root_II, factor, vectors
     if _is_clear(energies, rank):
         into_IR *= energies[:rank].rsqrt()
-        basis_OR = torch.cat([product(t, into_IR).to(gram.dtype) for t in row_blocks(t_OI, dtype)])
+        basis_OR = into_IR.new_empty(len(t_OI), rank, dtype=gram.dtype)
+        for block_OR, t in zip(torch.split(basis_OR, BLOCK), row_blocks(t_OI, dtype), strict=True):
+            block_OR.copy_(product(t, into_IR))
         return Solution(Subspace(basis_OR, product(into_IR.T, square_II), energies), notes=notes)
     if dtype == torch.float32:
         return None
@@ -140,9 +155,14 @@ def _spectrum(metric: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def two_factors(
-    found: Subspace, gram: Gram, t_OI: torch.Tensor, dtype: torch.dtype, what: str = "a low-rank map"
+    found: Subspace,
+    gram: Gram,
+    t_OI: torch.Tensor,
+    dtype: torch.dtype,
+    what: str = "a low-rank map",
+    rows: torch.Tensor | None = None,
 ) -> Solution[tuple[torch.Tensor, torch.Tensor]]:
-    """(up_OR, down_RI) in `dtype`, equal in scale; `up` is fitted to `down` as it is after rounding.
+    """(up_OR, down_RI) in `dtype`, equal in scale; `up` is fitted to `down` as it is after rounding, for the named rows of T.
 
     The error is that of the subspace, without the rounding. Raises NumericalError, naming `what`, where `dtype` cannot hold
     them.
@@ -150,7 +170,7 @@ def two_factors(
     norm_R = found.map_RI.norm(dim=1)
     scale_R = norm_R.clamp_min(float(norm_R.max()) * 1e-12).clamp_min(torch.finfo(norm_R.dtype).tiny).rsqrt()
     down_RI = as_stored(found.map_RI * scale_R[:, None], dtype, what)
-    up = refit(t_OI, down_RI, gram)
+    up = refit(t_OI, down_RI, gram, rows)
     pair = balanced(up.value, down_RI, dtype, what)
     return Solution(pair.value, error=found.error(len(down_RI)), notes=joined(up.notes, pair.notes))
 
@@ -174,7 +194,10 @@ def refit(
         pull *= 10  # float32 sums of few tokens, or of equal ones, have eigenvalues so far below zero
     fit, notes = found
     grown = [f"pull {pull:.0e} where {PULL:.0e} was not enough for a Gram of size {len(gram)}"] if pull > PULL else []
-    fitted_NR = torch.cat([fit(t) for t in row_blocks(t_OI, base_RI.dtype, rows)])
+    count = len(t_OI) if rows is None else len(rows)
+    fitted_NR = base_RI.new_empty(count, len(base_RI))
+    for block_NR, t in zip(torch.split(fitted_NR, BLOCK), row_blocks(t_OI, base_RI.dtype, rows), strict=True):
+        block_NR.copy_(fit(t))
     return Solution(fitted_NR, notes=joined(notes, grown))
 
 
@@ -187,7 +210,9 @@ def _metric(
     gram_RR = product(base_RI.double(), half_IR.double())
     # A ridge should weigh as much for a small row as for a large one.
     scale_R = gram_RR.diagonal().clamp_min(torch.finfo(half_IR.dtype).tiny).rsqrt()
-    factor = root_if_any(Gram.of(gram_RR * scale_R * scale_R[:, None]))
+    scaled_RR = gram_RR.clone() if half_IR.dtype == torch.float64 else gram_RR
+    scaled_RR.mul_(scale_R).mul_(scale_R[:, None])
+    factor = root_if_any(Gram(scaled_RR, scaled_RR.diagonal().clone()))
     if factor is None:
         return None
     scale_R, factor_RR = scale_R.to(half_IR.dtype), factor.value.to(half_IR.dtype)

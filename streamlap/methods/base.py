@@ -48,6 +48,8 @@ class ParameterBudget:
     """Bytes of a weight: an order counts as the bytes that it takes."""
     head_dim: int
     """Numbers in one attention head."""
+    converts: bool = False
+    """Whether what is stored runs in another dtype."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,7 +57,9 @@ class Cost:
     """What solving one sub-layer takes."""
 
     workspace_bytes: int = 0
-    """Most memory held at one time beside the weights and the finished edits."""
+    """Most memory held at one time beside the weights, the finished edits and what waits."""
+    waiting_bytes: int = 0
+    """Of what waits in RAM meanwhile, whatever the device: held-out tokens, and what is compared."""
     flops: int = 0
     """Floating-point operations of products in float64."""
     flops32: int = 0
@@ -153,11 +157,16 @@ class Method(Protocol):
     needs: ClassVar[tuple[str, ...]]
     """Roles whose inputs' energies it asks of a dense pass; none where it looks at both streams, as anchored methods do."""
 
+    @property
+    def moves_inputs(self) -> bool:
+        """Whether it asks for `StreamStatistics.inputs`."""
+        ...
+
     def layouts(self, natives: Natives, budget: ParameterBudget) -> Layouts:
         """What the sub-layer may become. Raises RecipeError where the budget cannot be reached."""
         ...
 
-    def cost(self, natives: Natives, layouts: Layouts) -> Cost: ...
+    def cost(self, natives: Natives, layouts: Layouts, budget: ParameterBudget) -> Cost: ...
 
     def solve(self, statistics: Any, layouts: Layouts) -> Solved:
         """The edits, from DenseStatistics where there are `needs`, else from StreamStatistics.

@@ -113,7 +113,6 @@ def compress_layer(job: Job, runner: LayerRunner, index: int, kwargs: Sequence[d
     with clock.phase("write"):
         shard = shard_names(job.stream.depth)[index + 1]
         digest = runner.writer.submit(ShardFolder(job.out).write, shard, layer.tensors())
-    before.inputs.clear()
     with clock.phase("propagate"):
         out_NL, inputs = propagate(hand, kwargs[1:], trained=trace is not None)
         out_NL |= made.out_NL

@@ -139,18 +139,19 @@ class SublayerStatistics:
         """What the last linear reads."""
         assert self.weight_NL is not None, "no earlier pass has it"
         middle_BLI = self.layer.sublayer_middle(self.sublayer, x_BLD)
-        return middle_BLI.float() * self.weight_NL[numbers, :, None].to(x_BLD.device), x_BLD[..., :0].float()
+        weight_BL1 = self.weight_NL[numbers, :, None].to(x_BLD.device)
+        return middle_BLI.float().mul_(weight_BL1), x_BLD[..., :0].float()
 
     def _missing(self, target_BLD: torch.Tensor, x_BLD: torch.Tensor, _: Sequence[int]) -> Rows:
         """The same, and what is missing from the stream, the linear's own bias apart."""
         bias_O = self.layer.linear(self._parts.writes).bias
         target_BLD = target_BLD.float()
-        missing_BLD = target_BLD - x_BLD.float()
+        missing_BLD = target_BLD - x_BLD
         if bias_O is not None:
-            missing_BLD = missing_BLD - bias_O.float()
+            missing_BLD -= bias_O.float()
         weight_BL1 = evenly(target_BLD)
         middle_BLI = self.layer.sublayer_middle(self.sublayer, x_BLD)
-        return middle_BLI.float() * weight_BL1, missing_BLD * weight_BL1
+        return middle_BLI.float().mul_(weight_BL1), missing_BLD.mul_(weight_BL1)
 
     def _noted(self, role: str, gram: Gram) -> Gram:
         self._dead.setdefault(role, int((gram.diagonal_I == 0).sum()))

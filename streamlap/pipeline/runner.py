@@ -151,8 +151,10 @@ class LayerRunner:
                 f"claims that outlive layer {index}: {budget.held}"
             )
             coming = max((sum(phases.get(phase, {}).values()) for phase in INNER), default=0)
-            # Edits of this layer may be on their way to the disk; they are gone before the next solve.
-            crept = held - budget.used - phases.get("capture", {}).get("edits", 0)
+            # Edits of this layer may be on their way to the disk, and what was summed for the next one waits for it: they are
+            # gone before the next solve, or part of it.
+            passing = phases.get("capture", {}).get("edits", 0) + phases.get("propagate", {}).get("inputs", 0)
+            crept = held - budget.used - passing
             if crept > CREEP_BYTES:
                 log.warning("%s: %s more than its claims after layer %d", budget.name, show_size(crept), index)
             if crept > 0 and budget.used + crept + coming > budget.cap:

@@ -39,6 +39,7 @@ def rebuild_layer(hand: LayerInHand) -> LayerEdits:
         runner=hand.runner, clock=hand.clock, layer=layer, index=hand.index, sublayer=ATTENTION,
         dense=Source(states=dense), target=target, compressed=Source(states=hand.compressed), summed=hand.inputs,
     ))  # fmt: skip
+    hand.inputs.clear()
     compressed = Source(states=hand.compressed, part=run(ATTENTION), keep=between)
     ffn = rebuild(hand, SublayerStatistics(
         runner=hand.runner, clock=hand.clock, layer=layer, index=hand.index, sublayer=FFN,
@@ -86,7 +87,9 @@ def rebuild(hand: LayerInHand, statistics: SublayerStatistics) -> LayerEdits:
     with hand.clock.phase("solve"), hand.runner.claim("solve"), located(f"{hand.layer.prefix} {name}"):
         solved = best_candidate(statistics, hand.plan.candidates[name])
     refuse_overflow(hand.layer, solved.edits)
-    hand.layer.apply(solved.edits)
+    # What moves the inputs of the FFN looks at those of the dense model, which come out of its attention.
+    keep_dense = name == ATTENTION and any(found.method.moves_inputs for found in hand.plan.candidates[FFN])
+    hand.layer.apply(solved.edits, keep_dense)
     notes = tuple(f"{name}: {note}" for note in joined(statistics.notes, solved.notes))
     return LayerEdits(edits=solved.edits, errors={name: solved.errors}, notes=notes, out_NL=statistics.out_NL)
 

@@ -77,12 +77,12 @@ def _cpu_schedule(work: Workload, overlap: bool, tier: str, micro: int, kept: in
     ram = {
         "layers": {
             "staging": work.staged * buffers(work, overlap), "layer": work.computed * work.converts, **bank, **batches,
-            **({"freed memory": kept} if kept else {}),
+            **_optional({"freed memory": kept}),
         },
         "capture": {"activations": work.activations(micro, work.inner), "edits": work.edits * overlap},
-        "solve": {"solve": _solve(work, micro)},
+        "solve": {"solve": _solve(work, micro), **_optional({"waiting": work.waiting})},
         "refine": work.refinement,
-        "propagate": {**after, "writer": work.copied},
+        "propagate": {**after, "writer": work.copied, **_optional({"inputs": work.inputs})},
         "head": {"head": work.head, **bank, **batches} if work.head else {},
     }  # fmt: skip
     return Schedule(overlap=overlap, tier=tier, micro=micro, ram=ram, vram={}, kept=kept)
@@ -94,6 +94,7 @@ def _gpu_schedule(work: Workload, overlap: bool, tier: str, micro: int) -> Sched
     staging = {"staging": pinned(work.staged)}  # pinned memory stays with torch, also once it is free
     ram = {
         "layers": {**staging, **(bank if tier == "ram" else {}), **batches},
+        "solve": _optional({"waiting": work.waiting}),
         "propagate": {"writer": CHUNK_BYTES},
         "head": {"head": work.head_stored, **staging, **(bank if tier == "ram" else {}), **batches},
     }
@@ -102,16 +103,25 @@ def _gpu_schedule(work: Workload, overlap: bool, tier: str, micro: int) -> Sched
         "layers": {
             "layer": work.computed,
             "upload": work.staged * work.converts,
-            "hidden batches": 4 * full,
+            "hidden batches": (4 + 2 * (work.streams > 1)) * full,
             **resident,
         },
         "capture": {"activations": work.activations(micro, work.inner), "edits": work.edits * overlap},
         "solve": {"solve": _solve(work, micro)},
         "refine": work.refinement,
-        "propagate": {"edits": work.edits, "activations": work.activations(micro, work.inner_after)},
+        "propagate": {
+            "edits": work.edits,
+            "activations": work.activations(micro, work.inner_after),
+            **_optional({"inputs": work.inputs}),
+        },
         "head": {"head": work.head, **resident},
     }
     return Schedule(overlap=overlap, tier=tier, micro=micro, ram=ram, vram=vram)
+
+
+def _optional(parts: Parts) -> Parts:
+    """Those of which there is something."""
+    return {purpose: count for purpose, count in parts.items() if count}
 
 
 def _solve(work: Workload, micro: int) -> int:
@@ -120,11 +130,12 @@ def _solve(work: Workload, micro: int) -> int:
 
 
 def _hidden(work: Workload, overlap: bool, tier: str, batch: int) -> tuple[dict[str, int], dict[str, int]]:
-    """One generation, where a memory keeps it, and the batches on their way: read (in use, and the next), computed, written."""
+    """One generation, where a memory keeps it, and the batches on their way: read (in use, and the next), computed, written.
+    Of two streams both are read, and one is between its sub-layers."""
     bank = {"hidden states": -(-work.generation // work.batch(batch_of(work.length))) * batch * work.streams}
     if tier == "disk":
-        return {}, {"hidden batches": batch * (3 + 2 * (work.streams > 1) + IN_FLIGHT * overlap)}
-    on_their_way = 0 if tier == "ram" and work.device.type == "cpu" else 1 + IN_FLIGHT * overlap
+        return {}, {"hidden batches": batch * (3 + 3 * (work.streams > 1) + IN_FLIGHT * overlap)}
+    on_their_way = (work.streams > 1) if tier == "ram" and work.device.type == "cpu" else 1 + IN_FLIGHT * overlap
     return bank, {"hidden batches": batch * on_their_way}
 
 

@@ -55,8 +55,8 @@ class AttentionAnchored(Knobs):
         groups = heads if role == "v" and heads * 8 <= min(shape) else None
         return RankSite(name=role, shape=shape, itemsize=budget.itemsize, storage=self.storage, groups=groups)
 
-    def cost(self, natives: Natives, layouts: Layouts) -> Cost:
-        return anchored_cost(("q", "k", "v"), "o", natives, layouts)
+    def cost(self, natives: Natives, layouts: Layouts, budget: ParameterBudget) -> Cost:
+        return anchored_cost(("q", "k", "v"), "o", natives, layouts, budget, self.moves_inputs)
 
     def solve(self, statistics: StreamStatistics, layouts: Layouts) -> Solved:
         (layout,) = layouts.values()

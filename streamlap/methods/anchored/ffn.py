@@ -103,15 +103,15 @@ class FfnAnchored(Knobs):
         inner = RankSite(name="gate and up", shape=(kept, hidden), itemsize=item, storage=storage, groups=1, copies=2)
         return inner, RankSite(name="down", shape=(hidden, kept), itemsize=item, storage=storage)
 
-    def cost(self, natives: Natives, layouts: Layouts) -> Cost:
-        return anchored_cost(("gate", "up"), "down", natives, layouts)
+    def cost(self, natives: Natives, layouts: Layouts, budget: ParameterBudget) -> Cost:
+        return anchored_cost(("gate", "up"), "down", natives, layouts, budget, self.moves_inputs)
 
     def solve(self, statistics: StreamStatistics, layouts: Layouts) -> Solved:
         inputs = self._inputs(statistics, layouts)
         if len(layouts) == 1:
             (name,) = layouts
             division = self._divisions(inputs, layouts)[name]
-            built = self._build(inputs, layouts[name], division.value)
+            built = self._build(inputs, layouts[name], division)
             return replace(built, errors={name: built.error}, notes=joined(inputs.notes, division.notes, built.notes))
         compared = compare(inputs, layouts)
         name = best_variant(compared.value)
@@ -124,13 +124,16 @@ class FfnAnchored(Knobs):
     def solve_each(self, statistics: StreamStatistics, layouts: Layouts) -> dict[str, Solved]:
         """Every layout in full, as a survey wants them. The subspaces that the first one finds serve the others too, which so
         get at most its rank."""
-        inputs, found, solved = self._inputs(statistics, layouts), None, {}
+        inputs, solved = self._inputs(statistics, layouts), {}
+        found: Solution[list[Subspace]] = Solution([])
         for name, division in self._divisions(inputs, layouts).items():
-            layout, kept = layouts[name], division.value.kept
+            layout = layouts[name]
             rank = layout["gate"].rank if "gate" in layout else 0
-            if rank and found is None:
-                found = subspaces(inputs.aims, kept, rank)
-            solved[name] = self._build(inputs, layout, replace(division.value, subspaces=found))
+            if rank and not found.value:
+                found = subspaces(inputs.aims, division.kept, rank)
+            solved[name] = self._build(
+                inputs, layout, replace(division, subspaces=list(found.value), notes=found.notes)
+            )
         return solved
 
     def _inputs(self, statistics: StreamStatistics, layouts: Layouts) -> Inputs:
@@ -138,20 +141,18 @@ class FfnAnchored(Knobs):
         prunes = any(width_of(layout, layer) < width for layout in layouts.values())
         return read_inputs(statistics, ("gate", "up"), self.input_step, prunes)
 
-    def _divisions(self, inputs: Inputs, layouts: Layouts) -> dict[str, Solution[Division]]:
+    def _divisions(self, inputs: Inputs, layouts: Layouts) -> dict[str, Division]:
         """Of each layout the channels that stay; none where all do."""
         layer = inputs.statistics.layer
         counts = {name: width_of(layout, layer) for name, layout in layouts.items()}
         fewer = [count for count in counts.values() if count < layer.native("down").shape[1]]
         chosen = channels_to_keep(inputs, fewer) if fewer else Solution(dict[int, torch.Tensor]())
-        return {
-            name: Solution(Division(kept=chosen.value.get(count)), notes=chosen.notes) for name, count in counts.items()
-        }
+        return {name: Division(kept=chosen.value.get(count), notes=chosen.notes) for name, count in counts.items()}
 
     def _build(self, inputs: Inputs, layout: Layout, division: Division) -> Solved:
         """One layout in full; subspaces that are known already serve it."""
         statistics, layer, kept = inputs.statistics, inputs.statistics.layer, division.kept
-        edits, channels = inner_edits(layer, inputs.aims, layout, kept, division.subspaces)
+        edits, channels = inner_edits(layer, inputs.aims, layout, division)
         seen = statistics.middles(edits)
         output = output_aim(layer, "down", channels, seen, self.step)
         last, _ = low_rank_edit(layer, output.value, layout.get("down"), channels if kept is not None else None)
@@ -177,28 +178,24 @@ def best_variant(compared: Divisions) -> str:
 
 
 def inner_edits(
-    layer: StreamLayer,
-    aims: Sequence[Aim],
-    layout: Layout,
-    kept: torch.Tensor | None,
-    found: Solution[list[Subspace]] | None,
+    layer: StreamLayer, aims: Sequence[Aim], layout: Layout, division: Division
 ) -> tuple[list[Edit], torch.Tensor | None]:
     """gate and up; and which channel stands where in their common output, None where each is in its old place."""
-    form = layout.get("gate")
+    form, kept = layout.get("gate"), division.kept
     left = list(aims) if kept is None else [narrowed(aim, kept) for aim in aims]
     if form is None or not form.rank:
         return [dense_edit(layer, aim, kept) for aim in left], kept
-    if found is None:
+    found = Solution(division.subspaces)
+    if not found.value:
         found = subspaces(aims, kept, form.rank)
-    pairs = [
-        (aim, Solution(on_rows(sub, kept, form.rank), notes=found.notes))
-        for aim, sub in zip(left, found.value, strict=True)
+    spaces = [
+        Solution(on_rows(found.value.pop(0), kept, form.rank, aim.t_OI.device), notes=found.notes) for aim in aims
     ]
     if not isinstance(form, Pivoted):
-        return [factored(layer, aim, sub, kept) for aim, sub in pairs], kept
+        return [factored(layer, aim, sub, kept) for aim, sub in zip(left, spaces, strict=True)], kept
     # Shared, so that both give their channels in one order.
-    pivots = shared_pivot_rows([sub.value.basis_OR for _, sub in pairs])
-    made = [pivoted(layer, aim, sub, pivots, 1, kept) for aim, sub in pairs]
+    pivots = shared_pivot_rows([sub.value.basis_OR for sub in spaces])
+    made = [pivoted(layer, aim, sub, pivots, 1, kept) for aim, sub in zip(left, spaces, strict=True)]
     order = made[0][1]
     assert order is not None
     return [edit for edit, _ in made], order if kept is None else kept[order]

@@ -35,6 +35,8 @@ class Aim:
     bias_O: torch.Tensor | None
     gram: Gram
     """Of its inputs."""
+    rows: torch.Tensor | None = None
+    """Those that are left; None is all."""
 
 
 @dataclass(kw_only=True)
@@ -125,15 +127,15 @@ def moved(
 
 def narrowed(aim: Aim, kept: torch.Tensor) -> Aim:
     """An aim of which only the rows `kept` are left."""
-    bias_O = None if aim.bias_O is None else aim.bias_O[kept]
-    return replace(aim, t_OI=aim.t_OI[kept], bias_O=bias_O)
+    return replace(aim, bias_O=None if aim.bias_O is None else aim.bias_O[kept], rows=kept)
 
 
 def dense_edit(layer: StreamLayer, aim: Aim, kept: torch.Tensor | None = None) -> Edit:
     """A plain linear, of fewer channels where `kept` says so."""
-    module = nn.Linear(aim.t_OI.shape[1], aim.t_OI.shape[0], bias=aim.bias_O is not None, device="meta")
+    t_OI = aim.t_OI if aim.rows is None else aim.t_OI[aim.rows]
+    module = nn.Linear(t_OI.shape[1], t_OI.shape[0], bias=aim.bias_O is not None, device="meta")
     path = layer.family.path(aim.role)
-    for name, tensor, where in (("weight", aim.t_OI, path), ("bias", aim.bias_O, f"{path}.bias")):
+    for name, tensor, where in (("weight", t_OI, path), ("bias", aim.bias_O, f"{path}.bias")):
         if tensor is not None:
             stored = as_stored(tensor, layer.storage_dtype(aim.role), where)
             # The layer's own memory is read into again while an edit may still be on its way to the disk.
@@ -160,12 +162,13 @@ def low_rank_edit(
     return pivoted(layer, aim, found, pivots, form.groups, kept)
 
 
-def truncated_edit(layer: StreamLayer, aim: Aim, found: Subspace) -> Edit:
-    """The factors of a subspace as they are: to be looked at, not to be stored."""
-    dtype, bias_O = layer.storage_dtype(aim.role), aim.bias_O
+def truncated_edit(layer: StreamLayer, aim: Aim, found: Subspace, kept: torch.Tensor) -> Edit:
+    """The factors of a subspace, which has the rows of the channels `kept`, as they are: to be looked at, not to be stored.
+    Its basis is scaled in place."""
+    dtype, bias_O = layer.storage_dtype(aim.role), None if aim.bias_O is None else aim.bias_O[kept]
     scale_R = found.map_RI.norm(dim=1).clamp_min(torch.finfo(found.map_RI.dtype).tiny)
     path = layer.family.path(aim.role)
-    factors = balanced(found.basis_OR * scale_R, found.map_RI / scale_R[:, None], dtype, path)
+    factors = balanced(found.basis_OR.mul_(scale_R), found.map_RI / scale_R[:, None], dtype, path)
     module = LowRankLinear.from_factors(*factors.value, None if bias_O is None else bias_O.to(dtype))
     return _edit(layer, aim, module, found.error(len(found.map_RI)), factors.notes)
 
@@ -173,7 +176,7 @@ def truncated_edit(layer: StreamLayer, aim: Aim, found: Subspace) -> Edit:
 def factored(layer: StreamLayer, aim: Aim, found: Solution[Subspace], kept: torch.Tensor | None = None) -> Edit:
     """Two factors."""
     dtype = layer.storage_dtype(aim.role)
-    factors = two_factors(found.value, aim.gram, aim.t_OI, dtype, layer.family.path(aim.role))
+    factors = two_factors(found.value, aim.gram, aim.t_OI, dtype, layer.family.path(aim.role), aim.rows)
     up_OR, down_RI = factors.value
     bias = None if aim.bias_O is None else aim.bias_O.to(dtype)
     module = LowRankLinear.from_factors(up_OR.contiguous(), down_RI.contiguous(), bias)
@@ -186,12 +189,12 @@ def pivoted(
     kept: torch.Tensor | None = None,
 ) -> tuple[Edit, torch.Tensor | None]:  # fmt: skip
     """Pivot rows as they are, rounded, and the other rows fitted again to what the rounding made of them."""
-    dtype, rows, pivots_R = layer.storage_dtype(aim.role), aim.t_OI.shape[0], pivots.value
+    dtype, rows, pivots_R = layer.storage_dtype(aim.role), len(found.value.basis_OR), pivots.value
     path = layer.family.path(aim.role)
     base_RI = as_stored(product(found.value.basis_OR[pivots_R], found.value.map_RI), dtype, path)
     order_O = None if groups is None else folded_order(pivots_R, rows, groups)
     rest_N = others(pivots_R, rows)
-    fitted = refit(aim.t_OI, base_RI, aim.gram, rest_N)
+    fitted = refit(aim.t_OI, base_RI, aim.gram, rest_N if aim.rows is None else aim.rows[rest_N])
     rest_NR = as_stored(fitted.value, dtype, f"{path}.rest")
     bias_O = aim.bias_O if aim.bias_O is None or order_O is None else aim.bias_O[order_O]
     module = PivotedLinear.from_parts(

@@ -45,8 +45,8 @@ class AttentionGroups(Steps):
         layout = {role: Dense((count, natives[role].shape[1]), natives[role].bias) for role, count in out.items()}
         return {"": layout | {"o": Dense((o.shape[0], wide), o.bias)}}
 
-    def cost(self, natives: Natives, layouts: Layouts) -> Cost:
-        return anchored_cost(("q", "k", "v"), "o", natives, layouts)
+    def cost(self, natives: Natives, layouts: Layouts, budget: ParameterBudget) -> Cost:
+        return anchored_cost(("q", "k", "v"), "o", natives, layouts, budget, self.moves_inputs)
 
     def solve(self, statistics: StreamStatistics, layouts: Layouts) -> Solved:
         (layout,), layer = layouts.values(), statistics.layer
