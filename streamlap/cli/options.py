@@ -46,7 +46,8 @@ MaybeModel = Annotated[
 Machine = Annotated[
     str | None,
     typer.Option(
-        metavar="NAME", help="Plan for another machine: a known one, or a YAML file; list prints those that are known."
+        metavar="NAME|FILE",
+        help="Plan for another machine: a known one, or a YAML file; list prints those that are known.",
     ),
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout instead of text.")]

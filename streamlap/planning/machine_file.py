@@ -13,7 +13,6 @@ Rates of dtypes are FLOP/s. A processor may have `eigen`, n^3 a second of an eig
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
@@ -151,7 +150,7 @@ def _figure(what: str, value: Any, kind: Kind) -> float:
 def _amount(value: Any, units: Mapping[str, int]) -> float | None:
     """None for what is no number. YAML takes 1e12 for text."""
     if isinstance(value, int | float) and not isinstance(value, bool):
-        return value if math.isfinite(value) else None
+        return value
     if not isinstance(value, str):
         return None
     if re.fullmatch(r"\d+(\.\d+)?[eE]\+?\d{1,3}", value, re.ASCII):
@@ -168,7 +167,7 @@ def _source(where: str, value: Any) -> str:
 def _checked(where: str, table: Any, keys: Collection[str]) -> Mapping[str, Any]:
     if not isinstance(table, Mapping):
         raise RecipeError(f"{where} is {shown(table)}; wanted a table with keys like {', '.join(keys)}.")
-    if unknown := [str(key) for key in table if key not in keys]:
+    if unknown := [key if isinstance(key, str) else shown(key) for key in table if key not in keys]:
         raise RecipeError(f"{where} has unknown keys {few(unknown)}; wanted some of {', '.join(keys)}.")
     return table
 

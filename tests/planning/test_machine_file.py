@@ -88,6 +88,9 @@ BAD: list[tuple[Any, str]] = [
     (WHOLE | {"gpu": GPU | {"float32": "9e999"}}, "machine x: gpu: float32 is '9e999'; wanted FLOP/s"),
     (WHOLE | {"cpu": CPU | {"cores": 1.5}}, "machine x: cpu: cores is 1.5; wanted a whole number"),
     (WHOLE | {"share": 2}, "machine x: share is 2; wanted a fraction"),
+    (WHOLE | {"share": True}, "machine x: share is True; wanted a fraction"),
+    (WHOLE | {"ram": float("inf")}, "machine x: ram is inf; wanted a size"),
+    (WHOLE | {7: 1}, "machine x has unknown keys 7; wanted some of like"),
     (WHOLE | {"source": ["a"]}, "machine x: source is .*; wanted a few words"),
     ({"like": "rtx-1"}, "machine x: like is 'rtx-1'; wanted one of rtx-3060-12gb"),
     ({"like": "rtx-4090", "gpu": "none"}, "machine x: gpu is 'none'; wanted a table"),
@@ -98,6 +101,41 @@ BAD: list[tuple[Any, str]] = [
 def test_a_bad_figure_is_named(table: Any, words: str) -> None:
     with pytest.raises(RecipeError, match=words):
         parse_sheet("x", table)
+
+
+ODD: list[Any] = [
+    None,
+    True,
+    [],
+    {},
+    [[]],
+    "",
+    " ",
+    "x",
+    "\n",
+    -1,
+    0,
+    10**5000,
+    1e400,
+    -1e400,
+    "9" * 5000,
+    "1e999",
+    "../x",
+]
+
+
+@pytest.mark.parametrize("value", ODD, ids=lambda value: repr(value)[:12] if not isinstance(value, int) else "number")
+def test_whatever_stands_at_a_key_ends_in_a_machine_or_in_one_error(value: Any) -> None:
+    tables = [WHOLE | {key: value} for key in (*WHOLE, "like", "source", "share", "other")]
+    tables += [WHOLE | {group: WHOLE[group] | {key: value}} for group in ("disk", "cpu", "gpu") for key in WHOLE[group]]
+    refused = []
+    for table in tables:
+        try:
+            assert parse_sheet("x", table).ram == 32 << 30
+        except RecipeError as error:
+            refused.append(str(error))
+    assert len(refused) > len(tables) // 2
+    assert max(map(len, refused)) < 400
 
 
 @pytest.mark.parametrize(
