@@ -147,7 +147,7 @@ def describe_flops(plan: Plan) -> str:
 def describe_eigen_problems(plan: Plan) -> str:
     rows = [f"{count:,} of size {size:,}" for size, count in plan.eigen_problems.items()]
     more = [f"{len(rows) - FEW_SIZES:,} smaller sizes"] if len(rows) > FEW_SIZES else []
-    return ", ".join(rows[:FEW_SIZES] + more) or "none"
+    return f"{', '.join(rows[:FEW_SIZES] + more)}, as in float64" if rows else "none"
 
 
 def describe_sheets(sheets: list[Sheet]) -> list[str]:

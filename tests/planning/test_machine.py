@@ -232,6 +232,8 @@ def test_the_figures_of_a_machine_are_shown(model: Path, tokens: Path) -> None:
     text = "\n".join(describe_plan(plan))
     assert "machine        rtx-4090 (data sheet: " in text
     assert "over PCIe" in text
+    rows = ", ".join(f"{row['count']} of size {row['size']}" for row in table["eigen_problems"])
+    assert f"eigen-problems {rows}, as in float64" in text
     assert "bfloat16" in text
 
 
