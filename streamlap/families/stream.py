@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from streamlap.accelerator.devices import accelerator_of
 from streamlap.errors import CheckpointError, UnsupportedModel, few, shown
 from streamlap.families.bounds import check_roles, check_widths, described_by, native_config
 from streamlap.families.layer import StreamLayer
@@ -73,7 +74,7 @@ class ModelStream:
     def __init__(
         self, folder: Path, device: str = "cpu", dtype: str = "auto", source: TensorSource | None = None
     ) -> None:
-        self.folder, self.device = folder, torch.device(device)
+        self.folder, self.accelerator = folder, accelerator_of(device)
         check_folder(folder)
         check_alone(folder)
         self.raw_config = read_config(folder)
@@ -104,6 +105,11 @@ class ModelStream:
         for index in range(self.depth) if self.rows else ():
             forms = {role: self.form(index, role) for role in self.family.roles}
             check_widths(forms, self.natives(index), self.family, self.head_dim, self.layer_name(index))
+
+    @property
+    def device(self) -> torch.device:
+        """Where it computes."""
+        return self.accelerator.device
 
     @property
     def depth(self) -> int:
@@ -243,7 +249,7 @@ class ModelStream:
         if name == "auto" and stored not in COMPUTE_DTYPES.values():
             return torch.float32
         if name == "auto":
-            fast = self.device.type != "cpu" or (stored == torch.bfloat16 and cpu_has_bfloat16())
+            fast = self.accelerator.away or (stored == torch.bfloat16 and cpu_has_bfloat16())
             return stored if fast else torch.float32
         return COMPUTE_DTYPES[name]
 

@@ -48,9 +48,9 @@ class Lessons:
         either stream are so in the target, and zero before the layer."""
         hand = self.hand
         target = HiddenStates(bank=dense_banks(hand).stream, generation=hand.index + 1)
-        device = hand.runner.stream.device
+        move = hand.runner.stream.accelerator.move
         for number in numbers:
-            yield paired(hand.compressed.pick(number).to(device), target.pick(number).to(device))
+            yield paired(*(move(states.pick(number)) for states in (hand.compressed, target)))
 
 
 def train_layer(hand: LayerInHand, method: Trained, session: Session) -> Trace:
