@@ -3,6 +3,8 @@ the result is that of the CPU. The model has the shape of a layer of 70 billion 
 
 from __future__ import annotations
 
+import json
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,11 +13,14 @@ import numpy as np
 import pytest
 import torch
 from conftest import VOCABULARY, MakeModel
+from crashes import crash_after
 from outputs import REPORT, contents
 from pretend import pretend_gpu
 
 import streamlap
+from streamlap.errors import BudgetError, RecipeError
 from streamlap.families import stream as families_stream
+from streamlap.families.layer import StreamLayer
 from streamlap.pipeline import layers, runner
 from streamlap.planning import schedule as scheduling
 from streamlap.planning.schedule import Fit, make_schedule, peak
@@ -144,3 +149,157 @@ def test_a_run_on_a_gpu_gives_the_bytes_of_the_cpu_and_moves_them_in_time(
 @pytest.mark.parametrize("kind", KINDS)
 def test_so_does_a_run_of_a_larger_layer(check: Callable[..., None], kind: str, tier: str, overlap: bool) -> None:
     check(kind, 4, tier, overlap)
+
+
+# --- other ways through --------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def source(pico: MakeModel) -> Path:
+    return pico("llama", dtype=torch.bfloat16)
+
+
+def by(patch: pytest.MonkeyPatch, tier: str, overlap: bool = True) -> None:
+    """Every run goes by this schedule."""
+    patch.setattr(scheduling, "schedules", lambda work, _: [make_schedule(work, overlap, tier, BATCH)])
+
+
+@pytest.mark.parametrize("tier", TIERS)
+def test_an_evaluation_gives_the_number_of_the_cpu(
+    source: Path, windows: Path, tmp_path: Path, tier: str, monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:  # fmt: skip
+    """Its head reads hidden states when the loop, and with it the slab, has come to its end."""
+    nll = streamlap.evaluate(source, windows, dtype="bfloat16").nll
+    gpu = pretend_gpu(monkeypatch)
+    by(monkeypatch, tier)
+    found = streamlap.evaluate(source, windows, dtype="bfloat16", device="cuda", work=tmp_path)
+    assert found.nll == nll
+    assert (gpu.faults, gpu.pageable, gpu.registered) == ([], [], {})
+    assert bool(gpu.calls["download"]) == (tier != "vram"), "on the device they stay where they are"
+    assert not caplog.records
+
+
+@pytest.mark.parametrize("tier", TIERS)
+@pytest.mark.parametrize("kind", ["lorap", "best"])
+def test_a_run_that_died_goes_on_to_the_bytes_of_the_cpu(
+    source: Path, windows: Path, tmp_path: Path, tier: str, kind: str, monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:  # fmt: skip
+    settings: dict[str, Any] = {"files": (str(windows),), "dtype": "bfloat16", "preset": kind}
+    streamlap.compress(source, tmp_path / "cpu", **settings)
+    gpu, out = pretend_gpu(monkeypatch), tmp_path / "out"
+    by(monkeypatch, tier)
+    with monkeypatch.context() as patch:
+        crash_after(1, patch, lambda: streamlap.compress(source, out, device="cuda", **settings))
+    streamlap.resume(out)
+    cpu, here = ({name: data for name, data in contents(folder).items() if name != REPORT}
+                 for folder in (tmp_path / "cpu", out))  # fmt: skip
+    assert here == cpu
+    assert (gpu.faults, gpu.pageable, gpu.registered) == ([], [], {})
+    assert "more batches" not in caplog.text
+
+
+@pytest.mark.parametrize("tier", TIERS)
+def test_a_survey_measures_what_it_does_on_the_cpu(
+    source: Path, windows: Path, tmp_path: Path, tier: str, monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:  # fmt: skip
+    settings: dict[str, Any] = {"files": (str(windows),), "dtype": "bfloat16"}
+    streamlap.survey(source, tmp_path / "cpu.json", **settings)
+    gpu = pretend_gpu(monkeypatch)
+    by(monkeypatch, tier)
+    streamlap.survey(source, tmp_path / "gpu.json", device="cuda", **settings)
+    tables = [json.loads((tmp_path / name).read_text()) for name in ("cpu.json", "gpu.json")]
+    assert tables[0]["layers"] == tables[1]["layers"]
+    assert (gpu.faults, gpu.pageable, gpu.registered) == ([], [], {})
+    assert "more batches" not in caplog.text
+
+
+@pytest.mark.parametrize("tier", TIERS)
+def test_where_memory_runs_out_in_the_middle_of_a_pass_its_rooms_are_free_again(
+    source: Path, windows: Path, tmp_path: Path, tier: str, monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:  # fmt: skip
+    settings: dict[str, Any] = {"files": (str(windows),), "dtype": "bfloat16", "preset": "lorap"}
+    streamlap.compress(source, tmp_path / "cpu", **settings)
+    pretend_gpu(monkeypatch)
+    by(monkeypatch, tier)
+    forward, calls = StreamLayer.__call__, Counter[str]()
+
+    def starved(layer: StreamLayer, x_BLD: torch.Tensor) -> torch.Tensor:
+        calls[layer.prefix] += 1
+        if calls[layer.prefix] == 4:  # in the middle of the capture
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+        return forward(layer, x_BLD)
+
+    monkeypatch.setattr(StreamLayer, "__call__", starved)
+    report = streamlap.compress(source, tmp_path / "out", device="cuda", **settings)
+    assert report.to_json()["ladder"]
+    shards = [
+        {path.name: path.read_bytes() for path in (tmp_path / name).glob("*.safetensors")} for name in ("cpu", "out")
+    ]
+    assert shards[0] == shards[1]
+    assert "more batches" not in caplog.text
+
+
+def test_a_solve_that_does_not_fit_the_gpu_goes_on_on_the_cpu(
+    source: Path, windows: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings: dict[str, Any] = {"files": (str(windows),), "dtype": "bfloat16", "preset": "lorap"}
+    pretend_gpu(monkeypatch)
+    eigh, seen = torch.linalg.eigh, Counter[str]()
+
+    def starved(*args: Any, **options: Any) -> Any:
+        seen["eigh"] += 1
+        if seen["eigh"] <= 2:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+        return eigh(*args, **options)
+
+    monkeypatch.setattr(torch.linalg, "eigh", starved)
+    report = streamlap.compress(source, tmp_path / "out", device="cuda", **settings)
+    assert report.to_json()["ladder"] == ["layer 0, solve: caches freed", "layer 0, solve: solve on the CPU"]
+
+
+def test_where_nothing_can_be_pinned_a_run_is_as_right(
+    source: Path, windows: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    settings: dict[str, Any] = {"files": (str(windows),), "dtype": "bfloat16", "preset": "best"}
+    streamlap.compress(source, tmp_path / "cpu", **settings)
+    gpu = pretend_gpu(monkeypatch)
+
+    def refuse(*_: object) -> None:
+        raise RuntimeError("CUDA error: invalid argument")
+
+    monkeypatch.setattr(gpu, "register", refuse)
+    by(monkeypatch, "disk")
+    streamlap.compress(source, tmp_path / "out", device="cuda", **settings)
+    assert caplog.text.count("cannot be pinned (CUDA error: invalid argument)") == 1
+    shards = [
+        {path.name: path.read_bytes() for path in (tmp_path / name).glob("*.safetensors")} for name in ("cpu", "out")
+    ]
+    assert shards[0] == shards[1]
+    assert gpu.faults == []
+
+
+def test_a_gpu_that_is_there_is_taken_by_itself(monkeypatch: pytest.MonkeyPatch) -> None:
+    gpu = pretend_gpu(monkeypatch)
+    assert streamlap.RunSettings(device="auto").settled().device == "cuda:0"
+    assert gpu.calls["select"] == 1
+    with pytest.raises(RecipeError, match=r"device is 'cuda:1', and torch sees 1 CUDA devices; use --device cpu"):
+        streamlap.RunSettings(device="cuda:1").settled()
+
+
+def test_the_richest_schedule_inside_both_caps_is_taken_of_what_the_gpu_has(
+    source: Path, windows: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings: dict[str, Any] = {"files": (str(windows),), "dtype": "bfloat16", "preset": "lorap"}
+    roomy, watch = pretend_gpu(monkeypatch), Watch(monkeypatch)
+    streamlap.compress(source, tmp_path / "roomy", device="cuda", **settings)
+    wanted = watch.fits[0].peak_vram
+    assert (watch.fits[0].schedule.tier, roomy.cap) == ("vram", 1 << 40)
+    pretend_gpu(monkeypatch, wanted - 1)
+    streamlap.compress(source, tmp_path / "less", device="cuda", **settings)
+    assert watch.fits[1].schedule.tier == "ram"
+    with pytest.raises(BudgetError, match=r"--max-vram is 1\.0 MiB; the leanest way through this model takes"):
+        streamlap.compress(source, tmp_path / "none", device="cuda", max_vram="1MiB", **settings)
