@@ -42,7 +42,7 @@ from streamlap.errors import Interrupted
 from streamlap.system.budget import parse_size
 from streamlap.system.device import pick_device
 
-SMALL_SECONDS, RATES_SECONDS, START_SECONDS, MAKING_RATE = 40.0, 25.0, 30.0, 250e6
+SMALL_SECONDS, RATES_SECONDS, START_SECONDS, MAKING_RATE = 60.0, 25.0, 30.0, 250e6
 """What a small model, one measurement of the rates, and the start of a run may take; bytes/s of making a checkpoint."""
 SLACK, LEAST_SAMPLES = 1.5, 8
 """Expected seconds of a run over its floor; windows that are never halved."""

@@ -52,7 +52,7 @@ class Slab:
     """The memory; made by `open_slab`."""
 
     def __init__(self, sizes: SlabSizes) -> None:
-        self._bytes = np.frombuffer(mmap.mmap(-1, sizes.total), np.uint8)
+        self._bytes = np.frombuffer(mmap.mmap(-1, sizes.total, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS), np.uint8)
         self._room, self._free = sizes.room, queue.SimpleQueue[int]()
         self.memory = torch.from_numpy(self._bytes)
         self.buffer = self.memory[: sizes.buffer]

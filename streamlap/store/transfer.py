@@ -24,6 +24,5 @@ def upload_ahead(batches: Iterable[torch.Tensor], accelerator: Accelerator) -> I
         if here is not None:
             yield here
         here = landing.wait()
-        del landing
     if here is not None:
         yield here

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from pretend import PretendGpu
 from streamlap.accelerator.devices import Landing, accelerator_of, plain_room
 from streamlap.accelerator.slab import Slab, SlabSizes, open_slab, paged
 from streamlap.store.hidden import IN_FLIGHT, HiddenBank
+from streamlap.store.sink import DurableFile
 from streamlap.store.transfer import upload_ahead
 from streamlap.store.worker import Worker, ahead
 
@@ -97,9 +99,12 @@ def no_room_is_short(caplog: pytest.LogCaptureFixture) -> Iterator[None]:
 
 
 @pytest.mark.parametrize("overlap", [True, False])
-def test_writing_to_the_disk_takes_so_many_rooms(tmp_path: Path, overlap: bool) -> None:
-    """One that is computed, and those that wait for the disk."""
-    gpu = PretendGpu()
+def test_writing_to_the_disk_takes_so_many_rooms(
+    tmp_path: Path, overlap: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One that is computed, and those that wait for a disk that is slow."""
+    gpu, write = PretendGpu(), DurableFile.write
+    monkeypatch.setattr(DurableFile, "write", lambda file, data: (time.sleep(0.01), write(file, data)))
     with open_slab(gpu, sizes(1 + IN_FLIGHT * overlap)) as slab, Worker(overlap) as writer:
         for tier in ("disk", "vram"):
             bank = on_the_device(gpu, slab, tier, tmp_path / tier)
