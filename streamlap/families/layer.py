@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -65,6 +65,7 @@ class StreamLayer:
     ) -> None:
         self.module, self.prefix, self.family = module, prefix, family
         self._kwargs, self._stored, self._natives = kwargs, stored, natives
+        self._dense = {path: module.get_submodule(path) for path in map(family.path, natives)}
         self._edited: dict[str, nn.Module] = {}
         self._replaced: dict[str, torch.Tensor] = {}
         self._out_BL: torch.Tensor | None = None
@@ -109,6 +110,11 @@ class StreamLayer:
         with replaced(self.module, self._silent(but=name)):
             return self(x_BLD)
 
+    def run_dense(self, name: str, x_BLD: torch.Tensor) -> torch.Tensor:
+        """The same with the linears that were read, whatever is tried, as long as they are kept."""
+        with replaced(self.module, self._dense):
+            return self.run_sublayer(name, x_BLD)
+
     @torch.no_grad()
     def sublayer_input(self, name: str, x_BLD: torch.Tensor) -> torch.Tensor:
         """What the linears that read the input of a sub-layer are given, when the sub-layer is given x."""
@@ -140,7 +146,7 @@ class StreamLayer:
         check_layer(self, self._here(x_BLD), writes)
 
     def _here(self, x_BLD: torch.Tensor) -> torch.Tensor:
-        parameter = next(self.module.parameters())
+        parameter = next(parameter for parameter in self.module.parameters() if not parameter.is_meta)
         return x_BLD.to(parameter.device, parameter.dtype)
 
     def _run(self, x_BLD: torch.Tensor) -> torch.Tensor:
@@ -149,7 +155,7 @@ class StreamLayer:
         return y_BLD
 
     @contextlib.contextmanager
-    def tried(self, edits: Sequence[Edit]) -> Iterator[None]:
+    def tried(self, edits: Iterable[Edit]) -> Iterator[None]:
         """While the block lasts the layer runs with these edits."""
         with replaced(self.module, {self.family.path(edit.role): self._running(edit) for edit in edits}):
             yield
@@ -190,10 +196,13 @@ class StreamLayer:
         finally:
             self.module.to(home)
 
-    def apply(self, edits: Iterable[Edit]) -> None:
+    def apply(self, edits: Iterable[Edit], keep_dense: bool = False) -> None:
+        """`keep_dense`, whether what was read stays for `run_dense`."""
         for edit in edits:
             path = self.family.path(edit.role)
             assert edit.form.bias >= edit.native.bias, f"{path}: its bias is lost"
+            if not keep_dense:
+                self._dense.pop(path)
             self._edited[path] = edit.module
             self.module.set_submodule(path, self._running(edit))
 

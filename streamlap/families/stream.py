@@ -194,6 +194,20 @@ class ModelStream:
             staging.prefetch(self.layer_tensors(index + 1))
         return StreamLayer(module, self.layer_name(index), self.family, kwargs, stored, self.natives(index))
 
+    def frame(self, index: int, kwargs: Mapping[str, Any]) -> StreamLayer:
+        """A decoder layer without the numbers of its linears, which stay on meta: what its first sub-layer reads depends on
+        none of them."""
+        linears = tuple(f"{self.family.path(role)}." for role in self.family.roles)
+        names = {name: found for name, found in self.layer_names(index).items() if not name.startswith(linears)}
+        module = copy.deepcopy(self.layers[index])
+        tensors = {name: self.source.read(found) for name, found in names.items()}
+        placed = {name: tensor.to(self.device, self._computed(tensor)) for name, tensor in tensors.items()}
+        module.load_state_dict(placed, strict=False, assign=True)
+        module.eval().requires_grad_(False)
+        return StreamLayer(
+            module, self.layer_name(index), self.family, kwargs, self.layer_tensors(index), self.natives(index)
+        )
+
     def check_sublayers(self, tokens_NL: torch.Tensor, writes: bool) -> None:
         """Raise UnsupportedModel where the sub-layers of the first layer are not that layer, on the first window: a family that
         was understood wrongly must not be compressed. See `StreamLayer.check_sublayers`."""

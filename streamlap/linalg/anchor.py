@@ -5,11 +5,14 @@ Shape suffixes: T tokens, O out, I in.
 
 from __future__ import annotations
 
+import functools
+
 import torch
 
 from streamlap.linalg.gram import DAMPING, MOST_DAMPING, Gram, damping_notes, solve_dtype
 from streamlap.linalg.products import product
 from streamlap.linalg.solution import Solution
+from streamlap.linalg.triangles import panels
 
 RIDGES = (1e-12, 1e-10, 1e-8, 1e-6, 1e-4, 1e-2)
 """Damping for a root: the first with which the root exists. A Gram of fewer tokens than inputs, summed from float32 products,
@@ -52,25 +55,29 @@ def root_if_any(gram: Gram) -> Solution[torch.Tensor] | None:
 
 
 def anchored(
-    w_OI: torch.Tensor, gram: Gram, cross_OI: torch.Tensor, damping: float = DAMPING
+    w_OI: torch.Tensor, gram: Gram, cross_IO: torch.Tensor, damping: float = DAMPING
 ) -> Solution[torch.Tensor]:
-    """What W must become to give t instead of W x: (C + W ridge)(S + ridge)^-1, with C = sum t x'.
+    """What W must become to give t instead of W x: (C + W ridge)(S + ridge)^-1, with C' = sum x t' in `cross_IO`, in whose
+    memory it comes.
 
     The full-rank minimiser of sum |t - W' x|^2, with a ridge that pulls towards W: where the tokens say nothing, W stays.
     """
     factor = gram.cholesky(damping)
-    moved_OI = factor.value.solve_right(torch.addcmul(cross_OI, w_OI, factor.value.ridge_I))
-    return Solution(moved_OI, notes=factor.notes)
+    for at in panels(len(gram)):
+        cross_IO[at].addcmul_(w_OI[:, at].T.to(cross_IO.dtype), factor.value.ridge_I[at, None])
+    return Solution(factor.value.solve(cross_IO).T, notes=factor.notes)
 
 
-def best_step(w_OI: torch.Tensor, delta_OI: torch.Tensor, x_TI: torch.Tensor, target_TO: torch.Tensor) -> float:
-    """The b in [0, 1] for which W + b Delta is nearest to the target on held-out tokens.
+def best_step(w_OI: torch.Tensor, to_OI: torch.Tensor, x_TI: torch.Tensor, target_TO: torch.Tensor) -> float:
+    """The b in [0, 1] for which W + b (W' - W) is nearest to the target on held-out tokens; W' is `to_OI`.
 
     The error is a parabola in b, so its minimum is known without a grid.
     """
-    x_TI = x_TI.to(delta_OI.dtype)
-    moved_TO = product(x_TI, delta_OI.T)
-    missing_TO = target_TO.to(delta_OI.dtype) - product(x_TI, w_OI.T)
+    x_TI = x_TI.to(to_OI.dtype)
+    parts = (product(x_TI[:, at], w_OI[:, at].to(to_OI.dtype).T) for at in panels(w_OI.shape[1]))
+    made_TO = functools.reduce(torch.Tensor.add_, parts)
+    moved_TO = product(x_TI, to_OI.T).sub_(made_TO)
+    missing_TO = made_TO.neg_().add_(target_TO)
     # Sums of rows first: the bits of one sum over everything depend on the number of threads.
     power, gain = (float((rows_TO * moved_TO).sum(dim=1).sum()) for rows_TO in (moved_TO, missing_TO))
     return min(1.0, max(0.0, gain / power)) if power > 0 else 0.0

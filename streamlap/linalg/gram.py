@@ -22,7 +22,7 @@ from streamlap.linalg.triangles import (
     panels,
     put_lower,
     small_factor,
-    solve_right,
+    solve_in_place,
     solve_triangular,
     square_lower,
 )
@@ -51,22 +51,22 @@ def solve_dtype(columns: int) -> torch.dtype:
 
 
 class Sum:
-    """A sum of products a' b [A, I] over tokens, as exact for a billion of them as for a thousand: in float64, or in float32
-    with what rounding takes from each sum beside it (Kahan)."""
+    """A sum of products b' a [I, A] over tokens, as exact for a billion of them as for a thousand: in float64, or in float32
+    with what rounding takes from each sum beside it (Kahan), of which eight bits do."""
 
     def __init__(self, shape: tuple[int, int], device: torch.device) -> None:
-        self.total = torch.zeros(shape, dtype=solve_dtype(shape[1]), device=device)
-        self._lost = None if self.total.dtype == torch.float64 else torch.zeros_like(self.total)
+        self.total = torch.zeros(shape, dtype=solve_dtype(shape[0]), device=device)
+        wide = self.total.dtype == torch.float64
+        self._lost = None if wide else torch.zeros_like(self.total, dtype=torch.bfloat16)
 
     @property
     def shape(self) -> torch.Size:
         return self.total.shape
 
-    def add(self, a_TA: torch.Tensor, b_TI: torch.Tensor) -> None:
+    def add(self, b_IT: torch.Tensor, a_AT: torch.Tensor) -> None:
         """The products are in the dtype of a and b."""
-        a_AT = a_TA.T.contiguous()  # of which every panel lies in one piece
-        for at in panels(len(a_AT)):
-            self._add(at, product(a_AT[at], b_TI))
+        for at in panels(len(b_IT)):
+            self._add(at, product(b_IT[at], a_AT.T))
 
     def merge(self, other: Sum) -> None:
         for at in panels(len(self.total)):
@@ -96,9 +96,8 @@ class GramSum:
     def diagonal_I(self) -> torch.Tensor:  # noqa: N802
         return self._square_II.diagonal()
 
-    def add(self, x_TI: torch.Tensor) -> None:
+    def add(self, x_IT: torch.Tensor) -> None:
         """The products are in the dtype of x."""
-        x_IT = x_TI.T.contiguous()
         for number, at in enumerate(panels(len(x_IT))):
             self._add(number, at, product(x_IT[at], x_IT[at.start :].T))
 
@@ -179,15 +178,20 @@ class Gram:
 
     def times(self, t_OI: torch.Tensor) -> torch.Tensor:
         """T S [O, I], in the dtype of T."""
-        return torch.cat([self._times(t_OI, at) for at in panels(len(self))], dim=1)
+        return torch.cat([self._times(t_OI, at, t_OI.dtype) for at in panels(len(self))], dim=1)
 
-    def metric(self, t_OI: torch.Tensor) -> torch.Tensor:
-        """T S T' [O, O], in the dtype of T."""
-        made = (product(self._times(t_OI, at), t_OI[:, at].T) for at in panels(len(self)))
+    def metric(self, t_OI: torch.Tensor, dtype: torch.dtype | None = None) -> torch.Tensor:
+        """T S T' [O, O], in `dtype`, or that of T. T is widened in panels."""
+        dtype = dtype or t_OI.dtype
+        made = (product(self._times(t_OI, at, dtype), t_OI[:, at].to(dtype).T) for at in panels(len(self)))
         return functools.reduce(torch.Tensor.add_, made)
 
-    def _times(self, t_OI: torch.Tensor, at: slice) -> torch.Tensor:
-        return product(t_OI, self.rows(at).T.to(t_OI.dtype))
+    def _times(self, t_OI: torch.Tensor, at: slice, dtype: torch.dtype) -> torch.Tensor:
+        rows_PI = self.rows(at).to(dtype)
+        if t_OI.dtype == dtype:
+            return product(t_OI, rows_PI.T)
+        parts = (product(t_OI[:, part].to(dtype), rows_PI[:, part].T) for part in panels(len(self)))
+        return functools.reduce(torch.Tensor.add_, parts)
 
     def _corner(self, at: slice) -> torch.Tensor:
         upper_PP = self._square_II[at, at].triu(1)
@@ -252,9 +256,9 @@ class Factor:
         """L as a matrix of its own."""
         return self._square_II.tril().to(dtype)
 
-    def solve_right(self, b_OI: torch.Tensor) -> torch.Tensor:
-        """b S^-1."""
-        return solve_right(self._square_II, b_OI)
+    def solve(self, b_IO: torch.Tensor) -> torch.Tensor:
+        """S^-1 b, in the place of b."""
+        return solve_in_place(self._square_II, b_IO)
 
     def inverse(self) -> Inverse:
         """S^-1, in the place of L."""
@@ -275,9 +279,11 @@ class Inverse:
 
     def rows(self, at_Q: torch.Tensor) -> torch.Tensor:
         """[Q, I]."""
-        square_II = self._square_II
-        columns_I = torch.arange(len(square_II), device=at_Q.device)
-        return torch.where(columns_I <= at_Q[:, None], square_II[at_Q], square_II[:, at_Q].T)
+        rows_QI = self._square_II[at_Q]
+        for at in panels(rows_QI.shape[1]):
+            beyond_QP = torch.arange(at.start, at.stop, device=at_Q.device) > at_Q[:, None]
+            torch.where(beyond_QP, self._square_II[at, at_Q].T, rows_QI[:, at], out=rows_QI[:, at])
+        return rows_QI
 
     def subtract(self, half_QI: torch.Tensor) -> None:
         """M -= H' H."""

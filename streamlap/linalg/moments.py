@@ -16,19 +16,25 @@ import torch
 from streamlap.linalg.gram import Gram, GramSum, Sum
 from streamlap.linalg.statistics import all_finite
 
-CHUNK_TOKENS = 4096
-"""Tokens in one product. Fixed, and counted across updates: the bits do not depend on the batches."""
+CHUNK_TOKENS, WIDEST = 4096, 16384
+"""Tokens in one product, half as many where they have more inputs. Fixed, and counted across updates: the bits do not depend
+on the batches."""
+
+
+def chunk_tokens(width: int) -> int:
+    return CHUNK_TOKENS if width <= WIDEST else CHUNK_TOKENS // 2
 
 
 class Moments:
-    """S = sum x x' [I, I], and C = sum t x' [A, I] where every token x comes with its anchor t."""
+    """S = sum x x' [I, I], and C' = sum x t' [I, A] where every token x comes with its anchor t."""
 
     def __init__(self) -> None:
         self.tokens = 0
         self._gram: GramSum | None = None
         self._cross: Sum | None = None
         self._chunk: list[torch.Tensor] = []
-        """Tokens that wait until a chunk is full, and their anchors; copied, since the caller may use its memory again."""
+        """Tokens that wait until a chunk is full, and their anchors, [I, T] and [A, T], so that a panel lies in one piece.
+        Copied, since the caller may use its memory again."""
         self._waiting = 0
 
     def update(self, x_TI: torch.Tensor, anchor_TA: torch.Tensor) -> None:
@@ -37,15 +43,16 @@ class Moments:
         assert len(anchor_TA) == len(x_TI), "every token has one anchor"
         self.tokens += len(x_TI)
         while len(given[0]):
+            most = chunk_tokens(x_TI.shape[1])
             if not self._chunk:
-                self._chunk = [rows.new_empty(CHUNK_TOKENS, rows.shape[1]) for rows in given]
-            count = min(CHUNK_TOKENS - self._waiting, len(given[0]))
+                self._chunk = [rows.new_empty(rows.shape[1], most) for rows in given]
+            count = min(most - self._waiting, len(given[0]))
             for held, rows in zip(self._chunk, given, strict=True):
                 assert held.dtype == rows.dtype, "one dtype from the first token to the last"
-                held[self._waiting : self._waiting + count] = rows[:count]
+                held[:, self._waiting : self._waiting + count] = rows[:count].T
             given = [rows[count:] for rows in given]
             self._waiting += count
-            if self._waiting == CHUNK_TOKENS:
+            if self._waiting == most:
                 self._add()
 
     def merge(self, other: Moments) -> None:
@@ -55,19 +62,19 @@ class Moments:
         other._flush()
         assert other._gram is not None
         assert other._cross is not None
-        gram, cross = self._sums(len(other._gram), other._cross.shape[0], other._gram.device)
+        gram, cross = self._sums(len(other._gram), other._cross.shape[1], other._gram.device)
         gram.merge(other._gram)
         cross.merge(other._cross)
         self.tokens += other.tokens
 
     def finish(self) -> tuple[Gram, torch.Tensor]:
-        """S, and C in the dtype to solve in; the sums end here. At least one token must have come."""
+        """S, and C' [I, A] in the dtype to solve in; the sums end here. At least one token must have come."""
         self._flush()
         assert self._gram is not None, "no tokens were seen"
         assert self._cross is not None, "no tokens were seen"
-        gram, cross_AI = self._gram.gram(), self._cross.total
+        gram, cross_IA = self._gram.gram(), self._cross.total
         self._gram = self._cross = None
-        return gram, cross_AI
+        return gram, cross_IA
 
     @property
     def finite(self) -> bool:
@@ -75,11 +82,11 @@ class Moments:
         self._flush()
         if self._gram is None or self._cross is None:
             return True
-        return all(map(all_finite, (self._gram.diagonal_I, self._cross.total[:, 0])))
+        return all(map(all_finite, (self._gram.diagonal_I, self._cross.total[0])))
 
     def _sums(self, inputs: int, anchors: int, device: torch.device) -> tuple[GramSum, Sum]:
         if self._gram is None or self._cross is None:
-            self._gram, self._cross = GramSum(inputs, device), Sum((anchors, inputs), device)
+            self._gram, self._cross = GramSum(inputs, device), Sum((inputs, anchors), device)
         return self._gram, self._cross
 
     def _flush(self) -> None:
@@ -90,11 +97,13 @@ class Moments:
 
     def _add(self) -> None:
         wide = functools.reduce(torch.promote_types, [held.dtype for held in self._chunk], torch.float32)
-        x_TI, anchor_TA = (held[: self._waiting].to(wide) for held in self._chunk)
+        for held in self._chunk:
+            held[:, self._waiting :] = 0  # which adds nothing, and a chunk in one piece needs no copy
+        x_IT, anchor_AT = (held.to(wide) for held in self._chunk)
         self._waiting = 0
-        gram, cross = self._sums(x_TI.shape[1], anchor_TA.shape[1], x_TI.device)
-        gram.add(x_TI)
-        cross.add(anchor_TA, x_TI)
+        gram, cross = self._sums(len(x_IT), len(anchor_AT), x_IT.device)
+        gram.add(x_IT)
+        cross.add(x_IT, anchor_AT)
 
 
 HELD_TOKENS = 4096
@@ -104,19 +113,21 @@ HELD_SEQUENCES = 8
 """One sequence of so many is held out, until as many tokens are as a choice needs."""
 
 
-def is_held(number: int, total: int) -> bool:
-    """Whether the `number`th sequence (from 1) of `total` is held out: every eighth, or the last of fewer."""
-    return number % HELD_SEQUENCES == 0 or (total < HELD_SEQUENCES and number == total)
-
-
 def held_sequences(total: int, length: int, tokens: int = HELD_TOKENS) -> Sequence[int]:
-    """Numbers (from 0) of the sequences that no sub-layer was fitted to, up to so many tokens; a single one serves for both."""
-    held = [number for number in range(total) if is_held(number + 1, total)]
+    """Numbers (from 0) of the sequences that no sub-layer is fitted to: every eighth, or the last of fewer, up to so many
+    tokens. A single one serves for both."""
+    held = range(HELD_SEQUENCES - 1, total, HELD_SEQUENCES) or [total - 1]
     return held[: -(-tokens // length)]
 
 
+def fitted_sequences(total: int, length: int) -> Sequence[int]:
+    """Numbers of all others."""
+    held = set(held_sequences(total, length))
+    return [number for number in range(total) if number not in held] or list(held)
+
+
 class Sample:
-    """Held-out tokens: rows (x, t) that no sum has seen, the first `limit` that come, to choose by."""
+    """Held-out tokens: rows (x, t) that no sum has seen, the first `limit` that come, to choose by. They wait in RAM."""
 
     def __init__(self, limit: int) -> None:
         self.limit, self._rows, self._count = limit, list[tuple[torch.Tensor, torch.Tensor]](), 0
@@ -124,7 +135,7 @@ class Sample:
     def update(self, x_TI: torch.Tensor, anchor_TA: torch.Tensor) -> None:
         room = self.limit - self._count
         if room > 0:
-            self._rows.append((x_TI[:room].clone(), anchor_TA[:room].clone()))
+            self._rows.append((x_TI[:room].to("cpu", copy=True), anchor_TA[:room].to("cpu", copy=True)))
             self._count += min(room, len(x_TI))
 
     @functools.cached_property
@@ -141,11 +152,6 @@ class Sample:
     def finite(self) -> bool:
         """Whether all rows are."""
         return all(all_finite(rows) for pair in self._rows for rows in pair)
-
-    @property
-    def full(self) -> bool:
-        """Whether further rows would be dropped."""
-        return self._count >= self.limit
 
     @property
     def x_TI(self) -> torch.Tensor:  # noqa: N802

@@ -28,8 +28,8 @@ class Pruned:
 
     kept_K: torch.Tensor
     """The inputs that stay, ascending."""
-    w_OK: torch.Tensor
-    """W on these, fitted again."""
+    w_OF: torch.Tensor
+    """W on these, fitted again, and zero on the others; until the next is asked for."""
 
 
 def removals(
@@ -43,10 +43,10 @@ def removals(
     most, lost = -(-len(gram) // ROUNDS), 0.0
     for count in counts:
         while (left := int(rest.alive_F.sum())) > count:
-            score_F = rest.w_OF.square().sum(dim=0) / rest.diagonal_F
+            score_F = rest.energy_F / rest.diagonal_F
             score_F[~rest.alive_F] = torch.inf
             lost += rest.remove(torch.sort(score_F, stable=True).indices[: min(most, left - count)])
-        pruned = Pruned(kept_K=rest.alive_F.nonzero()[:, 0], w_OK=rest.w_OF[:, rest.alive_F])
+        pruned = Pruned(kept_K=rest.alive_F.nonzero()[:, 0], w_OF=rest.w_OF)
         yield Solution(pruned, error=lost, notes=rest.notes)
 
 
@@ -55,13 +55,19 @@ class Rest:
 
     def __init__(self, w_OF: torch.Tensor, gram: Gram, damping: float = DAMPING) -> None:
         # With columns of zeros, dead inputs go first and cost nothing.
-        self.w_OF = w_OF.to(gram.dtype) * (gram.diagonal_I > 0)
+        self.w_OF = w_OF.to(gram.dtype, copy=True)
+        self.w_OF[:, gram.diagonal_I <= 0] = 0.0
         self.alive_F = torch.ones(len(gram), dtype=torch.bool, device=w_OF.device)
         """Which inputs are left."""
         factor = gram.cholesky(damping)
         self.notes = factor.notes
         """Of all solves so far."""
         self._inverse = factor.value.inverse()
+
+    @property
+    def energy_F(self) -> torch.Tensor:  # noqa: N802
+        """Squared length of the columns of W."""
+        return torch.cat([self.w_OF[:, at].square().sum(dim=0) for at in panels(self.w_OF.shape[1])])
 
     @property
     def diagonal_F(self) -> torch.Tensor:  # noqa: N802

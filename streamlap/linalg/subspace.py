@@ -4,11 +4,13 @@ It minimises |(T - W') S^1/2|_F, S the Gram of the inputs. With G = T S T' = U e
 is needed, and the eigenvalues that are left out are its error. Where T has more rows than columns, the same subspace is found
 from an eigen-problem of the size of the columns.
 
-Shape suffixes: O out, I in, R rank, N rows that are fitted again.
+Shape suffixes: O out, I in, R rank, N rows that are served or fitted again.
 """
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
 import torch
@@ -20,10 +22,13 @@ from streamlap.linalg.lowrank import eigh, orthonormal
 from streamlap.linalg.products import product
 from streamlap.linalg.solution import Solution, joined
 from streamlap.linalg.storage import as_stored, balanced
-from streamlap.linalg.triangles import solve_right
+from streamlap.linalg.triangles import panels, solve_right
 
 DROWNED = {torch.float32: 2e-6, torch.float64: 2e-12}
 """Share of the largest eigenvalue below which a dtype cannot tell an eigenvalue from rounding."""
+
+BLOCK = 2048
+"""Rows of T that are widened at a time."""
 
 PULL = 1e-6
 """What a refit adds to the Gram, as a share of its mean diagonal: in directions that no token went, it follows T itself."""
@@ -52,49 +57,87 @@ def subspace(
     """The best rank-R subspace of the map T on inputs with Gram S, and the error of rank R.
 
     Full-covariance low rank, as in SVD-LLM (Wang et al. 2024, arXiv 2403.07378) without its whitening inverse: one
-    eigen-decomposition of size min(O, I). It is done in the dtype of the arguments, or in float64 where the energy of rank R
-    would drown in the rounding of float32.
+    eigen-decomposition of size min(O, I). It is done in the dtype of the arguments, the wider one, or in float64 where the
+    energy of rank R would drown in the rounding of float32.
 
     Args: gram positive semi-definite; 1 <= rank <= min(O, I); root_II the root of the Gram where it is known; serves the
     rows of T that the subspace is best for, all where it is None. Energies and error are those of the served rows. Any other
     row is the best combination of map_RI.
     """
-    t_NI = t_OI if serves is None else t_OI[serves]
-    by_rows = t_NI.shape[0] <= t_NI.shape[1]
-    found = _of_rows(t_NI, gram, rank) if by_rows else _of_columns(t_NI, gram, rank, root_II, t_OI)
+    kind = torch.promote_types(t_OI.dtype, gram.dtype)
+    found = _find(t_OI, gram, rank, root_II, serves, kind)
+    if found is None:
+        found = _find(t_OI, gram, rank, None, serves, torch.float64)
+        assert found is not None, "float64 is wide enough"
     value, notes = found.value, found.notes
-    if t_OI.dtype == torch.float32 and not _is_clear(value.energies, rank):
-        del found, value
-        exact = subspace(t_OI.double(), gram, rank, serves=serves)
-        wide, notes = exact.value, joined(notes, exact.notes)
-        value = Subspace(wide.basis_OR.float(), wide.map_RI.float(), wide.energies.float())
-    elif len(value.basis_OR) != len(t_OI):
+    value = Subspace(value.basis_OR.to(kind), value.map_RI.to(kind), value.energies.to(kind))
+    if len(value.basis_OR) != len(t_OI):
         fitted = refit(t_OI, value.map_RI, gram)
         value, notes = replace(value, basis_OR=fitted.value), joined(notes, fitted.notes)
     return Solution(value, error=value.error(rank), notes=notes)
 
 
-def _of_rows(t_NI: torch.Tensor, gram: Gram, rank: int) -> Solution[Subspace]:
-    energies, vectors = _spectrum(gram.metric(t_NI))
+def _find(
+    t_OI: torch.Tensor, gram: Gram, rank: int, root_II: torch.Tensor | None, serves: torch.Tensor | None,
+    dtype: torch.dtype,
+) -> Solution[Subspace] | None:  # fmt: skip
+    """The same in this dtype, and where there are more columns than served rows with these rows alone; None where float32
+    is too narrow."""
+    if (len(t_OI) if serves is None else len(serves)) > t_OI.shape[1]:
+        return _of_columns(t_OI, gram, rank, root_II, serves, dtype)
+    t_NI = t_OI if serves is None else t_OI[serves]
+    energies, vectors = _spectrum(gram.metric(t_NI, dtype))
+    energies = energies.flip(0).clamp_min(0.0)
+    if dtype == torch.float32 and not _is_clear(energies, rank):
+        return None
     basis_NR = vectors[:, -rank:].flip(1)
-    return Solution(Subspace(basis_NR, product(basis_NR.T, t_NI), energies.flip(0).clamp_min(0.0)))
+    del vectors
+    return Solution(Subspace(basis_NR, _mapped(basis_NR, t_NI), energies))
+
+
+def best_basis(metric_OO: torch.Tensor, rank: int) -> torch.Tensor:
+    """[O, R], orthonormal: U of the best U U' T, where T S T' is that metric."""
+    return _spectrum(metric_OO)[1][:, -rank:]
+
+
+def _mapped(basis_NR: torch.Tensor, t_NI: torch.Tensor) -> torch.Tensor:
+    """U' T [R, I], in the dtype of U; T is widened in panels."""
+    if t_NI.dtype == basis_NR.dtype:
+        return product(basis_NR.T, t_NI)
+    return torch.cat([product(basis_NR.T, t_NI[:, at].to(basis_NR.dtype)) for at in panels(t_NI.shape[1])], dim=1)
 
 
 def _of_columns(
-    t_NI: torch.Tensor, gram: Gram, rank: int, root_II: torch.Tensor | None, t_OI: torch.Tensor
-) -> Solution[Subspace]:
-    """The squares of T come first: after that everything but two products has the size of the Gram."""
-    factor = root(gram.to(t_NI.dtype)) if root_II is None else Solution(root_II)
+    t_OI: torch.Tensor, gram: Gram, rank: int, root_II: torch.Tensor | None, serves: torch.Tensor | None,
+    dtype: torch.dtype,
+) -> Solution[Subspace] | None:  # fmt: skip
+    """T goes through in blocks of rows: all but the basis has the size of the Gram."""
+    factor = root(gram.to(dtype)) if root_II is None else Solution(root_II)
     root_II, notes = factor.value, factor.notes
-    square_II = squares(t_NI)
+    square_II = functools.reduce(torch.Tensor.add_, map(squares, row_blocks(t_OI, dtype, serves)))
     energies, vectors = _spectrum(product(product(root_II.T, square_II), root_II))
     energies = energies.flip(0).clamp_min(0.0)
     into_IR = product(root_II, vectors[:, -rank:].flip(1))
+    del root_II, factor, vectors
     if _is_clear(energies, rank):
         into_IR *= energies[:rank].rsqrt()
-        return Solution(Subspace(product(t_OI, into_IR), product(into_IR.T, square_II), energies), notes=notes)
-    basis_NR = orthonormal(product(t_NI, into_IR))
-    return Solution(Subspace(basis_NR, product(basis_NR.T, t_NI), energies), notes=notes)
+        basis_OR = into_IR.new_empty(len(t_OI), rank, dtype=gram.dtype)
+        for block_OR, t in zip(torch.split(basis_OR, BLOCK), row_blocks(t_OI, dtype), strict=True):
+            block_OR.copy_(product(t, into_IR))
+        return Solution(Subspace(basis_OR, product(into_IR.T, square_II), energies), notes=notes)
+    if dtype == torch.float32:
+        return None
+    basis_NR = orthonormal(torch.cat([product(t, into_IR) for t in row_blocks(t_OI, dtype, serves)]))
+    parts = zip(torch.split(basis_NR, BLOCK), row_blocks(t_OI, dtype, serves), strict=True)
+    map_RI = functools.reduce(torch.Tensor.add_, (product(basis.T, t) for basis, t in parts))
+    return Solution(Subspace(basis_NR, map_RI, energies), notes=notes)
+
+
+def row_blocks(t_OI: torch.Tensor, dtype: torch.dtype, rows: torch.Tensor | None = None) -> Iterator[torch.Tensor]:
+    """The rows of T, or those that are named, in `dtype`, some at a time."""
+    if rows is None:
+        return (t.to(dtype) for t in torch.split(t_OI, BLOCK))
+    return (t_OI[some].to(dtype) for some in torch.split(rows, BLOCK))
 
 
 def _is_clear(energies: torch.Tensor, rank: int) -> bool:
@@ -108,18 +151,18 @@ def _spectrum(metric: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
             f"a Gram of size {len(metric)} has entries that are NaN or infinite; wanted finite statistics of the inputs. "
             "Try dtype float32 in the recipe."
         )
-    return eigh(symmetric(metric))
-
-
-def symmetric(made: torch.Tensor) -> torch.Tensor:
-    """The symmetric part: rounding may leave a product slightly asymmetric."""
-    return (made + made.mT).div_(2)
+    return eigh(metric)
 
 
 def two_factors(
-    found: Subspace, gram: Gram, t_OI: torch.Tensor, dtype: torch.dtype, what: str = "a low-rank map"
+    found: Subspace,
+    gram: Gram,
+    t_OI: torch.Tensor,
+    dtype: torch.dtype,
+    what: str = "a low-rank map",
+    rows: torch.Tensor | None = None,
 ) -> Solution[tuple[torch.Tensor, torch.Tensor]]:
-    """(up_OR, down_RI) in `dtype`, equal in scale; `up` is fitted to `down` as it is after rounding.
+    """(up_OR, down_RI) in `dtype`, equal in scale; `up` is fitted to `down` as it is after rounding, for the named rows of T.
 
     The error is that of the subspace, without the rounding. Raises NumericalError, naming `what`, where `dtype` cannot hold
     them.
@@ -127,13 +170,16 @@ def two_factors(
     norm_R = found.map_RI.norm(dim=1)
     scale_R = norm_R.clamp_min(float(norm_R.max()) * 1e-12).clamp_min(torch.finfo(norm_R.dtype).tiny).rsqrt()
     down_RI = as_stored(found.map_RI * scale_R[:, None], dtype, what)
-    up = refit(t_OI, down_RI, gram)
+    up = refit(t_OI, down_RI, gram, rows)
     pair = balanced(up.value, down_RI, dtype, what)
     return Solution(pair.value, error=found.error(len(down_RI)), notes=joined(up.notes, pair.notes))
 
 
-def refit(t_NI: torch.Tensor, base_RI: torch.Tensor, gram: Gram) -> Solution[torch.Tensor]:
-    """The C [N, R] for which C base is nearest to T in the metric of S: T S base' (base S base')^-1.
+def refit(
+    t_OI: torch.Tensor, base_RI: torch.Tensor, gram: Gram, rows: torch.Tensor | None = None
+) -> Solution[torch.Tensor]:
+    """The C [N, R] for which C base is nearest to T, or to the named rows of it, in the metric of S:
+    T S base' (base S base')^-1.
 
     A note says where S took more than `PULL`. Raises NumericalError where S is so far from a sum of squares that even the pull
     of MOST_DAMPING is not enough.
@@ -146,26 +192,38 @@ def refit(t_NI: torch.Tensor, base_RI: torch.Tensor, gram: Gram) -> Solution[tor
                 "the inputs. Take more calibration text, or dtype float32."
             )
         pull *= 10  # float32 sums of few tokens, or of equal ones, have eigenvalues so far below zero
-    half_IR, gram_RR, scale_R, factor = found
-    factor_RR = factor.value.to(half_IR.dtype)
+    fit, notes = found
     grown = [f"pull {pull:.0e} where {PULL:.0e} was not enough for a Gram of size {len(gram)}"] if pull > PULL else []
-    wanted_NR = product(t_NI.to(half_IR.dtype), half_IR)
-    fitted_NR = solve_right(factor_RR, wanted_NR * scale_R) * scale_R
-    if fitted_NR.dtype == torch.float64:
-        # The ridge pulled this towards 0. A second solve, for what is missing, undoes that; in float32 it would add rounding.
-        fitted_NR += solve_right(factor_RR, (wanted_NR - product(fitted_NR, gram_RR)) * scale_R) * scale_R
-    return Solution(fitted_NR, notes=joined(factor.notes, grown))
+    count = len(t_OI) if rows is None else len(rows)
+    fitted_NR = base_RI.new_empty(count, len(base_RI))
+    for block_NR, t in zip(torch.split(fitted_NR, BLOCK), row_blocks(t_OI, base_RI.dtype, rows), strict=True):
+        block_NR.copy_(fit(t))
+    return Solution(fitted_NR, notes=joined(notes, grown))
 
 
 def _metric(
     base_RI: torch.Tensor, gram: Gram, pull: float
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, Solution[torch.Tensor]] | None:
-    """S base', G = base S base', the scale that makes the diagonal of G one, and the root of G so scaled; None where G is
-    indefinite."""
+) -> tuple[Callable[[torch.Tensor], torch.Tensor], tuple[str, ...]] | None:
+    """What fits rows of T, and notes; None where base S base' is indefinite."""
     half_IR = gram.times(base_RI).add_(base_RI, alpha=pull * gram.level).T
     # Rows of a low-rank map are far from orthogonal: their own Gram has to be float64.
-    gram_RR = symmetric(product(base_RI.double(), half_IR.double()))
+    gram_RR = product(base_RI.double(), half_IR.double())
     # A ridge should weigh as much for a small row as for a large one.
     scale_R = gram_RR.diagonal().clamp_min(torch.finfo(half_IR.dtype).tiny).rsqrt()
-    factor = root_if_any(Gram.of(gram_RR * scale_R * scale_R[:, None]))
-    return None if factor is None else (half_IR, gram_RR, scale_R.to(half_IR.dtype), factor)
+    scaled_RR = gram_RR.clone() if half_IR.dtype == torch.float64 else gram_RR
+    scaled_RR.mul_(scale_R).mul_(scale_R[:, None])
+    factor = root_if_any(Gram(scaled_RR, scaled_RR.diagonal().clone()))
+    if factor is None:
+        return None
+    scale_R, factor_RR = scale_R.to(half_IR.dtype), factor.value.to(half_IR.dtype)
+
+    def fit(t_NI: torch.Tensor) -> torch.Tensor:
+        wanted_NR = product(t_NI, half_IR)
+        fitted_NR = solve_right(factor_RR, wanted_NR * scale_R) * scale_R
+        if fitted_NR.dtype == torch.float64:
+            # The ridge pulled this towards 0. A second solve, for what is missing, undoes that; in float32 it would add
+            # rounding.
+            fitted_NR += solve_right(factor_RR, (wanted_NR - product(fitted_NR, gram_RR)) * scale_R) * scale_R
+        return fitted_NR
+
+    return fit, factor.notes

@@ -66,8 +66,12 @@ def solve_triangular(factor_II: torch.Tensor, b_IO: torch.Tensor, upper: bool) -
 
 
 def solve_right(factor_II: torch.Tensor, b_OI: torch.Tensor) -> torch.Tensor:
-    """b S^-1 for S = L L', of which only the lower half is looked at. In panels, so that nearly all is matrix products."""
-    x_IO = b_OI.T.clone(memory_format=torch.contiguous_format)
+    """b S^-1 for S = L L', of which only the lower half is looked at."""
+    return solve_in_place(factor_II, b_OI.T.clone(memory_format=torch.contiguous_format)).T
+
+
+def solve_in_place(factor_II: torch.Tensor, x_IO: torch.Tensor) -> torch.Tensor:
+    """S^-1 x for S = L L', in the place of x. In panels, so that nearly all is matrix products."""
     order = list(panels(len(factor_II)))
     for at in order:
         x_IO[at] -= product(factor_II[at, : at.start], x_IO[: at.start])
@@ -75,4 +79,4 @@ def solve_right(factor_II: torch.Tensor, b_OI: torch.Tensor) -> torch.Tensor:
     for at in reversed(order):
         x_IO[at] -= product(factor_II[at.stop :, at].T, x_IO[at.stop :])
         x_IO[at] = solve_triangular(factor_II[at, at].T, x_IO[at], upper=True)
-    return x_IO.T
+    return x_IO

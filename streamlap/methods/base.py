@@ -48,6 +48,8 @@ class ParameterBudget:
     """Bytes of a weight: an order counts as the bytes that it takes."""
     head_dim: int
     """Numbers in one attention head."""
+    converts: bool = False
+    """Whether what is stored runs in another dtype."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,7 +57,9 @@ class Cost:
     """What solving one sub-layer takes."""
 
     workspace_bytes: int = 0
-    """Most memory held at one time beside the weights and the finished edits."""
+    """Most memory held at one time beside the weights, the finished edits and what waits."""
+    waiting_bytes: int = 0
+    """Of what waits in RAM meanwhile, whatever the device: held-out tokens, and what is compared."""
     flops: int = 0
     """Floating-point operations of products in float64."""
     flops32: int = 0
@@ -106,7 +110,7 @@ class Captured:
     """Sums over most tokens, in the dtype to solve in, and rows of others to choose by."""
 
     gram: Gram
-    cross_AI: torch.Tensor
+    cross_IA: torch.Tensor
     held: Sample
 
 
@@ -120,20 +124,24 @@ class StreamStatistics(Protocol):
     def sublayer(self) -> str: ...
 
     def input_gram(self) -> Gram:
-        """The Gram of `inputs` alone."""
+        """Of what the first linears read on the compressed stream."""
         ...
 
     def inputs(self) -> Captured:
-        """What the first linears read on the compressed stream, against what they read on the dense one."""
+        """The same against what they read on the dense one."""
         ...
 
-    def middles(self, edits: Sequence[Edit]) -> Captured:
-        """What the last linear reads with these edits, against what the sub-layer has to add to the compressed stream to
-        arrive where the dense model is, the bias of that linear apart. Each token is divided by the size of that stream."""
+    def grams(self) -> tuple[Gram, Gram]:
+        """`input_gram`, and `middle_gram` without edits, in one pass."""
         ...
 
     def middle_gram(self, edits: Sequence[Edit]) -> Gram:
-        """The Gram of `middles` alone, from the same tokens."""
+        """Of what the last linear reads with these edits. Each token is divided by the size of the stream."""
+        ...
+
+    def middles(self, edits: Sequence[Edit]) -> Captured:
+        """The same against what the sub-layer has to add to the compressed stream to arrive where the dense model is, the
+        bias of the last linear apart. All that is stored in the end must have been looked at so."""
         ...
 
     def held_middles(self, edits: Sequence[Edit]) -> Sample:
@@ -149,11 +157,16 @@ class Method(Protocol):
     needs: ClassVar[tuple[str, ...]]
     """Roles whose inputs' energies it asks of a dense pass; none where it looks at both streams, as anchored methods do."""
 
+    @property
+    def moves_inputs(self) -> bool:
+        """Whether it asks for `StreamStatistics.inputs`."""
+        ...
+
     def layouts(self, natives: Natives, budget: ParameterBudget) -> Layouts:
         """What the sub-layer may become. Raises RecipeError where the budget cannot be reached."""
         ...
 
-    def cost(self, natives: Natives, layouts: Layouts) -> Cost: ...
+    def cost(self, natives: Natives, layouts: Layouts, budget: ParameterBudget) -> Cost: ...
 
     def solve(self, statistics: Any, layouts: Layouts) -> Solved:
         """The edits, from DenseStatistics where there are `needs`, else from StreamStatistics.

@@ -147,7 +147,8 @@ def run_layer(runner: LayerRunner, bank: HiddenBank, index: int, kwargs: Mapping
     """One layer; a function of its own, so that nothing holds this layer while the next one is read."""
     runner.progress.phase("read")
     layer = runner.layer(index, kwargs)
-    runner.carry(layer, index, HiddenStates(bank=bank, generation=index), bank, index + 1)
+    before, after = (HiddenStates(bank=bank, generation=generation) for generation in (index, index + 1))
+    runner.carry(layer, index, before, after)
     bank.settle()
     bank.drop(index)
     runner.progress.next()

@@ -9,6 +9,7 @@ import torch
 
 from streamlap.errors import NumericalError
 from streamlap.families.layer import Edit, StreamLayer
+from streamlap.linalg.gram import Gram
 from streamlap.linalg.statistics import all_finite
 from streamlap.pipeline.runner import LayerRunner
 from streamlap.pipeline.streams import HiddenStates, Streams
@@ -25,6 +26,8 @@ class LayerInHand:
     plan: LayerPlan
     layer: StreamLayer
     clock: PhaseClock
+    inputs: list[Gram] = field(default_factory=list)
+    """The Gram of what its first sub-layer reads, where it was summed while the stream was made."""
 
     @property
     def index(self) -> int:
@@ -34,6 +37,11 @@ class LayerInHand:
     def compressed(self) -> HiddenStates:
         """The compressed stream before the layer."""
         return HiddenStates(bank=self.streams.compressed, generation=self.index)
+
+    @property
+    def next_compressed(self) -> HiddenStates:
+        """The same behind it."""
+        return HiddenStates(bank=self.streams.compressed, generation=self.index + 1)
 
 
 @dataclass(frozen=True, kw_only=True)

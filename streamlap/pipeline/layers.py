@@ -6,14 +6,16 @@ that fed it go. A run that dies anywhere starts again at the first layer without
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from streamlap.families.stream import ModelStream
+from streamlap.linalg.gram import Gram
 from streamlap.output.report import LayerReport
 from streamlap.pipeline import one_pass, sublayers
 from streamlap.pipeline.hand import LayerEdits, LayerInHand
@@ -46,6 +48,16 @@ class Committed:
     """Bytes that the process had read and written by then."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class Left:
+    """What a layer that went through leaves to the next."""
+
+    commit: Future[Committed]
+    """It may still be under way."""
+    inputs: list[Gram] = field(default_factory=list)
+    """The Gram of what the next layer's first sub-layer will read, where it was summed."""
+
+
 def compress_layers(job: Job) -> None:
     """The loop."""
     stream, journal = job.stream, job.session.journal
@@ -54,20 +66,20 @@ def compress_layers(job: Job) -> None:
     done = tuple(sum(line["seconds"].values()) for line in journal.layers)
     progress = Progress("compress", stream.depth, first, done)
     with start_runner(stream, job.plan.fit, job.streams.banks, progress) as runner:
-        committed = done_already()
+        left = Left(commit=done_already())
         begin(job, runner, first)
         try:
             for index in range(first, stream.depth):
                 if job.session.stops.due(moved=index > first):
                     raise job.session.stops.stopped(f"at layer {index} of {stream.depth}")
-                committed = compress_layer(job, runner, index, kwargs[index], committed)
+                left = compress_layer(job, runner, index, kwargs[index : index + 2], left)
                 runner.require_baseline(index)
                 progress.next()
                 reset_peaks()  # here, so that layer 0 also answers for what came before it
         except Exception:
-            committed.result()  # what went wrong in this layer takes nothing from the one before
+            left.commit.result()  # what went wrong in this layer takes nothing from the one before
             raise
-        committed.result()
+        left.commit.result()
 
 
 def begin(job: Job, runner: LayerRunner, first: int) -> None:
@@ -88,27 +100,28 @@ def done_already() -> Future[Committed]:
     return future
 
 
-def compress_layer(
-    job: Job, runner: LayerRunner, index: int, kwargs: dict[str, Any], before: Future[Committed]
-) -> Future[Committed]:
-    """One layer through memory. Its commit, which this returns, may still be under way while the next layer is computed."""
+def compress_layer(job: Job, runner: LayerRunner, index: int, kwargs: Sequence[dict[str, Any]], before: Left) -> Left:
+    """One layer through memory. `kwargs` are its own and the next one's."""
     clock = PhaseClock(runner.progress.phase)
     with clock.phase("read"):
-        layer = runner.layer(index, kwargs)
-    hand = LayerInHand(runner=runner, streams=job.streams, plan=job.plan.layers[index], layer=layer, clock=clock)
-    made = edit_layer(hand, before)  # what runs next is what is saved
+        layer = runner.layer(index, kwargs[0])
+    hand = LayerInHand(
+        runner=runner, streams=job.streams, plan=job.plan.layers[index], layer=layer, clock=clock, inputs=before.inputs
+    )
+    made = edit_layer(hand, before.commit)  # what runs next is what is saved
     trace = train(job, hand)
     with clock.phase("write"):
         shard = shard_names(job.stream.depth)[index + 1]
         digest = runner.writer.submit(ShardFolder(job.out).write, shard, layer.tensors())
     with clock.phase("propagate"):
-        out_NL = made.out_NL | propagate(hand, trained=trace is not None)
+        out_NL, inputs = propagate(hand, kwargs[1:], trained=trace is not None)
+        out_NL |= made.out_NL
     report = LayerReport(
         index=index, edits=LayerReport.describe(made.edits, layer.family), errors=made.errors, refinement=trace,
         seconds=clock.seconds, ladder=runner.ladder.taken(index), numerics=made.notes, peak_ram_bytes=peak_ram_bytes(),
         excluded_tokens=int(out_NL.sum()), peak_vram_bytes=peak_vram_bytes(), baseline_ram_bytes=ram_bytes(),
     )  # fmt: skip
-    return runner.writer.submit(commit_layer, job, report, digest, before)
+    return Left(commit=runner.writer.submit(commit_layer, job, report, digest, before.commit), inputs=inputs)
 
 
 def edit_layer(hand: LayerInHand, before: Future[Committed]) -> LayerEdits:
@@ -117,9 +130,8 @@ def edit_layer(hand: LayerInHand, before: Future[Committed]) -> LayerEdits:
         seen = one_pass.observe_layer(hand)
         wait(hand, before)
         return one_pass.solve_layer(hand, seen)
-    out_NL = sublayers.run_dense(hand, sublayers.ATTENTION)
     wait(hand, before)
-    return sublayers.rebuild_layer(hand, out_NL)
+    return sublayers.rebuild_layer(hand)
 
 
 def wait(hand: LayerInHand, before: Future[Committed]) -> None:
@@ -133,19 +145,21 @@ def train(job: Job, hand: LayerInHand) -> Trace | None:
     return train_layer(hand, methods[0], job.session) if methods else None
 
 
-def propagate(hand: LayerInHand, trained: bool) -> torch.Tensor:
+def propagate(hand: LayerInHand, following: Sequence[dict[str, Any]], trained: bool) -> tuple[torch.Tensor, list[Gram]]:
     """The compressed stream through the edited layer, or through its second sub-layer where the first is done; not at the
-    end. Gives the tokens that were out."""
-    last = hand.index + 1 == hand.runner.stream.depth
-    out_NL = torch.zeros(hand.streams.tokens_NL.shape, dtype=torch.bool)
-    if not last:
+    end. Gives the tokens that were out, and the Gram of what the next layer reads; `following` are the arguments of that one,
+    where there is one."""
+    out_NL, seen = torch.zeros(hand.streams.tokens_NL.shape, dtype=torch.bool), None
+    if following:
+        if hand.streams.dense is not None:
+            seen = sublayers.next_inputs(hand, following[0])
+        watch = None if seen is None else seen.see
         if hand.streams.dense is None or trained:
-            bank = hand.streams.compressed
-            out_NL = hand.runner.carry(hand.layer, hand.index, hand.compressed, bank, hand.index + 1)
+            out_NL = hand.runner.carry(hand.layer, hand.index, hand.compressed, hand.next_compressed, watch)
         else:
-            out_NL = sublayers.finish_layer(hand)
-    hand.streams.drop_middles(hand.index)
-    return out_NL
+            out_NL = sublayers.finish_layer(hand, watch)
+    hand.streams.drop_between(hand.index)
+    return out_NL, seen.grams() if seen else []
 
 
 def commit_layer(job: Job, report: LayerReport, digest: Future[str], before: Future[Committed]) -> Committed:

@@ -5,8 +5,10 @@ Shape suffixes: N windows, L length, B batch, D hidden, I in, A anchor.
 
 from __future__ import annotations
 
+import collections
 import functools
-from collections.abc import Callable, Sequence
+import itertools
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -15,20 +17,20 @@ from streamlap.errors import NumericalError
 from streamlap.families.layer import Edit, StreamLayer
 from streamlap.families.linears import Sublayer
 from streamlap.linalg.gram import Gram
-from streamlap.linalg.moments import HELD_TOKENS, Moments, Sample, is_held
+from streamlap.linalg.moments import HELD_TOKENS, Moments, Sample, fitted_sequences, held_sequences
 from streamlap.linalg.rows import any_out, blanked, finite_rows
 from streamlap.methods.base import Captured
 from streamlap.pipeline.runner import LayerRunner
-from streamlap.pipeline.streams import HiddenStates
+from streamlap.pipeline.streams import Source
 from streamlap.system.meters import PhaseClock
 
 Rows = tuple[torch.Tensor, torch.Tensor]
 """Of a batch: x [B, L, I] and its anchors [B, L, A], of no width where none are needed."""
 Look = Callable[..., Rows]
-"""Batches of the streams -> rows."""
+"""Batches of the streams, and the numbers of their sequences -> rows."""
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(kw_only=True)
 class Gathered:
     """Sums over the tokens that are fitted to, rows of those that are held out, and which tokens are in neither."""
 
@@ -50,19 +52,23 @@ class SublayerStatistics:
     layer: StreamLayer
     index: int
     sublayer: str
-    dense: HiddenStates
+    dense: Source
     """The dense stream before the sub-layer."""
-    target: HiddenStates
+    target: Source
     """The dense stream after it."""
-    compressed: HiddenStates
+    compressed: Source
     """The compressed stream before it."""
+    summed: list[Gram] = field(default_factory=list)
+    """The Gram of the inputs, where an earlier pass has it."""
+    weight_NL: torch.Tensor | None = None
+    """What a token counts behind the sub-layer, where an earlier pass has it."""
     _outs: list[torch.Tensor] = field(default_factory=list)
     _dead: dict[str, int] = field(default_factory=dict)
 
     @property
     def out_NL(self) -> torch.Tensor:  # noqa: N802
         """Tokens that were left out of something that was seen so far."""
-        outs = self._outs or [torch.zeros(self.compressed.bank.shape_NLD[:2], dtype=torch.bool)]
+        outs = self._outs or [torch.zeros(self._shape_NL, dtype=torch.bool)]
         return functools.reduce(torch.logical_or, outs)
 
     @property
@@ -71,108 +77,216 @@ class SublayerStatistics:
         not cut keeps its weight for them, of which the calibration says nothing."""
         return tuple(self.layer.family.dead_inputs(role, count) for role, count in self._dead.items() if count)
 
-    def inputs(self) -> Captured:
-        read = functools.partial(self.layer.sublayer_input, self.sublayer)
+    def input_gram(self) -> Gram:
+        if not self.summed:
+            (found,) = self._gather([self._input], [self.compressed], hold=0)
+            self.summed.append(found.moments.finish()[0])
+        return self._noted(self._parts.reads[0], self.summed[0])
 
-        def look(dense_BLD: torch.Tensor, x_BLD: torch.Tensor) -> Rows:
-            return read(x_BLD), read(dense_BLD)
+    def inputs(self) -> Captured:
+        def look(dense_BLD: torch.Tensor, x_BLD: torch.Tensor, numbers: Sequence[int]) -> Rows:
+            return self._input(x_BLD, numbers)[0], self._input(dense_BLD, numbers)[0]
 
         return self._capture(look, [self.dense, self.compressed], self._parts.reads[0])
 
-    def input_gram(self) -> Gram:
-        def look(x_BLD: torch.Tensor) -> Rows:
-            return self.layer.sublayer_input(self.sublayer, x_BLD), x_BLD[..., :0]
+    def grams(self) -> tuple[Gram, Gram]:
+        if self.summed or self.weight_NL is None:
+            return self.input_gram(), self.middle_gram(())
+        found = self._gather([self._input, self._middle], [self.compressed], hold=0)
+        gram, middle = (each.moments.finish()[0] for each in found)
+        self.summed.append(gram)
+        return self.input_gram(), self._noted(self._parts.writes, middle)
 
-        return self._capture(look, [self.compressed], self._parts.reads[0]).gram
+    def middle_gram(self, edits: Sequence[Edit]) -> Gram:
+        def look(target_BLD: torch.Tensor, x_BLD: torch.Tensor, numbers: Sequence[int]) -> Rows:
+            return self._missing(target_BLD, x_BLD, numbers)[0], target_BLD[..., :0].float()
+
+        with self.layer.tried(edits):
+            if self.weight_NL is None:
+                (found,) = self._gather([look], [self.target, self.compressed], hold=0)
+            else:
+                (found,) = self._gather([self._middle], [self.compressed], hold=0)
+        return self._noted(self._parts.writes, found.moments.finish()[0])
 
     def middles(self, edits: Sequence[Edit]) -> Captured:
         with self.layer.tried(edits):
-            return self._capture(self._middle, [self.target, self.compressed], self._parts.writes)
-
-    def middle_gram(self, edits: Sequence[Edit]) -> Gram:
-        def look(target_BLD: torch.Tensor, x_BLD: torch.Tensor) -> Rows:
-            x_BLI, _ = self._middle(target_BLD, x_BLD)
-            return x_BLI, target_BLD[..., :0]
-
-        with self.layer.tried(edits):
-            return self._capture(look, [self.target, self.compressed], self._parts.writes).gram
+            return self._capture(self._missing, [self.target, self.compressed], self._parts.writes)
 
     def held_middles(self, edits: Sequence[Edit]) -> Sample:
         with self.layer.tried(edits):
-            return self._gather(self._middle, [self.target, self.compressed], fitted=False).held
+            (found,) = self._gather([self._missing], [self.target, self.compressed], self._held)
+        return found.held
 
     @property
     def _parts(self) -> Sublayer:
         return self.layer.family.sublayers[self.sublayer]
 
-    def _middle(self, target_BLD: torch.Tensor, x_BLD: torch.Tensor) -> Rows:
-        """What the last linear reads, and what is missing from the stream, its own bias apart."""
+    @property
+    def _shape_NL(self) -> tuple[int, int]:  # noqa: N802
+        sequences, length, _ = self.compressed.states.bank.shape_NLD
+        return sequences, length
+
+    @property
+    def _held(self) -> Sequence[int]:
+        """Numbers of the sequences that are held out."""
+        return held_sequences(*self._shape_NL)
+
+    def _input(self, x_BLD: torch.Tensor, _: Sequence[int]) -> Rows:
+        """What the first linears read."""
+        return self.layer.sublayer_input(self.sublayer, x_BLD), x_BLD[..., :0]
+
+    def _middle(self, x_BLD: torch.Tensor, numbers: Sequence[int]) -> Rows:
+        """What the last linear reads."""
+        assert self.weight_NL is not None, "no earlier pass has it"
+        middle_BLI = self.layer.sublayer_middle(self.sublayer, x_BLD)
+        weight_BL1 = self.weight_NL[numbers, :, None].to(x_BLD.device)
+        return middle_BLI.float().mul_(weight_BL1), x_BLD[..., :0].float()
+
+    def _missing(self, target_BLD: torch.Tensor, x_BLD: torch.Tensor, _: Sequence[int]) -> Rows:
+        """The same, and what is missing from the stream, the linear's own bias apart."""
         bias_O = self.layer.linear(self._parts.writes).bias
         target_BLD = target_BLD.float()
-        missing_BLD = target_BLD - x_BLD.float()
+        missing_BLD = target_BLD - x_BLD
         if bias_O is not None:
-            missing_BLD = missing_BLD - bias_O.float()
+            missing_BLD -= bias_O.float()
         weight_BL1 = evenly(target_BLD)
         middle_BLI = self.layer.sublayer_middle(self.sublayer, x_BLD)
-        return middle_BLI.float() * weight_BL1, missing_BLD * weight_BL1
+        return middle_BLI.float().mul_(weight_BL1), missing_BLD.mul_(weight_BL1)
 
-    def _capture(self, look: Look, states: Sequence[HiddenStates], role: str) -> Captured:
-        """Sums and rows of what the linear of `role` reads, in the dtype to solve in."""
-        found = self._gather(look, states)
-        gram, cross_AI = found.moments.finish()
+    def _noted(self, role: str, gram: Gram) -> Gram:
         self._dead.setdefault(role, int((gram.diagonal_I == 0).sum()))
-        return Captured(gram=gram, cross_AI=cross_AI, held=found.held)
+        return gram
 
-    def _gather(self, look: Look, states: Sequence[HiddenStates], fitted: bool = True) -> Gathered:
-        """Sums over (x, anchor) of every sequence, or where its turn comes its rows; without `fitted` these alone.
+    def _capture(self, look: Look, sources: Sequence[Source], role: str) -> Captured:
+        """Sums and rows of what the linear of `role` reads, in the dtype to solve in."""
+        (found,) = self._gather([look], sources)
+        gram, cross_IA = found.moments.finish()
+        return Captured(gram=self._noted(role, gram), cross_IA=cross_IA, held=found.held)
 
-        Tokens that are out in one of the streams are left out, and so are those that `look` makes something of that is not
+    def _gather(
+        self, looks: Sequence[Look], sources: Sequence[Source], numbers: Sequence[int] | None = None,
+        hold: int = HELD_TOKENS,
+    ) -> list[Gathered]:  # fmt: skip
+        """For each look, sums over (x, anchor) of all sequences, and up to `hold` rows of those that are held out; of the
+        sequences of these `numbers` alone, where they are given.
+
+        Tokens that are out in one of the streams are left out, and so are those that a look makes something of that is not
         finite. These are searched for only where the sums show that there are some, which is nearly never.
         """
         with self.clock.phase("capture"):
             for careful in (False, True):
-                attempt = functools.partial(self._sums, look, states, fitted, careful)
+                attempt = functools.partial(self._sums, looks, sources, numbers, hold, careful)
                 found = self.runner.ladder.climb("capture", self.index, attempt)
-                if found.finite:
+                if all(each.finite for each in found):
                     break
             else:
                 raise NumericalError("products of activations overflow; wanted finite ones. Scale the model.")
-        self._outs.append(self.runner.require_few("what is fitted to", found.out_NL))
-        if not found.held.tokens:
-            raise NumericalError(
-                "no token of the windows that are held out is finite; wanted some to choose by. Take more windows, or dtype "
-                "float32."
-            )
+        for each in found:
+            self._outs.append(self.runner.require_few("what is fitted to", each.out_NL))
+            if hold and not each.held.tokens:
+                raise NumericalError(
+                    "no token of the windows that are held out is finite; wanted some to choose by. Take more windows, or "
+                    "dtype float32."
+                )
+        for source in sources if numbers is None else ():
+            if source.keep is not None:
+                source.kept()
         return found
 
-    def _sums(self, look: Look, states: Sequence[HiddenStates], fitted: bool, careful: bool) -> Gathered:
+    def _sums(
+        self, looks: Sequence[Look], sources: Sequence[Source], numbers: Sequence[int] | None, hold: int, careful: bool
+    ) -> list[Gathered]:
         """One attempt at `_gather`; `careful`, whether it looks at every row."""
         self.runner.heap.trim()
-        shape_NLD = self.compressed.bank.shape_NLD
-        moments, sample, number, total = Moments(), Sample(HELD_TOKENS), 0, shape_NLD[0]
-        out_NL = torch.zeros(shape_NLD[:2], dtype=torch.bool)
-        for batches in self.runner.together(states, "capture"):
-            for parts in zip(*(torch.split(x_BLD, self.runner.ladder.micro) for x_BLD in batches), strict=True):
-                first, number = number, number + len(parts[0])
-                numbers = [n for n in range(first, number) if fitted or is_held(n + 1, total)]
-                if not numbers or (sample.full and not fitted):
-                    continue
-                if not fitted:
-                    parts = tuple(x_BLD[[n - first for n in numbers]] for x_BLD in parts)
-                out_BL = any_out(*parts)
-                x_BLI, anchor_BLA = look(*(blanked(x_BLD, out_BL) for x_BLD in parts))
-                if careful:
-                    bad_BL = ~(finite_rows(x_BLI) & finite_rows(anchor_BLA))
-                    out_BL = bad_BL if out_BL is None else out_BL | bad_BL
-                if out_BL is not None:
-                    out_NL[numbers] = out_BL.cpu()
-                for place, n in enumerate(numbers):
-                    good = slice(None) if out_BL is None else ~out_BL[place]
-                    into = sample if is_held(n + 1, total) and not sample.full else moments
-                    into.update(x_BLI[place][good], anchor_BLA[place][good])
-        if fitted and not moments.tokens and sample.tokens:  # a single sequence: nothing is left to hold out
-            moments.update(sample.x_TI, sample.anchor_TA)
-        return Gathered(moments=moments, held=sample, out_NL=out_NL)
+        sequences, length = self._shape_NL
+        found = [
+            Gathered(moments=Moments(), held=Sample(hold), out_NL=torch.zeros(sequences, length, dtype=torch.bool))
+            for _ in looks
+        ]
+        keeper = next((source for source in sources if numbers is None and source.keep is not None), None)
+
+        def passing() -> Iterator[torch.Tensor]:
+            """What is kept of every batch, once it was looked at."""
+            left = iter(range(sequences) if numbers is None else numbers)
+            for batches in self._batches(sources, numbers):
+                those = list(itertools.islice(left, len(batches[0])))
+                for look, into in zip(looks, found, strict=True):
+                    self._look(look, into, batches, those, careful)
+                if keeper is not None:
+                    x_BLD = self._through("dense", keeper.onward, batches[sources.index(keeper)])
+                    if keeper.weight_NL is not None:
+                        keeper.weight_NL[those] = evenly(x_BLD.float())[..., 0].nan_to_num().cpu()
+                    yield x_BLD
+
+        if keeper is None:
+            collections.deque(passing(), maxlen=0)
+        else:
+            assert keeper.keep is not None
+            self._outs.append(self.runner.take(keeper.keep, passing(), f"{self.layer.prefix} {self.sublayer}"))
+        return found
+
+    def _batches(self, sources: Sequence[Source], numbers: Sequence[int] | None) -> Iterator[tuple[torch.Tensor, ...]]:
+        """Batches of all sources, each brought on to where it is looked at."""
+        states = [source.states for source in sources]
+        for batches in self.runner.together(states, "capture", numbers):
+            yield tuple(
+                self._through("dense" if source is self.target else "propagate", source.part, x_BLD)
+                for source, x_BLD in zip(sources, batches, strict=True)
+            )
+
+    def _through(
+        self, phase: str, part: Callable[[torch.Tensor], torch.Tensor] | None, x_BLD: torch.Tensor
+    ) -> torch.Tensor:
+        if part is None:
+            return x_BLD
+        with self.clock.phase(phase):
+            return self.runner.forward(part, x_BLD)
+
+    def _look(
+        self, look: Look, into: Gathered, batches: Sequence[torch.Tensor], numbers: Sequence[int], careful: bool
+    ) -> None:
+        """Take in the sequences of these numbers."""
+        held, alone, first = set(self._held), self._shape_NL[0] == 1, 0
+        for parts in zip(*(torch.split(x_BLD, self.runner.ladder.micro) for x_BLD in batches), strict=True):
+            those = numbers[first : first + len(parts[0])]
+            first += len(those)
+            out_BL = any_out(*parts)
+            x_BLI, anchor_BLA = look(*(blanked(x_BLD, out_BL) for x_BLD in parts), those)
+            if careful:
+                bad_BL = ~(finite_rows(x_BLI) & finite_rows(anchor_BLA))
+                out_BL = bad_BL if out_BL is None else out_BL | bad_BL
+            if out_BL is not None:
+                into.out_NL[those] = out_BL.cpu()
+            for place, number in enumerate(those):
+                good = slice(None) if out_BL is None else ~out_BL[place]
+                if number in held:
+                    into.held.update(x_BLI[place][good], anchor_BLA[place][good])
+                if number not in held or alone:
+                    into.moments.update(x_BLI[place][good], anchor_BLA[place][good])
+
+
+class InputSum:
+    """The Gram of what the first sub-layer of a layer will read, summed while the stream before it is made."""
+
+    def __init__(self, layer: StreamLayer, shape_NL: tuple[int, int]) -> None:
+        self._layer, self._moments = layer, Moments()
+        self._name = next(iter(layer.family.sublayers))
+        self._fitted = set(fitted_sequences(*shape_NL))
+        self._next = 0
+
+    def see(self, x_BLD: torch.Tensor) -> None:
+        """The next batch of the stream."""
+        out_BL = any_out(x_BLD)
+        x_BLI = self._layer.sublayer_input(self._name, blanked(x_BLD, out_BL))
+        for place, x_LI in enumerate(x_BLI):
+            if self._next + place in self._fitted:
+                good = slice(None) if out_BL is None else ~out_BL[place]
+                self._moments.update(x_LI[good], x_LI[good][:, :0])
+        self._next += len(x_BLD)
+
+    def grams(self) -> list[Gram]:
+        """It alone; none where a number in it is not finite, which needs a closer look."""
+        return [self._moments.finish()[0]] if self._moments.tokens and self._moments.finite else []
 
 
 def evenly(target_BLD: torch.Tensor) -> torch.Tensor:

@@ -22,7 +22,7 @@ from streamlap.errors import BudgetError, StreamlapError, first_line
 from streamlap.families.layer import StreamLayer
 from streamlap.families.stream import ModelStream
 from streamlap.linalg.rows import MOST_OUT, require_few, rows_out
-from streamlap.pipeline.streams import HiddenStates
+from streamlap.pipeline.streams import HiddenStates, LayerPart
 from streamlap.planning.schedule import INNER, Fit, buffers, slab_sizes
 from streamlap.store.hidden import HiddenBank
 from streamlap.store.staging import Staging
@@ -35,9 +35,6 @@ from streamlap.system.progress import Progress
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
-LayerPart = Callable[[torch.Tensor], torch.Tensor]
-"""x_BLD -> y_BLD: a layer, or a sub-layer of it."""
-
 CREEP_BYTES = 128 << 20
 """Memory beyond what is claimed that libraries may come to hold between two layers."""
 
@@ -68,9 +65,10 @@ class LayerRunner:
 
     def enter(self, bank: HiddenBank, tokens_NL: torch.Tensor) -> torch.Tensor:
         """Embed the tokens: generation 0."""
-        return self._take(bank, 0, self.stream.embed(tokens_NL), self.stream.family.embedding)
+        states = HiddenStates(bank=bank, generation=0)
+        return self.take(states, self.stream.embed(tokens_NL), self.stream.family.embedding)
 
-    def _take(self, bank: HiddenBank, generation: int, batches: Iterator[torch.Tensor], where: str) -> torch.Tensor:
+    def take(self, states: HiddenStates, batches: Iterator[torch.Tensor], where: str) -> torch.Tensor:
         """Write a generation."""
         outs: list[torch.Tensor] = []
 
@@ -78,22 +76,25 @@ class LayerRunner:
             outs.append(rows_out(x_BLD))
             return x_BLD
 
-        bank.write(generation, map(noted, batches), self.writer)
+        states.bank.write(states.generation, map(noted, batches), self.writer)
         return self.require_few(where, torch.cat(outs).cpu())
 
-    def together(self, states: Sequence[HiddenStates], phase: str) -> Iterator[tuple[torch.Tensor, ...]]:
-        """Batches of several streams side by side on the device, the next under way while one is in use."""
+    def together(
+        self, states: Sequence[HiddenStates], phase: str, numbers: Sequence[int] | None = None
+    ) -> Iterator[tuple[torch.Tensor, ...]]:
+        """Batches of several streams side by side on the device, the next under way while one is in use; of the sequences of
+        these numbers alone, where they are given."""
         bank = states[0].bank
-        total = -(-bank.shape_NLD[0] // bank.batch)
-        rows = zip(*map(self._batches, states), strict=True)
+        total = -(-(bank.shape_NLD[0] if numbers is None else len(numbers)) // bank.batch)
+        rows = zip(*(self._there(state.read(numbers)) for state in states), strict=True)
         for place, row in enumerate(rows):
             self.progress.phase(phase, place, total)
             yield row
 
-    def _batches(self, states: HiddenStates) -> Iterator[torch.Tensor]:
-        """Of one stream, on the device."""
+    def _there(self, batches: Iterator[torch.Tensor]) -> Iterator[torch.Tensor]:
+        """What is read of a stream, on the device."""
         tier = self.fit.schedule.tier
-        fetched = ahead(states.read(), self.fetcher) if tier == "disk" else states.read()
+        fetched = ahead(batches, self.fetcher) if tier == "disk" else batches
         return fetched if tier == "vram" else upload_ahead(fetched, self.stream.accelerator)
 
     def observe(self, layer: StreamLayer, states: HiddenStates) -> torch.Tensor:
@@ -106,16 +107,20 @@ class LayerRunner:
         return self.require_few(layer.prefix, torch.cat(outs).cpu())
 
     def carry(
-        self, part: LayerPart, index: int, states: HiddenStates, bank: HiddenBank, generation: int
-    ) -> torch.Tensor:
-        """Hidden states through a part of layer `index` into a generation of `bank`, a batch at a time."""
+        self, part: LayerPart, index: int, states: HiddenStates, into: HiddenStates,
+        watch: Callable[[torch.Tensor], None] | None = None,
+    ) -> torch.Tensor:  # fmt: skip
+        """Hidden states through a part of layer `index` into another place, a batch at a time, each shown to `watch`."""
 
         def step(x_BLD: torch.Tensor) -> torch.Tensor:
-            return self.ladder.climb("propagate", index, lambda: self.forward(part, x_BLD))
+            y_BLD = self.ladder.climb("propagate", index, lambda: self.forward(part, x_BLD))
+            if watch is not None:
+                watch(y_BLD)
+            return y_BLD
 
         with self.claim("propagate"):
             batches = self.together([states], "propagate")
-            return self._take(bank, generation, (step(x_BLD) for (x_BLD,) in batches), self.stream.layer_name(index))
+            return self.take(into, (step(x_BLD) for (x_BLD,) in batches), self.stream.layer_name(index))
 
     def forward(self, part: LayerPart, x_BLD: torch.Tensor) -> torch.Tensor:
         """The output of a part, computed on as many sequences at a time as fit."""
@@ -152,8 +157,10 @@ class LayerRunner:
                 f"claims that outlive layer {index}: {budget.held}"
             )
             coming = max((sum(phases.get(phase, {}).values()) for phase in INNER), default=0)
-            # Edits of this layer may be on their way to the disk; they are gone before the next solve.
-            crept = held - budget.used - phases.get("capture", {}).get("edits", 0)
+            # Edits of this layer may be on their way to the disk, and what was summed for the next one waits for it: they are
+            # gone before the next solve, or part of it.
+            passing = phases.get("capture", {}).get("edits", 0) + phases.get("propagate", {}).get("inputs", 0)
+            crept = held - budget.used - passing
             if crept > CREEP_BYTES:
                 log.warning("%s: %s more than its claims after layer %d", budget.name, show_size(crept), index)
             if crept > 0 and budget.used + crept + coming > budget.cap:

@@ -7,7 +7,7 @@ Shape suffixes: N windows, L length, B batch, D hidden.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,6 +17,9 @@ from streamlap.families.stream import ModelStream, batch_of
 from streamlap.planning.schedule import Schedule
 from streamlap.store.hidden import HiddenBank
 
+LayerPart = Callable[[torch.Tensor], torch.Tensor]
+"""x_BLD -> y_BLD: a layer, or a sub-layer of it."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class HiddenStates:
@@ -25,25 +28,34 @@ class HiddenStates:
     bank: HiddenBank
     generation: int
 
-    def read(self) -> Iterator[torch.Tensor]:
-        """Batches x_BLD in order."""
-        return self.bank.read(self.generation)
+    def read(self, numbers: Sequence[int] | None = None) -> Iterator[torch.Tensor]:
+        """Batches x_BLD in order; of the sequences of these numbers alone, where they are given."""
+        return self.bank.read(self.generation, numbers)
 
     def pick(self, number: int) -> torch.Tensor:
         """One sequence [1, L, D]."""
         return self.bank.pick(self.generation, [number])
 
 
-@dataclass(frozen=True, kw_only=True)
-class DenseBanks:
-    """What is kept beside the compressed stream where sub-layers are rebuilt beside the dense model."""
+@dataclass(kw_only=True, eq=False)
+class Source:
+    """Where a pass gets hidden states from: as they are kept, or brought on from there by a part of the layer."""
 
-    stream: HiddenBank
-    """The dense model's hidden states between layers; as durable as the compressed ones."""
-    middle: HiddenBank
-    """The same between the sub-layers of the layer in hand."""
-    compressed_middle: HiddenBank
-    """The compressed stream there."""
+    states: HiddenStates
+    part: LayerPart | None = None
+    onward: LayerPart | None = None
+    """What brings them still further, to where the next pass wants them."""
+    keep: HiddenStates | None = None
+    """Where the first pass over all of them puts what it has made."""
+    weight_NL: torch.Tensor | None = None
+    """Where it puts what a token counts there; see `observe.evenly`."""
+
+    def kept(self) -> None:
+        """They are where they were to be kept. What was brought no further is read from there from now on."""
+        assert self.keep is not None, "nothing was to be kept"
+        if self.onward is None:
+            self.states, self.part = self.keep, None
+        self.keep = self.onward = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,18 +64,19 @@ class Streams:
 
     tokens_NL: torch.Tensor
     compressed: HiddenBank
-    dense: DenseBanks | None = None
+    dense: HiddenBank | None = None
+    """The dense model's stream between layers, where sub-layers are rebuilt beside it; as durable as the compressed one."""
+    between: HiddenBank | None = None
+    """Then also the compressed stream between the sub-layers of the layer in hand."""
 
     @property
     def lasting(self) -> tuple[HiddenBank, ...]:
         """What a layer begins with and leaves to the next."""
-        return (self.compressed,) if self.dense is None else (self.compressed, self.dense.stream)
+        return (self.compressed,) if self.dense is None else (self.compressed, self.dense)
 
     @property
     def banks(self) -> tuple[HiddenBank, ...]:
-        if self.dense is None:
-            return (self.compressed,)
-        return self.compressed, self.dense.stream, self.dense.middle, self.dense.compressed_middle
+        return self.lasting if self.between is None else (*self.lasting, self.between)
 
     def settle(self) -> None:
         """Wait until what the next layer begins with is on the disk."""
@@ -75,11 +88,10 @@ class Streams:
         for bank in self.lasting:
             bank.drop(generation)
 
-    def drop_middles(self, index: int) -> None:
+    def drop_between(self, index: int) -> None:
         """What lies between the sub-layers of a layer that is done."""
-        if self.dense is not None:
-            self.dense.middle.drop(index)
-            self.dense.compressed_middle.drop(index)
+        if self.between is not None:
+            self.between.drop(index)
 
 
 def open_streams(
@@ -90,13 +102,11 @@ def open_streams(
     compressed = open_bank(stream, tokens_NL, schedule, folder)
     if not beside_dense:
         return Streams(tokens_NL=tokens_NL, compressed=compressed)
-    between = folder if schedule.tier == "disk" else None
-    dense = DenseBanks(
-        stream=open_bank(stream, tokens_NL, schedule, folder, "dense"),
-        middle=open_bank(stream, tokens_NL, schedule, between, "dense-middle"),
-        compressed_middle=open_bank(stream, tokens_NL, schedule, between, "middle"),
-    )
-    return Streams(tokens_NL=tokens_NL, compressed=compressed, dense=dense)
+    return Streams(
+        tokens_NL=tokens_NL, compressed=compressed,
+        dense=open_bank(stream, tokens_NL, schedule, folder, "dense"),
+        between=open_bank(stream, tokens_NL, schedule, folder if schedule.tier == "disk" else None, "between"),
+    )  # fmt: skip
 
 
 def open_bank(

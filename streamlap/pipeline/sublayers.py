@@ -1,91 +1,84 @@
 """A layer rebuilt sub-layer by sub-layer, beside the dense model: what anchored methods ask for.
 
 Two streams go through a layer: x, where the dense model is, and x^, where the compressed one is. A sub-layer is rebuilt to add
-to x^ what brings it to where x will be. Between the sub-layers both streams are kept in banks of their own.
+to x^ what brings it to where x will be. The passes over the streams, and what each of them leaves behind:
 
-Shape suffixes: N windows, L length.
+    x, x^          the dense layer on x, which leaves the next x; what o reads on x^ with the new q, k and v
+    x^             the new attention on x^, which leaves x^ between the sub-layers; what gate and up read there, and down
+    x^ between, next x     what down reads with the new gate and up
+    x^ between     the new FFN, which leaves the next x^; what q, k and v of the next layer read there
 """
 
 from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import torch
 
-from streamlap.errors import NumericalError, located
+from streamlap.errors import NumericalError, StreamlapError, located
 from streamlap.linalg.solution import joined
 from streamlap.methods.base import Solved, finite_error
 from streamlap.pipeline.hand import LayerEdits, LayerInHand, refuse_overflow
-from streamlap.pipeline.observe import SublayerStatistics
-from streamlap.pipeline.runner import LayerPart
-from streamlap.pipeline.streams import DenseBanks, HiddenStates
+from streamlap.pipeline.observe import InputSum, SublayerStatistics
+from streamlap.pipeline.streams import HiddenStates, Source
 from streamlap.planning.layouts import Candidate
 
 ATTENTION, FFN = "attention", "ffn"
 
 
-def run_dense(hand: LayerInHand, sublayer: str) -> torch.Tensor:
-    """The dense stream through a sub-layer that is not edited yet."""
-    banks, index = dense_banks(hand), hand.index
-    before, bank, generation = (
-        (banks.stream, banks.middle, index) if sublayer == ATTENTION else (banks.middle, banks.stream, index + 1)
-    )
-    with hand.clock.phase("dense"):
-        states = HiddenStates(bank=before, generation=index)
-        return hand.runner.carry(part_of(hand, sublayer), index, states, bank, generation)
-
-
-def rebuild_layer(hand: LayerInHand, out_NL: torch.Tensor) -> LayerEdits:
-    """Both sub-layers, rebuilt and applied; `run_dense` has been through attention, and `out_NL` are the tokens it lost.
-
-    The compressed stream is then between the sub-layers, before the second.
-    """
-    banks, index = dense_banks(hand), hand.index
-    before, between, after = (
-        HiddenStates(bank=bank, generation=generation)
-        for bank, generation in ((banks.stream, index), (banks.middle, index), (banks.stream, index + 1))
-    )
-    middle = HiddenStates(bank=banks.compressed_middle, generation=index)
-
-    statistics = statistics_of(hand, ATTENTION, before, between, hand.compressed)
-    attention = rebuild(hand, statistics)
-    with hand.clock.phase("propagate"):
-        carried = hand.runner.carry(part_of(hand, ATTENTION), index, hand.compressed, middle.bank, index)
-    dense = run_dense(hand, FFN)
-    ffn = rebuild(hand, statistics_of(hand, FFN, between, after, middle))
-
-    outs = (out_NL, attention.out_NL, carried, dense, ffn.out_NL)
+def rebuild_layer(hand: LayerInHand) -> LayerEdits:
+    """Both sub-layers, rebuilt and applied. The dense stream is then behind the layer, the compressed one between them."""
+    layer, (dense, between, after) = hand.layer, places(hand)
+    run, run_dense = (functools.partial(functools.partial, call) for call in (layer.run_sublayer, layer.run_dense))
+    weight_NL = torch.ones(hand.streams.tokens_NL.shape)
+    target = Source(states=dense, part=run_dense(ATTENTION), onward=run_dense(FFN), keep=after, weight_NL=weight_NL)
+    attention = rebuild(hand, SublayerStatistics(
+        runner=hand.runner, clock=hand.clock, layer=layer, index=hand.index, sublayer=ATTENTION,
+        dense=Source(states=dense), target=target, compressed=Source(states=hand.compressed), summed=hand.inputs,
+    ))  # fmt: skip
+    hand.inputs.clear()
+    compressed = Source(states=hand.compressed, part=run(ATTENTION), keep=between)
+    ffn = rebuild(hand, SublayerStatistics(
+        runner=hand.runner, clock=hand.clock, layer=layer, index=hand.index, sublayer=FFN,
+        dense=Source(states=dense, part=run_dense(ATTENTION)), target=Source(states=after), compressed=compressed,
+        weight_NL=weight_NL,
+    ))  # fmt: skip
+    assert target.keep is compressed.keep is None, "methods look at all tokens"
     return LayerEdits(
         edits=[*attention.edits, *ffn.edits], errors={**attention.errors, **ffn.errors},
-        notes=joined(attention.notes, ffn.notes), out_NL=functools.reduce(torch.logical_or, outs),
+        notes=joined(attention.notes, ffn.notes), out_NL=attention.out_NL | ffn.out_NL,
     )  # fmt: skip
 
 
-def finish_layer(hand: LayerInHand) -> torch.Tensor:
+def finish_layer(hand: LayerInHand, watch: Callable[[torch.Tensor], None] | None) -> torch.Tensor:
     """The compressed stream from between the sub-layers through the rebuilt FFN, into what the next layer begins with."""
-    middle = HiddenStates(bank=dense_banks(hand).compressed_middle, generation=hand.index)
-    bank = hand.streams.compressed
-    return hand.runner.carry(part_of(hand, FFN), hand.index, middle, bank, hand.index + 1)
+    _, between, _ = places(hand)
+    part = functools.partial(hand.layer.run_sublayer, FFN)
+    return hand.runner.carry(part, hand.index, between, hand.next_compressed, watch)
 
 
-def dense_banks(hand: LayerInHand) -> DenseBanks:
-    assert hand.streams.dense is not None, "a run beside the dense model keeps its stream"
-    return hand.streams.dense
-
-
-def part_of(hand: LayerInHand, sublayer: str) -> LayerPart:
-    return functools.partial(hand.layer.run_sublayer, sublayer)
-
-
-def statistics_of(
-    hand: LayerInHand, sublayer: str, dense: HiddenStates, target: HiddenStates, compressed: HiddenStates
-) -> SublayerStatistics:
-    return SublayerStatistics(
-        runner=hand.runner, clock=hand.clock, layer=hand.layer, index=hand.index, sublayer=sublayer, dense=dense, target=target,
-        compressed=compressed,
+def places(hand: LayerInHand) -> tuple[HiddenStates, HiddenStates, HiddenStates]:
+    """The dense stream before the layer, the compressed one between its sub-layers, the dense one after it."""
+    streams, index = hand.streams, hand.index
+    assert streams.dense is not None, "a run beside the dense model keeps its stream"
+    assert streams.between is not None
+    return (
+        HiddenStates(bank=streams.dense, generation=index), HiddenStates(bank=streams.between, generation=index),
+        HiddenStates(bank=streams.dense, generation=index + 1),
     )  # fmt: skip
+
+
+def next_inputs(hand: LayerInHand, kwargs: Mapping[str, Any]) -> InputSum | None:
+    """What sums the inputs of the next layer while its stream is made; `kwargs` are that layer's."""
+    try:
+        frame = hand.runner.stream.frame(hand.index + 1, kwargs)
+    except StreamlapError:  # which comes again, once this layer is committed and that one is read
+        return None
+    sequences, length, _ = hand.streams.compressed.shape_NLD
+    return InputSum(frame, (sequences, length))
 
 
 def rebuild(hand: LayerInHand, statistics: SublayerStatistics) -> LayerEdits:
@@ -94,7 +87,9 @@ def rebuild(hand: LayerInHand, statistics: SublayerStatistics) -> LayerEdits:
     with hand.clock.phase("solve"), hand.runner.claim("solve"), located(f"{hand.layer.prefix} {name}"):
         solved = best_candidate(statistics, hand.plan.candidates[name])
     refuse_overflow(hand.layer, solved.edits)
-    hand.layer.apply(solved.edits)
+    # What moves the inputs of the FFN looks at those of the dense model, which come out of its attention.
+    keep_dense = name == ATTENTION and any(found.method.moves_inputs for found in hand.plan.candidates[FFN])
+    hand.layer.apply(solved.edits, keep_dense)
     notes = tuple(f"{name}: {note}" for note in joined(statistics.notes, solved.notes))
     return LayerEdits(edits=solved.edits, errors={name: solved.errors}, notes=notes, out_NL=statistics.out_NL)
 

@@ -20,9 +20,9 @@ from streamlap.families.stream import ModelStream
 from streamlap.methods.base import finite_error
 from streamlap.pipeline.divergence import mean_divergence
 from streamlap.pipeline.observe import SublayerStatistics
-from streamlap.pipeline.runner import LayerPart, LayerRunner, start_runner
+from streamlap.pipeline.runner import LayerRunner, start_runner
 from streamlap.pipeline.session import Session
-from streamlap.pipeline.streams import HiddenStates, open_bank
+from streamlap.pipeline.streams import HiddenStates, LayerPart, Source, open_bank
 from streamlap.planning.allocate import Point
 from streamlap.planning.survey import LEVELS, PERTURBERS, Perturbation, SurveyPlan
 from streamlap.store.hidden import HiddenBank
@@ -111,16 +111,17 @@ def carry_through(sweep: Sweep, runner: LayerRunner, layer: StreamLayer, index: 
 
     for perturbed, bank in sweep.copies.items():
         if perturbed.index < index:
-            runner.carry(whole, index, HiddenStates(bank=bank, generation=index), bank, index + 1)
+            before, after = (HiddenStates(bank=bank, generation=generation) for generation in (index, index + 1))
+            runner.carry(whole, index, before, after)
     before, between, after = (
         HiddenStates(bank=bank, generation=generation)
         for bank, generation in ((sweep.dense, index), (sweep.dense_middle, index), (sweep.dense, index + 1))
     )
-    runner.carry(attention, index, before, sweep.dense_middle, index)
+    runner.carry(attention, index, before, between)
     errors = {
         "attention": perturb_sublayer(sweep, statistics_of(runner, layer, index, "attention", before, between), whole)
     }
-    runner.carry(ffn, index, between, sweep.dense, index + 1)
+    runner.carry(ffn, index, between, after)
     return errors | {"ffn": perturb_sublayer(sweep, statistics_of(runner, layer, index, "ffn", between, after), ffn)}
 
 
@@ -130,7 +131,7 @@ def statistics_of(
     """A sub-layer on the dense stream, which stands for the compressed one too."""
     return SublayerStatistics(
         runner=runner, clock=PhaseClock(runner.progress.phase), layer=layer, index=index, sublayer=sublayer,
-        dense=before, target=target, compressed=before,
+        dense=Source(states=before), target=Source(states=target), compressed=Source(states=before),
     )  # fmt: skip
 
 
@@ -138,7 +139,7 @@ def perturb_sublayer(sweep: Sweep, statistics: SublayerStatistics, rest: LayerPa
     """New copies of the dense stream, through a sub-layer that is cut and the `rest` of the layer, which begins with it. Gives
     the sub-layer's own errors."""
     runner, layer, index = statistics.runner, statistics.layer, statistics.index
-    name, before = statistics.sublayer, statistics.dense
+    name, before = statistics.sublayer, statistics.dense.states
     with runner.claim("solve"), located(f"{layer.prefix} {name}"):
         perturbations = {f"{keep:g}": Perturbation(index=index, sublayer=name, keep=keep) for keep in LEVELS}
         layouts = {
@@ -149,7 +150,8 @@ def perturb_sublayer(sweep: Sweep, statistics: SublayerStatistics, rest: LayerPa
         errors = [finite_error(made[key].error) for key in perturbations]
     for key, perturbed in perturbations.items():
         with layer.tried(made[key].edits):
-            runner.carry(rest, index, before, sweep.copies[perturbed], index + 1)
+            after = HiddenStates(bank=sweep.copies[perturbed], generation=index + 1)
+            runner.carry(rest, index, before, after)
     return errors
 
 

@@ -18,8 +18,7 @@ from streamlap.linalg.rows import paired
 from streamlap.methods.base import Pair, Trained, Training
 from streamlap.pipeline.hand import LayerInHand
 from streamlap.pipeline.session import Session
-from streamlap.pipeline.streams import HiddenStates
-from streamlap.pipeline.sublayers import dense_banks
+from streamlap.pipeline.sublayers import places
 from streamlap.store.header import byte_view, read_header
 from streamlap.store.sink import ShardFolder
 from streamlap.store.source import read_into
@@ -38,7 +37,7 @@ class Lessons:
 
     @classmethod
     def of(cls, hand: LayerInHand) -> Lessons:
-        sequences, length, _ = dense_banks(hand).stream.shape_NLD
+        sequences, length, _ = hand.streams.compressed.shape_NLD
         held = held_sequences(sequences, length)
         train = [number for number in range(sequences) if number not in set(held)] or held
         return cls(hand=hand, held=held, train=train)
@@ -47,7 +46,7 @@ class Lessons:
         """The sequences of these numbers, one by one: no result depends on how many fit into a forward. Tokens that are out of
         either stream are so in the target, and zero before the layer."""
         hand = self.hand
-        target = HiddenStates(bank=dense_banks(hand).stream, generation=hand.index + 1)
+        _, _, target = places(hand)
         move = hand.runner.stream.accelerator.move
         for number in numbers:
             yield paired(*(move(states.pick(number)) for states in (hand.compressed, target)))
@@ -58,7 +57,7 @@ def train_layer(hand: LayerInHand, method: Trained, session: Session) -> Trace:
 
     Raises Interrupted after an epoch where a stop is due.
     """
-    hand.streams.drop_middles(hand.index)  # what lies between the sub-layers is stale
+    hand.streams.drop_between(hand.index)  # it is stale
     with hand.clock.phase("refine"), hand.runner.claim("refine"):
         lessons, layer = Lessons.of(hand), hand.layer
         training = method.start(layer.stored_parameters(), layer.with_parameters, len(lessons.train))

@@ -13,6 +13,9 @@ from typing import Any
 import torch
 
 from streamlap.families.stream import ModelStream
+from streamlap.linalg.moments import held_sequences
+from streamlap.loader.forms import Form
+from streamlap.methods.anchored.costs import input_sum_bytes
 from streamlap.methods.base import Cost, Layout, Natives
 from streamlap.planning.layouts import Candidates, largest_layout, planned_tensors
 from streamlap.planning.workload import Workload, layer_workload
@@ -22,8 +25,9 @@ from streamlap.store.source import CHUNK_BYTES
 
 ONE_PASS_READS, ONE_PASS_WRITES = 2, 1
 """How often hidden states are read and written in a layer that is edited in one pass."""
-ANCHORED_READS, ANCHORED_WRITES, ANCHORED_SPILLS = 12, 2, 2
-"""The same of a layer that is rebuilt beside the dense model; spills are what memory did not keep between sub-layers."""
+ANCHORED_READS, ANCHORED_WRITES, ANCHORED_SPILLS = 6, 2, 1
+"""The same of a layer that is rebuilt beside the dense model, see `pipeline.sublayers`; spills are what memory did not keep
+between sub-layers. The first layer reads one more, for what its attention reads."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,7 +53,7 @@ class LayerPlan:
     """Widest input or output of a linear when all is done; before, where candidates leave different widths."""
     flops: int
     """Of the forwards, in the compute dtype: one through the dense layer and one through the edited one; with anchored methods
-    half a forward more for each candidate."""
+    also through what the sums are taken behind."""
     flops64: int
     """Of the solves' matrix products in float64."""
     flops32: int
@@ -58,7 +62,9 @@ class LayerPlan:
     """Sizes of the solves' eigen-problems."""
     capture_bytes: int = 0
     """Most that sums over tokens hold inside a solve, with the edits so far."""
-    generations_read: int = ONE_PASS_READS
+    waiting_bytes: int = 0
+    """What waits in RAM during a solve, whatever the device."""
+    generations_read: float = ONE_PASS_READS
     """How often hidden states are read, where they are on the disk; one time less in the last layer."""
     generations_written: int = ONE_PASS_WRITES
     """How often they are written to the disk in any case."""
@@ -82,7 +88,7 @@ def forecast_layers(
     result = []
     for index, found in enumerate(candidates):
         layout = largest_layout(stream, index, found)
-        key = shape_key(stream, index, layout) + ("" if index + 1 < stream.depth else " last")
+        key = f"{shape_key(stream, index, layout)} {index == 0} {index + 1 == stream.depth}"
         if key not in known:
             known[key] = forecast_layer(stream, recipe, index, found, layout, shape_NL)
         result.append(replace(known[key], index=index, candidates=found, layout=layout))
@@ -106,7 +112,7 @@ def forecast_layer(
     dense_flops = forward_flops(natives, sum(info.numel for info in stored), shape_NL)
     kept = sum(info.numel for info in copied.values()) + sum(tensor.numel() for tensor in made.values())
     after_flops = forward_flops(natives, kept, shape_NL)
-    after_flops *= (index + 1 < stream.depth) + 3 * epochs  # a step takes a forward and, for gradients, twice as much
+    after_flops *= (index + 1 < stream.depth and not recipe.anchored) + 3 * epochs  # gradients take two forwards
     copied_bytes, made_bytes = (sum(entry.nbytes for entry in part) for part in (copied.values(), made.values()))
     if epochs:
         copied_bytes, made_bytes = 0, copied_bytes + made_bytes
@@ -120,13 +126,47 @@ def forecast_layer(
         source_bytes=sum(info.nbytes for info in stored), largest_bytes=max(info.nbytes for info in stored),
         solve_bytes=solve_bytes(stream, recipe, index, candidates, made),
         capture_bytes=max((cost.capture_bytes for cost in costs), default=0) * anchored,
-        generations_read=(ANCHORED_READS if anchored else ONE_PASS_READS) + 2 * epochs + (epochs > 0),
+        waiting_bytes=max((cost.waiting_bytes for cost in costs), default=0),
+        generations_read=(anchored_reads(index, candidates, shape_NL) if anchored else ONE_PASS_READS)
+        + 2 * epochs + (epochs > 0),
         generations_written=ANCHORED_WRITES if anchored else ONE_PASS_WRITES,
         generations_spilled=ANCHORED_SPILLS * anchored,
         widest=widest(natives, {} if anchored else layout),
-        flops=dense_flops + after_flops + anchored * len(costs) * dense_flops // 2,
+        flops=dense_flops + after_flops + anchored * anchored_flops(stream, index, candidates, layout, shape_NL),
         **solve_flops(costs, math.prod(shape_NL)),
     )  # fmt: skip
+
+
+def anchored_reads(index: int, candidates: Candidates, shape_NL: tuple[int, int]) -> float:
+    """Generations that the passes of a layer read; layouts that are compared are tried on what is held out of two."""
+    held = len(held_sequences(*shape_NL)) / shape_NL[0]
+    rivals = [found for rivals in candidates.values() for found in rivals]
+    tried = sum(len(found.layouts) for found in rivals if len(found.layouts) > 1)
+    again = sum(2 * (len(found) - 1) for found in candidates.values())
+    return ANCHORED_READS + (index == 0) + 2 * held * tried + again
+
+
+def anchored_flops(
+    stream: ModelStream, index: int, candidates: Candidates, layout: Layout, shape_NL: tuple[int, int]
+) -> int:
+    """Of the forwards on the compressed stream, see `pipeline.sublayers`: the first linears of both sub-layers once for what
+    the last one reads, the FFN's also as they were; then the new sub-layers, the second not in the last layer."""
+    natives, itemsize = stream.natives(index), stream.storage_itemsize(index)
+
+    def numbers(roles: Iterable[str], forms: Mapping[str, Form]) -> int:
+        return sum(forms.get(role, natives[role]).parameters(itemsize) for role in roles)
+
+    attention, ffn = stream.family.sublayers.values()
+    through = [
+        (numbers(attention.reads, layout), True), (numbers(attention.roles, layout), True), (numbers(ffn.reads, {}), False),
+        (numbers(ffn.reads, layout), False), (numbers(ffn.roles, layout) * (index + 1 < stream.depth), False),
+    ]  # fmt: skip
+    again = sum(
+        (len(candidates[name]) - 1) * numbers(part.reads, layout) for name, part in stream.family.sublayers.items()
+    )
+    sequences, length = shape_NL
+    scores = 2 * length * natives["q"].shape[0]
+    return sequences * length * (2 * again + sum(2 * weights + mixes * scores for weights, mixes in through))
 
 
 def solve_flops(costs: Sequence[Cost], tokens: int) -> dict[str, Any]:
@@ -145,16 +185,16 @@ def widest(natives: Natives, layout: Layout) -> int:
 def solve_bytes(
     stream: ModelStream, recipe: Recipe, index: int, candidates: Candidates, made: Mapping[str, torch.Tensor]
 ) -> int:
-    """The most held in the solves of a layer; methods come one after another, and what they made stays."""
-    costs = [(name, found.cost.workspace_bytes) for name, rivals in candidates.items() for found in rivals]
-    if recipe.anchored:
-        return sum(tensor.nbytes for tensor in made.values()) + max(workspace for _, workspace in costs)
+    """The most held in the solves of a layer; sub-layers come one after another, and what was made of them stays."""
     held, most = 0, 0
-    for name, workspace in costs:
+    for name, rivals in candidates.items():
         roles = stream.family.sublayers[name].roles
         names = tuple(f"{stream.linear_name(index, role)}." for role in roles)
-        held += sum(tensor.nbytes for key, tensor in made.items() if key.startswith(names))
-        most = max(most, held + workspace)
+        own = sum(tensor.nbytes for key, tensor in made.items() if key.startswith(names))
+        # A workspace has room for what an anchored method makes, but not for what a rival before it has made.
+        first = held if recipe.anchored else held + own
+        most = max(most, *(first + own * place + found.cost.workspace_bytes for place, found in enumerate(rivals)), 0)
+        held += own
     return most
 
 
@@ -164,13 +204,21 @@ def forward_flops(natives: Natives, parameters: int, shape_NL: tuple[int, int]) 
     return sequences * length * (2 * parameters + 2 * length * natives["q"].shape[0])
 
 
+def next_input_bytes(stream: ModelStream, layers: Sequence[LayerPlan]) -> int:
+    """What summing the inputs of a layer takes while its stream is made, where it is rebuilt beside the dense model."""
+    first = next(iter(stream.family.sublayers.values())).reads[0]
+    widths = [stream.native(layer.index, first).shape[1] for layer in layers if layer.capture_bytes]
+    return max(map(input_sum_bytes, widths), default=0)
+
+
 def compression_workload(stream: ModelStream, layers: Sequence[LayerPlan], shape_NL: tuple[int, int]) -> Workload:
     """Sizes of `compress`."""
     return Workload(
         **layer_workload(stream, *shape_NL),
         edits=max(layer.edits_bytes for layer in layers), solve=max(layer.solve_bytes for layer in layers),
         inner_after=max(layer.widest for layer in layers),
-        streams=4 if layers[0].capture_bytes else 1, capture=max(layer.capture_bytes for layer in layers),
+        streams=3 if layers[0].capture_bytes else 1, capture=max(layer.capture_bytes for layer in layers),
+        waiting=max(layer.waiting_bytes for layer in layers), inputs=next_input_bytes(stream, layers),
         trained=max(layer.trained for layer in layers),
         trained_bytes=max(layer.trained_bytes for layer in layers),
         trained_state=max(layer.trained_state for layer in layers),

@@ -43,6 +43,12 @@ def dense_parameters(stream: ModelStream, index: int, sublayer: str) -> int:
     return sum(natives[role].parameters(itemsize) for role in stream.family.sublayers[sublayer].roles)
 
 
+def converts(stream: ModelStream, index: int) -> bool:
+    """Whether some linear of a layer is stored in another dtype than it is computed in."""
+    names = (f"{stream.linear_name(index, role)}.weight" for role in stream.family.roles)
+    return any(stream.source.info(name).dtype != stream.dtype for name in names)
+
+
 def layer_candidates(stream: ModelStream, recipe: Recipe, index: int, parameters: Mapping[str, int]) -> Candidates:
     """What each sub-layer of a layer may become within its parameters; what attention leaves over, the FFN may use.
 
@@ -52,7 +58,7 @@ def layer_candidates(stream: ModelStream, recipe: Recipe, index: int, parameters
     for name in stream.family.sublayers:
         budget = ParameterBudget(
             ratio=recipe.ratio, parameters=parameters[name] + spare, itemsize=stream.storage_itemsize(index),
-            head_dim=stream.head_dim,
+            head_dim=stream.head_dim, converts=converts(stream, index),
         )  # fmt: skip
         planned[name] = [candidate(key, method, natives, budget) for key, method in recipe.of_sublayer(name).items()]
         stored = [
@@ -69,7 +75,7 @@ def layer_candidates(stream: ModelStream, recipe: Recipe, index: int, parameters
 
 def candidate(name: str, method: Method, natives: Natives, budget: ParameterBudget) -> Candidate:
     layouts = method.layouts(natives, budget)
-    return Candidate(name=name, method=method, layouts=layouts, cost=method.cost(natives, layouts))
+    return Candidate(name=name, method=method, layouts=layouts, cost=method.cost(natives, layouts, budget))
 
 
 def possible_layouts(candidates: Candidates) -> Iterator[Layout]:

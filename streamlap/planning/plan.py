@@ -159,7 +159,7 @@ class Plan:
     def _figures(self, layer: LayerPlan) -> LayerFigures:
         generation, last = self.fit.work.generation, layer.index + 1 == len(self.layers)
         on_disk = self.hidden_states == "disk"
-        read = layer.source_bytes + layer.copied_bytes + (layer.generations_read - last) * generation * on_disk
+        read = layer.source_bytes + layer.copied_bytes + round((layer.generations_read - last) * generation) * on_disk
         written = layer.generations_written - last + layer.generations_spilled * on_disk
         write, machine = layer.output_bytes + layer.state_bytes + written * generation, self.machine
         return LayerFigures(

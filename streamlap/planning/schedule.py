@@ -78,12 +78,12 @@ def _cpu_schedule(work: Workload, overlap: bool, tier: str, micro: int, kept: in
     ram = {
         "layers": {
             "staging": work.staged * buffers(work, overlap), "layer": work.computed * work.converts, **bank, **batches,
-            **({"freed memory": kept} if kept else {}),
+            **_optional({"freed memory": kept}),
         },
         "capture": {"activations": work.activations(micro, work.inner), "edits": work.edits * overlap},
-        "solve": {"solve": _solve(work, micro)},
+        "solve": {"solve": _solve(work, micro), **_optional({"waiting": work.waiting})},
         "refine": work.refinement,
-        "propagate": {**after, "writer": work.copied},
+        "propagate": {**after, "writer": work.copied, **_optional({"inputs": work.inputs})},
         "head": {"head": work.head, **bank, **batches} if work.head else {},
     }  # fmt: skip
     return Schedule(overlap=overlap, tier=tier, micro=micro, ram=ram, vram={}, kept=kept)
@@ -97,6 +97,7 @@ def _gpu_schedule(work: Workload, overlap: bool, tier: str, micro: int) -> Sched
     slab["hidden batches"] = _on_their_way(work, overlap, tier) * paged(full)
     ram = {
         "layers": slab,
+        "solve": _optional({"waiting": work.waiting}),
         "propagate": {"writer": CHUNK_BYTES},
         "head": {"head": work.head_stored, **slab},  # as long as something of a slab is in use all of it is there
     }
@@ -105,16 +106,25 @@ def _gpu_schedule(work: Workload, overlap: bool, tier: str, micro: int) -> Sched
         "layers": {
             "layer": work.computed,
             "upload": work.staged * work.converts,
-            "hidden batches": 4 * full,
+            "hidden batches": (4 + 2 * (work.streams > 1)) * full,
             **resident,
         },
         "capture": {"activations": work.activations(micro, work.inner), "edits": work.edits * overlap},
         "solve": {"solve": _solve(work, micro)},
         "refine": work.refinement,
-        "propagate": {"edits": work.edits, "activations": work.activations(micro, work.inner_after)},
+        "propagate": {
+            "edits": work.edits,
+            "activations": work.activations(micro, work.inner_after),
+            **_optional({"inputs": work.inputs}),
+        },
         "head": {"head": work.head, **resident},
     }
     return Schedule(overlap=overlap, tier=tier, micro=micro, ram=ram, vram=vram)
+
+
+def _optional(parts: Parts) -> Parts:
+    """Those of which there is something."""
+    return {purpose: count for purpose, count in parts.items() if count}
 
 
 def _solve(work: Workload, micro: int) -> int:
@@ -123,10 +133,12 @@ def _solve(work: Workload, micro: int) -> int:
 
 
 def _hidden(work: Workload, overlap: bool, tier: str, batch: int) -> tuple[dict[str, int], dict[str, int]]:
-    """One generation, where a memory keeps it, and the batches on their way: read (in use, and the next), computed, written."""
+    """One generation, where a memory keeps it, and the batches on their way: read (in use, and the next), computed, written.
+    Of two streams both are read, and one is between its sub-layers."""
+    two = work.streams > 1
     if tier == "disk":
-        return {}, {"hidden batches": batch * (3 + 2 * (work.streams > 1) + IN_FLIGHT * overlap)}
-    return {"hidden states": _places(work) * batch}, {}
+        return {}, {"hidden batches": batch * (3 + 3 * two + IN_FLIGHT * overlap)}
+    return {"hidden states": _places(work) * batch}, {"hidden batches": batch * two}
 
 
 def _places(work: Workload) -> int:
@@ -136,11 +148,12 @@ def _places(work: Workload) -> int:
 
 def _on_their_way(work: Workload, overlap: bool, tier: str) -> int:
     """Batches between the host and a device: one on its way back and those that wait for the disk, and from the disk one for
-    each stream that is read, two where the next is read ahead. In RAM they wait where they stay."""
+    each stream that is read, two where the next is read ahead. In RAM they wait where they stay, and what is picked of two
+    streams, while nothing comes back, takes one each."""
+    streams = min(work.streams, 2)
     if tier == "ram":
-        return 1
-    read = (1 + overlap) * min(work.streams, 2) if tier == "disk" else 0
-    return read + 1 + IN_FLIGHT * overlap
+        return streams
+    return (1 + overlap) * streams * (tier == "disk") + 1 + IN_FLIGHT * overlap
 
 
 def slab_sizes(work: Workload, schedule: Schedule) -> SlabSizes:

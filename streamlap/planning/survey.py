@@ -9,7 +9,7 @@ from streamlap.families.stream import HEAD_TOKENS, ModelStream
 from streamlap.methods.anchored.attention import AttentionAnchored
 from streamlap.methods.anchored.ffn import FfnAnchored
 from streamlap.methods.base import Layout, ParameterBudget
-from streamlap.planning.layouts import Candidate, candidate, dense_parameters, planned_tensors
+from streamlap.planning.layouts import Candidate, candidate, converts, dense_parameters, planned_tensors
 from streamlap.planning.schedule import Fit, fit, require_fit
 from streamlap.planning.workload import Workload, evaluation_workload
 from streamlap.settings import RunSettings
@@ -67,6 +67,7 @@ def perturbed_candidate(stream: ModelStream, perturbed: Perturbation) -> Candida
         ratio=1.0 - perturbed.keep,
         parameters=int(perturbed.keep * dense_parameters(stream, perturbed.index, perturbed.sublayer)),
         itemsize=stream.storage_itemsize(perturbed.index), head_dim=stream.head_dim,
+        converts=converts(stream, perturbed.index),
     )  # fmt: skip
     return candidate(perturbed.sublayer, PERTURBERS[perturbed.sublayer], stream.natives(perturbed.index), budget)
 

@@ -46,10 +46,14 @@ class Workload:
     head_stored: int = 0
     """The head as it is stored."""
     streams: int = 1
-    """Hidden states kept beside each other: one where layers are edited in one pass; four where they are rebuilt beside
-    the dense model: its stream and the compressed one, before and after the first sub-layer."""
+    """Hidden states kept beside each other: one where layers are edited in one pass; three where they are rebuilt beside
+    the dense model: its stream and the compressed one, and that between the sub-layers."""
     capture: int = 0
     """What the sums over tokens hold, with the edits so far, where a solve looks at the streams itself."""
+    waiting: int = 0
+    """What waits in RAM during a solve, whatever the device."""
+    inputs: int = 0
+    """What summing the inputs of the next layer takes while its stream is made."""
     trained: int = 0
     """Parameters of a layer that is trained; none where no layer is."""
     trained_bytes: int = 0

@@ -62,9 +62,14 @@ class HiddenBank:
         """Take host memory for batches from `room` from now on."""
         self._room = room
 
-    def read(self, generation: int) -> Iterator[torch.Tensor]:
-        """Batches [B, L, D] in order: in the device's memory where they stay there, else in the host's. No batch that was given
-        is held here when the next is asked for, but where it stays. Raises ResumeMismatch when the generation is not whole."""
+    def read(self, generation: int, numbers: Sequence[int] | None = None) -> Iterator[torch.Tensor]:
+        """Batches [B, L, D] in order: in the device's memory where they stay there, else in the host's; of the sequences of
+        these `numbers` alone, where they are given. No batch that was given is held here when the next is asked for, but where
+        it stays. Raises ResumeMismatch when the generation is not whole."""
+        if numbers is not None:
+            for first in range(0, len(numbers), self.batch):
+                yield self.pick(generation, numbers[first : first + self.batch])
+            return
         if generation == self._kept_generation:
             for place in range(len(self._kept)):
                 yield landed(self._kept[place])
@@ -81,18 +86,22 @@ class HiddenBank:
         self._kept_generation = generation
 
     def pick(self, generation: int, numbers: Sequence[int]) -> torch.Tensor:
-        """The sequences of these numbers [B, L, D], in their order, from wherever they are; nothing is kept of it. A single one
-        is not to be changed: it may lie where the bank has it."""
-        if generation == self._kept_generation:
-            batches = (landed(self._kept[number // self.batch]) for number in numbers)
-            rows = [x_BLD[n % self.batch].unsqueeze(0) for n, x_BLD in zip(numbers, batches, strict=True)]
-        else:
-            handle = self._open(generation)
-            try:
-                rows = [self._read_rows(handle, generation, number, 1) for number in numbers]
-            finally:
-                os.close(handle)
-        return rows[0] if len(rows) == 1 else torch.cat(rows)
+        """The sequences of these numbers [B, L, D], at most a batch, in their order, from wherever they are; in memory where
+        `read` gives them. Nothing is kept of it."""
+        kept = generation == self._kept_generation
+        rows = [landed(self._kept[number // self.batch])[number % self.batch] for number in numbers] if kept else []
+        if kept and self._tier == "vram":
+            return torch.stack(rows)
+        x_BLD = self._room((len(numbers), *self.shape_NLD[1:]), self.dtype)
+        if kept:
+            return torch.stack(rows, out=x_BLD)
+        handle = self._open(generation)
+        try:
+            for place, number in enumerate(numbers):
+                self._read_rows(handle, generation, number, x_BLD[place : place + 1])
+        finally:
+            os.close(handle)
+        return self._accelerator.move(x_BLD) if self._tier == "vram" else x_BLD
 
     def write(self, generation: int, batches: Iterable[torch.Tensor], writer: Worker = INLINE) -> None:
         """Take in a generation. Its file is whole once `writer` has come to the end of what it was given here.
@@ -122,6 +131,7 @@ class HiddenBank:
             for done in pending:
                 done.result()
         except BaseException:
+            self._kept, self._kept_generation = [], -1  # half of them are of this generation
             if file is not None:
                 writer.submit(file.discard).result()  # now: leaving by an error cancels what is only queued
             raise
@@ -163,10 +173,11 @@ class HiddenBank:
             file.discard()
 
     def _read_file(self, generation: int) -> Iterator[torch.Tensor]:
-        handle, sequences = self._open(generation), self.shape_NLD[0]
+        handle, (sequences, *shape_LD) = self._open(generation), self.shape_NLD
         try:
             for first in range(0, sequences, self.batch):
-                yield self._read_rows(handle, generation, first, min(self.batch, sequences - first))
+                shape_BLD = min(self.batch, sequences - first), *shape_LD
+                yield self._read_rows(handle, generation, first, self._room(shape_BLD, self.dtype))
         finally:
             os.close(handle)
 
@@ -187,11 +198,10 @@ class HiddenBank:
             )
         return os.open(path, os.O_RDONLY)
 
-    def _read_rows(self, handle: int, generation: int, first: int, rows: int) -> torch.Tensor:
-        sequences, length, width = self.shape_NLD
-        x_BLD = self._room((rows, length, width), self.dtype)
+    def _read_rows(self, handle: int, generation: int, first: int, x_BLD: torch.Tensor) -> torch.Tensor:
+        """Fill `x_BLD` with the sequences from `first` on."""
         view = byte_view(x_BLD)
-        done, start = 0, first * self.nbytes // sequences
+        done, start = 0, first * self.nbytes // self.shape_NLD[0]
         while done < len(view):
             done += _read_some(handle, view[done:], start + done, self._path(generation))
         return x_BLD

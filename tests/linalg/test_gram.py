@@ -51,14 +51,14 @@ def test_many_columns_are_solved_in_float32() -> None:
 def test_a_sum_is_that_of_all_tokens(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(grams, "LARGE", 0 if dtype == torch.float32 else LARGE)
     x_TI, t_TA = tokens(), tokens(seed=1)[:, :7]
-    summed, crossed = GramSum(SIZE, CPU), Sum((7, SIZE), CPU)
-    for x, t in zip(x_TI.split(11), t_TA.split(11), strict=True):
-        summed.add(x.to(dtype))
-        crossed.add(t.to(dtype), x.to(dtype))
+    summed, crossed = GramSum(SIZE, CPU), Sum((SIZE, 7), CPU)
+    for x, t in zip(x_TI.to(dtype).split(11), t_TA.to(dtype).split(11), strict=True):
+        summed.add(x.T)
+        crossed.add(x.T, t.T)
     exact = 1e-6 if dtype == torch.float32 else 1e-12
-    wanted_II, wanted_AI = x_TI.T @ x_TI, t_TA.T @ x_TI
+    wanted_II, wanted_IA = x_TI.T @ x_TI, x_TI.T @ t_TA
     assert crossed.total.dtype == dtype
-    torch.testing.assert_close(crossed.total.double(), wanted_AI, rtol=0, atol=exact * float(wanted_AI.abs().max()))
+    torch.testing.assert_close(crossed.total.double(), wanted_IA, rtol=0, atol=exact * float(wanted_IA.abs().max()))
     gram = summed.gram()
     assert gram.dtype == dtype
     torch.testing.assert_close(gram.dense(torch.float64), wanted_II, rtol=0, atol=exact * float(wanted_II.abs().max()))
@@ -67,23 +67,23 @@ def test_a_sum_is_that_of_all_tokens(dtype: torch.dtype, monkeypatch: pytest.Mon
 def test_a_float32_sum_over_many_chunks_keeps_what_each_adds(monkeypatch: pytest.MonkeyPatch) -> None:
     """2 ** 25 + 1 is no float32 number, nor is any sum on the way there: a plain sum would stand still."""
     monkeypatch.setattr(grams, "LARGE", 0)
-    summed, crossed = GramSum(SIZE, CPU), Sum((2, SIZE), CPU)
+    summed, crossed = GramSum(SIZE, CPU), Sum((SIZE, 2), CPU)
     large = torch.full((1, SIZE), 2.0**12.5)
     ones = torch.ones(1, SIZE)
     for x in (large, *[ones] * 40):
-        summed.add(x)
-        crossed.add(x[:, :2], x)
+        summed.add(x.T)
+        crossed.add(x.T, x[:, :2].T)
     wanted = float(large[0, 0].double() ** 2) + 40
     assert torch.equal(summed.gram().dense(), torch.full((SIZE, SIZE), wanted).float())
-    assert torch.equal(crossed.total, torch.full((2, SIZE), wanted).float())
+    assert torch.equal(crossed.total, torch.full((SIZE, 2), wanted).float())
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_sums_of_parts_merge(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(grams, "LARGE", 0 if dtype == torch.float32 else LARGE)
     left, right, whole = (GramSum(SIZE, CPU) for _ in range(3))
-    left.add(tokens().to(dtype))
-    right.add(tokens(seed=1).to(dtype))
+    left.add(tokens().to(dtype).T)
+    right.add(tokens(seed=1).to(dtype).T)
     whole.merge(left)
     whole.merge(right)
     wanted_II = matrix() + tokens(seed=1).T @ tokens(seed=1)
@@ -112,7 +112,7 @@ def test_a_factor_leaves_the_gram_above_it() -> None:
     assert torch.equal(gram.dense(), matrix())
     b_OI = tokens(5, seed=3)
     wanted_OI = b_OI @ torch.linalg.inv(matrix() + ridge * torch.eye(SIZE).double())
-    torch.testing.assert_close(factor.value.solve_right(b_OI), wanted_OI, rtol=1e-7, atol=1e-7)
+    torch.testing.assert_close(factor.value.solve(b_OI.T.contiguous()).T, wanted_OI, rtol=1e-7, atol=1e-7)
     torch.testing.assert_close(solve_right(factor_II, b_OI), wanted_OI, rtol=1e-7, atol=1e-7)
 
 

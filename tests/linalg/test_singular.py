@@ -98,7 +98,7 @@ def test_damping_has_an_end() -> None:
 def test_what_is_right_already_stays_however_much_it_is_damped(least: float) -> None:
     """W is pulled to itself with the damping that was used, not with that which was asked for."""
     gram_II, w_OI = indefinite(least), normal(6, SIZE, seed=3)
-    torch.testing.assert_close(anchored(w_OI, Gram.of(gram_II), w_OI @ gram_II).value, w_OI, rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(anchored(w_OI, Gram.of(gram_II), gram_II @ w_OI.T).value, w_OI, rtol=1e-9, atol=1e-9)
 
 
 def test_a_gram_slightly_askew_is_one_all_the_same() -> None:
@@ -115,7 +115,7 @@ def test_a_fit_on_a_singular_gram_is_right_where_tokens_went(kind: str) -> None:
     """And keeps W where none went."""
     gram_II, x_TI = gram(kind), rows(kind)
     w_OI, t_OI = normal(6, SIZE, seed=3), normal(6, SIZE, seed=5)
-    moved_OI = anchored(w_OI, Gram.of(gram_II), t_OI @ gram_II, 1e-6).value
+    moved_OI = anchored(w_OI, Gram.of(gram_II), gram_II @ t_OI.T, 1e-6).value
     wanted_TO = x_TI @ t_OI.T
     assert (x_TI @ moved_OI.T - wanted_TO).norm() <= 2e-2 * wanted_TO.norm()
     _, _, vh_II = torch.linalg.svd(x_TI, full_matrices=True)
@@ -170,13 +170,14 @@ def test_a_decomposition_of_bad_numbers_is_an_error_of_ours(bad: float) -> None:
 def test_dead_inputs_go_first_and_weigh_nothing() -> None:
     gram_II, w_OI = gram("dead inputs"), normal(6, SIZE, seed=3)
     dead = {channel for channel in range(SIZE) if channel % 3 == 0}
-    *early, late = removals(w_OI, Gram.of(gram_II), [SIZE - 3, SIZE - len(dead), SIZE - len(dead) - 4])
-    assert set(range(SIZE)) - set(early[0].value.kept_K.tolist()) < dead
-    alive = early[1].value
-    assert set(alive.kept_K.tolist()) == set(range(SIZE)) - dead
-    assert early[1].error == 0
-    assert late.error > 0
-    torch.testing.assert_close(alive.w_OK, w_OI[:, alive.kept_K], rtol=1e-9, atol=1e-9)
+    found = removals(w_OI, Gram.of(gram_II), [SIZE - 3, SIZE - len(dead), SIZE - len(dead) - 4])
+    assert set(range(SIZE)) - set(next(found).value.kept_K.tolist()) < dead
+    second = next(found)
+    alive_K = second.value.kept_K
+    assert set(alive_K.tolist()) == set(range(SIZE)) - dead
+    assert second.error == 0
+    torch.testing.assert_close(second.value.w_OF[:, alive_K], w_OI[:, alive_K], rtol=1e-9, atol=1e-9)
+    assert next(found).error > 0
 
 
 # --- what a dtype can hold ------------------------------------------------------------------------------

@@ -13,10 +13,10 @@ from typing import ClassVar
 
 import torch
 
-from streamlap.linalg.solution import Solution, joined
+from streamlap.linalg.solution import joined
 from streamlap.loader.forms import Pivoted
 from streamlap.methods.anchored.costs import anchored_cost
-from streamlap.methods.anchored.fitting import Aim, held_error, input_aims, low_rank_edit, output_aim
+from streamlap.methods.anchored.fitting import Inputs, held_error, low_rank_edit, output_aim, read_inputs
 from streamlap.methods.anchored.knobs import Knobs
 from streamlap.methods.anchored.ranks import RankSite
 from streamlap.methods.base import Cost, Layout, Layouts, Natives, ParameterBudget, Solved, StreamStatistics
@@ -55,21 +55,21 @@ class AttentionAnchored(Knobs):
         groups = heads if role == "v" and heads * 8 <= min(shape) else None
         return RankSite(name=role, shape=shape, itemsize=budget.itemsize, storage=self.storage, groups=groups)
 
-    def cost(self, natives: Natives, layouts: Layouts) -> Cost:
-        return anchored_cost(("q", "k", "v"), "o", natives, layouts)
+    def cost(self, natives: Natives, layouts: Layouts, budget: ParameterBudget) -> Cost:
+        return anchored_cost(("q", "k", "v"), "o", natives, layouts, budget, self.moves_inputs)
 
     def solve(self, statistics: StreamStatistics, layouts: Layouts) -> Solved:
         (layout,) = layouts.values()
-        return self._build(statistics, input_aims(statistics, ("q", "k", "v"), self.input_step), layout)
+        return self._build(read_inputs(statistics, ("q", "k", "v"), self.input_step), layout)
 
     def solve_each(self, statistics: StreamStatistics, layouts: Layouts) -> dict[str, Solved]:
         """Every layout in full, as a survey wants them."""
-        inputs = input_aims(statistics, ("q", "k", "v"), self.input_step)
-        return {name: self._build(statistics, inputs, layout) for name, layout in layouts.items()}
+        inputs = read_inputs(statistics, ("q", "k", "v"), self.input_step)
+        return {name: self._build(inputs, layout) for name, layout in layouts.items()}
 
-    def _build(self, statistics: StreamStatistics, inputs: Solution[list[Aim]], layout: Layout) -> Solved:
-        layer, edits, columns = statistics.layer, [], None
-        for aim in inputs.value:
+    def _build(self, inputs: Inputs, layout: Layout) -> Solved:
+        statistics, layer, edits, columns = inputs.statistics, inputs.statistics.layer, [], None
+        for aim in inputs.aims:
             edit, order = low_rank_edit(layer, aim, layout.get(aim.role))
             edits.append(edit)
             if order is not None:

@@ -1,114 +1,188 @@
 """What an anchored sub-layer takes, from shapes alone. Bounds on memory, counts of the large products.
 
-n is the width of what the sub-layer reads, f of what its last linear reads, w of what is left of it, d of the stream.
+n is the width of what the sub-layer reads, f of what its last linear reads, w of what is left of it, d of the stream, r a rank.
+Each bound is that of one moment, and what is freed before it does not count.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 from streamlap.linalg.gram import LARGE
-from streamlap.linalg.moments import CHUNK_TOKENS, HELD_TOKENS
+from streamlap.linalg.moments import HELD_TOKENS, chunk_tokens
 from streamlap.linalg.obs import ROUNDS
+from streamlap.linalg.subspace import BLOCK
 from streamlap.linalg.triangles import PANEL
-from streamlap.methods.base import Cost, Layout, Layouts, Natives
+from streamlap.methods.base import Cost, Layout, Layouts, Natives, ParameterBudget
 
 SINGLE = 0.8
 """An eigen-problem in float32 takes as long as one of so much of its size in float64."""
 
+WIDE, RUN = 8, 4
+"""Bytes of a number in float64, to which a decomposition may have to go; most bytes of one in the compute dtype."""
 
-def anchored_cost(reads: Sequence[str], last: str, natives: Natives, layouts: Layouts) -> Cost:
+
+@dataclass(frozen=True, kw_only=True)
+class Shapes:
+    """A sub-layer, and one thing that it may become."""
+
+    inputs: int
+    """n."""
+    last: tuple[int, int]
+    """d, f."""
+    width: int
+    """w."""
+    ranks: Sequence[tuple[tuple[int, int], int]]
+    """Shape and rank of what is cut to one, of the linears that read the input."""
+    last_rank: int
+    """Of the last linear; 0 where it keeps its own."""
+    edits: int
+    """Bytes of what the linears that read the input become, as stored and, where that is another dtype, as it runs."""
+    last_edit: int
+    """Bytes of what the last one becomes."""
+
+    @property
+    def prunes(self) -> bool:
+        return self.width < self.last[1]
+
+
+def anchored_cost(
+    reads: Sequence[str], last: str, natives: Natives, layouts: Layouts, budget: ParameterBudget, moves: bool
+) -> Cost:
     """The cost of one layout; of several, that of comparing them and of building the costliest.
 
-    While channels are removed, a last linear is held for each layout. From then on the factors of the other linears have the
-    rows of all channels.
-
-    Args: reads, roles that read the sub-layer's input; last, the role that writes its output.
+    Args: reads, roles that read the sub-layer's input; last, the role that writes its output; moves, whether the linears that
+    read the input are moved first.
     """
-    costs = [_layout_cost(reads, last, natives, layout) for layout in layouts.values()]
-    if len(costs) == 1:
-        return costs[0]
-    d, f = natives[last].shape
-    whole, lasts = (_itemsize(f) * d * f * count for count in (len(reads), len(layouts)))
-    aims = _aim_bytes([natives[role].shape for role in reads])
-    removing = _removal_bytes(f, d) + lasts
-    cutting = _itemsize(f) * f * f + lasts + _rank_bytes(f, d)
+    found = [_shapes(reads, last, natives, layout, budget) for layout in layouts.values()]
+    (d, f), n, item = natives[last].shape, found[0].inputs, budget.itemsize
+    rows = sum(native.shape[0] for native in (natives[role] for role in reads))
+    inputs = _item(n) * n * n + moves * (2 * _item(n) * n * n + _item(n) * n * rows + RUN * _numbers(natives))
+    sums = max(_first_sums(n, f, any(shape.prunes for shape in found)), *(_last_sums(shape) for shape in found))
+    compared, waiting = len(found) > 1, 4 * HELD_TOKENS * (f + d)
+    moments = [sums, *(max(_removing(shape), _building(shape, compared)) for shape in found)]
+    if compared:
+        rank = max((rank for shape in found for _, rank in shape.ranks), default=0)
+        moments += [_finding((f, n), rank), *(_trying(shape, item) for shape in found)]
+        waiting += _item(n) * len(reads) * rank * (f + n)
+        waiting += sum(d * (item * shape.width + _item(f) * d * (shape.last_rank > 0)) for shape in found)
     return Cost(
-        workspace_bytes=max(aims + removing, whole + max(aims + cutting, *(cost.workspace_bytes for cost in costs))),
-        capture_bytes=whole + max(cost.capture_bytes for cost in costs),
-        flops=max(cost.flops for cost in costs), flops32=max(cost.flops32 for cost in costs),
-        flops_per_token=max(cost.flops_per_token for cost in costs),
-        decompositions=max((cost.decompositions for cost in costs), key=len),
+        workspace_bytes=inputs + max(moments), capture_bytes=inputs + sums, waiting_bytes=waiting,
+        flops=max(_flops(shape) for shape in found) if f <= LARGE else 0,
+        flops32=max(_flops(shape) for shape in found) if f > LARGE else 0,
+        flops_per_token=n * n + max(shape.width**2 + 2 * d * shape.width + shape.prunes * f * f for shape in found),
+        decompositions=max((_decompositions(shape) for shape in found), key=len),
     )  # fmt: skip
 
 
-def _layout_cost(reads: Sequence[str], last: str, natives: Natives, layout: Layout) -> Cost:
-    (d, f), n = natives[last].shape, natives[reads[0]].shape[1]
-    w = layout[last].shape[1] if last in layout else f
-    prunes = w < f
-    after = {role: layout[role].shape for role in (*reads, last) if role in layout and layout[role].rank}
-    capture = _sum_bytes(f, d) + _row_bytes(f, d)
-    aims = _aim_bytes([natives[role].shape for role in reads])
-    work = max(
-        capture,
-        _removal_bytes(f, d) if prunes else 0,
-        max((_rank_bytes(*shape) for role, shape in after.items() if role != last), default=0),
-        _itemsize(w) * (w * w + 6 * d * w) + (_rank_bytes(d, w) if last in after else 0) + _row_bytes(w, d),
-    )
-    flops = sum(_rank_flops(*shape) for shape in after.values()) + _last_flops(d, w, f, prunes)
-    return Cost(
-        workspace_bytes=aims + work, capture_bytes=capture,
-        flops=flops if f <= LARGE else 0, flops32=flops if f > LARGE else 0,
-        flops_per_token=n * n + w * w + 2 * d * w + (f * f if prunes else 0),
-        decompositions=tuple(_eigh_size(min(shape)) for shape in after.values()),
+def _shapes(reads: Sequence[str], last: str, natives: Natives, layout: Layout, budget: ParameterBudget) -> Shapes:
+    forms = {role: layout.get(role, natives[role]) for role in (*reads, last)}
+    return Shapes(
+        inputs=natives[reads[0]].shape[1], last=natives[last].shape, width=forms[last].shape[1],
+        ranks=[(forms[role].shape, forms[role].rank) for role in reads if forms[role].rank], last_rank=forms[last].rank,
+        edits=(budget.itemsize + RUN * budget.converts) * sum(forms[role].parameters(budget.itemsize) for role in reads),
+        last_edit=budget.itemsize * forms[last].parameters(budget.itemsize),
     )  # fmt: skip
 
 
-def _aim_bytes(shapes: Sequence[tuple[int, int]]) -> int:
-    """The Gram of a sub-layer's input, what moves the linears that read it, and these."""
-    n = shapes[0][1]
-    return _itemsize(n) * (3 * n * n + n * sum(rows for rows, _ in shapes))
+def _numbers(natives: Natives) -> int:
+    """Of the linears of a whole layer: those that were read may have to stay beside what they became."""
+    return sum(native.shape[0] * native.shape[1] for native in natives.values())
 
 
-def _itemsize(width: int) -> int:
+def _item(width: int) -> int:
     """Bytes of a number in a problem of that many columns."""
-    return 4 if width > LARGE else 8
+    return 4 if width > LARGE else WIDE
 
 
-def _sum_bytes(width: int, d: int) -> int:
-    """A Gram and a cross-Gram; in float32 the latter with what rounding takes from it, and panels of what it takes from the
-    former."""
-    large = width > LARGE
-    return _itemsize(width) * width * width + 8 * d * width + large * 4 * PANEL * width
+def _sums(w: int, d: int) -> int:
+    """A Gram and a cross-Gram, in float32 with what rounding takes from them; tokens that wait, without anchors also as they
+    are widened; three panels of their product."""
+    lost = (2 * w * d + 4 * PANEL * w) if w > LARGE else 0
+    waiting = chunk_tokens(w) * (4 * (w + d) + 2 * w * (d == 0))
+    return _item(w) * w * (w + d) + lost + waiting + 3 * 4 * max(w, d) * min(PANEL, w)
 
 
-def _row_bytes(width: int, d: int) -> int:
-    """Tokens that wait, widened, three panels of their product, and those that are held out."""
-    panel = 3 * 4 * width * min(PANEL, width)
-    return 8 * CHUNK_TOKENS * (width + d) + panel + 8 * (width + d) * HELD_TOKENS
+def input_sum_bytes(n: int) -> int:
+    """The Gram of what a sub-layer reads, while it is summed."""
+    return _sums(n, 0)
 
 
-def _removal_bytes(f: int, d: int) -> int:
-    """The Gram with its inverse; the last linear and its change; rows of the inverse for one round, of each four copies."""
-    return _itemsize(f) * (f * f + 3 * d * f + 4 * f * -(-f // ROUNDS))
+def _first_sums(n: int, f: int, prunes: bool) -> int:
+    """Of the inputs of a sub-layer, and in the same pass of its last linear's."""
+    return _sums(n, 0) + prunes * _sums(f, 0)
 
 
-def _rank_bytes(rows: int, columns: int) -> int:
-    """Metric, root, vectors and LAPACK's squares of the smaller side; bases, what is left of them, and coefficients."""
-    small, item = min(rows, columns), _itemsize(columns)
-    return 8 * 5 * small * small + item * (columns * columns + 8 * rows * columns)
+def _last_sums(shape: Shapes) -> int:
+    """Of the last linear's, with the edits before it as they run."""
+    return _sums(shape.width, shape.last[0]) + shape.edits
 
 
-def _eigh_size(size: int) -> int:
-    return int(SINGLE * size) if size > LARGE else size
+def _removing(shape: Shapes) -> int:
+    """The Gram with its inverse; the last linear; for one round rows of the inverse, and what they are divided by; panels; what
+    the last linear is in the metric of the Gram."""
+    if not shape.prunes:
+        return 0
+    (d, f), out = shape.last, -(-shape.last[1] // ROUNDS)
+    metric = d * d * (shape.last_rank > 0)
+    return _item(f) * (f * f + d * f + 2 * out * (f + d) + 3 * PANEL * f + 2 * metric) + 4 * WIDE * out * out
 
 
-def _rank_flops(rows: int, columns: int) -> int:
-    """Metric, Gram, subspace, fit of the rest: about six products of the matrix by its small side."""
-    return 6 * 2 * rows * columns * min(rows, columns)
+def _trying(shape: Shapes, itemsize: int) -> int:
+    """One layout on the held-out tokens: the factors of one linear, and of all as they are stored and run; the last linear,
+    which may be cut first; what they give."""
+    (d, _), n, w = shape.last, shape.inputs, shape.width
+    factors = max((_item(n) * rank * (w + 2 * n) for _, rank in shape.ranks), default=0)
+    stored = itemsize * sum(rank * (w + n) for _, rank in shape.ranks)
+    cut = _item(w) * (5 * d * d + d * w) * (shape.last_rank > 0)
+    return factors + max(stored, shape.edits) + max(cut, 4 * HELD_TOKENS * (w + 3 * d)) + 4 * d * w
 
 
-def _last_flops(d: int, w: int, f: int, prunes: bool) -> int:
-    """Factor and solve of the last linear's Gram; where channels go, also factor and inverse of the one before, and what each
-    channel takes from that."""
-    return w**3 // 3 + 2 * d * w * w + (f**3 + f * (f + 2 * d) * (f - w) if prunes else 0)
+def _building(shape: Shapes, compared: bool) -> int:
+    """The linears that read the input, whose subspaces may be known: bases, what is left of them while pivots are chosen, what
+    is fitted again. Then the last one: its Gram with the factor, what it becomes and what it was."""
+    d, w = shape.last[0], shape.width
+    bases = sum(_item(shape.inputs) * rank * (rows + shape.inputs) for (rows, _), rank in shape.ranks)
+    making = [
+        _refitting(each, rank) if compared else max(_refitting(each, rank), _finding((shape.last[1], each[1]), rank))
+        for each, rank in shape.ranks
+    ]
+    inner = bases + max(2 * bases, *making, 0)
+    fitting = _item(w) * w * (w + d) + max(RUN * w * d, 4 * HELD_TOKENS * (w + 4 * d))
+    rank = shape.last_rank
+    cut = _item(w) * w * (w + d) + max(_finding((d, w), rank), _refitting((d, w), rank)) if rank else 0
+    return shape.edits + max(inner, fitting, cut) + shape.last_edit
+
+
+def _finding(shape: tuple[int, int], rank: int) -> int:
+    """A subspace: of the smaller side the squares, LAPACK's copies, and of columns the root; the map in blocks; basis and map.
+    Either may have to go to float64."""
+    (rows, columns), small = shape, min(shape)
+    squares = 5 if rows <= columns else 6
+    panels = 2 * WIDE * PANEL * (rows + columns) if rows <= columns else 2 * WIDE * BLOCK * columns
+    return WIDE * (squares * small * small + rank * columns) + panels + _item(columns) * rank * rows
+
+
+def _refitting(shape: tuple[int, int], rank: int) -> int:
+    """What is fitted to stored rows again: their own Gram and its roots; the map in blocks; the rest."""
+    rows, columns = shape
+    return WIDE * 4 * rank * rank + _item(columns) * (rank * (2 * columns + 3 * BLOCK + 2 * rows) + BLOCK * columns)
+
+
+def _decompositions(shape: Shapes) -> tuple[int, ...]:
+    sizes = [min(each) for each, _ in shape.ranks] + [min(shape.last[0], shape.width)] * (shape.last_rank > 0)
+    return tuple(int(SINGLE * size) if size > LARGE else size for size in sizes)
+
+
+def _flops(shape: Shapes) -> int:
+    """Of each rank the squares of the map, products of the size of the smaller side, bases and what is fitted again. Of the
+    last linear's Gram factor and solve; where channels go, also factor and inverse of the one before, and what each channel
+    takes from that."""
+    (d, f), w = shape.last, shape.width
+    cuts = [*shape.ranks, *([((d, w), shape.last_rank)] if shape.last_rank else [])]
+    cut = sum(
+        2 * min(each) ** 2 * (max(each) // 2 + 2 * min(each) + 3 * rank) + 4 * each[0] * each[1] * rank + 2 * each[0] * rank**2
+        for each, rank in cuts
+    )  # fmt: skip
+    return cut + w**3 // 3 + 2 * d * w * w + (f**3 + f * (f + 2 * d) * (f - w) if shape.prunes else 0)

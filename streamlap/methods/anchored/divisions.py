@@ -5,30 +5,33 @@ Shape suffixes: D out of down, F channels, K channels kept, R rank.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 
 import torch
 
 from streamlap.families.layer import Edit, StreamLayer
 from streamlap.linalg.anchor import root
-from streamlap.linalg.gram import Gram
 from streamlap.linalg.obs import removals
 from streamlap.linalg.products import product
 from streamlap.linalg.solution import Solution, joined
-from streamlap.linalg.subspace import Subspace, subspace
-from streamlap.methods.anchored.fitting import Aim, dense_edit, map_error, narrowed, truncated_edit
-from streamlap.methods.base import Layout, Layouts, StreamStatistics
+from streamlap.linalg.subspace import Subspace, best_basis, subspace
+from streamlap.methods.anchored.fitting import Aim, Inputs, dense_edit, map_error, narrowed, truncated_edit
+from streamlap.methods.base import Layout, Layouts
+
+PIECE = 4096
+"""Columns that go to RAM at a time."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Division:
-    """What is known of one layout before it is built; nothing unless there was a comparison."""
+    """What is known of one layout before it is built."""
 
-    kept: torch.Tensor | None = None
-    """The channels that stay, ascending."""
-    subspaces: Solution[list[Subspace]] | None = None
-    """Of gate and up, with rows for all channels."""
+    kept: torch.Tensor | None
+    """The channels that stay, ascending; None where all do."""
+    subspaces: list[Subspace] = field(default_factory=list)
+    """Of gate and up, with rows for all channels, where they are known. Whoever builds takes them away."""
+    notes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,47 +41,87 @@ class Divisions:
     errors: Mapping[str, float]
     """Of each, as `Solved.error`."""
     kept: Mapping[int, torch.Tensor]
-    """Width -> the channels that it would keep."""
-    subspaces: Solution[list[Subspace]] | None
+    """Width -> the channels that it would keep, where these are not all."""
+    subspaces: list[Subspace]
     """Of gate and up; none where no layout cuts a rank."""
 
     def division(self, layout: Layout) -> Division:
         down = layout.get("down")
-        kept = None if down is None else self.kept.get(down.shape[1])
-        return Division(kept=kept, subspaces=self.subspaces)
+        return Division(kept=None if down is None else self.kept.get(down.shape[1]), subspaces=self.subspaces)
 
 
-def compare(statistics: StreamStatistics, aims: Sequence[Aim], layouts: Layouts) -> Solution[Divisions]:
+@dataclass(kw_only=True)
+class Last:
+    """down of a layout, as far as it is known; it waits in RAM, as it would be stored."""
+
+    w_DK: torch.Tensor
+    metric_DD: torch.Tensor | None = None
+    """W S W', where it is to be cut to a rank."""
+
+    def cut(self, rank: int | None, device: torch.device) -> torch.Tensor:
+        """Where it has a rank, the best map of that rank."""
+        w_DK = self.w_DK.to(device)
+        if rank is None or self.metric_DD is None:
+            return w_DK
+        basis_DR = best_basis(self.metric_DD.to(device), rank)
+        w_DK = w_DK.to(basis_DR.dtype)
+        return product(basis_DR, product(basis_DR.T, w_DK))
+
+
+def compare(inputs: Inputs, layouts: Layouts) -> Solution[Divisions]:
     """Each with the channels that it would keep, gate and up cut in the directions that serve the channels of the middle one,
     and the down that was fitted again for the lost channels, not yet for the ranks."""
-    w_DF, gram = reads_whole(statistics, aims)
-    counts = {name: _width(layout, len(gram)) for name, layout in layouts.items()}
+    statistics, aims = inputs.statistics, inputs.aims
+    counts = {name: width_of(layout, statistics.layer) for name, layout in layouts.items()}
     ranks = {name: rank for name, layout in layouts.items() if (rank := _rank(layout, "gate"))}
-    found = list(removals(w_DF, gram, sorted(set(counts.values()), reverse=True)))
-    left = {len(pruned.value.kept_K): pruned.value for pruned in found}
-    whole: Solution[list[Subspace]] | None = None
+    kept, lasts, notes = shortened(inputs, layouts, counts)
+    whole: list[Subspace] = []
     if ranks:
         middle = sorted(counts[name] for name in ranks)[len(ranks) // 2]
-        whole = subspaces(aims, left[middle].kept_K, max(ranks.values()))
-    errors, notes = {}, [*(pruned.notes for pruned in found), whole.notes if whole else ()]
+        found = subspaces(aims, kept[middle], max(ranks.values()))
+        whole, notes = found.value, joined(notes, found.notes)
+    errors, device = {}, aims[0].t_OI.device
     for name, layout in layouts.items():
-        kept_K = left[counts[name]].kept_K
-        edits = truncated(statistics.layer, aims, whole, ranks.get(name), kept_K)
-        shortened = shorten(left[counts[name]].w_OK, gram, kept_K, _rank(layout, "down"))
-        errors[name] = map_error(shortened.value, statistics.held_middles(edits))
-        notes += [shortened.notes, *(edit.notes for edit in edits)]
-    kept = {width: pruned.kept_K for width, pruned in left.items()}
-    return Solution(Divisions(errors=errors, kept=kept, subspaces=whole), notes=joined(*notes))
+        edits = truncated(statistics.layer, aims, whole, ranks.get(name), kept[counts[name]])
+        held = statistics.held_middles(edits)
+        errors[name] = map_error(lasts.pop(name).cut(_rank(layout, "down"), device), held)
+        notes = joined(notes, *(edit.notes for edit in edits))
+    fewer = {width: kept_K for width, kept_K in kept.items() if width < statistics.layer.native("down").shape[1]}
+    return Solution(Divisions(errors=errors, kept=fewer, subspaces=whole), notes=notes)
 
 
-def channels_to_keep(statistics: StreamStatistics, aims: Sequence[Aim], count: int) -> Solution[torch.Tensor]:
-    """The channels that stay where so many do, ascending."""
-    pruned = next(removals(*reads_whole(statistics, aims), [count]))
-    return Solution(pruned.value.kept_K, notes=pruned.notes)
+def shortened(
+    inputs: Inputs, layouts: Layouts, counts: Mapping[str, int]
+) -> tuple[dict[int, torch.Tensor], dict[str, Last], tuple[str, ...]]:
+    """Width -> the channels that it would keep; layout -> its down; and notes."""
+    layer, gram = inputs.statistics.layer, inputs.middle()
+    w_DF, dtype = layer.linear("down").weight, layer.storage_dtype("down")
+    kept, lasts, notes = dict[int, torch.Tensor](), dict[str, Last](), tuple[str, ...]()
+    for pruned in removals(w_DF, gram, sorted(set(counts.values()), reverse=True)):
+        kept_K, notes = pruned.value.kept_K, joined(notes, pruned.notes)
+        kept[len(kept_K)] = kept_K
+        for name in (name for name, count in counts.items() if count == len(kept_K)):
+            last = torch.cat(
+                [pruned.value.w_OF[:, some].to("cpu", dtype) for some in torch.split(kept_K, PIECE)], dim=1
+            )
+            lasts[name] = Last(w_DK=last)
+            if _rank(layouts[name], "down") is not None:
+                lasts[name].metric_DD = gram.metric(pruned.value.w_OF).cpu()
+    return kept, lasts, notes
 
 
-def _width(layout: Layout, width: int) -> int:
-    return layout["down"].shape[1] if "down" in layout else width
+def channels_to_keep(inputs: Inputs, counts: Iterable[int]) -> Solution[dict[int, torch.Tensor]]:
+    """Of each number of channels those that stay, ascending."""
+    w_DF, notes = inputs.statistics.layer.linear("down").weight, tuple[str, ...]()
+    kept = {}
+    for pruned in removals(w_DF, inputs.middle(), sorted(set(counts), reverse=True)):
+        kept[len(pruned.value.kept_K)], notes = pruned.value.kept_K, joined(notes, pruned.notes)
+    return Solution(kept, notes=notes)
+
+
+def width_of(layout: Layout, layer: StreamLayer) -> int:
+    """Channels that a layout keeps."""
+    return (layout["down"] if "down" in layout else layer.native("down")).shape[1]
 
 
 def _rank(layout: Layout, role: str) -> int | None:
@@ -86,43 +129,32 @@ def _rank(layout: Layout, role: str) -> int | None:
     return layout[role].rank or None if role in layout else None
 
 
-def reads_whole(statistics: StreamStatistics, aims: Sequence[Aim]) -> tuple[torch.Tensor, Gram]:
-    """down, and the Gram of what it reads while gate and up are whole."""
-    whole = [dense_edit(statistics.layer, aim) for aim in aims]
-    return statistics.layer.linear("down").weight, statistics.middle_gram(whole)
-
-
 def subspaces(aims: Sequence[Aim], serves: torch.Tensor | None, rank: int) -> Solution[list[Subspace]]:
-    """Of linears that read the same: the best for the channels in `serves`, with the rows of all."""
-    gram = aims[0].gram
+    """Of linears that read the same: the best for the channels in `serves`, with the rows of all. They wait in RAM."""
+    gram, found = aims[0].gram, []
     root_II = root(gram)
-    found = [subspace(aim.t_OI, gram, rank, root_II.value, serves) for aim in aims]
-    return Solution([sub.value for sub in found], notes=joined(root_II.notes, *(sub.notes for sub in found)))
+    notes = root_II.notes
+    for aim in aims:
+        sub = subspace(aim.t_OI, gram, rank, root_II.value, serves)
+        found.append(Subspace(sub.value.basis_OR.cpu(), sub.value.map_RI.cpu(), sub.value.energies.cpu()))
+        notes = joined(notes, sub.notes)
+    return Solution(found, notes=notes)
 
 
-def on_rows(found: Subspace, kept: torch.Tensor | None, rank: int) -> Subspace:
-    """The same of fewer rows, and of a smaller rank."""
-    basis_OR = found.basis_OR if kept is None else found.basis_OR[kept]
-    return Subspace(basis_OR[:, :rank], found.map_RI[:rank], found.energies)
+def on_rows(found: Subspace, kept: torch.Tensor | None, rank: int, device: torch.device) -> Subspace:
+    """The same of fewer rows, and of a smaller rank, on the device."""
+    basis_OR, map_RI = found.basis_OR[:, :rank], found.map_RI[:rank].to(device)
+    basis_OR = basis_OR if kept is None else basis_OR[kept.to(basis_OR.device)]
+    return Subspace(basis_OR.to(device), map_RI, found.energies)
 
 
 def truncated(
-    layer: StreamLayer, aims: Sequence[Aim], whole: Solution[list[Subspace]] | None, rank: int | None,
-    kept: torch.Tensor,
-) -> list[Edit]:  # fmt: skip
+    layer: StreamLayer, aims: Sequence[Aim], whole: Sequence[Subspace], rank: int | None, kept: torch.Tensor
+) -> list[Edit]:
     """gate and up on the channels `kept`, cut to a rank; where that is None, whole."""
-    left = [narrowed(aim, kept) for aim in aims]
-    if rank is None or whole is None:
-        return [dense_edit(layer, aim, kept) for aim in left]
-    pairs = zip(left, whole.value, strict=True)
-    return [truncated_edit(layer, aim, on_rows(found, kept, rank)) for aim, found in pairs]
-
-
-def shorten(w_DK: torch.Tensor, gram: Gram, kept: torch.Tensor, rank: int | None) -> Solution[torch.Tensor]:
-    """down cut to a rank, too, where it is to have one."""
     if rank is None:
-        return Solution(w_DK)
-    w_DF = w_DK.new_zeros(len(w_DK), len(gram))
-    w_DF[:, kept] = w_DK
-    found = subspace(w_DF, gram, rank)
-    return Solution(product(found.value.basis_OR, found.value.map_RI[:, kept]), notes=found.notes)
+        return [dense_edit(layer, narrowed(aim, kept), kept) for aim in aims]
+    return [
+        truncated_edit(layer, aim, on_rows(found, kept, rank, kept.device), kept)
+        for aim, found in zip(aims, whole, strict=True)
+    ]

@@ -23,17 +23,26 @@ from streamlap.linalg.solution import Solution, joined
 from streamlap.linalg.subspace import Subspace
 from streamlap.loader.forms import Pivoted
 from streamlap.methods.anchored.costs import anchored_cost
-from streamlap.methods.anchored.divisions import Division, Divisions, channels_to_keep, compare, on_rows, subspaces
+from streamlap.methods.anchored.divisions import (
+    Division,
+    Divisions,
+    channels_to_keep,
+    compare,
+    on_rows,
+    subspaces,
+    width_of,
+)
 from streamlap.methods.anchored.fitting import (
     Aim,
+    Inputs,
     dense_edit,
     factored,
     held_error,
-    input_aims,
     low_rank_edit,
     narrowed,
     output_aim,
     pivoted,
+    read_inputs,
 )
 from streamlap.methods.anchored.knobs import Knobs
 from streamlap.methods.anchored.ranks import RankSite
@@ -94,18 +103,19 @@ class FfnAnchored(Knobs):
         inner = RankSite(name="gate and up", shape=(kept, hidden), itemsize=item, storage=storage, groups=1, copies=2)
         return inner, RankSite(name="down", shape=(hidden, kept), itemsize=item, storage=storage)
 
-    def cost(self, natives: Natives, layouts: Layouts) -> Cost:
-        return anchored_cost(("gate", "up"), "down", natives, layouts)
+    def cost(self, natives: Natives, layouts: Layouts, budget: ParameterBudget) -> Cost:
+        return anchored_cost(("gate", "up"), "down", natives, layouts, budget, self.moves_inputs)
 
     def solve(self, statistics: StreamStatistics, layouts: Layouts) -> Solved:
-        inputs = input_aims(statistics, ("gate", "up"), self.input_step)
+        inputs = self._inputs(statistics, layouts)
         if len(layouts) == 1:
             (name,) = layouts
-            built = self._build(statistics, inputs.value, layouts[name], Division())
-            return replace(built, errors={name: built.error}, notes=joined(inputs.notes, built.notes))
-        compared = compare(statistics, inputs.value, layouts)
+            division = self._divisions(inputs, layouts)[name]
+            built = self._build(inputs, layouts[name], division)
+            return replace(built, errors={name: built.error}, notes=joined(inputs.notes, division.notes, built.notes))
+        compared = compare(inputs, layouts)
         name = best_variant(compared.value)
-        built = self._build(statistics, inputs.value, layouts[name], compared.value.division(layouts[name]))
+        built = self._build(inputs, layouts[name], compared.value.division(layouts[name]))
         errors = {variant: error for variant, error in compared.value.errors.items() if math.isfinite(error)}
         return replace(
             built, errors=errors | {name: built.error}, notes=joined(inputs.notes, compared.notes, built.notes)
@@ -114,37 +124,40 @@ class FfnAnchored(Knobs):
     def solve_each(self, statistics: StreamStatistics, layouts: Layouts) -> dict[str, Solved]:
         """Every layout in full, as a survey wants them. The subspaces that the first one finds serve the others too, which so
         get at most its rank."""
-        aims, found, solved = input_aims(statistics, ("gate", "up"), self.input_step).value, None, {}
-        for name, layout in layouts.items():
-            kept, _ = self._kept(statistics, aims, layout)
+        inputs, solved = self._inputs(statistics, layouts), {}
+        found: Solution[list[Subspace]] = Solution([])
+        for name, division in self._divisions(inputs, layouts).items():
+            layout = layouts[name]
             rank = layout["gate"].rank if "gate" in layout else 0
-            if rank and found is None:
-                found = subspaces(aims, kept, rank)
-            solved[name] = self._build(statistics, aims, layout, Division(kept=kept, subspaces=found))
+            if rank and not found.value:
+                found = subspaces(inputs.aims, division.kept, rank)
+            solved[name] = self._build(
+                inputs, layout, replace(division, subspaces=list(found.value), notes=found.notes)
+            )
         return solved
 
-    def _build(self, statistics: StreamStatistics, aims: list[Aim], layout: Layout, division: Division) -> Solved:
-        """One layout in full; channels and subspaces that are known already serve it."""
-        layer, down = statistics.layer, layout.get("down")
-        kept, notes = self._kept(statistics, aims, layout, division.kept)
-        edits, channels = inner_edits(layer, aims, layout, kept, division.subspaces)
+    def _inputs(self, statistics: StreamStatistics, layouts: Layouts) -> Inputs:
+        width, layer = statistics.layer.native("down").shape[1], statistics.layer
+        prunes = any(width_of(layout, layer) < width for layout in layouts.values())
+        return read_inputs(statistics, ("gate", "up"), self.input_step, prunes)
+
+    def _divisions(self, inputs: Inputs, layouts: Layouts) -> dict[str, Division]:
+        """Of each layout the channels that stay; none where all do."""
+        layer = inputs.statistics.layer
+        counts = {name: width_of(layout, layer) for name, layout in layouts.items()}
+        fewer = [count for count in counts.values() if count < layer.native("down").shape[1]]
+        chosen = channels_to_keep(inputs, fewer) if fewer else Solution(dict[int, torch.Tensor]())
+        return {name: Division(kept=chosen.value.get(count), notes=chosen.notes) for name, count in counts.items()}
+
+    def _build(self, inputs: Inputs, layout: Layout, division: Division) -> Solved:
+        """One layout in full; subspaces that are known already serve it."""
+        statistics, layer, kept = inputs.statistics, inputs.statistics.layer, division.kept
+        edits, channels = inner_edits(layer, inputs.aims, layout, division)
         seen = statistics.middles(edits)
         output = output_aim(layer, "down", channels, seen, self.step)
-        last, _ = low_rank_edit(layer, output.value, down, channels if kept is not None else None)
-        notes = joined(notes, output.notes, *(edit.notes for edit in (*edits, last)))
+        last, _ = low_rank_edit(layer, output.value, layout.get("down"), channels if kept is not None else None)
+        notes = joined(output.notes, *(edit.notes for edit in (*edits, last)))
         return Solved(edits=[*edits, last], error=held_error(last, seen), notes=notes)
-
-    def _kept(
-        self, statistics: StreamStatistics, aims: list[Aim], layout: Layout, known: torch.Tensor | None = None
-    ) -> tuple[torch.Tensor | None, tuple[str, ...]]:
-        """The channels that stay, None where all do; and notes."""
-        width = statistics.layer.native("down").shape[1]
-        if "down" not in layout or layout["down"].shape[1] == width:
-            return None, ()
-        if known is not None:
-            return known, ()
-        chosen = channels_to_keep(statistics, aims, layout["down"].shape[1])
-        return chosen.value, chosen.notes
 
 
 def _channels(parameters: int, width: int, hidden: int, biases: int, share: float) -> int:
@@ -165,28 +178,24 @@ def best_variant(compared: Divisions) -> str:
 
 
 def inner_edits(
-    layer: StreamLayer,
-    aims: Sequence[Aim],
-    layout: Layout,
-    kept: torch.Tensor | None,
-    found: Solution[list[Subspace]] | None,
+    layer: StreamLayer, aims: Sequence[Aim], layout: Layout, division: Division
 ) -> tuple[list[Edit], torch.Tensor | None]:
     """gate and up; and which channel stands where in their common output, None where each is in its old place."""
-    form = layout.get("gate")
+    form, kept = layout.get("gate"), division.kept
     left = list(aims) if kept is None else [narrowed(aim, kept) for aim in aims]
     if form is None or not form.rank:
         return [dense_edit(layer, aim, kept) for aim in left], kept
-    if found is None:
+    found = Solution(division.subspaces)
+    if not found.value:
         found = subspaces(aims, kept, form.rank)
-    pairs = [
-        (aim, Solution(on_rows(sub, kept, form.rank), notes=found.notes))
-        for aim, sub in zip(left, found.value, strict=True)
+    spaces = [
+        Solution(on_rows(found.value.pop(0), kept, form.rank, aim.t_OI.device), notes=found.notes) for aim in aims
     ]
     if not isinstance(form, Pivoted):
-        return [factored(layer, aim, sub, kept) for aim, sub in pairs], kept
+        return [factored(layer, aim, sub, kept) for aim, sub in zip(left, spaces, strict=True)], kept
     # Shared, so that both give their channels in one order.
-    pivots = shared_pivot_rows([sub.value.basis_OR for _, sub in pairs])
-    made = [pivoted(layer, aim, sub, pivots, 1, kept) for aim, sub in pairs]
+    pivots = shared_pivot_rows([sub.value.basis_OR for sub in spaces])
+    made = [pivoted(layer, aim, sub, pivots, 1, kept) for aim, sub in zip(left, spaces, strict=True)]
     order = made[0][1]
     assert order is not None
     return [edit for edit, _ in made], order if kept is None else kept[order]

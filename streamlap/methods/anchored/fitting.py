@@ -6,7 +6,7 @@ Shape suffixes: O out, I in, R rank.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import nn
@@ -31,48 +31,75 @@ class Aim:
 
     role: str
     t_OI: torch.Tensor
+    """In the dtype of the layer where nothing moved it, else in that of the solve."""
     bias_O: torch.Tensor | None
     gram: Gram
     """Of its inputs."""
+    rows: torch.Tensor | None = None
+    """Those that are left; None is all."""
 
 
-def input_aims(statistics: StreamStatistics, roles: Sequence[str], step: float | None) -> Solution[list[Aim]]:
-    """The linears that read a sub-layer's input, moved to give there what they gave before.
+@dataclass(kw_only=True)
+class Inputs:
+    """The linears that read a sub-layer's input, as aims."""
+
+    statistics: StreamStatistics
+    aims: list[Aim]
+    notes: tuple[str, ...] = ()
+    seen_middle: list[Gram] = field(default_factory=list)
+
+    def middle(self) -> Gram:
+        """Of what the last linear reads while these are whole. It is not kept here: no more than one such is held at a time."""
+        if self.seen_middle:
+            return self.seen_middle.pop()
+        layer = self.statistics.layer
+        moved = [dense_edit(layer, aim) for aim in self.aims if aim.t_OI is not layer.linear(aim.role).weight]
+        return self.statistics.middle_gram(moved)
+
+
+def read_inputs(statistics: StreamStatistics, roles: Sequence[str], step: float | None, middle: bool = False) -> Inputs:
+    """The linears that read a sub-layer's input, moved to give there what they gave before; `middle`, whether that will be
+    asked for.
 
     T = W + b (W' - W), W' = W (C + lambda)(S + lambda)^-1, with b = `step`, or where that is None the one that serves held-out
-    tokens best.
+    tokens best. With a step of 0 only the Gram of the inputs is needed.
     """
     linears = {role: statistics.layer.linear(role) for role in roles}
+    seen_middle, notes = list[Gram](), tuple[str, ...]()
     if step == 0:
-        gram = statistics.input_gram()
-        targets = [linear.weight.to(gram.dtype) for linear in linears.values()]
-        notes: tuple[str, ...] = ()
+        if middle:
+            gram, found = statistics.grams()
+            seen_middle.append(found)
+            del found
+        else:
+            gram = statistics.input_gram()
+        targets = [linear.weight for linear in linears.values()]
     else:
         seen = statistics.inputs()
         gram = seen.gram
-        into = anchored(torch.eye(len(gram)).to(seen.cross_AI), gram, seen.cross_AI)
+        into = anchored(torch.eye(len(gram)).to(seen.cross_IA), gram, seen.cross_IA)
         targets = [_moved_input(linear.weight, into.value, seen, step) for linear in linears.values()]
         notes = into.notes
     aims = [
         Aim(role=role, t_OI=t_OI, bias_O=linear.bias, gram=gram)
         for (role, linear), t_OI in zip(linears.items(), targets, strict=True)
     ]
-    return Solution(aims, notes=notes)
+    return Inputs(statistics=statistics, aims=aims, notes=notes, seen_middle=seen_middle)
 
 
 def _moved_input(w_OI: torch.Tensor, into_II: torch.Tensor, seen: Captured, step: float | None) -> torch.Tensor:
-    w_OI = w_OI.to(into_II.dtype)
-    target_TO = product(seen.held.anchor_TA.to(w_OI.dtype), w_OI.T)
-    return _part_of_the_way(w_OI, product(w_OI, into_II), seen.held.x_TI, target_TO, step)
+    wide_OI, anchor_TI = w_OI.to(into_II.dtype), seen.held.anchor_TA.to(into_II)
+    target_TO = product(anchor_TI, wide_OI.T)
+    return _part_of_the_way(wide_OI, product(wide_OI, into_II), seen.held.x_TI.to(into_II), target_TO, step)
 
 
 def _part_of_the_way(
     w_OI: torch.Tensor, t_OI: torch.Tensor, x_TI: torch.Tensor, target_TO: torch.Tensor, step: float | None
 ) -> torch.Tensor:
-    """From W towards T: `step` of it, or what serves held-out tokens best."""
+    """From W towards T, in whose place it comes: `step` of it, or what serves held-out tokens best."""
     if step is None:
-        step = best_step(w_OI, t_OI - w_OI, x_TI, target_TO)
-    return torch.lerp(w_OI, t_OI, step)
+        step = best_step(w_OI, t_OI, x_TI, target_TO)
+    return t_OI.mul_(step).add_(w_OI, alpha=1 - step)
 
 
 def output_aim(
@@ -90,27 +117,30 @@ def moved(
     role: str, w_OI: torch.Tensor, bias_O: torch.Tensor | None, seen: Captured, step: float | None
 ) -> Solution[Aim]:
     """The same for a last linear that has become `w_OI`."""
-    t_OI, notes = w_OI.to(seen.gram.dtype), tuple[str, ...]()
+    t_OI, notes = w_OI, tuple[str, ...]()
     if step != 0:
-        found = anchored(t_OI, seen.gram, seen.cross_AI)
-        t_OI = _part_of_the_way(t_OI, found.value, seen.held.x_TI, seen.held.anchor_TA, step)
-        notes = found.notes
+        found = anchored(w_OI, seen.gram, seen.cross_IA)
+        x_TI, target_TO = (rows.to(found.value) for rows in (seen.held.x_TI, seen.held.anchor_TA))
+        t_OI, notes = _part_of_the_way(w_OI, found.value, x_TI, target_TO, step), found.notes
     return Solution(Aim(role=role, t_OI=t_OI, bias_O=bias_O, gram=seen.gram), notes=notes)
 
 
 def narrowed(aim: Aim, kept: torch.Tensor) -> Aim:
     """An aim of which only the rows `kept` are left."""
-    bias_O = None if aim.bias_O is None else aim.bias_O[kept]
-    return replace(aim, t_OI=aim.t_OI[kept], bias_O=bias_O)
+    return replace(aim, bias_O=None if aim.bias_O is None else aim.bias_O[kept], rows=kept)
 
 
 def dense_edit(layer: StreamLayer, aim: Aim, kept: torch.Tensor | None = None) -> Edit:
     """A plain linear, of fewer channels where `kept` says so."""
-    dtype, path = layer.storage_dtype(aim.role), layer.family.path(aim.role)
-    module = nn.Linear(aim.t_OI.shape[1], aim.t_OI.shape[0], bias=aim.bias_O is not None, device="meta")
-    module.weight = nn.Parameter(as_stored(aim.t_OI, dtype, path), requires_grad=False)
-    if aim.bias_O is not None:
-        module.bias = nn.Parameter(as_stored(aim.bias_O, dtype, f"{path}.bias"), requires_grad=False)
+    t_OI = aim.t_OI if aim.rows is None else aim.t_OI[aim.rows]
+    module = nn.Linear(t_OI.shape[1], t_OI.shape[0], bias=aim.bias_O is not None, device="meta")
+    path = layer.family.path(aim.role)
+    for name, tensor, where in (("weight", t_OI, path), ("bias", aim.bias_O, f"{path}.bias")):
+        if tensor is not None:
+            stored = as_stored(tensor, layer.storage_dtype(aim.role), where)
+            # The layer's own memory is read into again while an edit may still be on its way to the disk.
+            own = stored.clone() if stored.data_ptr() == tensor.data_ptr() else stored
+            setattr(module, name, nn.Parameter(own, requires_grad=False))
     return Edit(role=aim.role, module=module, native=layer.native(aim.role), error=0.0, kept=as_kept(kept))
 
 
@@ -132,12 +162,13 @@ def low_rank_edit(
     return pivoted(layer, aim, found, pivots, form.groups, kept)
 
 
-def truncated_edit(layer: StreamLayer, aim: Aim, found: Subspace) -> Edit:
-    """The factors of a subspace as they are: to be looked at, not to be stored."""
-    dtype, bias_O = layer.storage_dtype(aim.role), aim.bias_O
+def truncated_edit(layer: StreamLayer, aim: Aim, found: Subspace, kept: torch.Tensor) -> Edit:
+    """The factors of a subspace, which has the rows of the channels `kept`, as they are: to be looked at, not to be stored.
+    Its basis is scaled in place."""
+    dtype, bias_O = layer.storage_dtype(aim.role), None if aim.bias_O is None else aim.bias_O[kept]
     scale_R = found.map_RI.norm(dim=1).clamp_min(torch.finfo(found.map_RI.dtype).tiny)
     path = layer.family.path(aim.role)
-    factors = balanced(found.basis_OR * scale_R, found.map_RI / scale_R[:, None], dtype, path)
+    factors = balanced(found.basis_OR.mul_(scale_R), found.map_RI / scale_R[:, None], dtype, path)
     module = LowRankLinear.from_factors(*factors.value, None if bias_O is None else bias_O.to(dtype))
     return _edit(layer, aim, module, found.error(len(found.map_RI)), factors.notes)
 
@@ -145,7 +176,7 @@ def truncated_edit(layer: StreamLayer, aim: Aim, found: Subspace) -> Edit:
 def factored(layer: StreamLayer, aim: Aim, found: Solution[Subspace], kept: torch.Tensor | None = None) -> Edit:
     """Two factors."""
     dtype = layer.storage_dtype(aim.role)
-    factors = two_factors(found.value, aim.gram, aim.t_OI, dtype, layer.family.path(aim.role))
+    factors = two_factors(found.value, aim.gram, aim.t_OI, dtype, layer.family.path(aim.role), aim.rows)
     up_OR, down_RI = factors.value
     bias = None if aim.bias_O is None else aim.bias_O.to(dtype)
     module = LowRankLinear.from_factors(up_OR.contiguous(), down_RI.contiguous(), bias)
@@ -158,12 +189,12 @@ def pivoted(
     kept: torch.Tensor | None = None,
 ) -> tuple[Edit, torch.Tensor | None]:  # fmt: skip
     """Pivot rows as they are, rounded, and the other rows fitted again to what the rounding made of them."""
-    dtype, rows, pivots_R = layer.storage_dtype(aim.role), aim.t_OI.shape[0], pivots.value
+    dtype, rows, pivots_R = layer.storage_dtype(aim.role), len(found.value.basis_OR), pivots.value
     path = layer.family.path(aim.role)
     base_RI = as_stored(product(found.value.basis_OR[pivots_R], found.value.map_RI), dtype, path)
     order_O = None if groups is None else folded_order(pivots_R, rows, groups)
     rest_N = others(pivots_R, rows)
-    fitted = refit(aim.t_OI[rest_N], base_RI, aim.gram)
+    fitted = refit(aim.t_OI, base_RI, aim.gram, rest_N if aim.rows is None else aim.rows[rest_N])
     rest_NR = as_stored(fitted.value, dtype, f"{path}.rest")
     bias_O = aim.bias_O if aim.bias_O is None or order_O is None else aim.bias_O[order_O]
     module = PivotedLinear.from_parts(
@@ -195,7 +226,7 @@ def held_error(edit: Edit, seen: Captured) -> float:
 
 def map_error(w_OI: torch.Tensor, held: Sample) -> float:
     """The same of a sub-layer that ends in the map W."""
-    x_TI, w_OI, target_TO = working(held.x_TI, w_OI, held.anchor_TA)
+    x_TI, w_OI, target_TO = working(held.x_TI.to(w_OI.device), w_OI, held.anchor_TA.to(w_OI.device))
     y_TO = product(x_TI, w_OI.T)
     missed = float((target_TO - y_TO).square().sum(dim=1).square().mean().sqrt())
     return 0.0 if held.power == 0 else missed / held.power

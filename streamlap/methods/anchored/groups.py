@@ -15,7 +15,7 @@ from streamlap.linalg.heads import group_order
 from streamlap.linalg.solution import joined
 from streamlap.loader.forms import Dense
 from streamlap.methods.anchored.costs import anchored_cost
-from streamlap.methods.anchored.fitting import dense_edit, held_error, input_aims, moved, narrowed
+from streamlap.methods.anchored.fitting import dense_edit, held_error, moved, narrowed, read_inputs
 from streamlap.methods.anchored.knobs import Steps
 from streamlap.methods.base import Cost, Layouts, Natives, ParameterBudget, Solved, StreamStatistics
 
@@ -45,25 +45,24 @@ class AttentionGroups(Steps):
         layout = {role: Dense((count, natives[role].shape[1]), natives[role].bias) for role, count in out.items()}
         return {"": layout | {"o": Dense((o.shape[0], wide), o.bias)}}
 
-    def cost(self, natives: Natives, layouts: Layouts) -> Cost:
-        return anchored_cost(("q", "k", "v"), "o", natives, layouts)
+    def cost(self, natives: Natives, layouts: Layouts, budget: ParameterBudget) -> Cost:
+        return anchored_cost(("q", "k", "v"), "o", natives, layouts, budget, self.moves_inputs)
 
     def solve(self, statistics: StreamStatistics, layouts: Layouts) -> Solved:
         (layout,), layer = layouts.values(), statistics.layer
-        inputs = input_aims(statistics, ("q", "k", "v"), self.input_step)
-        aims, notes = inputs.value, inputs.notes
-        whole = [dense_edit(layer, aim) for aim in aims]
+        read = read_inputs(statistics, ("q", "k", "v"), self.input_step, bool(layout))
+        aims, notes = read.aims, read.notes
         rows = {aim.role: torch.arange(len(aim.t_OI), device=aim.t_OI.device) for aim in aims}
         if layout:
             size = layer.head_dim
             heads, queries = len(rows["v"]) // size, layer.native("o").shape[1] // size
-            order = group_order(layer.linear("o").weight, statistics.middle_gram(whole), heads, queries)
+            order = group_order(layer.linear("o").weight, read.middle(), heads, queries)
             kept_G = order.value[0][heads - layout["v"].shape[0] // size :].sort().values
             rows = {role: index.view(heads, -1)[kept_G].flatten() for role, index in rows.items()}
             notes = joined(notes, order.notes)
         edits = [dense_edit(layer, narrowed(aim, rows[aim.role]), rows[aim.role]) for aim in aims]
-        seen = statistics.middles(edits if layout else whole)
+        seen = statistics.middles(edits)
         dense = layer.linear("o")
-        output = moved("o", dense.weight.double()[:, rows["q"]], dense.bias, seen, self.step)
+        output = moved("o", dense.weight[:, rows["q"]], dense.bias, seen, self.step)
         edits.append(dense_edit(layer, output.value, rows["q"] if layout else None))
         return Solved(edits=edits, error=held_error(edits[-1], seen), notes=joined(notes, output.notes))

@@ -30,6 +30,10 @@ class Steps:
                     f"{name} is {shown(value)}; wanted a number from 0 to 1, or nothing to choose it by held-out tokens."
                 )
 
+    @property
+    def moves_inputs(self) -> bool:
+        return self.input_step != 0
+
 
 @dataclass(frozen=True, kw_only=True)
 class Knobs(Steps):

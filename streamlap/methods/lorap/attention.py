@@ -26,6 +26,7 @@ class AttentionAwsvd:
 
     sublayer: ClassVar[str] = "attention"
     needs: ClassVar[tuple[str, ...]] = ("q", "o")
+    moves_inputs: ClassVar[bool] = False
 
     alpha: float = 3.0
     """Parameters given to (v, o) for each one given to (q, k)."""
@@ -49,7 +50,7 @@ class AttentionAwsvd:
                     layout[role] = LowRank(shape, natives[role].bias, rank)
         return {"": layout}
 
-    def cost(self, natives: Natives, layouts: Layouts) -> Cost:
+    def cost(self, natives: Natives, layouts: Layouts, budget: ParameterBudget) -> Cost:
         forms = layouts[""].values()
         return Cost(
             workspace_bytes=max((awsvd_bytes(*form.shape, form.rank) for form in forms), default=0),

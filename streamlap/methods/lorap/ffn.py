@@ -22,6 +22,7 @@ class FfnLorap:
 
     sublayer: ClassVar[str] = "ffn"
     needs: ClassVar[tuple[str, ...]] = ("gate", "down")
+    moves_inputs: ClassVar[bool] = False
 
     protect: float = 0.01
     """Share of the channels, the lowest-scored, that stays: LoRAP found them to matter."""
@@ -42,7 +43,7 @@ class FfnLorap:
             )
         return removal
 
-    def cost(self, natives: Natives, layouts: Layouts) -> Cost:
+    def cost(self, natives: Natives, layouts: Layouts, budget: ParameterBudget) -> Cost:
         return Cost(workspace_bytes=channel_bytes(natives["down"].shape[0]))
 
     def solve(self, statistics: DenseStatistics, layouts: Layouts) -> Solved:
