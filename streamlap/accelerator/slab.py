@@ -49,10 +49,10 @@ class SlabSizes:
 
 
 class Slab:
-    """The memory; made by `open_slab`."""
+    """The memory; made by `open_slab`. Raises MemoryError."""
 
     def __init__(self, sizes: SlabSizes) -> None:
-        self._bytes = np.frombuffer(mmap.mmap(-1, sizes.total, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS), np.uint8)
+        self._bytes = np.frombuffer(_mapped(sizes.total), np.uint8)
         self._room, self._free = sizes.room, queue.SimpleQueue[int]()
         self.memory = torch.from_numpy(self._bytes)
         self.buffer = self.memory[: sizes.buffer]
@@ -82,15 +82,29 @@ def open_slab(accelerator: Accelerator, sizes: SlabSizes) -> Iterator[Slab]:
     Where the driver does not register it, copies from it are slower and as right; a warning says so.
     """
     slab = Slab(sizes)
-    try:
-        accelerator.register(slab.memory)
-    except RuntimeError as error:
-        log.warning("%d MiB of memory cannot be pinned (%s); copies to the GPU are slower. Raise the limit on locked memory "
-                    "(ulimit -l).", sizes.total >> 20, first_line(error))  # fmt: skip
-        yield slab
-        return
+    registered = _register(accelerator, slab.memory)
     try:
         yield slab
     finally:
         with contextlib.suppress(RuntimeError):  # of a driver that is gone; what went wrong before has been said
-            accelerator.unregister(slab.memory)
+            if registered:
+                accelerator.unregister(slab.memory)
+
+
+def _register(accelerator: Accelerator, memory: torch.Tensor) -> bool:
+    """Whether it is."""
+    try:
+        accelerator.register(memory)
+    except RuntimeError as error:
+        log.warning("%d MiB of memory cannot be pinned (%s); copies to the GPU are slower. Raise the limit on locked memory "
+                    "(ulimit -l).", memory.nbytes >> 20, first_line(error))  # fmt: skip
+        return False
+    return True
+
+
+def _mapped(count: int) -> mmap.mmap:
+    """So many bytes that begin at a page. Raises MemoryError."""
+    try:
+        return mmap.mmap(-1, count, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    except OSError as error:
+        raise MemoryError(f"no {count:,} bytes in one piece: {error.strerror}") from error

@@ -92,6 +92,11 @@ def test_where_it_cannot_be_registered_a_warning_says_so_and_the_memory_is_there
     assert gpu.calls["unregister"] == 0
 
 
+def test_what_cannot_be_mapped_is_memory_that_ran_out() -> None:
+    with pytest.raises(MemoryError, match=r"no 1,152,921,504,606,846,976 bytes in one piece: Cannot allocate memory"):
+        Slab(SlabSizes(buffer=1 << 60))
+
+
 def test_a_driver_that_is_gone_hides_no_error(monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(gpu: PretendGpu, memory: torch.Tensor) -> None:
         raise RuntimeError("CUDA error: GPU is lost")
