@@ -2,6 +2,7 @@
 """A checkpoint folder with the true shapes of a public model and made-up weights, for measurements at full size.
 
     python scripts/make_synthetic_checkpoint.py OUT --shape llama-3-8b [--layers 2] [--dtype bfloat16] [--shard-size 4GB]
+    python scripts/make_synthetic_checkpoint.py OUT --shape llama-3-405b --headers-only
 
 config.json holds the published hyperparameters; tensors have their Hugging Face names, in module order, and fill one shard
 after another, so that a layer may begin in one and end in the next. The folder has no tokenizer. The weights are made one
@@ -16,6 +17,9 @@ in gate, up and down. Matrices that write to the residual stream are the smaller
 
 The same shape, seed, dtype and --scale-down give the same weights for a layer whatever --layers says. --scale-down K divides
 the widths by about K, for tests. An OUT that this command has already finished is left as it is.
+
+With --headers-only the shards have their true headers and sizes, and holes where the weights would be, which take no room on
+the disk and read as zeros. That is enough for `streamlap plan`.
 
 Shape suffixes: O rows, I columns, R rank.
 """
@@ -103,6 +107,7 @@ SHAPES: dict[str, Config] = {
     "llama-2-13b": COMMON | LLAMA_2 | _sizes(5120, 13824, 40, 40, 40),
     "qwen2.5-32b": COMMON | QWEN_25 | _sizes(5120, 27648, 64, 40, 8),
     "llama-3-70b": COMMON | LLAMA_3 | _sizes(8192, 28672, 80, 64, 8),
+    "llama-3-405b": COMMON | LLAMA_3 | _sizes(16384, 53248, 126, 128, 8),
 }
 """config.json as published, less torch_dtype and transformers_version."""
 
@@ -397,6 +402,30 @@ def make(
     return sum(parameters(shard.shapes) for shard in shards), total
 
 
+def write_header(path: Path, shard: Shard) -> None:
+    """The file of a shard with a hole in place of its data; one that is there stays as it is."""
+    if not path.exists():
+        with path.open("wb") as file:
+            file.write(shard.header)
+            file.truncate(shard.nbytes)
+
+
+def make_headers(folder: Path, shape: str, layers: int | None = None, dtype: str = "bfloat16") -> tuple[int, int]:
+    """Write the checkpoint without weights, or leave a finished one; returns what `make` returns."""
+    config = SHAPES[shape] | {"torch_dtype": dtype}
+    config["num_hidden_layers"] = layers or config["num_hidden_layers"]
+    shards = plan_shards(tensor_shapes(config), DTYPES[dtype], 4 * 10**9, f"{shape}, no weights")
+    files = small_files(config, shards, DTYPES[dtype].itemsize)
+    if folder.exists() and not is_complete(folder, shards, files):
+        raise SystemExit(f"{folder} holds something else; delete it or choose another folder.")
+    folder.mkdir(parents=True, exist_ok=True)
+    for shard in shards:
+        write_header(folder / shard.name, shard)
+    for name, content in files.items():
+        (folder / name).write_bytes(content)
+    return sum(parameters(shard.shapes) for shard in shards), sum(shard.nbytes for shard in shards)
+
+
 def write(folder: Path, shards: list[Shard], files: dict[str, bytes], weights: Weights) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     for shard in shards:
@@ -431,10 +460,14 @@ def main() -> None:
     parser.add_argument("--shard-size", type=size, default="4GB", help="most bytes of tensors in a shard (4GB)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--scale-down", type=positive, default=1, metavar="K", help="divide the widths by K")
+    parser.add_argument("--headers-only", action="store_true", help="no weights: holes that take no disk")
     args = parser.parse_args()
     start = time.perf_counter()
     settings = {"layers": args.layers, "dtype": args.dtype, "shard_bytes": args.shard_size, "seed": args.seed}
-    count, total = make(args.out, args.shape, **settings, scale_down=args.scale_down)
+    if args.headers_only:
+        count, total = make_headers(args.out, args.shape, args.layers, args.dtype)
+    else:
+        count, total = make(args.out, args.shape, **settings, scale_down=args.scale_down)
     print(f"{args.out}  {count:,} parameters  {total:,} bytes  {time.perf_counter() - start:.1f} s")
 
 

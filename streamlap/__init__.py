@@ -16,7 +16,8 @@ from streamlap.pipeline.export import export_dense
 from streamlap.pipeline.resume import resume
 from streamlap.pipeline.survey import survey
 from streamlap.planning.allocate import Survey
-from streamlap.planning.plan import Plan, plan
+from streamlap.planning.plan import Plan
+from streamlap.planning.preview import plan
 from streamlap.recipe import Calibration, Recipe
 from streamlap.settings import RunSettings
 from streamlap.version import __version__

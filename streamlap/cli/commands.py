@@ -14,6 +14,8 @@ from streamlap.cli.options import (
     Dtype,
     Json,
     Length,
+    Machine,
+    MaybeModel,
     Model,
     Overwrite,
     RecipeOptions,
@@ -33,12 +35,14 @@ from streamlap.cli.show import (
     describe_inventory,
     describe_plan,
     describe_report,
+    describe_sheets,
     describe_survey,
     emit,
 )
 from streamlap.demo import run_demo
 from streamlap.errors import BudgetError
 from streamlap.planning.allocate import Survey
+from streamlap.planning.machine_file import known_sheets
 from streamlap.recipe import Recipe
 
 
@@ -74,9 +78,17 @@ def compress(
 
 
 @takes
-def plan(model: Model, recipe: RecipeOptions, run: RunOptions, as_json: Json = False) -> None:
+def plan(
+    recipe: RecipeOptions, run: RunOptions, model: MaybeModel = None, machine: Machine = None, as_json: Json = False
+) -> None:
     """What compress with the same options would take: size, memory, disk, time. From headers; exit 4 if it does not fit."""
-    result = streamlap.plan(model, recipe_of(recipe), **given(run), **how_small(recipe))
+    if machine == "list":
+        sheets = known_sheets()
+        emit(as_json, {"machines": [sheet.to_json() for sheet in sheets]}, describe_sheets(sheets))
+        return
+    if model is None:
+        raise typer.BadParameter("it is missing; wanted a checkpoint folder or a hub id", param_hint="MODEL")
+    result = streamlap.plan(model, recipe_of(recipe), machine=machine, **given(run), **how_small(recipe))
     emit(as_json, result.to_json(), describe_plan(result))
     if not result.fits:
         raise typer.Exit(BudgetError.exit_code)

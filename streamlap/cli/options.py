@@ -34,6 +34,22 @@ def named(text: str) -> Path:
 Model = Annotated[
     str, typer.Argument(metavar="MODEL", parser=worded, help="Checkpoint folder or hub id, org/name[@revision].")
 ]
+MaybeModel = Annotated[
+    str | None,
+    typer.Argument(
+        metavar="MODEL",
+        parser=worded,
+        help="Checkpoint folder or hub id, org/name[@revision]; not needed for --machine list.",
+        show_default=False,
+    ),
+]
+Machine = Annotated[
+    str | None,
+    typer.Option(
+        metavar="NAME|FILE",
+        help="Plan for another machine: a known one, or a YAML file; list prints those that are known.",
+    ),
+]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout instead of text.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace an earlier result of streamlap.")]
 Dtype = Annotated[

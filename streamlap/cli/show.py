@@ -15,7 +15,11 @@ from streamlap.output.report import Report
 from streamlap.pipeline.evaluate import Evaluation
 from streamlap.planning.allocate import Survey
 from streamlap.planning.plan import Plan
+from streamlap.planning.sheets import Sheet
 from streamlap.system.budget import show_size
+
+FEW_SIZES = 3
+"""Of eigen-problems, in a line of text."""
 
 
 def describe_parameters(table: dict[str, Any]) -> list[str]:
@@ -94,12 +98,15 @@ def describe_plan(plan: Plan) -> list[str]:
     way = "read-ahead on" if plan.overlap else "read-ahead off"
     heaviest = max(plan.figures, key=lambda layer: layer.seconds_low)
     rows = [
+        *describe_machine(plan),
         ("output", f"{show_size(plan.output_bytes)} of shards at ratio {plan.ratio:g}"),
         ("peak RAM", show_size(plan.peak_ram_bytes)),
         ("peak VRAM", show_size(plan.peak_vram_bytes)),
         ("disk", f"{show_size(plan.disk_bytes)} beside the source"),
         ("read, written", f"{show_size(plan.read_bytes)}, {show_size(plan.write_bytes)}"),
-        ("operations", f"{plan.flops:.3g} FLOP, {sequences} windows of {length} tokens"),
+        *describe_moves(plan),
+        ("operations", f"{plan.flops:.3g} FLOP ({describe_flops(plan)}), {sequences} windows of {length} tokens"),
+        ("eigen-problems", describe_eigen_problems(plan)),
         (
             "calibration",
             "{tokens:,} tokens; the widest linear to fit has {inputs:,} inputs".format_map(plan.calibration),
@@ -113,6 +120,50 @@ def describe_plan(plan: Plan) -> list[str]:
             "the speed of the disk could not be measured, so the time is that of a fast one to that of a slow one"
         )
     return [*lines, *(plan.advice or ["it fits"])]
+
+
+def describe_machine(plan: Plan) -> list[tuple[str, str]]:
+    if not plan.machine:
+        return []
+    sizes = [f"{show_size(plan.fit.ram.cap)} of RAM"]
+    sizes += [f"{show_size(plan.fit.vram.cap)} of VRAM"] * (plan.fit.vram.cap > 0)
+    return [("machine", f"{plan.machine.name} ({plan.machine.source}), {' and '.join(sizes)} may be taken")]
+
+
+def describe_moves(plan: Plan) -> list[tuple[str, str]]:
+    """What goes over the other links, and the hidden states among what is read and written."""
+    states = (
+        f"{show_size(plan.generation_bytes)} a generation of one stream; a layer reads {plan.generations_read:g} and"
+    )
+    links = f"{show_size(plan.upload_bytes)} up, {show_size(plan.download_bytes)} down"
+    return [
+        *[("over PCIe", links)] * (plan.upload_bytes > 0),
+        ("hidden states", f"{states} writes {plan.generations_written} on the disk"),
+    ]
+
+
+def describe_flops(plan: Plan) -> str:
+    return ", ".join(f"{name} {count:.3g}" for name, count in plan.flops_by_dtype.items() if count)
+
+
+def describe_eigen_problems(plan: Plan) -> str:
+    rows = [f"{count:,} of size {size:,}" for size, count in plan.eigen_problems.items()]
+    more = [f"{len(rows) - FEW_SIZES:,} smaller sizes"] if len(rows) > FEW_SIZES else []
+    return f"{', '.join(rows[:FEW_SIZES] + more)}, as in float64" if rows else "none"
+
+
+def describe_sheets(sheets: list[Sheet]) -> list[str]:
+    """The machines that have a name, a line each."""
+    rows: list[tuple[str, ...]] = [("name", "RAM", "VRAM", "bfloat16", "float16", "float32", "float64", "source")]
+    for sheet in sheets:
+        flops = sheet.unit("cuda:0" if sheet.gpu else "cpu").flops
+        rates = [f"{flops[name] / 1e12:g}" if name in flops else "-" for name in rows[0][3:7]]
+        rows.append((sheet.name, show_size(sheet.ram), show_size(sheet.vram), *rates, sheet.source))
+    lines = ["{:<15}{:>11}{:>11}{:>10}{:>9}{:>9}{:>9}  {}".format(*row) for row in rows]
+    return [
+        *lines,
+        "rates in 10^12 FLOP/s; RAM, disk and CPU around a GPU are no part of its sheet, see docs/cookbook.md",
+    ]
 
 
 def describe_demo(result: DemoResult) -> list[str]:

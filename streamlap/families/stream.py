@@ -68,13 +68,15 @@ class ModelStream:
     """A checkpoint folder, original or compressed, ready to be run layer by layer on `device` in `dtype`.
 
     Opening it reads headers only and checks every name, shape and dtype against the architecture.
-    Raises CheckpointError and UnsupportedModel.
+    `bfloat16` says whether a CPU multiplies in it by itself; None asks this one. Raises CheckpointError and UnsupportedModel.
     """
 
     def __init__(
-        self, folder: Path, device: str = "cpu", dtype: str = "auto", source: TensorSource | None = None
-    ) -> None:
+        self, folder: Path, device: str = "cpu", dtype: str = "auto", source: TensorSource | None = None,
+        bfloat16: bool | None = None,
+    ) -> None:  # fmt: skip
         self.folder, self.accelerator = folder, accelerator_of(device)
+        self._bfloat16 = cpu_has_bfloat16() if bfloat16 is None else bfloat16
         check_folder(folder)
         check_alone(folder)
         self.raw_config = read_config(folder)
@@ -263,7 +265,7 @@ class ModelStream:
         if name == "auto" and stored not in COMPUTE_DTYPES.values():
             return torch.float32
         if name == "auto":
-            fast = self.accelerator.away or (stored == torch.bfloat16 and cpu_has_bfloat16())
+            fast = self.accelerator.away or (stored == torch.bfloat16 and self._bfloat16)
             return stored if fast else torch.float32
         return COMPUTE_DTYPES[name]
 

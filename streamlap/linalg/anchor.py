@@ -5,8 +5,6 @@ Shape suffixes: T tokens, O out, I in.
 
 from __future__ import annotations
 
-import functools
-
 import torch
 
 from streamlap.linalg.gram import DAMPING, MOST_DAMPING, Gram, damping_notes, solve_dtype
@@ -73,10 +71,11 @@ def best_step(w_OI: torch.Tensor, to_OI: torch.Tensor, x_TI: torch.Tensor, targe
 
     The error is a parabola in b, so its minimum is known without a grid.
     """
-    x_TI = x_TI.to(to_OI.dtype)
-    parts = (product(x_TI[:, at], w_OI[:, at].to(to_OI.dtype).T) for at in panels(w_OI.shape[1]))
-    made_TO = functools.reduce(torch.Tensor.add_, parts)
-    moved_TO = product(x_TI, to_OI.T).sub_(made_TO)
+    made_TO, moved_TO = (torch.zeros(target_TO.shape, dtype=to_OI.dtype, device=to_OI.device) for _ in range(2))
+    for at in panels(w_OI.shape[1]):
+        x_TP, w_OP = x_TI[:, at].to(to_OI.dtype), w_OI[:, at].to(to_OI.dtype)
+        made_TO += product(x_TP, w_OP.T)
+        moved_TO += product(x_TP, (to_OI[:, at] - w_OP).T)
     missing_TO = made_TO.neg_().add_(target_TO)
     # Sums of rows first: the bits of one sum over everything depend on the number of threads.
     power, gain = (float((rows_TO * moved_TO).sum(dim=1).sum()) for rows_TO in (moved_TO, missing_TO))

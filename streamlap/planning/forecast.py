@@ -132,7 +132,7 @@ def forecast_layer(
         generations_written=ANCHORED_WRITES if anchored else ONE_PASS_WRITES,
         generations_spilled=ANCHORED_SPILLS * anchored,
         widest=widest(natives, {} if anchored else layout),
-        flops=dense_flops + after_flops + anchored * anchored_flops(stream, index, candidates, layout, shape_NL),
+        flops=dense_flops + after_flops + anchored * anchored_flops(stream, index, candidates, layout, shape_NL, epochs > 0),
         **solve_flops(costs, math.prod(shape_NL)),
     )  # fmt: skip
 
@@ -147,10 +147,11 @@ def anchored_reads(index: int, candidates: Candidates, shape_NL: tuple[int, int]
 
 
 def anchored_flops(
-    stream: ModelStream, index: int, candidates: Candidates, layout: Layout, shape_NL: tuple[int, int]
+    stream: ModelStream, index: int, candidates: Candidates, layout: Layout, shape_NL: tuple[int, int], trained: bool
 ) -> int:
     """Of the forwards on the compressed stream, see `pipeline.sublayers`: the first linears of both sub-layers once for what
-    the last one reads, the FFN's also as they were; then the new sub-layers, the second not in the last layer."""
+    the last one reads, the FFN's also as they were; then the new sub-layers, the second not in the last layer. A layer that is
+    trained begins anew."""
     natives, itemsize = stream.natives(index), stream.storage_itemsize(index)
 
     def numbers(roles: Iterable[str], forms: Mapping[str, Form]) -> int:
@@ -159,8 +160,10 @@ def anchored_flops(
     attention, ffn = stream.family.sublayers.values()
     through = [
         (numbers(attention.reads, layout), True), (numbers(attention.roles, layout), True), (numbers(ffn.reads, {}), False),
-        (numbers(ffn.reads, layout), False), (numbers(ffn.roles, layout) * (index + 1 < stream.depth), False),
+        (numbers(ffn.reads, layout), False),
     ]  # fmt: skip
+    if index + 1 < stream.depth:
+        through += [(numbers(ffn.roles, layout), False), *[(numbers(attention.roles, layout), True)] * trained]
     again = sum(
         (len(candidates[name]) - 1) * numbers(part.reads, layout) for name, part in stream.family.sublayers.items()
     )

@@ -1,52 +1,45 @@
 """A compression before it begins: what every layer becomes, what that takes, and the schedule that fits.
 
-`make_plan` gives the value. `plan` shows it; `compress` goes by it, so that the sizes it claims and the forms it solves for are
-those that were shown. From headers alone, before any weight is read.
+`make_plan` gives the value. The command `plan` shows it; `compress` goes by it, so that the sizes it claims and the forms it
+solves for are those that were shown. From headers alone, before any weight is read.
 """
 
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from streamlap.data.calibration import calibration_tokens
 from streamlap.errors import UnsupportedModel
 from streamlap.families.stream import ModelStream
 from streamlap.planning.allocate import Survey, layer_parameters, read_survey
 from streamlap.planning.disk import COMPANION_BYTES
+from streamlap.planning.figures import (
+    LayerFigures,
+    Traffic,
+    first_traffic,
+    flops_by_dtype,
+    generations_moved,
+    layer_traffic,
+)
 from streamlap.planning.forecast import LayerPlan, compression_workload, forecast_layers, shape_key
 from streamlap.planning.layouts import Candidates, layer_candidates
-from streamlap.planning.machine import Machine, this_machine
-from streamlap.planning.sample import check_sample, fitted_inputs
-from streamlap.planning.schedule import Fit, advice, fit, require_fit
-from streamlap.planning.target import Target, meet, parse_target
+from streamlap.planning.machine import Machine, Rates
+from streamlap.planning.sample import fitted_inputs
+from streamlap.planning.schedule import Fit, Memory, advice, fit, require_fit
+from streamlap.planning.target import Target, meet
 from streamlap.recipe import Recipe
-from streamlap.settings import Caps, RunSettings, split_options
-from streamlap.store.hub import header_source
+from streamlap.settings import Caps, RunSettings
 from streamlap.store.sink import shard_bytes
-from streamlap.system.allocator import steady_heap
-from streamlap.system.disk_speed import Disk
 
 SLACK = 1.8
 """Upper end of the range of seconds over its lower end: what lies between products and decompositions, and other programs."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class LayerFigures:
-    """What a layer takes under the plan's schedule."""
-
-    index: int
-    output_bytes: int
-    read_bytes: int
-    write_bytes: int
-    flops: int
-    seconds_low: float
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,8 +53,10 @@ class Plan:
     caps: Caps
     outer_bytes: int
     """Of the first shard: what lies outside the layers."""
-    first_read: int
-    """What is read before the first layer."""
+    first: Traffic
+    """Before the first layer."""
+    dtype: str
+    """In which layers are computed."""
     inputs: int
     """Of the widest linear that is fitted."""
     machine: Machine | None = None
@@ -95,29 +90,67 @@ class Plan:
 
     @property
     def read_bytes(self) -> int:
-        return self.first_read + sum(row.read_bytes for row in self.figures)
+        """From the disk."""
+        return self.first.read + sum(row.read_bytes for row in self.figures)
 
     @property
     def write_bytes(self) -> int:
-        return self._first_write + sum(row.write_bytes for row in self.figures)
+        """To the disk."""
+        return self.first.written + sum(row.write_bytes for row in self.figures)
+
+    @property
+    def upload_bytes(self) -> int:
+        """To a device of its own."""
+        return self.first.up + sum(row.upload_bytes for row in self.figures)
+
+    @property
+    def download_bytes(self) -> int:
+        """From it."""
+        return self.first.down + sum(row.download_bytes for row in self.figures)
 
     @property
     def flops(self) -> int:
         return sum(row.flops for row in self.figures)
 
     @property
+    def flops_by_dtype(self) -> dict[str, int]:
+        """Those of the forwards, in the compute dtype, and those of the solves."""
+        return flops_by_dtype(self.layers, self.dtype)
+
+    @property
+    def eigen_problems(self) -> dict[int, int]:
+        """Size -> number, the largest first; one in float32 goes by the size that takes as long in float64."""
+        found = Counter(size for layer in self.layers for size in layer.decompositions)
+        return dict(sorted(found.items(), reverse=True))
+
+    @property
+    def generation_bytes(self) -> int:
+        """Hidden states of all windows between two layers, of one stream."""
+        return self.fit.work.generation
+
+    @property
+    def generations_read(self) -> float:
+        """How often they are read from the disk in a layer, a part of them counting as that part; the most of all layers."""
+        return round(max(generations_moved(layer, self.hidden_states)[0] for layer in self.layers[-1:]), 3)
+
+    @property
+    def generations_written(self) -> int:
+        """How often they are written to it."""
+        return generations_moved(self.layers[0], self.hidden_states)[1]
+
+    @property
     def seconds_low(self) -> float:
-        """With every product and decomposition at its measured rate and nothing else; 0 where no rate is known."""
-        return self._seconds(self.machine, self.machine.fastest_disk) if self.machine else 0.0
+        """With all at the fastest rates of the machine and nothing else; 0 where no machine is known."""
+        return self._seconds(self.machine.fastest) if self.machine else 0.0
 
     @property
     def seconds_high(self) -> float:
-        """More than that by SLACK; where the disk was not measured, with a slow one."""
-        return SLACK * self._seconds(self.machine, self.machine.slowest_disk) if self.machine else 0.0
+        """At the slowest rates, and more than that by SLACK."""
+        return SLACK * self._seconds(self.machine.slowest) if self.machine else 0.0
 
     @property
     def disk_measured(self) -> bool:
-        return self.machine is not None and self.machine.disk is not None
+        return self.machine is not None and self.machine.disk_measured
 
     @property
     def advice(self) -> tuple[str, ...]:
@@ -152,37 +185,39 @@ class Plan:
     def figures(self) -> tuple[LayerFigures, ...]:
         return tuple(self._figures(layer) for layer in self.layers)
 
-    @property
-    def _first_write(self) -> int:
-        return self.outer_bytes + self.fit.work.generation * self.layers[0].generations_written
+    def _traffic(self, layer: LayerPlan) -> Traffic:
+        return layer_traffic(layer, self.fit.work, self.hidden_states, last=layer.index + 1 == len(self.layers))
 
     def _figures(self, layer: LayerPlan) -> LayerFigures:
-        generation, last = self.fit.work.generation, layer.index + 1 == len(self.layers)
-        on_disk = self.hidden_states == "disk"
-        read = layer.source_bytes + layer.copied_bytes + round((layer.generations_read - last) * generation) * on_disk
-        written = layer.generations_written - last + layer.generations_spilled * on_disk
-        write, machine = layer.output_bytes + layer.state_bytes + written * generation, self.machine
+        traffic, machine = self._traffic(layer), self.machine
         return LayerFigures(
-            index=layer.index, output_bytes=layer.output_bytes, read_bytes=read, write_bytes=write,
-            flops=layer.flops + layer.flops64 + layer.flops32,
-            seconds_low=machine.layer_seconds(layer, (read, write), machine.fastest_disk, self.overlap) if machine else 0.0,
+            index=layer.index, output_bytes=layer.output_bytes, read_bytes=traffic.read, write_bytes=traffic.written,
+            upload_bytes=traffic.up, download_bytes=traffic.down, flops=layer.flops + layer.flops64 + layer.flops32,
+            seconds_low=machine.fastest.layer_seconds(layer, traffic, self.overlap) if machine else 0.0,
         )  # fmt: skip
 
-    def _seconds(self, machine: Machine, disk: Disk) -> float:
-        """The least that the run takes with such a disk."""
-        first = self.first_read / disk.read + self._first_write / disk.write
-        rows = (
-            (layer, (row.read_bytes, row.write_bytes)) for layer, row in zip(self.layers, self.figures, strict=True)
-        )
-        return first + sum(machine.layer_seconds(layer, moved, disk, self.overlap) for layer, moved in rows)
+    def _seconds(self, rates: Rates) -> float:
+        """The least that the run takes at such rates."""
+        layers = (rates.layer_seconds(layer, self._traffic(layer), self.overlap) for layer in self.layers)
+        return rates.disk_seconds(self.first) + sum(layers)
 
     def to_json(self) -> dict[str, Any]:
         names = (
             "fits", "ratio", "output_bytes", "peak_ram_bytes", "peak_vram_bytes", "disk_bytes", "read_bytes", "write_bytes",
-            "flops", "seconds_low", "seconds_high", "disk_measured", "advice", "calibration_tokens", "calibration",
-            "overlap", "hidden_states", "forward_tokens",
+            "upload_bytes", "download_bytes", "flops", "flops_by_dtype", "generation_bytes", "generations_read",
+            "generations_written", "seconds_low", "seconds_high", "disk_measured", "advice", "calibration_tokens",
+            "calibration", "overlap", "hidden_states", "forward_tokens",
         )  # fmt: skip
-        return {name: getattr(self, name) for name in names} | {"layers": [asdict(row) for row in self.figures]}
+        return {name: getattr(self, name) for name in names} | {
+            "eigen_problems": [{"size": size, "count": count} for size, count in self.eigen_problems.items()],
+            "machine": self._machine(),
+            "layers": [asdict(row) for row in self.figures],
+        }
+
+    def _machine(self) -> dict[str, Any] | None:
+        """With the memory that the run may take of it."""
+        memory = {"ram_bytes": self.fit.ram.cap, "vram_bytes": self.fit.vram.cap}
+        return {**self.machine.to_json(), **memory} if self.machine else None
 
     def require_fit(self) -> None:
         """Raise BudgetError, with the smallest caps that would do, where even the leanest schedule does not fit."""
@@ -209,16 +244,27 @@ def decide(stream: ModelStream, recipe: Recipe, target: Target | None = None) ->
     return Decided(recipe=recipe, candidates=all_candidates(stream, recipe, survey))
 
 
-def make_plan(stream: ModelStream, decided: Decided, shape_NL: tuple[int, int], settings: RunSettings) -> Plan:
-    """What that takes for so many calibration tokens, and how to go about it with these settings."""
+def make_plan(
+    stream: ModelStream, decided: Decided, shape_NL: tuple[int, int], settings: RunSettings, memory: Memory | None = None,
+) -> Plan:  # fmt: skip
+    """What that takes for so many calibration tokens, and how to go about it with these settings.
+
+    Args: memory, that of another machine.
+    """
     layers = forecast_layers(stream, decided.recipe, decided.candidates, shape_NL)
-    choice = fit(compression_workload(stream, layers, shape_NL), settings.caps, settings.overlap)
+    choice = fit(compression_workload(stream, layers, shape_NL), settings.caps, settings.overlap, memory)
     outer = stream.outer_tensors()
     return Plan(
         recipe=decided.recipe, layers=layers, fit=choice, caps=settings.caps, outer_bytes=shard_bytes(outer),
-        first_read=sum(info.nbytes for info in outer.values()) + embedding_bytes(stream, choice),
+        first=first_traffic(stream, choice, layers[0]), dtype=str(stream.dtype).removeprefix("torch."),
         inputs=fitted_inputs(stream, {method.sublayer for method in decided.recipe.solving}),
     )  # fmt: skip
+
+
+def windows_of(tokens_NL: torch.Tensor) -> tuple[int, int]:
+    """Their number and length."""
+    sequences, length = tokens_NL.shape
+    return sequences, length
 
 
 def all_candidates(stream: ModelStream, recipe: Recipe, survey: Survey | None) -> list[Candidates]:
@@ -231,45 +277,3 @@ def all_candidates(stream: ModelStream, recipe: Recipe, survey: Survey | None) -
             known[key] = layer_candidates(stream, recipe, index, parameters)
         result.append(known[key])
     return result
-
-
-def plan(
-    model: str | Path,
-    recipe: Recipe | None = None,
-    *,
-    target_size: int | str | None = None,
-    target_params: int | str | None = None,
-    **options: Any,
-) -> Plan:
-    """What `compress` with the same arguments would take. Of a hub id only config, tokenizer and shard headers are fetched.
-
-    `options` are single fields of RunSettings and of the recipe, as for `compress`. Raises the
-    StreamlapError that `compress` would raise over its arguments, headers and text. Where the memory does not do, the plan says
-    so in `fits` and `advice`. The free disk, the output folder and the weights are not looked at. Nothing has to be writable:
-    a disk whose rates cannot be measured makes the range of seconds wider.
-    """
-    settings, changes = split_options(options)
-    target = parse_target(target_size, target_params, changes.get("ratio"))
-    recipe, settings = (recipe or Recipe()).override(**changes), settings.settled()
-    steady_heap()
-    folder, source = header_source(str(model), settings.trust_remote_code)
-    stream = ModelStream(folder, settings.device, recipe.dtype, source)
-    decided = decide(stream, recipe, target)
-    tokens_NL = calibration_tokens(
-        recipe.calibration, folder, stream.vocabulary, stream.context, settings.trust_remote_code, settings.caps.ram
-    )
-    found = make_plan(stream, decided, windows_of(tokens_NL), settings)
-    check_sample(tokens_NL, found.inputs)
-    return replace(found, machine=this_machine(settings, stream.dtype))
-
-
-def windows_of(tokens_NL: torch.Tensor) -> tuple[int, int]:
-    """Their number and length."""
-    sequences, length = tokens_NL.shape
-    return sequences, length
-
-
-def embedding_bytes(stream: ModelStream, choice: Fit) -> int:
-    """At most this is read of the embedding table for generation 0: a row a token."""
-    stored = stream.source.info(f"{stream.family.embedding}.weight")
-    return min(stored.nbytes, choice.work.sequences * choice.work.length * stored.nbytes // stored.shape[0])

@@ -9,6 +9,8 @@ import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 
+import torch
+
 from streamlap.accelerator.slab import SlabSizes, paged
 from streamlap.errors import BudgetError
 from streamlap.families.stream import batch_of
@@ -201,21 +203,42 @@ class Fit:
         return self.peak_ram <= self.ram.cap and self.peak_vram <= self.vram.cap
 
 
-def fit(work: Workload, caps: Caps, overlap: bool = True) -> Fit:
-    """The fastest schedule inside the caps, or the leanest where none is. See `require_fit`."""
-    warm_up(work.device)
+@dataclass(frozen=True, kw_only=True)
+class Memory:
+    """What a run may take, and what its process holds of that when it begins. Bytes."""
+
+    ram: int
+    ram_held: int
+    vram: int = 0
+    vram_held: int = 0
+
+
+def memory_here(device: torch.device) -> Memory:
+    """Of this process on this machine, now."""
+    warm_up(device)
     held = ram_bytes()
-    there = held + free_ram()
-    ram = MemoryBudget(there if caps.ram is None else min(caps.ram, there), held + RUNTIME_BYTES, "RAM")
-    allocated, free = vram_state(work.device)
-    there = allocated + free
+    allocated, free = vram_state(device)
+    return Memory(ram=held + free_ram(), ram_held=held, vram=allocated + free, vram_held=allocated)
+
+
+def fit(work: Workload, caps: Caps, overlap: bool = True, memory: Memory | None = None) -> Fit:
+    """The fastest schedule inside the caps, or the leanest where none is. See `require_fit`.
+
+    Args: memory, that of the machine; None is what is here.
+    """
+    there = memory or memory_here(work.device)
     libraries = RUNTIME_BYTES if work.device.type == "cuda" else 0
-    vram = MemoryBudget(there if caps.vram is None else min(caps.vram, there), allocated + libraries, "VRAM")
+    ram = MemoryBudget(_least(caps.ram, there.ram), there.ram_held + RUNTIME_BYTES, "RAM")
+    vram = MemoryBudget(_least(caps.vram, there.vram), there.vram_held + libraries, "VRAM")
     for schedule in schedules(work, overlap):
         choice = Fit(work=work, schedule=schedule, ram=ram, vram=vram)
         if choice.fits:
             break
     return choice
+
+
+def _least(cap: int | None, there: int) -> int:
+    return there if cap is None else min(cap, there)
 
 
 def require_fit(choice: Fit, caps: Caps) -> None:

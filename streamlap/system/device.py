@@ -12,8 +12,7 @@ def pick_device(name: str) -> str:
     """auto, cpu, cuda or cuda:N -> a device that is there, a GPU by its number; it becomes torch's current one."""
     if name == "auto":
         name = "cuda" if KINDS["cuda"].count() else "cpu"
-    if not re.fullmatch(r"cpu|cuda(:[0-9]+)?", name):
-        raise RecipeError(f"device is {shown(name)}; wanted auto, cpu, cuda or cuda:N.{hint(name)}")
+    check_device_name(name)
     count = KINDS["cuda"].count()
     if name.startswith("cuda") and int(name[5:] or 0) >= count:
         raise RecipeError(f"device is {name!r}, and torch sees {count} CUDA devices; use --device cpu.")
@@ -21,6 +20,12 @@ def pick_device(name: str) -> str:
         name = f"cuda:{int(name[5:] or 0)}"
         accelerator_of(name).select()
     return name
+
+
+def check_device_name(name: str) -> None:
+    """Raise RecipeError for what names no device, there or elsewhere."""
+    if not re.fullmatch(r"auto|cpu|cuda(:[0-9]+)?", name):
+        raise RecipeError(f"device is {shown(name)}; wanted auto, cpu, cuda or cuda:N.{hint(name)}")
 
 
 def hint(name: str) -> str:

@@ -34,7 +34,7 @@ UPLOAD_BYTES = 1 << 27
 
 @dataclass(frozen=True, kw_only=True)
 class Speed:
-    """Rates of this machine, measured."""
+    """Rates of a machine."""
 
     matmul: float
     """FLOP/s of a forward's product in the compute dtype on the device; a multiply-add is two."""

@@ -11,6 +11,7 @@ from conftest import MakeModel
 
 from streamlap.cli import main
 from streamlap.demo import bundled
+from streamlap.planning.public_machines import PUBLIC
 
 Run = tuple[int, str, str]
 
@@ -151,3 +152,50 @@ def test_faults_give_exit_code_3(
     code, stdout, _ = run(monkeypatch, capsys, "verify", tmp_path / "empty", "--json")
     assert code == 3
     assert json.loads(stdout)["faults"]
+
+
+# --- a machine that is not there -----------------------------------------------------------------------------------------
+
+
+def test_known_machines_are_listed_without_a_model(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    code, stdout, stderr = run(monkeypatch, capsys, "plan", "--machine", "list")
+    assert (code, stderr) == (0, "")
+    row = next(line for line in stdout.splitlines() if line.startswith("rtx-4090"))
+    assert "24.00 GiB" in row
+    assert "data sheet: NVIDIA" in row
+    code, stdout, stderr = run(monkeypatch, capsys, "plan", "--machine", "list", "--json")
+    assert (code, stderr) == (0, "")
+    rows = {row["name"]: row for row in json.loads(stdout)["machines"]}
+    assert set(rows) == set(PUBLIC)
+    assert rows["h100-sxm"].keys() == {
+        "name", "source", "share", "ram_bytes", "vram_bytes", "disk", "cpu", "gpu",
+    }  # fmt: skip
+    assert (rows["h100-sxm"]["vram_bytes"], rows["epyc-9654"]["gpu"]) == (80 << 30, None)
+
+
+def test_a_plan_needs_a_model_otherwise(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    for words in ((), ("--machine", "rtx-4090")):
+        code, stdout, stderr = run(monkeypatch, capsys, "plan", *words)
+        assert (code, stdout) == (2, "")
+        assert "Invalid value for MODEL: it is missing" in stderr
+
+
+def test_a_plan_for_another_machine(
+    pico: MakeModel, tokens: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """By name and by file; exit 4 where it does not fit there, 2 for what is no machine."""
+    ask = ("plan", pico("llama"), "--calibration", tokens, "--machine")
+    code, stdout, _ = run(monkeypatch, capsys, *ask, "rtx-4090", "--json")
+    assert code == 0
+    assert json.loads(stdout)["machine"]["name"] == "rtx-4090"
+    file = tmp_path / "small.yaml"
+    file.write_text("like: rtx-4090\nram: 2GiB\n")
+    code, stdout, _ = run(monkeypatch, capsys, *ask, file)
+    assert code == 4
+    assert "of RAM are there" in stdout
+    assert run(monkeypatch, capsys, *ask, "rtx-4090", "--max-vram", "64MB")[0] == 4
+    code, stdout, stderr = run(monkeypatch, capsys, *ask, "rtx-9999")
+    assert (code, stdout) == (2, "")
+    assert stderr.startswith("streamlap: machine is 'rtx-9999'; wanted a YAML file, or one of ")

@@ -24,7 +24,7 @@ RECIPE = TEXT | {"ratio", "target-size", "target-params", "preset", "recipe", "r
 
 OPTIONS: dict[str, set[str]] = {
     "compress": RECIPE | RUN | {"stop-after", "overwrite"},
-    "plan": RECIPE | RUN,
+    "plan": RECIPE | RUN | {"machine"},
     "survey": TEXT | RUN | {"stop-after", "overwrite"},
     "resume": CAPS | {"stop-after"},
     "eval": RUN | {"text", "text-column", "length", "stride", "limit", "dtype"},
@@ -33,7 +33,7 @@ OPTIONS: dict[str, set[str]] = {
     "export": {"to", "stop-after"},
     "demo": {"ratio"},
 }
-"""Beside --json, which all of them have. As in version 0.4, and --text-column."""
+"""Beside --json, which all of them have. As in version 0.4, and --text-column and --machine."""
 
 ARGUMENTS = {
     "compress": ["MODEL", "OUT"],

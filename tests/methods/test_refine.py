@@ -24,7 +24,7 @@ from streamlap.families.stream import ModelStream
 from streamlap.methods.base import Training
 from streamlap.methods.trained.refine import Refine, Refining, distances
 from streamlap.pipeline import train as training_loop
-from streamlap.planning.forecast import compression_workload, forecast_layers
+from streamlap.planning.forecast import compression_workload, forecast_layers, forward_flops
 from streamlap.planning.plan import decide
 from streamlap.planning.schedule import make_schedule
 from streamlap.recipe import Recipe
@@ -227,10 +227,10 @@ def test_a_plan_counts_memory_operations_and_bytes(source: Path) -> None:
     assert after.disk_bytes - before.disk_bytes == 2 * (12 * after.trained + after.edits)
     schedule = make_schedule(after, False, "ram", 4)
     assert schedule.ram["refine"] == after.refinement
-    passes = 1 + 3 * EPOCHS, 3 * EPOCHS  # the last layer leaves nothing to a next one
-    for at, more in enumerate(passes):
-        forward = (within[at].flops - without[at].flops) / (more - (at == 0))
-        assert forward == pytest.approx(without[0].flops - without[1].flops)
+    forward = forward_flops(stream.natives(1), within[1].trained, SHAPE_NL)
+    assert within[1].flops - without[1].flops == 3 * EPOCHS * forward
+    again = within[0].flops - without[0].flops - 3 * EPOCHS * forward
+    assert 0 < again < forward / 2, "through the attention that is trained too, to the next layer"
     assert within[0].state_bytes == EPOCHS * (12 * after.trained + after.edits)
 
 

@@ -98,7 +98,9 @@ def test_layers_of_equal_shapes_are_worked_out_once(pico: MakeModel, monkeypatch
 
     monkeypatch.setattr(foretelling, "forecast_layer", note)
     layers = foretold(pico("llama", num_hidden_layers=11))
-    assert worked_out == [0, 10], "the last has a longer name and goes through the model once"
+    assert worked_out == [0, 1, 10], (
+        "the first sums its own inputs; the last has a longer name and leaves nothing to a next"
+    )
     assert len(layers) == 11
 
 
@@ -124,7 +126,7 @@ def test_of_settings_that_are_compared_one_is_built(pico: MakeModel) -> None:
     single = [foretold(pico("llama"), methods=anchored_with(share))[1] for share in shares]
     (_, compared, _) = foretold(pico("llama"), methods=anchored_with(*shares))
     assert compared.flops64 == max(layer.flops64 for layer in single)
-    assert compared.flops == pytest.approx(max(layer.flops for layer in single), rel=1e-3)
+    assert compared.flops == pytest.approx(max(layer.flops for layer in single), rel=2e-2)
     assert compared.decompositions == max((layer.decompositions for layer in single), key=len)
     assert max(layer.solve_bytes for layer in single) < compared.solve_bytes
     other = FfnAnchored(shares=(0.5,), storage="factors")

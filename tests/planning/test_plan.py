@@ -26,7 +26,7 @@ from streamlap.methods.anchored.groups import AttentionGroups
 from streamlap.methods.base import Layouts, Method, Natives, ParameterBudget
 from streamlap.pipeline import compress as compressing
 from streamlap.pipeline import survey as surveying
-from streamlap.planning import plan as planning
+from streamlap.planning import preview
 from streamlap.planning.allocate import Point, Survey, model_digest
 from streamlap.planning.forecast import LayerPlan
 from streamlap.planning.layouts import possible_layouts
@@ -35,10 +35,13 @@ from streamlap.system import disk_speed
 
 FIELDS = {
     "fits", "ratio", "output_bytes", "peak_ram_bytes", "peak_vram_bytes", "disk_bytes", "read_bytes", "write_bytes",
-    "flops", "seconds_low", "seconds_high", "disk_measured", "advice", "calibration_tokens", "calibration", "overlap",
-    "hidden_states", "forward_tokens", "layers",
+    "upload_bytes", "download_bytes", "flops", "flops_by_dtype", "eigen_problems", "generation_bytes", "generations_read",
+    "generations_written", "seconds_low", "seconds_high", "disk_measured", "advice", "calibration_tokens", "calibration",
+    "overlap", "hidden_states", "forward_tokens", "machine", "layers",
 }  # fmt: skip
-LAYER_FIELDS = {"index", "output_bytes", "read_bytes", "write_bytes", "flops", "seconds_low"}
+LAYER_FIELDS = {
+    "index", "output_bytes", "read_bytes", "write_bytes", "upload_bytes", "download_bytes", "flops", "seconds_low",
+}  # fmt: skip
 
 
 # --- what becomes of the layers ------------------------------------------------------------------------------------------
@@ -155,7 +158,7 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
         monkeypatch.setattr(kind, "layouts", layouts)
 
-    for module in (planning, compressing):
+    for module in (preview, compressing):
         spy(module, "decide")
         spy(module, "make_plan")
     spy(surveying, "plan_survey")

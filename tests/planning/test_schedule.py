@@ -20,6 +20,7 @@ from streamlap.families.stream import HEAD_TOKENS, ModelStream
 from streamlap.planning import schedule as scheduling
 from streamlap.planning.schedule import (
     RUNTIME_BYTES,
+    Memory,
     fit,
     least_cap,
     make_schedule,
@@ -247,6 +248,24 @@ def test_both_caps_must_hold() -> None:
     assert fit(work, caps).schedule == rich
     assert fit(work, replace(caps, vram=caps.vram and caps.vram - 1)).schedule.tier == "disk", "RAM has no room for it"
     assert fit(work, Caps(ram=1 << 40, vram=caps.vram and caps.vram - 1)).schedule.tier == "ram"
+
+
+def test_the_memory_of_another_machine_is_given_by_value(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is here is not asked for then."""
+    for name in ("warm_up", "ram_bytes", "free_ram", "vram_state"):
+        monkeypatch.delattr(scheduling, name)
+    work = replace(WORK, device=CUDA)
+    rich, lean = make_schedule(work, True, "vram", 4), make_schedule(work, True, "ram", 4)
+    there = Memory(
+        ram=7 + RUNTIME_BYTES + peak(lean.ram), ram_held=7, vram=5 + RUNTIME_BYTES + peak(rich.vram), vram_held=5
+    )
+    choice = fit(work, Caps(), memory=there)
+    assert (choice.schedule, choice.fits) == (rich, True)
+    assert (choice.ram.cap, choice.ram.base) == (there.ram, 7 + RUNTIME_BYTES)
+    assert (choice.vram.cap, choice.vram.base) == (there.vram, 5 + RUNTIME_BYTES)
+    assert fit(work, Caps(), memory=replace(there, vram=there.vram - 1)).schedule == lean
+    assert fit(work, Caps(vram=there.vram - 1), memory=there).schedule == lean
+    assert not fit(work, Caps(), memory=replace(there, ram=0)).fits
 
 
 # --- what is said --------------------------------------------------------------------------------------------------------

@@ -20,7 +20,7 @@ from transformers import AutoModelForCausalLM
 from streamlap.families.stream import ModelStream
 from streamlap.store.source import SafetensorsFolder
 
-SHAPES = ("llama-2-7b", "llama-3-8b", "llama-2-13b", "qwen2.5-32b", "llama-3-70b")
+SHAPES = ("llama-2-7b", "llama-3-8b", "llama-2-13b", "qwen2.5-32b", "llama-3-70b", "llama-3-405b")
 SMALL = 64
 
 # hidden, FFN, layers, heads, key-value heads, vocabulary, context, rope theta, rms eps, billions of parameters
@@ -30,6 +30,7 @@ PUBLISHED = {
     "llama-2-13b": (5120, 13824, 40, 40, 40, 32000, 4096, 1e4, 1e-5, 13.0),
     "qwen2.5-32b": (5120, 27648, 64, 40, 8, 152064, 131072, 1e6, 1e-5, 32.8),
     "llama-3-70b": (8192, 28672, 80, 64, 8, 128256, 8192, 5e5, 1e-5, 70.6),
+    "llama-3-405b": (16384, 53248, 126, 128, 8, 128256, 8192, 5e5, 1e-5, 405.9),
 }
 KEYS = (
     "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "vocab_size",
@@ -251,3 +252,21 @@ def test_the_command_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsy
 @pytest.mark.parametrize(("text", "nbytes"), [("4GB", 4 * 10**9), ("500 mb", 5 * 10**8), ("1.5GiB", 3 << 29), ("7", 7)])
 def test_sizes_are_read_as_hugging_face_writes_them(text: str, nbytes: int) -> None:
     assert script.size(text) == nbytes
+
+
+def test_headers_alone_are_those_of_the_whole_checkpoint_and_take_no_disk(tmp_path: Path) -> None:
+    """All a plan reads is there: the shapes of every layer, at the published depth."""
+    count, total = script.make_headers(tmp_path / "out", "llama-3-8b")
+    assert count == pytest.approx(8.03e9, rel=0.01)
+    shards = sorted((tmp_path / "out").glob("*.safetensors"))
+    assert sum(path.stat().st_size for path in shards) == total > 16e9
+    assert sum(path.stat().st_blocks * 512 for path in shards) < 1 << 20
+    stream = ModelStream(tmp_path / "out")
+    assert (stream.depth, stream.width) == (32, 4096)
+    whole = SafetensorsFolder(tmp_path / "out")
+    assert whole.info("model.layers.31.mlp.down_proj.weight").shape == (4096, 14336)
+    before = {path.name: path.stat().st_mtime_ns for path in shards}
+    assert script.make_headers(tmp_path / "out", "llama-3-8b") == (count, total)
+    assert {path.name: path.stat().st_mtime_ns for path in shards} == before, "a finished one stays"
+    with pytest.raises(SystemExit, match="holds something else"):
+        script.make_headers(tmp_path / "out", "llama-2-7b")

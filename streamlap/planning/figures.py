@@ -1,0 +1,89 @@
+"""What layers move over the links of a machine under a schedule, and what they compute."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from streamlap.families.stream import ModelStream
+from streamlap.planning.forecast import LayerPlan
+from streamlap.planning.schedule import Fit
+from streamlap.planning.workload import Workload
+from streamlap.store.sink import shard_bytes
+
+
+@dataclass(frozen=True, kw_only=True)
+class Traffic:
+    """Bytes over each link."""
+
+    read: int
+    """From the disk."""
+    written: int
+    """To the disk."""
+    weights_up: int = 0
+    """Of the layer to a device of its own; none where that is the CPU."""
+    states_up: int = 0
+    """Of hidden states to it."""
+    down: int = 0
+    """Of hidden states and of what is edited from it."""
+
+    @property
+    def up(self) -> int:
+        return self.weights_up + self.states_up
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayerFigures:
+    """What a layer takes under the plan's schedule."""
+
+    index: int
+    output_bytes: int
+    read_bytes: int
+    write_bytes: int
+    upload_bytes: int
+    download_bytes: int
+    flops: int
+    seconds_low: float
+
+
+def generations_moved(layer: LayerPlan, tier: str) -> tuple[float, int]:
+    """How often the hidden states of a stream are (read, written) on the disk, where they stay in that tier."""
+    on_disk = tier == "disk"
+    return layer.generations_read * on_disk, layer.generations_written + layer.generations_spilled * on_disk
+
+
+def layer_traffic(layer: LayerPlan, work: Workload, tier: str, last: bool) -> Traffic:
+    """Of one layer; after the last one nothing is kept for a next."""
+    read, written = generations_moved(layer, tier)
+    away, outside = work.device.type != "cpu", tier != "vram"
+    down = layer.generations_written + layer.generations_spilled * outside - last
+    return Traffic(
+        read=layer.source_bytes + layer.copied_bytes + round((read - last * (tier == "disk")) * work.generation),
+        written=layer.output_bytes + layer.state_bytes + (written - last) * work.generation,
+        weights_up=layer.source_bytes * away,
+        states_up=round((layer.generations_read - last) * work.generation) * outside * away,
+        down=(layer.edits_bytes + layer.state_bytes + down * work.generation) * away,
+    )
+
+
+def first_traffic(stream: ModelStream, choice: Fit, layer: LayerPlan) -> Traffic:
+    """Before the first layer: what lies outside the layers is copied, and generation 0 is made. Of the embedding table at most
+    a row a token is read for it."""
+    outer, stored = stream.outer_tensors(), stream.source.info(f"{stream.family.embedding}.weight")
+    rows = min(stored.nbytes, math.prod((choice.work.sequences, choice.work.length)) * stored.nbytes // stored.shape[0])
+    states, away = choice.work.generation * layer.generations_written, choice.work.device.type != "cpu"
+    return Traffic(
+        read=sum(info.nbytes for info in outer.values()) + rows, written=shard_bytes(outer) + states,
+        states_up=rows * away, down=states * away,
+    )  # fmt: skip
+
+
+def flops_by_dtype(layers: Sequence[LayerPlan], dtype: str) -> dict[str, int]:
+    """Operations by what they are done in; `dtype` is that of the forwards."""
+    found = {dtype: 0, "float32": 0, "float64": 0}
+    for layer in layers:
+        found[dtype] += layer.flops
+        found["float32"] += layer.flops32
+        found["float64"] += layer.flops64
+    return found
