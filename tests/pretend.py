@@ -4,7 +4,7 @@
     streamlap.compress(model, out, device="cuda", ...)
 
 A copy beside computation is made when somebody waits for it; until then its target is NaN in every dtype. Where the source was
-changed in the meantime the copy is a fault, and the wait fails. What was asked of the device stands in `calls`.
+changed in the meantime the copy is a fault, and the wait fails. What was asked of the device stands in `calls` and `bytes`.
 """
 
 from __future__ import annotations
@@ -48,6 +48,7 @@ class PretendGpu:
     def __init__(self, total: int = 1 << 40) -> None:
         self.total = total
         self.calls: Counter[str] = Counter()
+        self.bytes: Counter[str] = Counter()
         self.faults: list[str] = []
         self.pageable: list[str] = []
         """Copies beside computation whose end on the host is not registered."""
@@ -75,6 +76,7 @@ class PretendGpu:
     def _fly(self, way: str, source: torch.Tensor, target: torch.Tensor, host: torch.Tensor) -> Flight:
         with self.lock:
             self.calls[way] += 1
+            self.bytes[way] += host.nbytes
             if not self.is_registered(host):
                 self.pageable.append(f"{way}: {tuple(host.shape)}")
             flight = Flight(self, way, source, target)
@@ -83,6 +85,7 @@ class PretendGpu:
 
     def move(self, x: torch.Tensor) -> torch.Tensor:
         self.calls["move"] += 1
+        self.bytes["move"] += x.nbytes
         return x.clone()
 
     def is_registered(self, x: torch.Tensor) -> bool:
