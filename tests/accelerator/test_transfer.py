@@ -160,3 +160,18 @@ def test_sequences_are_picked_from_wherever_they_are(tmp_path: Path, tier: str) 
         bank.settle()
         for numbers in ([3], [7, 0, 4]):
             assert torch.equal(bank.pick(0, numbers), states()[numbers])
+
+
+@pytest.mark.parametrize("tier", ["vram", "ram", "disk"])
+def test_what_is_picked_of_two_streams_side_by_side_takes_a_room_each(tmp_path: Path, tier: str) -> None:
+    gpu, numbers = PretendGpu(), [7, 0, 4, 5, 1]
+    with open_slab(gpu, sizes(2 * 4 + 2 if tier == "ram" else 2)) as slab:
+        banks = [on_the_device(gpu, slab, tier, tmp_path / name) for name in ("dense", "compressed")]
+        for bank in banks:
+            bank.write(0, states().split(BATCH))
+            bank.settle()
+        read = (bank.read(0, numbers) for bank in banks)
+        pairs = list(zip(*(x if tier == "vram" else upload_ahead(x, gpu) for x in read), strict=True))
+    assert [len(x_BLD) for x_BLD, _ in pairs] == [2, 2, 1]
+    assert all(torch.equal(torch.cat(batches), states()[numbers]) for batches in zip(*pairs, strict=True))
+    assert not gpu.pageable
