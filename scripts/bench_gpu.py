@@ -4,10 +4,11 @@
     PYTHONPATH=. python scripts/bench_gpu.py --work DIR --out gpu.json
     PYTHONPATH=. python scripts/bench_gpu.py --device cpu --scale-down 16     # the same parts, without a GPU
 
-small: a small float32 model on the CPU and on the GPU: ranks, kept channels, products of factors, perplexity; and on the GPU
-with and without overlap and under the smallest cap, byte for byte (`compare_devices.py`).
-runs: some layers of a large shape under each of --caps, and under the first again without overlap: peaks, seconds by phase,
-those that all layers of the published model would take, measured over floor as in `bench_speed.py`, and the same bytes.
+small: a small float32 model on the CPU and on the GPU, with each of --presets: ranks, kept channels, products of factors,
+perplexity; and on the GPU with and without overlap and under the smallest cap, byte for byte (`compare_devices.py`).
+runs: some layers of a large shape with each preset under each of --caps, and with the first under the first again without
+overlap: peaks, seconds by phase, those that all layers of the published model would take, measured over floor as in
+`bench_speed.py`, and the same bytes.
 
 It needs torch, transformers, safetensors, psutil, tqdm, typer, pyyaml, filelock and huggingface_hub, and no network. What does
 not fit into --minutes is left out and says so; --out is written after every part. Fewer layers are taken where the disk is
@@ -22,8 +23,9 @@ import shutil
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
+from operator import itemgetter
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent))
@@ -40,8 +42,8 @@ from streamlap.errors import Interrupted
 from streamlap.system.budget import parse_size
 from streamlap.system.device import pick_device
 
-SMALL_SECONDS, RATES_SECONDS, START_SECONDS, MAKING_RATE = 30.0, 25.0, 30.0, 250e6
-"""What the small model, one measurement of the rates, and the start of a run may take; bytes/s of making a checkpoint."""
+SMALL_SECONDS, RATES_SECONDS, START_SECONDS, MAKING_RATE = 60.0, 25.0, 30.0, 250e6
+"""What a small model, one measurement of the rates, and the start of a run may take; bytes/s of making a checkpoint."""
 SLACK, LEAST_SAMPLES = 1.5, 8
 """Expected seconds of a run over its floor; windows that are never halved."""
 
@@ -68,7 +70,7 @@ class Bench:
     work: Path
     device: str
     clock: Clock
-    result: Result = field(default_factory=lambda: {"runs": {}})
+    result: Result = field(default_factory=lambda: {"small": {}, "runs": {}})
     model: Path = Path()
     samples: int = 0
     reports: dict[str, tuple[speed.Workload, Result]] = field(default_factory=dict)
@@ -90,7 +92,9 @@ class Bench:
 
     def run(self) -> Result:
         os.environ["XDG_CACHE_HOME"] = str(self.work.absolute())  # rates that the product measures are of today
-        self.attempt("small", SMALL_SECONDS, lambda: compare_devices(self.work / "small", self.device))
+        for preset in self.args.presets:
+            small = partial(compare_devices, self.work / "small", self.device, preset)
+            self.attempt(preset, SMALL_SECONDS, small, self.result["small"])
         layers = self.affordable_layers()
         making = START_SECONDS + self.source_bytes(layers) / MAKING_RATE
         if self.attempt("source", making, partial(self.make, layers)):
@@ -103,13 +107,14 @@ class Bench:
         return self.result | {"verdict": verdict(self.result)}
 
     def runs(self) -> None:
-        """Under every cap, and under the first one without overlap."""
-        cases = [*((cap, True) for cap in self.args.caps), (self.args.caps[0], False)]
-        self.samples = self.affordable_samples(len(self.args.caps))  # the last one is the first to be left out
-        for cap, overlap in cases:
-            name = cap + ("" if overlap else ", no overlap")
-            call = partial(self.compress, name, cap, overlap)
-            self.attempt(name, self.expected(self.samples), call, self.result["runs"])
+        """Every preset under every cap, and the first under the first one without overlap."""
+        presets, caps = self.args.presets, self.args.caps
+        cases = [*((preset, cap, True) for cap in caps for preset in presets), (presets[0], caps[0], False)]
+        self.samples = self.affordable_samples()  # the last one is the first to be left out
+        for preset, cap, overlap in cases:
+            name = f"{preset}, {cap}" + ("" if overlap else ", no overlap")
+            call = partial(self.compress, name, preset, cap, overlap)
+            self.attempt(name, self.expected(preset, self.samples), call, self.result["runs"])
 
     def source_bytes(self, layers: int) -> int:
         config = synthetic.scaled_down(synthetic.SHAPES[self.args.shape], self.args.scale_down)
@@ -130,46 +135,51 @@ class Bench:
                 "bytes": self.source_bytes(layers)}  # fmt: skip
 
     def rates(self) -> Result:
-        rates = speed.measure_rates(self.workload(LEAST_SAMPLES, self.args.caps[0])[1], self.work)
+        """Of all that some preset does."""
+        works = [self.workload(preset, LEAST_SAMPLES, self.args.caps[0])[1] for preset in self.args.presets]
+        layers = tuple(layer for work in works for layer in work.layers)
+        rates = speed.measure_rates(replace(works[0], layers=layers), self.work)
         if self.device != "cpu":
             torch.cuda.empty_cache()
         return rates
 
-    def workload(self, samples: int, cap: str, overlap: bool = True) -> tuple[Result, speed.Workload]:
+    def workload(self, preset: str, samples: int, cap: str, overlap: bool = True) -> tuple[Result, speed.Workload]:
         """The plan of a run, made in this process, so without a word on RAM; and what the floor is made of."""
         tokens = shared.tokens_file(self.work, self.model, samples, self.args.length)
         plan = streamlap.plan(
             self.model,
-            preset=shared.ENGINE,
+            preset=preset,
             device=self.device,
             files=(str(tokens),),
             work=self.work,
             max_vram=cap,
             overlap=overlap,
         ).to_json()
-        return plan, speed.workload(self.model, self.device, (samples, self.args.length), plan)
+        return plan, speed.workload(self.model, self.device, (samples, self.args.length), plan, preset)
 
-    def expected(self, samples: int) -> float:
+    def expected(self, preset: str, samples: int) -> float:
         """Seconds of a run."""
-        rates, (plan, work) = self.result["rates"], self.workload(samples, self.args.caps[0])
+        rates, (plan, work) = self.result["rates"], self.workload(preset, samples, self.args.caps[0])
         outer = plan["read_bytes"] - sum(layer["read_bytes"] for layer in plan["layers"])
         loop = sum(sum(speed.floor(layer, rates).values()) for layer in work.layers)
         return START_SECONDS + outer / rates["read"] + outer / rates["write"] + SLACK * loop
 
-    def affordable_samples(self, runs: int) -> int:
-        """As many as asked for, halved until the runs should fit into the time that is left."""
-        samples = self.args.samples
-        while samples > LEAST_SAMPLES and runs * self.expected(samples) > self.clock.left - RATES_SECONDS:
+    def affordable_samples(self) -> int:
+        """As many as asked for, halved until a run of each preset under each cap should fit into the time that is left."""
+        samples, left = self.args.samples, self.clock.left - RATES_SECONDS
+        while samples > LEAST_SAMPLES and left < len(self.args.caps) * sum(
+            self.expected(preset, samples) for preset in self.args.presets
+        ):
             samples //= 2
         self.clock.say(f"{samples} windows of {self.args.length} tokens")
         return samples
 
-    def compress(self, name: str, cap: str, overlap: bool) -> Result:
+    def compress(self, name: str, preset: str, cap: str, overlap: bool) -> Result:
         """One run in a process of its own, killed when the time is over."""
-        plan, work = self.workload(self.samples, cap, overlap)
+        plan, work = self.workload(preset, self.samples, cap, overlap)
         flags = ["--calibration", shared.tokens_file(self.work, self.model, self.samples, self.args.length),
                  "--device", self.device, "--max-vram", cap, "--max-ram", self.args.max_ram,
-                 "--preset", shared.ENGINE]  # fmt: skip
+                 "--preset", preset]  # fmt: skip
         flags += [] if overlap else ["--no-overlap"]
         with shared.new_folder(self.work / "out") as out:
             shared.drop_cache(self.model)
@@ -180,7 +190,8 @@ class Bench:
         self.reports[name] = work, report
         depth = synthetic.SHAPES[self.args.shape]["num_hidden_layers"]
         return {
-            "overlap": overlap, "tokens": [self.samples, self.args.length], "forward_tokens": plan["forward_tokens"],
+            "preset": preset, "overlap": overlap, "tokens": [self.samples, self.args.length],
+            "forward_tokens": plan["forward_tokens"],
             "hidden_states": plan["hidden_states"], "peak_vram_bytes": report["peak_vram_bytes"],
             "max_vram_bytes": parse_size(cap, "--caps"), "peak_ram_bytes": report["peak_ram_bytes"],
             "max_ram_bytes": parse_size(self.args.max_ram, "--max-ram"), "planned_vram_bytes": plan["peak_vram_bytes"],
@@ -199,15 +210,21 @@ def whole_seconds(layers: list[Result], seconds: float, depth: int) -> float:
 
 
 def verdict(result: Result) -> Result:
-    """What holds of all runs that came to their end; None without any."""
+    """What holds of all that came to its end; None where nothing did."""
     runs = [run for run in result["runs"].values() if "shards" in run]
-    small = result["small"].get("verdict")
+    small = [held for row in result["small"].values() for held in row.get("verdict", {}).values()]
+    presets, outputs = ({kind(run) for run in runs} for kind in (itemgetter("preset"), _output))
     return {
-        "small": all(small.values()) if small else None,
-        "same_bytes": len({str(run["shards"]) for run in runs}) == 1 if len(runs) > 1 else None,
+        "small": all(small) if small else None,
+        "same_bytes": len(outputs) == len(presets) if len(runs) > len(presets) else None,
         "inside_vram": all(run["peak_vram_bytes"] <= run["max_vram_bytes"] for run in runs) if runs else None,
         "inside_ram": all(run["peak_ram_bytes"] <= run["max_ram_bytes"] for run in runs) if runs else None,
     }
+
+
+def _output(run: Result) -> tuple[str, str]:
+    """Runs with the same preset must have the same."""
+    return run["preset"], str(run["shards"])
 
 
 def table(result: Result) -> str:
@@ -217,7 +234,12 @@ def table(result: Result) -> str:
         f"- {key.replace('_', ' ')}: {shared.yes(value) or 'not run'}" for key, value in result["verdict"].items()
     ]
     shown = ("failed", "skipped", "least_kept_equal", "most_product_difference", "perplexity", "verdict")
-    lines += [f"- small, {key.replace('_', ' ')}: {value}" for key, value in result["small"].items() if key in shown]
+    lines += [
+        f"- small, {preset}, {key.replace('_', ' ')}: {value}"
+        for preset, row in result["small"].items()
+        for key, value in row.items()
+        if key in shown
+    ]
     return "\n".join(lines)
 
 
@@ -241,6 +263,7 @@ def main(gone: float = 0.0) -> None:
     parser.add_argument("--minutes", type=float, default=9.0, help="what the whole may take (9)")
     parser.add_argument("--shape", default="llama-3-70b", help="of the checkpoint to be made (llama-3-70b)")
     parser.add_argument("--layers", type=int, default=4, help="of the checkpoint to be made (4)")
+    parser.add_argument("--presets", nargs="+", default=["lorap", "best"], help="in this order (lorap best)")
     parser.add_argument("--caps", nargs="+", default=["8GiB", "24GiB"], help="of GPU memory (8GiB 24GiB)")
     parser.add_argument("--max-ram", default="16GiB", help="cap of every run (16GiB)")
     parser.add_argument("--samples", type=int, default=128, help="calibration windows (128)")

@@ -5,9 +5,10 @@
     python scripts/bench_speed.py --shape llama-3-8b --layers 4 --work DIR
 
 The floor of a layer: bytes read and written over the measured rates of the disk, its linears' forward operations over the
-rates of products of these very shapes in the compute dtype, products in float64 over their rate, and eigen-decompositions at
-their very sizes; on a GPU also the upload. Bytes and operations are the product's own forecast; tensors that stay as they
-are count as read once. `sum` adds these up, `overlapped` takes the longer of disk and computation, layer by layer.
+rates of products of these very shapes in the compute dtype, the solves' products in float64 and float32 over their rates, and
+eigen-decompositions at their very sizes; on a GPU also the upload. Bytes and operations are the product's own forecast; tensors
+that stay as they are count as read once. `sum` adds these up, `overlapped` takes the longer of disk and computation, layer by
+layer.
 
 Rates are measured before and after every run and the better ones count, so that noise cannot flatter the ratio. Measured are
 the report's seconds by phase, of all layers but the first where there are more than two.
@@ -42,10 +43,10 @@ from streamlap.system import disk_speed
 from streamlap.system import speed as machine
 from streamlap.system.device import pick_device
 
-PHASES = ("read", "capture", "solve", "write", "propagate")
+PHASES = ("read", "dense", "capture", "solve", "write", "propagate")
 DISK = ("read", "write", "upload")
 PRODUCT_SIZE = 4096
-"""Rows, columns and tokens of the float64 product whose rate stands for the solves'."""
+"""Rows, columns and tokens of the product whose rate stands for the solves'."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,11 +57,12 @@ class LayerWork:
     write_bytes: int
     upload_bytes: int
     flops: int
-    """Of its two forwards."""
+    """Of its forwards."""
     flops64: int
+    flops32: int
     decompositions: tuple[int, ...]
     linears: tuple[tuple[int, int], ...]
-    """(O, I) of the products of its two forwards, once for each."""
+    """(O, I) of the products of a forward before and one after it is edited, once for each."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,9 +74,11 @@ class Workload:
     layers: tuple[LayerWork, ...]
 
 
-def workload(model: Path, device: str, shape_NL: tuple[int, int], plan: Result) -> Workload:
+def workload(
+    model: Path, device: str, shape_NL: tuple[int, int], plan: Result, preset: str = shared.ENGINE
+) -> Workload:
     """From headers; `plan` is the product's own, made with the flags of the run: it knows where hidden states lie."""
-    stream, recipe = ModelStream(model, device), Recipe(preset=shared.ENGINE, methods=PRESETS[shared.ENGINE])
+    stream, recipe = ModelStream(model, device), Recipe(preset=preset, methods=PRESETS[preset])
     foretold, layers = forecast_layers(stream, recipe, decide(stream, recipe).candidates, shape_NL), []
     for layer, planned in zip(foretold, plan["layers"], strict=True):
         shapes = products(stream.layer_tensors(layer.index))
@@ -83,7 +87,7 @@ def workload(model: Path, device: str, shape_NL: tuple[int, int], plan: Result) 
         layers.append(LayerWork(
             read_bytes=planned["read_bytes"] - layer.copied_bytes, write_bytes=planned["write_bytes"],
             upload_bytes=layer.source_bytes * (stream.device.type == "cuda"), flops=layer.flops, flops64=layer.flops64,
-            decompositions=layer.decompositions, linears=tuple(shapes),
+            flops32=layer.flops32, decompositions=layer.decompositions, linears=tuple(shapes),
         ))  # fmt: skip
     shard = max(model.glob("*.safetensors"), key=lambda path: path.stat().st_size)
     return Workload(device=device, dtype=stream.dtype, shard=shard, layers=tuple(layers))
@@ -98,11 +102,14 @@ def measure_rates(work: Workload, out: Path) -> dict[str, float]:
     """Every rate that the floor divides by, by name. Bytes/s, FLOP/s, n^3/s."""
     linears = {shape for layer in work.layers for shape in layer.linears}
     sizes = {size for layer in work.layers for size in layer.decompositions}
+    size = (PRODUCT_SIZE, PRODUCT_SIZE, PRODUCT_SIZE)
     rates = {
         "read": disk_speed.read_rate(work.shard, disk_speed.DISK_BYTES * 4),
         "write": disk_speed.measure_disk(out).write,
-        "products": machine.matmul_rate(work.device, torch.float64, PRODUCT_SIZE, PRODUCT_SIZE, PRODUCT_SIZE),
+        "products": machine.matmul_rate(work.device, torch.float64, *size),
     }
+    if any(layer.flops32 for layer in work.layers):
+        rates["products32"] = machine.matmul_rate(work.device, torch.float32, *size)
     if any(layer.upload_bytes for layer in work.layers):
         rates["upload"] = machine.upload_rate(work.device)
     for rows, columns in sorted(linears):
@@ -132,7 +139,7 @@ def floor(layer: LayerWork, rates: dict[str, float]) -> dict[str, float]:
         "write": layer.write_bytes / rates["write"],
         "upload": layer.upload_bytes / rates["upload"] if layer.upload_bytes else 0.0,
         "forward": layer.flops * per_weight / weights,
-        "products": layer.flops64 / rates["products"],
+        "products": layer.flops64 / rates["products"] + (layer.flops32 and layer.flops32 / rates["products32"]),
         "decompositions": sum(size**3 / rates[f"eigh {size}"] for size in layer.decompositions),
     }
 
@@ -218,7 +225,11 @@ def phase_table(run: Result) -> str:
     parts, phases = run["floor_parts"], run["phases"]
     rows = [
         ("read", phases["read"], parts["read"] + parts["upload"]),
-        ("capture, propagate", phases["capture"] + phases["propagate"], parts["forward"]),
+        (
+            "dense, capture, propagate",
+            sum(phases[name] for name in ("dense", "capture", "propagate")),
+            parts["forward"],
+        ),
         ("solve", phases["solve"], parts["products"] + parts["decompositions"]),
         ("write", phases["write"], parts["write"]),
         ("total", run["measured"], run["floor"]["sum"]),

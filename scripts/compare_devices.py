@@ -19,19 +19,20 @@ SAMPLES, LENGTH = 24, 512
 
 LEAST_KEPT = 0.995
 """Share of the kept channels that must be equal: scores closer together than float32 can tell may change places."""
-MOST_DIFFERENCE = 1e-3
-"""Relative, of the product of two factors; float32 on two devices."""
+MOST_DIFFERENCE = {"lorap": 1e-3, "best": 1e-2}
+"""Preset -> relative, of the product of two factors; float32 on two devices. A fit moves by more than a truncation: what two
+devices see of the activations differs, and a channel that changes places changes the fit of the others."""
 MOST_PERPLEXITY = 0.1
 """Percent."""
 
 
-def compare_devices(work: Path, device: str) -> Result:
+def compare_devices(work: Path, device: str, preset: str) -> Result:
     """The CPU against `device`, and `device` against itself with other schedules. `work` is a new folder."""
     with shared.new_folder(work):
         work.mkdir(parents=True)
         model = shared.checkpoint(work, SHAPE, LAYERS, SCALE_DOWN, "float32")
         tokens = shared.tokens_file(work, model, SAMPLES, LENGTH)
-        settings: dict[str, Any] = {"files": (str(tokens),), "dtype": "float32", "preset": "lorap"}
+        settings: dict[str, Any] = {"files": (str(tokens),), "dtype": "float32", "preset": preset}
         streamlap.compress(model, work / "cpu", device="cpu", **settings)
         settings["device"] = device
         streamlap.compress(model, work / "device", **settings)
@@ -39,7 +40,7 @@ def compare_devices(work: Path, device: str) -> Result:
         streamlap.compress(model, work / "least memory", **settings, **least_memory(model, settings))
         whole = shared.hashes(work / "device")
         found = {
-            "device": device, "model": f"{SHAPE}, {LAYERS} layers, widths by {SCALE_DOWN}, float32",
+            "device": device, "preset": preset, "model": f"{SHAPE}, {LAYERS} layers, widths by {SCALE_DOWN}, float32",
             **compare(work / "cpu", work / "device"),
             "perplexity": {"cpu": perplexity(work / "cpu", tokens, "cpu"),
                            "device": perplexity(work / "device", tokens, device)},
@@ -70,7 +71,11 @@ def compare(one: Path, other: Path) -> Result:
         streamlap.export_dense(folder, dense(folder))
     same = [len({*channels} & {*kept[1].get(path, ())}) / len(channels) for path, channels in kept[0].items()]
     products = [difference(dense(one), dense(other), path) for path, row in rows[0].items() if "rank" in row]
-    return {"ranks_equal": rows[0] == rows[1], "least_kept_equal": min(same), "most_product_difference": max(products)}
+    return {
+        "ranks_equal": rows[0] == rows[1],
+        "least_kept_equal": min(same),
+        "most_product_difference": max(products, default=0.0),
+    }
 
 
 def dense(folder: Path) -> Path:
@@ -95,7 +100,7 @@ def verdict(found: Result) -> dict[str, bool]:
     return {
         "ranks": found["ranks_equal"],
         "kept": found["least_kept_equal"] >= LEAST_KEPT,
-        "products": found["most_product_difference"] <= MOST_DIFFERENCE,
+        "products": found["most_product_difference"] <= MOST_DIFFERENCE[found["preset"]],
         "perplexity": abs(shared.percent(after, before)) <= MOST_PERPLEXITY,
         **found["schedules"],
     }

@@ -32,7 +32,7 @@ FLOORS = {
     4: {"methods", "output"},
     3: {"families", "settings"},
     2: {"store", "system"},
-    1: {"linalg", "untrusted"},
+    1: {"accelerator", "linalg", "untrusted"},
     0: {"errors", "loader", "version"},
 }
 """Rooms by their names inside the package; "" is the package root."""

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from streamlap.accelerator.devices import accelerator_of
 from streamlap.errors import CheckpointError, UnsupportedModel, few, shown
 from streamlap.families.bounds import check_roles, check_widths, described_by, native_config
 from streamlap.families.layer import StreamLayer
@@ -74,7 +75,7 @@ class ModelStream:
         self, folder: Path, device: str = "cpu", dtype: str = "auto", source: TensorSource | None = None,
         bfloat16: bool | None = None,
     ) -> None:  # fmt: skip
-        self.folder, self.device = folder, torch.device(device)
+        self.folder, self.accelerator = folder, accelerator_of(device)
         self._bfloat16 = cpu_has_bfloat16() if bfloat16 is None else bfloat16
         check_folder(folder)
         check_alone(folder)
@@ -106,6 +107,11 @@ class ModelStream:
         for index in range(self.depth) if self.rows else ():
             forms = {role: self.form(index, role) for role in self.family.roles}
             check_widths(forms, self.natives(index), self.family, self.head_dim, self.layer_name(index))
+
+    @property
+    def device(self) -> torch.device:
+        """Where it computes."""
+        return self.accelerator.device
 
     @property
     def depth(self) -> int:
@@ -259,7 +265,7 @@ class ModelStream:
         if name == "auto" and stored not in COMPUTE_DTYPES.values():
             return torch.float32
         if name == "auto":
-            fast = self.device.type != "cpu" or (stored == torch.bfloat16 and self._bfloat16)
+            fast = self.accelerator.away or (stored == torch.bfloat16 and self._bfloat16)
             return stored if fast else torch.float32
         return COMPUTE_DTYPES[name]
 

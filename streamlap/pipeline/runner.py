@@ -16,12 +16,14 @@ from typing import Any, TypeVar
 
 import torch
 
+from streamlap.accelerator.devices import Accelerator
+from streamlap.accelerator.slab import open_slab
 from streamlap.errors import BudgetError, StreamlapError, first_line
 from streamlap.families.layer import StreamLayer
 from streamlap.families.stream import ModelStream
 from streamlap.linalg.rows import MOST_OUT, require_few, rows_out
 from streamlap.pipeline.streams import HiddenStates, LayerPart
-from streamlap.planning.schedule import INNER, Fit, buffers
+from streamlap.planning.schedule import INNER, Fit, buffers, slab_sizes
 from streamlap.store.hidden import HiddenBank
 from streamlap.store.staging import Staging
 from streamlap.store.transfer import upload_ahead
@@ -82,14 +84,18 @@ class LayerRunner:
     ) -> Iterator[tuple[torch.Tensor, ...]]:
         """Batches of several streams side by side on the device, the next under way while one is in use; of the sequences of
         these numbers alone, where they are given."""
-        on_disk, bank = self.fit.schedule.tier == "disk", states[0].bank
+        bank = states[0].bank
         total = -(-(bank.shape_NLD[0] if numbers is None else len(numbers)) // bank.batch)
-        read = (state.read(numbers) for state in states)
-        fetched = (ahead(batches, self.fetcher) if on_disk else batches for batches in read)
-        rows = zip(*(upload_ahead(batches, self.stream.device) for batches in fetched), strict=True)
+        rows = zip(*(self._there(state.read(numbers)) for state in states), strict=True)
         for place, row in enumerate(rows):
             self.progress.phase(phase, place, total)
             yield row
+
+    def _there(self, batches: Iterator[torch.Tensor]) -> Iterator[torch.Tensor]:
+        """What is read of a stream, on the device."""
+        tier = self.fit.schedule.tier
+        fetched = ahead(batches, self.fetcher) if tier == "disk" else batches
+        return fetched if tier == "vram" else upload_ahead(fetched, self.stream.accelerator)
 
     def observe(self, layer: StreamLayer, states: HiddenStates) -> torch.Tensor:
         """Hidden states through the layer, for those who look at its inputs; the outputs are dropped."""
@@ -145,7 +151,7 @@ class LayerRunner:
         # Of what is kept though it was freed only so much is there, whatever is claimed for it.
         kept = self.heap.limit and self.heap.limit - self.heap.freed
         budgets = ((self.fit.ram, self.fit.schedule.ram, ram_bytes() + kept),
-                   (self.fit.vram, self.fit.schedule.vram, self._allocated()))  # fmt: skip
+                   (self.fit.vram, self.fit.schedule.vram, self.stream.accelerator.memory()[0]))  # fmt: skip
         for budget, phases, held in budgets:
             assert set(budget.held) <= set(phases.get("layers", {})), (
                 f"claims that outlive layer {index}: {budget.held}"
@@ -163,9 +169,6 @@ class LayerRunner:
                     f"it claims, and the next layer would break the cap of {show_size(budget.cap)}. Run again to resume."
                 )
 
-    def _allocated(self) -> int:
-        return torch.cuda.memory_allocated(self.stream.device) if self.stream.device.type == "cuda" else 0
-
 
 @contextlib.contextmanager
 def start_runner(
@@ -175,12 +178,13 @@ def start_runner(
 
     Args: most_out, the share of the tokens that may go bad.
     """
-    schedule, device = choice.schedule, stream.device
-    limit_vram(choice, device)
+    schedule, accelerator = choice.schedule, stream.accelerator
+    accelerator.limit(choice.vram.cap)
     with contextlib.ExitStack() as stack:
         stack.enter_context(choice.ram.claim(schedule.ram["layers"]))
         stack.enter_context(choice.vram.claim(schedule.vram.get("layers", {})))
         heap = stack.enter_context(KeptHeap(schedule.kept))
+        memory = stack.enter_context(host_memory(choice, accelerator, banks))
         for bank in banks:
             stack.callback(bank.close)
         stack.enter_context(progress)
@@ -190,9 +194,23 @@ def start_runner(
         with clear_machine_faults():
             yield LayerRunner(
                 stream=stream, fit=choice, fetcher=fetcher, writer=writer, progress=progress,
-                staging=Staging(choice.work.staged, buffers(choice.work, schedule.overlap), device, reader),
-                ladder=Ladder(schedule.micro, device), heap=heap, most_out=most_out,
+                staging=Staging(memory, accelerator, reader), ladder=Ladder(schedule.micro, accelerator),
+                heap=heap, most_out=most_out,
             )  # fmt: skip
+
+
+@contextlib.contextmanager
+def host_memory(choice: Fit, accelerator: Accelerator, banks: Sequence[HiddenBank]) -> Iterator[list[torch.Tensor]]:
+    """The buffers that layers are read into; where a device copies from them and back, in one slab with the batches of the
+    banks."""
+    work, schedule = choice.work, choice.schedule
+    if not accelerator.away:
+        yield [torch.empty(work.staged, dtype=torch.uint8) for _ in range(buffers(work, schedule.overlap))]
+        return
+    with open_slab(accelerator, slab_sizes(work, schedule)) as slab:
+        for bank in banks:
+            bank.use(slab.room)
+        yield [slab.buffer]
 
 
 def check_sublayers(stream: ModelStream, choice: Fit, tokens_NL: torch.Tensor, writes: bool) -> None:
@@ -200,7 +218,7 @@ def check_sublayers(stream: ModelStream, choice: Fit, tokens_NL: torch.Tensor, w
 
     See `ModelStream.check_sublayers`.
     """
-    limit_vram(choice, stream.device)
+    stream.accelerator.limit(choice.vram.cap)
     schedule = choice.schedule
     with (
         clear_machine_faults(),
@@ -227,10 +245,3 @@ def clear_machine_faults() -> Iterator[None]:
                 "the device again (nvidia-smi); this process cannot use it any more."
             ) from error
         raise
-
-
-def limit_vram(choice: Fit, device: torch.device) -> None:
-    """Have torch itself keep the cap: an allocation beyond it fails as if the device were full."""
-    if device.type == "cuda":
-        total = torch.cuda.get_device_properties(device).total_memory
-        torch.cuda.set_per_process_memory_fraction(min(1.0, choice.vram.cap / total), device)

@@ -152,5 +152,5 @@ def stream_marks(stream: ModelStream, tokens_NL: torch.Tensor) -> dict[str, Any]
     """All that the hidden states of a dense model depend on."""
     return {
         **source_marks(stream), "calibration tokens": f"{list(tokens_NL.shape)} {token_hash(tokens_NL)[:16]}",
-        "compute": f"{stream.dtype} on {stream.device.type}",
+        "compute": f"{stream.dtype} on {stream.accelerator.label.type}",
     }  # fmt: skip

@@ -114,8 +114,7 @@ def open_bank(
 ) -> HiddenBank:
     """Hidden states in `folder`, if there is one, and in the memory that the schedule gives them."""
     sequences, length = tokens_NL.shape
-    cache = {"vram": stream.device, "ram": torch.device("cpu"), "disk": None}[schedule.tier]
     return HiddenBank(
         (sequences, length, stream.width), stream.dtype, batch_of(length),
-        folder=folder, cache=cache, pinned=stream.device.type == "cuda", name=name,
+        folder=folder, tier=schedule.tier, accelerator=stream.accelerator, name=name,
     )  # fmt: skip

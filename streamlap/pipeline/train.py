@@ -47,9 +47,9 @@ class Lessons:
         either stream are so in the target, and zero before the layer."""
         hand = self.hand
         _, _, target = places(hand)
-        device = hand.runner.stream.device
+        move = hand.runner.stream.accelerator.move
         for number in numbers:
-            yield paired(hand.compressed.pick(number).to(device), target.pick(number).to(device))
+            yield paired(*(move(states.pick(number)) for states in (hand.compressed, target)))
 
 
 def train_layer(hand: LayerInHand, method: Trained, session: Session) -> Trace:

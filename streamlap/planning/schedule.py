@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
+from streamlap.accelerator.slab import SlabSizes, paged
 from streamlap.errors import BudgetError
 from streamlap.families.stream import batch_of
 from streamlap.planning.workload import Workload
@@ -91,16 +92,18 @@ def _cpu_schedule(work: Workload, overlap: bool, tier: str, micro: int, kept: in
 
 
 def _gpu_schedule(work: Workload, overlap: bool, tier: str, micro: int) -> Schedule:
-    full = work.batch(batch_of(work.length))
-    bank, batches = _hidden(work, overlap, tier, pinned(full))
-    staging = {"staging": pinned(work.staged)}  # pinned memory stays with torch, also once it is free
+    full, kept = work.batch(batch_of(work.length)), _places(work)
+    slab = {"staging": paged(work.staged)}  # of exact size, see `accelerator.slab`; every part begins at a page
+    if tier == "ram":
+        slab["hidden states"] = kept * paged(full)
+    slab["hidden batches"] = _on_their_way(work, overlap, tier) * paged(full)
     ram = {
-        "layers": {**staging, **(bank if tier == "ram" else {}), **batches},
+        "layers": slab,
         "solve": _optional({"waiting": work.waiting}),
         "propagate": {"writer": CHUNK_BYTES},
-        "head": {"head": work.head_stored, **staging, **(bank if tier == "ram" else {}), **batches},
+        "head": {"head": work.head_stored, **slab},  # as long as something of a slab is in use all of it is there
     }
-    resident = bank if tier == "vram" else {}
+    resident = {"hidden states": kept * full} if tier == "vram" else {}
     vram = {
         "layers": {
             "layer": work.computed,
@@ -134,16 +137,31 @@ def _solve(work: Workload, micro: int) -> int:
 def _hidden(work: Workload, overlap: bool, tier: str, batch: int) -> tuple[dict[str, int], dict[str, int]]:
     """One generation, where a memory keeps it, and the batches on their way: read (in use, and the next), computed, written.
     Of two streams both are read, and one is between its sub-layers."""
-    bank = {"hidden states": -(-work.generation // work.batch(batch_of(work.length))) * batch * work.streams}
+    two = work.streams > 1
     if tier == "disk":
-        return {}, {"hidden batches": batch * (3 + 3 * (work.streams > 1) + IN_FLIGHT * overlap)}
-    on_their_way = (work.streams > 1) if tier == "ram" and work.device.type == "cpu" else 1 + IN_FLIGHT * overlap
-    return bank, {"hidden batches": batch * on_their_way}
+        return {}, {"hidden batches": batch * (3 + 3 * two + IN_FLIGHT * overlap)}
+    return {"hidden states": _places(work) * batch}, {"hidden batches": batch * two}
 
 
-def pinned(count: int) -> int:
-    """What torch takes for `count` bytes of pinned memory: the next power of two."""
-    return 1 << (count - 1).bit_length() if count else 0
+def _places(work: Workload) -> int:
+    """Batches of one generation of every stream."""
+    return -(-work.sequences // batch_of(work.length)) * work.streams
+
+
+def _on_their_way(work: Workload, overlap: bool, tier: str) -> int:
+    """Batches between the host and a device: one on its way back and those that wait for the disk, and from the disk one for
+    each stream that is read, two where the next is read ahead. In RAM they wait where they stay, and what is picked of two
+    streams, while nothing comes back, takes one each."""
+    streams = min(work.streams, 2)
+    if tier == "ram":
+        return streams
+    return (1 + overlap) * streams * (tier == "disk") + 1 + IN_FLIGHT * overlap
+
+
+def slab_sizes(work: Workload, schedule: Schedule) -> SlabSizes:
+    """The host memory of a run on a device: what `schedule` claims for it, to the byte."""
+    rooms = _on_their_way(work, schedule.overlap, schedule.tier) + (_places(work) if schedule.tier == "ram" else 0)
+    return SlabSizes(buffer=paged(work.staged), room=paged(work.batch(batch_of(work.length))), rooms=rooms)
 
 
 def schedules(work: Workload, overlap: bool) -> Iterator[Schedule]:

@@ -112,7 +112,7 @@ def layer_workload(stream: ModelStream, sequences: int, length: int) -> dict[str
     tables = [stream.layer_tensors(index).values() for index in range(stream.depth)]
     shapes = [stream.form(index, role).shape for index in range(stream.depth) for role in stream.family.roles]
     return {
-        "device": stream.device, "itemsize": stream.dtype.itemsize, "sequences": sequences, "length": length,
+        "device": stream.accelerator.label, "itemsize": stream.dtype.itemsize, "sequences": sequences, "length": length,
         "staged": max(map(staged_bytes, tables)), "width": stream.width,
         "computed": max(sum(computed_bytes(info, stream.dtype) for info in table) for table in tables),
         "converts": any(info.dtype.is_floating_point and info.dtype != stream.dtype for table in tables for info in table),

@@ -17,34 +17,36 @@ from pathlib import Path
 
 import torch
 
+from streamlap.accelerator.devices import Accelerator, Cpu, Landing, Room, plain_room
 from streamlap.errors import ResumeMismatch, StreamlapError
 from streamlap.store.header import byte_view
 from streamlap.store.sink import DurableFile, fsync_folder, make_folder, remove_file
-from streamlap.store.transfer import Download
 from streamlap.store.worker import Worker
 
 IN_FLIGHT = 2
 """Batches that may wait for the disk while the next is computed."""
 
 INLINE = Worker(overlap=False)
+HOST = Cpu(torch.device("cpu"))
 
 
 class HiddenBank:
     """Generations of one run, read and written in order, `batch` sequences at a time.
 
-    Args: folder, where generations lie on the disk, None where nothing has to outlive the process; cache, the device in whose
-    memory the newest generation stays, None to read it from the disk; pinned, whether batches go on to a CUDA device; name,
-    that of its files.
+    Args: folder, where generations lie on the disk, None where nothing has to outlive the process; tier, where the newest
+    generation stays: vram, the device's memory, ram, or disk, to read it from there; accelerator, the device that batches come
+    from and go to; name, that of its files.
     """
 
     def __init__(
         self, shape_NLD: tuple[int, int, int], dtype: torch.dtype, batch: int, *,
-        folder: Path | None = None, cache: torch.device | None = None, pinned: bool = False, name: str = "hidden",
+        folder: Path | None = None, tier: str = "ram", accelerator: Accelerator = HOST, name: str = "hidden",
     ) -> None:  # fmt: skip
-        assert folder is not None or cache is not None, "a bank without any tier"
+        assert folder is not None or tier != "disk", "a bank without any tier"
         self.shape_NLD, self.dtype, self.batch = shape_NLD, dtype, batch
-        self.folder, self._cache, self._pinned, self._name = folder, cache, pinned, name
-        self._kept: list[torch.Tensor | Download] = []
+        self.folder, self._tier, self._accelerator, self._name = folder, tier, accelerator, name
+        self._room: Room = plain_room
+        self._kept: list[torch.Tensor | Landing] = []
         self._kept_generation = -1
         self._made = False  # the folder, by this process
         self._file: DurableFile | None = None
@@ -56,41 +58,50 @@ class HiddenBank:
         sequences, length, width = self.shape_NLD
         return sequences * length * width * self.dtype.itemsize
 
+    def use(self, room: Room) -> None:
+        """Take host memory for batches from `room` from now on."""
+        self._room = room
+
     def read(self, generation: int, numbers: Sequence[int] | None = None) -> Iterator[torch.Tensor]:
-        """Batches [B, L, D] in order; of the sequences of these `numbers` alone, where they are given. Raises ResumeMismatch
-        when the generation is not whole."""
+        """Batches [B, L, D] in order: in the device's memory where they stay there, else in the host's; of the sequences of
+        these `numbers` alone, where they are given. No batch that was given is held here when the next is asked for, but where
+        it stays. Raises ResumeMismatch when the generation is not whole."""
         if numbers is not None:
-            yield from (
-                self.pick(generation, numbers[first : first + self.batch])
-                for first in range(0, len(numbers), self.batch)
-            )
+            for first in range(0, len(numbers), self.batch):
+                yield self.pick(generation, numbers[first : first + self.batch])
             return
         if generation == self._kept_generation:
             for place in range(len(self._kept)):
-                kept = self._kept[place]
-                yield kept.wait() if isinstance(kept, Download) else kept
+                yield landed(self._kept[place])
             return
         self._kept, self._kept_generation = [], -1
+        if self._tier == "disk":
+            yield from self._read_file(generation)
+            return
         for x_BLD in self._read_file(generation):
-            if self._cache is not None:  # at its place at once, since `write` may be replacing what was read before
-                self._kept.append(x_BLD.to(self._cache))
-            yield x_BLD
-        if self._cache is not None:
-            self._kept_generation = generation
+            # at its place at once, since `write` may be replacing what was read before
+            self._kept.append(self._accelerator.move(x_BLD) if self._tier == "vram" else x_BLD)
+            del x_BLD
+            yield landed(self._kept[-1])
+        self._kept_generation = generation
 
     def pick(self, generation: int, numbers: Sequence[int]) -> torch.Tensor:
-        """The sequences of these numbers [B, L, D], in their order, from wherever they are; nothing is kept of it."""
-        if generation == self._kept_generation:
-            rows = []
-            for number in numbers:
-                kept = self._kept[number // self.batch]
-                rows.append((kept.wait() if isinstance(kept, Download) else kept)[number % self.batch])
+        """The sequences of these numbers [B, L, D], at most a batch, in their order, from wherever they are; in memory where
+        `read` gives them. Nothing is kept of it."""
+        kept = generation == self._kept_generation
+        rows = [landed(self._kept[number // self.batch])[number % self.batch] for number in numbers] if kept else []
+        if kept and self._tier == "vram":
             return torch.stack(rows)
+        x_BLD = self._room((len(numbers), *self.shape_NLD[1:]), self.dtype)
+        if kept:
+            return torch.stack(rows, out=x_BLD)
         handle = self._open(generation)
         try:
-            return torch.cat([self._read_rows(handle, generation, number, 1) for number in numbers])
+            for place, number in enumerate(numbers):
+                self._read_rows(handle, generation, number, x_BLD[place : place + 1])
         finally:
             os.close(handle)
+        return self._accelerator.move(x_BLD) if self._tier == "vram" else x_BLD
 
     def write(self, generation: int, batches: Iterable[torch.Tensor], writer: Worker = INLINE) -> None:
         """Take in a generation. Its file is whole once `writer` has come to the end of what it was given here.
@@ -104,13 +115,19 @@ class HiddenBank:
         pending: deque[Future[None]] = deque()
         try:
             for place, x_BLD in enumerate(batches):
-                copy = Download(x_BLD)
-                if self._cache is not None:
-                    self._kept[place : place + 1] = [copy if self._cache.type == "cpu" else x_BLD]
+                if self._tier == "vram":
+                    self._kept[place : place + 1] = [x_BLD]
+                if self._tier == "vram" and file is None:
+                    continue
+                copy = self._accelerator.download(x_BLD, self._room)
+                del x_BLD
+                if self._tier == "ram":
+                    self._kept[place : place + 1] = [copy]
                 if file is not None:
                     pending.append(writer.submit(_write_batch, file, copy))
                     if len(pending) > IN_FLIGHT:
                         pending.popleft().result()
+                del copy  # its room may be the one that the next batch goes to
             for done in pending:
                 done.result()
         except BaseException:
@@ -118,7 +135,7 @@ class HiddenBank:
             if file is not None:
                 writer.submit(file.discard).result()  # now: leaving by an error cancels what is only queued
             raise
-        self._kept_generation = generation if self._cache is not None else -1
+        self._kept_generation = generation if self._tier != "disk" else -1
         self._sealed = writer.submit(self._seal, file) if file is not None else None
 
     def settle(self) -> None:
@@ -127,7 +144,8 @@ class HiddenBank:
             self._sealed.result()
 
     def close(self) -> None:
-        """Take away the file that was cut short, if any. To be called when no writer is at work any more."""
+        """Take away the file that was cut short, if any, and take no more rooms. To be called when no writer is at work."""
+        self._room = plain_room
         if self._file is not None:
             self._file.discard()
 
@@ -155,10 +173,11 @@ class HiddenBank:
             file.discard()
 
     def _read_file(self, generation: int) -> Iterator[torch.Tensor]:
-        handle, sequences = self._open(generation), self.shape_NLD[0]
+        handle, (sequences, *shape_LD) = self._open(generation), self.shape_NLD
         try:
             for first in range(0, sequences, self.batch):
-                yield self._read_rows(handle, generation, first, min(self.batch, sequences - first))
+                shape_BLD = min(self.batch, sequences - first), *shape_LD
+                yield self._read_rows(handle, generation, first, self._room(shape_BLD, self.dtype))
         finally:
             os.close(handle)
 
@@ -179,11 +198,10 @@ class HiddenBank:
             )
         return os.open(path, os.O_RDONLY)
 
-    def _read_rows(self, handle: int, generation: int, first: int, rows: int) -> torch.Tensor:
-        sequences, length, width = self.shape_NLD
-        x_BLD = torch.empty(rows, length, width, dtype=self.dtype, pin_memory=self._pinned)
+    def _read_rows(self, handle: int, generation: int, first: int, x_BLD: torch.Tensor) -> torch.Tensor:
+        """Fill `x_BLD` with the sequences from `first` on."""
         view = byte_view(x_BLD)
-        done, start = 0, first * self.nbytes // sequences
+        done, start = 0, first * self.nbytes // self.shape_NLD[0]
         while done < len(view):
             done += _read_some(handle, view[done:], start + done, self._path(generation))
         return x_BLD
@@ -196,7 +214,11 @@ def remove_hidden(folder: Path) -> None:
         fsync_folder(folder.parent)
 
 
-def _write_batch(file: DurableFile, batch: Download) -> None:
+def landed(kept: torch.Tensor | Landing) -> torch.Tensor:
+    return kept if isinstance(kept, torch.Tensor) else kept.wait()
+
+
+def _write_batch(file: DurableFile, batch: Landing) -> None:
     file.write(byte_view(batch.wait()))
 
 

@@ -6,11 +6,12 @@ Elsewhere one is enough: what is taken from it is converted, copied or uploaded 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import Future
 
 import torch
 
+from streamlap.accelerator.devices import Accelerator
 from streamlap.store.header import TensorInfo, byte_view
 from streamlap.store.source import read_into, require_finite
 from streamlap.store.worker import Worker
@@ -29,18 +30,16 @@ def _padded(count: int) -> int:
 
 
 class Staging:
-    """`buffers` buffers of `nbytes`, on pinned memory where a CUDA device reads from them."""
+    """Takes turns with `buffers`, bytes in host memory, each of which holds a layer."""
 
-    def __init__(self, nbytes: int, buffers: int, device: torch.device, reader: Worker) -> None:
-        pinned = device.type == "cuda"
-        self._buffers = [torch.empty(nbytes, dtype=torch.uint8, pin_memory=pinned) for _ in range(buffers)]
-        self._device, self._reader, self._turn = device, reader, 0
+    def __init__(self, buffers: Sequence[torch.Tensor], accelerator: Accelerator, reader: Worker) -> None:
+        self._buffers, self._accelerator, self._reader, self._turn = buffers, accelerator, reader, 0
         self._coming: tuple[list[str], Future[torch.Tensor]] | None = None
 
     @property
     def lasting(self) -> bool:
         """Whether what was taken stays as it is while the next layer is read."""
-        return self._device.type != "cpu" or len(self._buffers) > 1 or not self._reader.overlap
+        return self._accelerator.away or len(self._buffers) > 1 or not self._reader.overlap
 
     def prefetch(self, tensors: Mapping[str, TensorInfo]) -> None:
         """Begin to read `tensors` into the next buffer, where reading overlaps; what was taken from it before is out of use."""
@@ -63,11 +62,9 @@ class Staging:
         views = _views(buffer, tensors)
         for name, info in tensors.items():
             require_finite(views[name], info.name, info.path.name)
-        if self._device.type == "cpu":
+        if not self._accelerator.away:
             return views
-        uploaded = buffer[: staged_bytes(tensors.values())].to(self._device, non_blocking=True)
-        torch.cuda.current_stream(self._device).synchronize()  # only then may the next layer be read into the buffer
-        return _views(uploaded, tensors)
+        return _views(self._accelerator.move(buffer[: staged_bytes(tensors.values())]), tensors)
 
     def settle(self) -> None:
         """Wait for what is being read, and forget it."""

@@ -13,6 +13,8 @@ from typing import TypeVar
 import psutil
 import torch
 
+from streamlap.accelerator import vram
+from streamlap.accelerator.devices import Accelerator, accelerator_of
 from streamlap.errors import BudgetError, RecipeError, first_line, shown
 from streamlap.system.allocator import trim_heap
 from streamlap.system.amounts import parse_amount
@@ -51,19 +53,13 @@ def free_ram() -> int:
 
 
 def vram_state(device: torch.device) -> tuple[int, int]:
-    """(bytes that torch has given out, bytes that it still can) on a CUDA device; zeros on a CPU."""
-    if device.type != "cuda":
-        return 0, 0
-    allocated, reserved = torch.cuda.memory_allocated(device), torch.cuda.memory_reserved(device)
-    return allocated, int(torch.cuda.mem_get_info(device)[0]) + reserved - allocated
+    """(bytes that torch has given out, bytes that it still can) of a device's own memory; zeros on a CPU."""
+    return accelerator_of(device).memory()
 
 
 def warm_up(device: torch.device) -> None:
-    """Have a CUDA device's libraries loaded, which takes RAM by the hundred MiB, before what is held is measured."""
-    if device.type == "cuda":
-        x = torch.eye(64, device=device, dtype=torch.float64)
-        torch.linalg.eigh(x @ x)
-        torch.cuda.synchronize(device)
+    """Have a device's libraries loaded, which takes RAM by the hundred MiB, before what is held is measured."""
+    accelerator_of(device).warm_up()
 
 
 class MemoryBudget:
@@ -111,8 +107,8 @@ class Ladder:
     A step, once taken, holds for the rest of the run. Statistics and solves go in blocks of rows in any case.
     """
 
-    def __init__(self, micro: int, device: torch.device) -> None:
-        self.micro, self.solve_device = micro, device
+    def __init__(self, micro: int, accelerator: Accelerator) -> None:
+        self.micro, self.solve_device, self._away = micro, accelerator.device, accelerator.away
         self.steps: list[tuple[int, str]] = []
 
     def taken(self, layer: int) -> tuple[str, ...]:
@@ -142,8 +138,8 @@ class Ladder:
             return f"{self.micro} sequences a forward"
         if "caches freed" not in tried:
             return "caches freed"
-        if phase == "solve" and self.solve_device.type != "cpu":
-            self.solve_device = torch.device("cpu")
+        if phase == "solve" and self._away:
+            self.solve_device, self._away = torch.device("cpu"), False
             return "solve on the CPU"
         raise BudgetError(
             f"out of memory in {phase} after every fallback ({reason}). What is committed is kept: run again with a shorter "
@@ -154,8 +150,7 @@ class Ladder:
 def free_caches() -> None:
     gc.collect()
     trim_heap()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
+    vram.release_cached()
 
 
 def is_out_of_memory(error: BaseException) -> bool:

@@ -4,23 +4,21 @@ from __future__ import annotations
 
 import re
 
-import torch
-
+from streamlap.accelerator.devices import KINDS, accelerator_of
 from streamlap.errors import RecipeError, shown
 
 
 def pick_device(name: str) -> str:
     """auto, cpu, cuda or cuda:N -> a device that is there, a GPU by its number; it becomes torch's current one."""
     if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
+        name = "cuda" if KINDS["cuda"].count() else "cpu"
     check_device_name(name)
-    if name.startswith("cuda") and int(name[5:] or 0) >= torch.cuda.device_count():
-        raise RecipeError(
-            f"device is {name!r}, and torch sees {torch.cuda.device_count()} CUDA devices; use --device cpu."
-        )
+    count = KINDS["cuda"].count()
+    if name.startswith("cuda") and int(name[5:] or 0) >= count:
+        raise RecipeError(f"device is {name!r}, and torch sees {count} CUDA devices; use --device cpu.")
     if name.startswith("cuda"):
         name = f"cuda:{int(name[5:] or 0)}"
-        torch.cuda.set_device(name)
+        accelerator_of(name).select()
     return name
 
 

@@ -8,23 +8,18 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import psutil
-import torch
+
+from streamlap.accelerator import vram
 
 _CLEAR_REFS = Path("/proc/self/clear_refs")
 _STATUS = Path("/proc/self/status")
-
-
-def cuda_in_use() -> bool:
-    """Whether this process has begun to use a GPU."""
-    return bool(torch.cuda.is_initialized())  # type: ignore[no-untyped-call]
 
 
 def reset_peaks() -> None:
     """Count this process's peaks anew: RAM where the kernel offers that (Linux), VRAM where there is any."""
     with contextlib.suppress(OSError):
         _CLEAR_REFS.write_text("5")
-    if cuda_in_use():  # a run on the CPU shall not wake the GPU
-        torch.cuda.reset_peak_memory_stats()
+    vram.reset_peak()
 
 
 def ram_bytes() -> int:
@@ -43,7 +38,7 @@ def peak_ram_bytes() -> int:
 
 def peak_vram_bytes() -> int:
     """Most device memory that torch had given out at one time since `reset_peaks`."""
-    return torch.cuda.max_memory_allocated() if cuda_in_use() else 0
+    return vram.peak()
 
 
 def bytes_moved() -> tuple[int, int]:

@@ -14,10 +14,10 @@ import time
 from types import TracebackType
 from typing import Any, TextIO
 
-import torch
 from tqdm import tqdm
 
-from streamlap.system.meters import bytes_moved, cuda_in_use, ram_bytes
+from streamlap.accelerator import vram
+from streamlap.system.meters import bytes_moved, ram_bytes
 
 TICK_SECONDS = 1.0
 FORMAT = "{desc} {n_fmt}/{total_fmt} |{bar:20}| {elapsed}, {postfix}"
@@ -101,8 +101,8 @@ class Progress:
         return f"{(sum(bytes_moved()) - self._moved) / elapsed / 1e6:.0f} MB/s"
 
     def _memory(self) -> str:
-        vram = f", VRAM {torch.cuda.memory_allocated() / 2**30:.2f} GiB" if cuda_in_use() else ""
-        return f"RSS {ram_bytes() / 2**30:.2f} GiB{vram}"
+        device = f", VRAM {vram.allocated() / 2**30:.2f} GiB" if vram.in_use() else ""
+        return f"RSS {ram_bytes() / 2**30:.2f} GiB{device}"
 
     def _eta(self) -> str:
         left = self.seconds_left()

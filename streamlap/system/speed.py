@@ -17,6 +17,8 @@ from typing import Any
 
 import torch
 
+from streamlap.accelerator.devices import accelerator_of
+from streamlap.accelerator.slab import SlabSizes, open_slab
 from streamlap.linalg.lowrank import eigh
 from streamlap.linalg.products import product
 from streamlap.system.rate_cache import kept
@@ -81,10 +83,11 @@ def eigh_rate(device: str, size: int = 2048) -> float:
 
 def upload_rate(device: str) -> float:
     """Bytes/s into the device's memory; from pinned memory, unless the device is the CPU itself."""
-    away = torch.device(device).type != "cpu"
-    source = torch.ones(UPLOAD_BYTES, dtype=torch.uint8, pin_memory=away)
-    target = torch.empty_like(source, device=device)
-    return UPLOAD_BYTES / _seconds(lambda: target.copy_(source, non_blocking=away), device)
+    accelerator = accelerator_of(device)
+    with open_slab(accelerator, SlabSizes(buffer=UPLOAD_BYTES)) as slab:
+        source = slab.buffer.fill_(1)  # so that the pages are there
+        target = torch.empty_like(source, device=accelerator.device)
+        return UPLOAD_BYTES / _seconds(lambda: target.copy_(source, non_blocking=accelerator.away), device)
 
 
 def _seconds(work: Callable[[], object], device: str) -> float:
@@ -104,7 +107,7 @@ def _seconds(work: Callable[[], object], device: str) -> float:
 
 def _synchronise(device: str) -> None:
     if torch.device(device).type != "cpu":
-        torch.accelerator.synchronize(torch.device(device))
+        accelerator_of(device).synchronize()
 
 
 def _random(device: str, *shape: int) -> torch.Tensor:
@@ -113,9 +116,7 @@ def _random(device: str, *shape: int) -> torch.Tensor:
 
 def _key(device: str, dtype: torch.dtype) -> str:
     parts = [_cpu_model(), f"torch {torch.__version__}", f"{torch.get_num_threads()} threads", str(dtype)]
-    if torch.device(device).type == "cuda":
-        parts.append(torch.cuda.get_device_name(device))
-    return ", ".join(parts)
+    return ", ".join(filter(None, [*parts, accelerator_of(device).model()]))
 
 
 def _cpu_model() -> str:

@@ -37,7 +37,7 @@ def run_stream(
     """Hidden states before every layer and after the last, and the logits."""
     stream = ModelStream(folder, dtype=dtype)
     shape_NLD, batch = (*tokens_NL.shape, stream.width), batch_of(tokens_NL.shape[1])
-    bank = HiddenBank(shape_NLD, stream.dtype, batch, cache=torch.device("cpu"))
+    bank = HiddenBank(shape_NLD, stream.dtype, batch)
     kwargs = stream.layer_kwargs(tokens_NL.shape[1])
     bank.write(0, stream.embed(tokens_NL))
     states = [torch.cat(list(bank.read(0)))]

@@ -372,7 +372,7 @@ def test_a_divergence_is_the_mean_of_the_good_tokens(pico: MakeModel) -> None:
     good_NL = ~(rows_out(dense_NLD) | rows_out(copy_NLD))
     banks = []
     for x_NLD in (dense_NLD, copy_NLD):
-        bank = HiddenBank((3, 16, 32), torch.float32, 2, cache=torch.device("cpu"))
+        bank = HiddenBank((3, 16, 32), torch.float32, 2)
         bank.write(stream.depth, x_NLD.split(2))
         banks.append(bank)
     cut, head = Perturbation(index=0, sublayer="ffn", keep=0.6), stream.head()
@@ -386,7 +386,7 @@ def test_a_divergence_is_the_mean_of_the_good_tokens(pico: MakeModel) -> None:
 def test_a_divergence_that_is_nan_is_not_zero(pico: MakeModel) -> None:
     """max(0.0, nan) is 0.0."""
     stream = ModelStream(pico("llama"))
-    bank = HiddenBank((3, 16, 32), torch.float32, 3, cache=torch.device("cpu"))
+    bank = HiddenBank((3, 16, 32), torch.float32, 3)
     bank.write(stream.depth, torch.randn(3, 16, 32).split(3))
     stream.head = lambda: lambda x_TD: torch.full((len(x_TD), 4), math.inf)  # type: ignore[method-assign]
     with pytest.raises(NumericalError, match="divergence nan over 48 tokens"):

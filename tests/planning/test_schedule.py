@@ -27,6 +27,7 @@ from streamlap.planning.schedule import (
     peak,
     require_fit,
     schedules,
+    slab_sizes,
 )
 from streamlap.planning.workload import Workload, evaluation_workload, layer_workload
 from streamlap.settings import Caps
@@ -44,7 +45,7 @@ WORK = Workload(
 """4 sequences a batch. A batch of hidden states takes 65,536 bytes, all of them 1,638,400; a forward 176 bytes a token, in the
 FFN, and 152 after the edits."""
 
-FULL, GENERATION = 65536, 1638400
+FULL, GENERATION, PAGE = 65536, 1638400, 4096
 FORWARD, AFTER = 4096 * 176, 4096 * 152
 
 
@@ -111,23 +112,36 @@ def test_a_schedule_on_a_gpu_by_hand() -> None:
     work = replace(WORK, device=CUDA)
     in_vram = make_schedule(work, True, "vram", 4)
     assert peak(in_vram.vram) == 2000 + 4 * FULL + GENERATION + FORWARD + 300
-    assert peak(in_vram.ram) == 1024 + 3 * FULL + CHUNK_BYTES, "pinned memory comes in powers of two"
+    assert peak(in_vram.ram) == PAGE + 3 * FULL + CHUNK_BYTES, "in whole pages"
     in_ram = make_schedule(work, True, "ram", 4)
     assert peak(in_ram.vram) == 2000 + 4 * FULL + FORWARD + 300
-    assert peak(in_ram.ram) == 1024 + GENERATION + 3 * FULL + CHUNK_BYTES
+    assert peak(in_ram.ram) == PAGE + GENERATION + FULL + CHUNK_BYTES
+    on_disk = make_schedule(work, True, "disk", 4)
+    assert peak(on_disk.ram) == PAGE + (2 + 1 + 2) * FULL + CHUNK_BYTES
+    assert peak(make_schedule(replace(work, streams=4), True, "disk", 4).ram) == peak(on_disk.ram) + 2 * FULL
     converted = make_schedule(replace(work, converts=True), False, "disk", 4)
     assert peak(converted.vram) == 2000 + 1000 + 4 * FULL + FORWARD
-    assert peak(converted.ram) == 1024 + 3 * FULL + CHUNK_BYTES
+    assert peak(converted.ram) == PAGE + 2 * FULL + CHUNK_BYTES
 
 
 def test_while_the_head_of_an_evaluation_is_in_use_host_memory_for_the_gpu_stays() -> None:
-    """Buffers and batches that torch has pinned it keeps; and the states that the head reads are where they were."""
+    """It is one piece; and the states that the head reads are where they were."""
     work = replace(WORK, device=CUDA, head=10**8, head_stored=10**9)
     on_disk, in_ram, in_vram = (make_schedule(work, False, tier, 4) for tier in ("disk", "ram", "vram"))
-    assert peak(on_disk.ram) == 10**9 + 1024 + 3 * FULL
-    assert peak(in_ram.ram) == 10**9 + 1024 + FULL + GENERATION
-    assert peak(in_vram.ram) == 10**9 + 1024 + FULL
+    assert peak(on_disk.ram) == 10**9 + PAGE + 2 * FULL
+    assert peak(in_ram.ram) == 10**9 + PAGE + FULL + GENERATION
+    assert peak(in_vram.ram) == 10**9 + PAGE + FULL
     assert (peak(on_disk.vram), peak(in_vram.vram)) == (10**8, 10**8 + GENERATION)
+
+
+@pytest.mark.parametrize("tier", ["vram", "ram", "disk"])
+@pytest.mark.parametrize("overlap", [True, False])
+def test_a_slab_is_what_the_schedule_claims_for_it_to_the_byte(overlap: bool, tier: str) -> None:
+    """With batches that end inside a page."""
+    for streams, sequences in ((1, 100), (4, 100), (4, 3)):
+        work = replace(WORK, device=CUDA, width=7, streams=streams, sequences=sequences)
+        schedule = make_schedule(work, overlap, tier, 4)
+        assert slab_sizes(work, schedule).total == sum(schedule.ram["layers"].values())
 
 
 @pytest.mark.parametrize(("heads", "width", "each"), [(8, 8, 176), (40, 8, 6 * 40 * 2 + 3 * 8 * 2), (8, 64, 64 * 12)])

@@ -163,12 +163,14 @@ def test_presets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest
 def test_gpu_script_without_a_gpu(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    monkeypatch.setattr(compare_devices, "SAMPLES", 8)
+    monkeypatch.setattr(compare_devices, "LAYERS", 2)
     words = ["--device", "cpu", *SMALL, "--layers", "2", "--caps", "1GiB", "--samples", "4", "--length", "32"]
     result = run(bench_gpu, words, tmp_path, monkeypatch)
-    assert result["small"]["verdict"] == dict.fromkeys(
-        ("ranks", "kept", "products", "perplexity", "no overlap", "least memory"), True
-    )
-    assert result["runs"].keys() == {"1GiB", "1GiB, no overlap"}
+    checks = ("ranks", "kept", "products", "perplexity", "no overlap", "least memory")
+    assert list(result["small"]) == ["lorap", "best"]
+    assert all(row["verdict"] == dict.fromkeys(checks, True) for row in result["small"].values())
+    assert list(result["runs"]) == ["lorap, 1GiB", "best, 1GiB", "lorap, 1GiB, no overlap"]
     assert result["verdict"] == dict.fromkeys(("small", "same_bytes", "inside_vram", "inside_ram"), True)
     for row in result["runs"].values():
         assert row["tokens"] == [4, 32]
@@ -176,22 +178,24 @@ def test_gpu_script_without_a_gpu(
         assert row["published_seconds"] > row["seconds"]
         assert row["speed"]["ratio"]["sum"] > 0
     table = shown(bench_gpu, tmp_path, monkeypatch, capsys)
-    assert "| 1GiB, no overlap | 0.0 MiB |" in table
+    assert "| lorap, 1GiB, no overlap | 0.0 MiB |" in table
+    assert "- small, best, perplexity: " in table
     assert "- same bytes: yes" in table
 
 
 def test_gpu_script_leaves_out_what_takes_too_long(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     result = run(bench_gpu, ["--device", "cpu", "--minutes", "0.01"], tmp_path, monkeypatch)
-    assert result["small"] == result["source"] == {"skipped": "time"}
+    assert result["source"] == {"skipped": "time"}
+    assert result["small"] == {preset: {"skipped": "time"} for preset in ("lorap", "best")}
     assert result["runs"] == {}
     assert set(result["verdict"].values()) == {None}
 
 
 def test_a_failing_part_takes_no_other_with_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(bench_gpu, "compare_devices", lambda work, device: 1 / 0)
+    monkeypatch.setattr(bench_gpu, "compare_devices", lambda work, device, preset: 1 / 0)
     args = SimpleNamespace(out=tmp_path / "gpu.json")
     bench = bench_gpu.Bench(args=args, work=tmp_path, device="cpu", clock=bench_gpu.Clock(1))
-    assert not bench.attempt("small", 1, lambda: bench_gpu.compare_devices(tmp_path, "cpu"))
+    assert not bench.attempt("small", 1, lambda: bench_gpu.compare_devices(tmp_path, "cpu", "best"))
     assert bench.attempt("next", 1, lambda: {"fine": 1})
     saved = json.loads(args.out.read_text())
     assert saved["small"] == {"failed": "ZeroDivisionError: division by zero"}
@@ -200,12 +204,14 @@ def test_a_failing_part_takes_no_other_with_it(tmp_path: Path, monkeypatch: pyte
 
 def test_fewer_windows_are_taken_until_the_runs_fit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     bench = bench_gpu.Bench(
-        args=SimpleNamespace(samples=128, length=16), work=tmp_path, device="cpu", clock=bench_gpu.Clock(100 / 60)
-    )
-    monkeypatch.setattr(bench_gpu.Bench, "expected", lambda self, samples: samples)
-    assert bench.affordable_samples(2) == 32  # twice 32 and the last rates go into 100 seconds, twice 64 do not
-    monkeypatch.setattr(bench_gpu.Bench, "expected", lambda self, samples: 1000)
-    assert bench.affordable_samples(2) == bench_gpu.LEAST_SAMPLES
+        args=SimpleNamespace(samples=128, length=16, presets=["lorap", "best"], caps=["8GiB"]),
+        work=tmp_path, device="cpu", clock=bench_gpu.Clock(100 / 60),
+    )  # fmt: skip
+    costs = {"lorap": 0.5, "best": 1.5}
+    monkeypatch.setattr(bench_gpu.Bench, "expected", lambda self, preset, samples: samples * costs[preset])
+    assert bench.affordable_samples() == 32  # one of each preset and the last rates go into 100 seconds, with 64 not
+    monkeypatch.setattr(bench_gpu.Bench, "expected", lambda self, preset, samples: 1000)
+    assert bench.affordable_samples() == bench_gpu.LEAST_SAMPLES
 
 
 def test_the_whole_model_is_what_was_measured_and_inner_layers() -> None:
@@ -215,31 +221,36 @@ def test_the_whole_model_is_what_was_measured_and_inner_layers() -> None:
 
 
 def test_runs_on_a_gpu_are_judged_together() -> None:
-    row = {"shards": {"a": "1"}, "peak_vram_bytes": 8, "max_vram_bytes": 8, "peak_ram_bytes": 5, "max_ram_bytes": 4}
-    judged = bench_gpu.verdict({"small": {"skipped": "time"}, "runs": {"8": row, "24": row | {"shards": {"a": "2"}}}})
-    assert judged == {"small": None, "same_bytes": False, "inside_vram": True, "inside_ram": False}
+    row = {"preset": "lorap", "shards": {"a": "1"}, "peak_vram_bytes": 8, "max_vram_bytes": 8, "peak_ram_bytes": 5,
+           "max_ram_bytes": 4}  # fmt: skip
+    small = {"lorap": {"verdict": {"ranks": True}}, "best": {"skipped": "time"}}
+    other = row | {"shards": {"a": "2"}}
+    judged = bench_gpu.verdict({"small": small, "runs": {"8": row, "24": other}})
+    assert judged == {"small": True, "same_bytes": False, "inside_vram": True, "inside_ram": False}
+    apart = bench_gpu.verdict({"small": {}, "runs": {"8": row, "8 again": row, "best": other | {"preset": "best"}}})
+    assert (apart["small"], apart["same_bytes"]) == (None, True), "each preset has bytes of its own"
 
 
 def test_floor_by_hand() -> None:
     layer = bench_speed.LayerWork(
-        read_bytes=200, write_bytes=30, upload_bytes=0, flops=600, flops64=14, decompositions=(2, 4, 2),
+        read_bytes=200, write_bytes=30, upload_bytes=0, flops=600, flops64=14, flops32=12, decompositions=(2, 4, 2),
         linears=((2, 5), (2, 5), (4, 5)),
     )  # fmt: skip
-    rates = {"read": 100.0, "write": 10.0, "products": 7.0, "linear 2 x 5": 100.0, "linear 4 x 5": 50.0,
+    rates = {"read": 100.0, "write": 10.0, "products": 7.0, "products32": 12.0, "linear 2 x 5": 100.0, "linear 4 x 5": 50.0,
              "eigh 2": 8.0, "eigh 4": 32.0}  # fmt: skip
     parts = bench_speed.floor(layer, rates)
     # Half of the operations go at 100 and half at 50: 3 + 6 seconds.
     assert parts == pytest.approx(
-        {"read": 2, "write": 3, "upload": 0, "forward": 9, "products": 2, "decompositions": 1 + 2 + 1}
+        {"read": 2, "write": 3, "upload": 0, "forward": 9, "products": 2 + 1, "decompositions": 1 + 2 + 1}
     )
-    assert bench_speed.overlapped(parts) == pytest.approx(15)
+    assert bench_speed.overlapped(parts) == pytest.approx(16)
     assert bench_speed.overlapped(parts | {"upload": 20}) == pytest.approx(25)
 
 
 @pytest.mark.parametrize(("depth", "counted"), [(1, [0]), (2, [0, 1]), (3, [1, 2])])
 def test_the_first_layer_counts_only_where_there_are_few(depth: int, counted: list[int]) -> None:
     layer = bench_speed.LayerWork(
-        read_bytes=1, write_bytes=0, upload_bytes=0, flops=0, flops64=0, decompositions=(), linears=((1, 1),)
+        read_bytes=1, write_bytes=0, upload_bytes=0, flops=0, flops64=0, flops32=0, decompositions=(), linears=((1, 1),)
     )
     work = SimpleNamespace(layers=(layer,) * depth)
     rates = {"read": 1.0, "write": 1.0, "products": 1.0, "linear 1 x 1": 1.0}

@@ -312,7 +312,7 @@ def test_a_shard_that_is_cut_while_in_use(pico: MakeModel, tmp_path: Path) -> No
 
 
 def test_hidden_states_that_are_cut_while_in_use(tmp_path: Path) -> None:
-    bank = HiddenBank((4, 8, 16), torch.float32, 1, folder=tmp_path)
+    bank = HiddenBank((4, 8, 16), torch.float32, 1, folder=tmp_path, tier="disk")
     bank.write(0, torch.zeros(4, 8, 16).split(1))
     batches = bank.read(0)
     next(batches)

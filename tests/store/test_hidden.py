@@ -21,13 +21,13 @@ from streamlap.store.sink import DurableFile
 from streamlap.store.worker import Worker
 
 SHAPE = (8, 4, 6)
-CPU = torch.device("cpu")
 TIERS = ("disk", "ram", "ram and disk")
 
 
 def make_bank(tier: str, folder: Path, batch: int = 3, dtype: torch.dtype = torch.float32) -> HiddenBank:
-    cache = CPU if "ram" in tier else None
-    return HiddenBank(SHAPE, dtype, batch, folder=folder if "disk" in tier else None, cache=cache)
+    return HiddenBank(
+        SHAPE, dtype, batch, folder=folder if "disk" in tier else None, tier="ram" if "ram" in tier else "disk"
+    )
 
 
 def states(seed: int = 0) -> torch.Tensor:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import save_file
 
+from streamlap.accelerator.devices import Cpu
 from streamlap.errors import CheckpointError
 from streamlap.store import staging
 from streamlap.store.header import TensorInfo
@@ -18,7 +19,7 @@ from streamlap.store.source import SafetensorsFolder
 from streamlap.store.staging import ALIGNMENT, Staging, staged_bytes
 from streamlap.store.worker import Worker
 
-CPU = torch.device("cpu")
+CPU = Cpu(torch.device("cpu"))
 
 DTYPES = (
     torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.float8_e4m3fn, torch.float8_e5m2,
@@ -44,6 +45,12 @@ def layers_in(folder: Path, *layers: dict[str, torch.Tensor]) -> list[dict[str, 
     return tables
 
 
+def make_staging(tables: Sequence[dict[str, TensorInfo]], buffers: int, worker: Worker) -> Staging:
+    """On the host, for the largest of the layers."""
+    size = max(staged_bytes(table.values()) for table in tables)
+    return Staging([torch.empty(size, dtype=torch.uint8) for _ in range(buffers)], CPU, worker)
+
+
 def random_layer(seed: int, size: int = 40) -> dict[str, torch.Tensor]:
     generator = torch.Generator().manual_seed(seed)
     return {
@@ -67,7 +74,7 @@ def test_views_are_what_the_source_reads_in_every_dtype(tmp_path: Path, overlap:
     (table,) = layers_in(tmp_path, tensors)
     source = SafetensorsFolder(tmp_path / "0")
     with Worker(overlap) as worker:
-        views = Staging(staged_bytes(table.values()), 1, CPU, worker).take(table)
+        views = make_staging([table], 1, worker).take(table)
     for name, info in table.items():
         read = source.read(info.name)
         assert (views[name].dtype, views[name].shape) == (read.dtype, read.shape)
@@ -78,13 +85,13 @@ def test_views_are_what_the_source_reads_in_every_dtype(tmp_path: Path, overlap:
 def test_scalars_and_empty_tensors_have_their_place(tmp_path: Path, worker: Worker) -> None:
     tensors = random_layer(0)
     (table,) = layers_in(tmp_path, tensors)
-    assert_same(Staging(staged_bytes(table.values()), 1, CPU, worker).take(table), tensors)
+    assert_same(make_staging([table], 1, worker).take(table), tensors)
 
 
 def test_every_tensor_begins_aligned_and_nothing_is_copied(tmp_path: Path, worker: Worker) -> None:
     (table,) = layers_in(tmp_path, random_layer(0))
     assert (ALIGNMENT, staged_bytes(table.values())) == (256, 3328 + 256 + 256 + 0)
-    views = Staging(staged_bytes(table.values()), 1, CPU, worker).take(table)
+    views = make_staging([table], 1, worker).take(table)
     for name, view in views.items():
         assert view.storage_offset() * view.element_size() % ALIGNMENT == 0, name
     assert len({view.untyped_storage().data_ptr() for view in views.values() if view.numel()}) == 1
@@ -93,7 +100,7 @@ def test_every_tensor_begins_aligned_and_nothing_is_copied(tmp_path: Path, worke
 def test_a_layer_stays_whole_while_the_next_is_read_into_the_other_buffer(tmp_path: Path, worker: Worker) -> None:
     layers = [random_layer(seed) for seed in range(4)]
     tables = layers_in(tmp_path, *layers)
-    buffers = Staging(max(staged_bytes(table.values()) for table in tables), 2, CPU, worker)
+    buffers = make_staging(tables, 2, worker)
     places = []
     for table, layer, following in zip(tables, layers, [*tables[1:], None], strict=True):
         views = buffers.take(table)
@@ -110,7 +117,7 @@ def test_a_layer_is_read_once_and_ahead(tmp_path: Path, worker: Worker, monkeypa
     read: list[str] = []
     fill = staging.read_into
     monkeypatch.setattr(staging, "read_into", lambda info, view: (read.append(info.name), fill(info, view)))
-    buffers = Staging(staged_bytes(first.values()), 2, CPU, worker)
+    buffers = make_staging([first], 2, worker)
     buffers.take(first)
     buffers.prefetch(second)
     worker.submit(lambda: None).result()
@@ -127,7 +134,7 @@ def test_without_overlap_one_buffer_does_and_nothing_is_read_ahead(
     read: list[str] = []
     fill = staging.read_into
     monkeypatch.setattr(staging, "read_into", lambda info, view: (read.append(info.name), fill(info, view)))
-    buffers = Staging(staged_bytes(tables[0].values()), 1, CPU, Worker(False))
+    buffers = make_staging([tables[0]], 1, Worker(False))
     places = set()
     for index, (table, layer) in enumerate(zip(tables, layers, strict=True)):
         views = buffers.take(table)
@@ -140,7 +147,7 @@ def test_without_overlap_one_buffer_does_and_nothing_is_read_ahead(
 
 def test_another_layer_than_the_one_read_ahead_may_be_taken(tmp_path: Path, worker: Worker) -> None:
     first, second = layers_in(tmp_path, random_layer(0), random_layer(1))
-    buffers = Staging(staged_bytes(first.values()), 2, CPU, worker)
+    buffers = make_staging([first], 2, worker)
     buffers.prefetch(first)
     assert_same(buffers.take(second), random_layer(1))
     buffers.prefetch(first)
@@ -157,7 +164,7 @@ def test_numbers_that_are_not_finite_are_refused_by_name(
     bad = torch.ones(6, 6)
     bad[4, 2] = value
     (table,) = layers_in(tmp_path, {"good": torch.ones(3), "bad": bad.to(dtype)})
-    buffers = Staging(staged_bytes(table.values()), 1, CPU, worker)
+    buffers = make_staging([table], 1, worker)
     if ahead:
         buffers.prefetch(table)
     with pytest.raises(
@@ -170,7 +177,7 @@ def test_numbers_that_are_not_finite_are_refused_by_name(
 def test_a_file_that_changes_before_its_turn_is_one_clear_error(tmp_path: Path, worker: Worker, change: str) -> None:
     """Between prefetch and take: the reader is held up until the file is gone, or cut inside its last tensor."""
     first, second = layers_in(tmp_path, random_layer(0), {"w": torch.ones(50, 50)})
-    buffers = Staging(max(staged_bytes(table.values()) for table in (first, second)), 2, CPU, worker)
+    buffers = make_staging([first, second], 2, worker)
     buffers.take(first)
     changed, path = threading.Event(), second["w"].path
     worker.submit(changed.wait, 30)

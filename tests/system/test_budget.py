@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from streamlap.accelerator.devices import accelerator_of
 from streamlap.errors import BudgetError, RecipeError
 from streamlap.system import budget as purse
 from streamlap.system.budget import Ladder, MemoryBudget, parse_size, require_disk, show_size
@@ -128,7 +129,7 @@ def test_a_claim_ends_with_its_block_however_that_ends() -> None:
 
 # --- what gives way --------------------------------------------------------------------------------------------------
 
-CPU, CUDA = torch.device("cpu"), torch.device("cuda")
+CPU, CUDA = accelerator_of("cpu"), accelerator_of("cuda")
 OUT_OF_MEMORY = [
     torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"),
     MemoryError(),
@@ -193,7 +194,7 @@ def test_a_forward_never_leaves_the_gpu() -> None:
     ladder = Ladder(1, CUDA)
     with pytest.raises(BudgetError, match="out of memory in capture"):
         ladder.climb("capture", 0, Attempt(ladder, 99))
-    assert ladder.solve_device == CUDA
+    assert ladder.solve_device == CUDA.device
 
 
 def test_a_step_holds_for_the_layers_that_follow() -> None:

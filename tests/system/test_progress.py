@@ -10,7 +10,9 @@ import threading
 import time
 
 import pytest
+import torch
 
+from streamlap.accelerator import vram
 from streamlap.system import progress
 from streamlap.system.progress import RECENT, Progress
 
@@ -91,7 +93,7 @@ def test_a_resumed_run_knows_the_time_from_the_layers_before(clock: Clock) -> No
 
 
 def test_it_says_phase_speed_memory_and_time(clock: Clock, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(progress, "cuda_in_use", lambda: False)
+    monkeypatch.setattr(vram, "in_use", lambda: False)
     bar = Progress("compress", 3, first=1, seconds=(60.0,))
     bar.phase("capture", 1, 5)
     clock.now, clock.moved = 4.0, 500_000_000
@@ -109,8 +111,8 @@ def test_the_speed_is_that_of_the_layer_in_hand(clock: Clock) -> None:
 
 
 def test_memory_of_a_gpu_is_said_too(clock: Clock, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(progress, "cuda_in_use", lambda: True)
-    monkeypatch.setattr(progress.torch.cuda, "memory_allocated", lambda: 5 << 29)
+    monkeypatch.setattr(vram, "in_use", lambda: True)
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda: 5 << 29)
     clock.now = 1.0
     assert ", RSS 1.50 GiB, VRAM 2.50 GiB, " in Progress("compress", 3).describe()
 

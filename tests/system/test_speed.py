@@ -56,7 +56,7 @@ def test_the_first_call_on_a_gpu_is_not_timed(monkeypatch: pytest.MonkeyPatch) -
     events: list[str] = []
     ticks = iter([0.0, 0.0, 3.0, 3.0])
     monkeypatch.setattr(speed.time, "perf_counter", lambda: events.append("clock") or next(ticks))
-    monkeypatch.setattr(torch.accelerator, "synchronize", lambda device: events.append(str(device)))
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: events.append(str(device)))
     assert speed._seconds(lambda: events.append("work"), "cuda:1") == 3.0
     assert events == ["work", "cuda:1", "clock", "clock", "work", "cuda:1", "clock", "clock"]
 
@@ -102,7 +102,7 @@ def test_another_dtype_is_measured(measured: list[tuple[Any, ...]]) -> None:
 
 def test_another_gpu_is_measured(measured: list[tuple[Any, ...]], monkeypatch: pytest.MonkeyPatch) -> None:
     names = {"cuda:0": "H200", "cuda:1": "T4", "cuda:2": "H200"}
-    monkeypatch.setattr(torch.cuda, "get_device_name", names.__getitem__)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: names[str(device)])
     for device in ("cpu", *names):
         known_speed(device, torch.float32)
     assert [words[0] for words in measured] == ["cpu", "cuda:0", "cuda:1"]
