@@ -60,6 +60,8 @@ class Cost:
     """Most memory held at one time beside the weights, the finished edits and what waits."""
     waiting_bytes: int = 0
     """Of what waits in RAM meanwhile, whatever the device: held-out tokens, and what is compared."""
+    both_bytes: int = 0
+    """Of these together, where the device is the CPU."""
     flops: int = 0
     """Floating-point operations of products in float64."""
     flops32: int = 0

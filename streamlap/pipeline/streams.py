@@ -8,7 +8,7 @@ Shape suffixes: N windows, L length, B batch, D hidden.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -102,10 +102,11 @@ def open_streams(
     compressed = open_bank(stream, tokens_NL, schedule, folder)
     if not beside_dense:
         return Streams(tokens_NL=tokens_NL, compressed=compressed)
+    within = replace(schedule, tier=schedule.between or schedule.tier)
     return Streams(
         tokens_NL=tokens_NL, compressed=compressed,
         dense=open_bank(stream, tokens_NL, schedule, folder, "dense"),
-        between=open_bank(stream, tokens_NL, schedule, folder if schedule.tier == "disk" else None, "between"),
+        between=open_bank(stream, tokens_NL, within, folder if within.tier == "disk" else None, "between"),
     )  # fmt: skip
 
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from streamlap.families.stream import ModelStream
 from streamlap.planning.forecast import LayerPlan
-from streamlap.planning.schedule import Fit
+from streamlap.planning.schedule import Fit, Schedule
 from streamlap.planning.workload import Workload
 from streamlap.store.sink import shard_bytes
 
@@ -47,22 +47,24 @@ class LayerFigures:
     seconds_low: float
 
 
-def generations_moved(layer: LayerPlan, tier: str) -> tuple[float, int]:
-    """How often the hidden states of a stream are (read, written) on the disk, where they stay in that tier."""
-    on_disk = tier == "disk"
-    return layer.generations_read * on_disk, layer.generations_written + layer.generations_spilled * on_disk
+def generations_moved(layer: LayerPlan, schedule: Schedule) -> tuple[float, int]:
+    """How often the hidden states of a stream are (read, written) on the disk."""
+    on_disk = schedule.tier == "disk"
+    spilled = on_disk and not schedule.between
+    read = layer.generations_read * on_disk + layer.between_read * spilled
+    return read, layer.generations_written + layer.generations_spilled * spilled
 
 
-def layer_traffic(layer: LayerPlan, work: Workload, tier: str, last: bool) -> Traffic:
+def layer_traffic(layer: LayerPlan, work: Workload, schedule: Schedule, last: bool) -> Traffic:
     """Of one layer; after the last one nothing is kept for a next."""
-    read, written = generations_moved(layer, tier)
-    away, outside = work.device.type != "cpu", tier != "vram"
+    read, written = generations_moved(layer, schedule)
+    away, outside = work.device.type != "cpu", schedule.tier != "vram"
     down = layer.generations_written + layer.generations_spilled * outside - last
     return Traffic(
-        read=layer.source_bytes + layer.copied_bytes + round((read - last * (tier == "disk")) * work.generation),
+        read=layer.source_bytes + layer.copied_bytes + round(read * work.generation),
         written=layer.output_bytes + layer.state_bytes + (written - last) * work.generation,
         weights_up=layer.source_bytes * away,
-        states_up=round((layer.generations_read - last) * work.generation) * outside * away,
+        states_up=round((layer.generations_read + layer.between_read) * work.generation) * outside * away,
         down=(layer.edits_bytes + layer.state_bytes + down * work.generation) * away,
     )
 

@@ -25,9 +25,10 @@ from streamlap.store.source import CHUNK_BYTES
 
 ONE_PASS_READS, ONE_PASS_WRITES = 2, 1
 """How often hidden states are read and written in a layer that is edited in one pass."""
-ANCHORED_READS, ANCHORED_WRITES, ANCHORED_SPILLS = 6, 2, 1
-"""The same of a layer that is rebuilt beside the dense model, see `pipeline.sublayers`; spills are what memory did not keep
-between sub-layers. The first layer reads one more, for what its attention reads."""
+ANCHORED_READS, ANCHORED_WRITES, ANCHORED_SPILLS = 4, 2, 1
+"""The same of a layer that is rebuilt beside the dense model, see `pipeline.sublayers`, but for what lies between its
+sub-layers, which is written once, where memory does not keep it, and read twice. The first layer reads one more, for what its
+attention reads."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,9 +64,11 @@ class LayerPlan:
     capture_bytes: int = 0
     """Most that sums over tokens hold inside a solve, with the edits so far."""
     waiting_bytes: int = 0
-    """What waits in RAM during a solve, whatever the device."""
+    """What waits in RAM during a solve on another device."""
     generations_read: float = ONE_PASS_READS
-    """How often hidden states are read, where they are on the disk; one time less in the last layer."""
+    """How often hidden states are read, where they are on the disk."""
+    between_read: float = 0
+    """How often what lies between sub-layers is read."""
     generations_written: int = ONE_PASS_WRITES
     """How often they are written to the disk in any case."""
     generations_spilled: int = 0
@@ -116,7 +119,8 @@ def forecast_layer(
     copied_bytes, made_bytes = (sum(entry.nbytes for entry in part) for part in (copied.values(), made.values()))
     if epochs:
         copied_bytes, made_bytes = 0, copied_bytes + made_bytes
-    anchored = recipe.anchored
+    anchored, last = recipe.anchored, index + 1 == stream.depth
+    read, between = anchored_reads(index, candidates, shape_NL, last) if anchored else (ONE_PASS_READS - last, 0)
     return LayerPlan(
         index=index, candidates=candidates, layout=layout, output_bytes=shard_bytes({**copied, **made}),
         copied_bytes=copied_bytes, edits_bytes=made_bytes,
@@ -126,9 +130,8 @@ def forecast_layer(
         source_bytes=sum(info.nbytes for info in stored), largest_bytes=max(info.nbytes for info in stored),
         solve_bytes=solve_bytes(stream, recipe, index, candidates, made),
         capture_bytes=max((cost.capture_bytes for cost in costs), default=0) * anchored,
-        waiting_bytes=max((cost.waiting_bytes for cost in costs), default=0),
-        generations_read=(anchored_reads(index, candidates, shape_NL) if anchored else ONE_PASS_READS)
-        + 2 * epochs + (epochs > 0),
+        waiting_bytes=max((cost.waiting_bytes for cost in costs), default=0) * (stream.device.type != "cpu"),
+        generations_read=read + 2 * epochs + (epochs > 0), between_read=between,
         generations_written=ANCHORED_WRITES if anchored else ONE_PASS_WRITES,
         generations_spilled=ANCHORED_SPILLS * anchored,
         widest=widest(natives, {} if anchored else layout),
@@ -137,13 +140,16 @@ def forecast_layer(
     )  # fmt: skip
 
 
-def anchored_reads(index: int, candidates: Candidates, shape_NL: tuple[int, int]) -> float:
-    """Generations that the passes of a layer read; layouts that are compared are tried on what is held out of two."""
+def anchored_reads(index: int, candidates: Candidates, shape_NL: tuple[int, int], last: bool) -> tuple[float, float]:
+    """Generations that the passes of a layer read, and those of what lies between its sub-layers. Layouts that are compared are
+    tried on what is held out of two streams, and rivals look at all of both."""
     held = len(held_sequences(*shape_NL)) / shape_NL[0]
-    rivals = [found for rivals in candidates.values() for found in rivals]
-    tried = sum(len(found.layouts) for found in rivals if len(found.layouts) > 1)
-    again = sum(2 * (len(found) - 1) for found in candidates.values())
-    return ANCHORED_READS + (index == 0) + 2 * held * tried + again
+    tried = [
+        held * sum(len(found.layouts) for found in rivals if len(found.layouts) > 1) + len(rivals) - 1
+        for rivals in candidates.values()
+    ]
+    attention, ffn = tried
+    return ANCHORED_READS + (index == 0) + 2 * attention + ffn, 2 - last + ffn
 
 
 def anchored_flops(
@@ -189,14 +195,16 @@ def solve_bytes(
     stream: ModelStream, recipe: Recipe, index: int, candidates: Candidates, made: Mapping[str, torch.Tensor]
 ) -> int:
     """The most held in the solves of a layer; sub-layers come one after another, and what was made of them stays."""
-    held, most = 0, 0
+    held, most, on_cpu = 0, 0, stream.device.type == "cpu"
     for name, rivals in candidates.items():
         roles = stream.family.sublayers[name].roles
         names = tuple(f"{stream.linear_name(index, role)}." for role in roles)
         own = sum(tensor.nbytes for key, tensor in made.items() if key.startswith(names))
         # A workspace has room for what an anchored method makes, but not for what a rival before it has made.
         first = held if recipe.anchored else held + own
-        most = max(most, *(first + own * place + found.cost.workspace_bytes for place, found in enumerate(rivals)), 0)
+        for place, found in enumerate(rivals):
+            work = found.cost.both_bytes if on_cpu and recipe.anchored else found.cost.workspace_bytes
+            most = max(most, first + own * place + work)
         held += own
     return most
 
@@ -220,7 +228,8 @@ def compression_workload(stream: ModelStream, layers: Sequence[LayerPlan], shape
         **layer_workload(stream, *shape_NL),
         edits=max(layer.edits_bytes for layer in layers), solve=max(layer.solve_bytes for layer in layers),
         inner_after=max(layer.widest for layer in layers),
-        streams=3 if layers[0].capture_bytes else 1, capture=max(layer.capture_bytes for layer in layers),
+        streams=3 if layers[0].capture_bytes else 1, between=layers[0].generations_spilled,
+        capture=max(layer.capture_bytes for layer in layers),
         waiting=max(layer.waiting_bytes for layer in layers), inputs=next_input_bytes(stream, layers),
         trained=max(layer.trained for layer in layers),
         trained_bytes=max(layer.trained_bytes for layer in layers),

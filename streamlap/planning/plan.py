@@ -130,13 +130,13 @@ class Plan:
 
     @property
     def generations_read(self) -> float:
-        """How often they are read from the disk in a layer, a part of them counting as that part; the most of all layers."""
-        return round(max(generations_moved(layer, self.hidden_states)[0] for layer in self.layers[-1:]), 3)
+        """How often they are read from the disk in a layer, parts of them included; the first layer may read more."""
+        return round(generations_moved(self.layers[:2][-1], self.fit.schedule)[0], 3)
 
     @property
     def generations_written(self) -> int:
         """How often they are written to it."""
-        return generations_moved(self.layers[0], self.hidden_states)[1]
+        return generations_moved(self.layers[0], self.fit.schedule)[1]
 
     @property
     def seconds_low(self) -> float:
@@ -186,7 +186,7 @@ class Plan:
         return tuple(self._figures(layer) for layer in self.layers)
 
     def _traffic(self, layer: LayerPlan) -> Traffic:
-        return layer_traffic(layer, self.fit.work, self.hidden_states, last=layer.index + 1 == len(self.layers))
+        return layer_traffic(layer, self.fit.work, self.fit.schedule, last=layer.index + 1 == len(self.layers))
 
     def _figures(self, layer: LayerPlan) -> LayerFigures:
         traffic, machine = self._traffic(layer), self.machine

@@ -46,6 +46,8 @@ class Schedule:
     ram: Mapping[str, Parts]
     """Phase -> purpose -> bytes. "layers" holds beside each of `INNER`, every other phase stands alone."""
     vram: Mapping[str, Parts]
+    between: str = ""
+    """Where those between the sub-layers of a layer stay, if that is not `tier`."""
     kept: int = 0
     """Freed memory that stays with the process while layers stream by, at most."""
 
@@ -67,35 +69,40 @@ def buffers(work: Workload, overlap: bool) -> int:
     return 2 if overlap and not work.converts and work.device.type == "cpu" else 1
 
 
-def make_schedule(work: Workload, overlap: bool, tier: str, micro: int, keeps: float = 0.0) -> Schedule:
+def make_schedule(
+    work: Workload, overlap: bool, tier: str, micro: int, keeps: float = 0.0, between: str = ""
+) -> Schedule:
     """The schedule with these choices, and what it holds. On a CPU freed memory may stay: as much as `keeps` solves hold."""
-    if work.device.type != "cpu":
-        return _gpu_schedule(work, overlap, tier, micro)
-    return _cpu_schedule(work, overlap, tier, micro, max(KEPT_BYTES, int(keeps * work.solve)) if keeps else 0)
+    streams = work.between if between == "ram" else work.streams * (tier != "disk")
+    places = -(-work.sequences // batch_of(work.length)) * streams
+    make = _cpu_schedule if work.device.type == "cpu" else _gpu_schedule
+    made = make(work, overlap, tier, micro, places)
+    kept = max(KEPT_BYTES, int(keeps * work.solve)) if keeps else 0
+    ram = {**made.ram, "layers": {**made.ram["layers"], **_optional({"freed memory": kept})}}
+    return replace(made, ram=ram, between=between, kept=kept)
 
 
-def _cpu_schedule(work: Workload, overlap: bool, tier: str, micro: int, kept: int) -> Schedule:
-    bank, batches = _hidden(work, overlap, tier, work.batch(batch_of(work.length)))
+def _cpu_schedule(work: Workload, overlap: bool, tier: str, micro: int, places: int) -> Schedule:
+    bank, batches = _hidden(work, overlap, tier, work.batch(batch_of(work.length)), places)
     after = {"edits": work.edits, "activations": work.activations(micro, work.inner_after)}
     ram = {
         "layers": {
             "staging": work.staged * buffers(work, overlap), "layer": work.computed * work.converts, **bank, **batches,
-            **_optional({"freed memory": kept}),
         },
         "capture": {"activations": work.activations(micro, work.inner), "edits": work.edits * overlap},
-        "solve": {"solve": _solve(work, micro), **_optional({"waiting": work.waiting})},
+        "solve": {"solve": _solve(work, micro)},
         "refine": work.refinement,
         "propagate": {**after, "writer": work.copied, **_optional({"inputs": work.inputs})},
         "head": {"head": work.head, **bank, **batches} if work.head else {},
     }  # fmt: skip
-    return Schedule(overlap=overlap, tier=tier, micro=micro, ram=ram, vram={}, kept=kept)
+    return Schedule(overlap=overlap, tier=tier, micro=micro, ram=ram, vram={})
 
 
-def _gpu_schedule(work: Workload, overlap: bool, tier: str, micro: int) -> Schedule:
-    full, kept = work.batch(batch_of(work.length)), _places(work)
+def _gpu_schedule(work: Workload, overlap: bool, tier: str, micro: int, places: int) -> Schedule:
+    full = work.batch(batch_of(work.length))
     slab = {"staging": paged(work.staged)}  # of exact size, see `accelerator.slab`; every part begins at a page
-    if tier == "ram":
-        slab["hidden states"] = kept * paged(full)
+    if tier != "vram" and places:
+        slab["hidden states"] = places * paged(full)
     slab["hidden batches"] = _on_their_way(work, overlap, tier) * paged(full)
     ram = {
         "layers": slab,
@@ -103,7 +110,7 @@ def _gpu_schedule(work: Workload, overlap: bool, tier: str, micro: int) -> Sched
         "propagate": {"writer": CHUNK_BYTES},
         "head": {"head": work.head_stored, **slab},  # as long as something of a slab is in use all of it is there
     }
-    resident = {"hidden states": kept * full} if tier == "vram" else {}
+    resident = {"hidden states": places * full} if tier == "vram" else {}
     vram = {
         "layers": {
             "layer": work.computed,
@@ -134,18 +141,12 @@ def _solve(work: Workload, micro: int) -> int:
     return max(work.solve, work.capture + work.activations(micro, work.inner) if work.capture else 0)
 
 
-def _hidden(work: Workload, overlap: bool, tier: str, batch: int) -> tuple[dict[str, int], dict[str, int]]:
-    """One generation, where a memory keeps it, and the batches on their way: read (in use, and the next), computed, written.
-    Of two streams both are read, and one is between its sub-layers."""
+def _hidden(work: Workload, overlap: bool, tier: str, batch: int, places: int) -> tuple[dict[str, int], dict[str, int]]:
+    """The generations that memory keeps, in so many places for a batch, and the batches on their way: read (in use, and the
+    next), computed, written. Of two streams both are read, and one is between its sub-layers."""
     two = work.streams > 1
-    if tier == "disk":
-        return {}, {"hidden batches": batch * (3 + 3 * two + IN_FLIGHT * overlap)}
-    return {"hidden states": _places(work) * batch}, {"hidden batches": batch * two}
-
-
-def _places(work: Workload) -> int:
-    """Batches of one generation of every stream."""
-    return -(-work.sequences // batch_of(work.length)) * work.streams
+    on_their_way = 3 + 3 * two + IN_FLIGHT * overlap if tier == "disk" else two
+    return dict(_optional({"hidden states": places * batch})), {"hidden batches": batch * on_their_way}
 
 
 def _on_their_way(work: Workload, overlap: bool, tier: str) -> int:
@@ -160,8 +161,9 @@ def _on_their_way(work: Workload, overlap: bool, tier: str) -> int:
 
 def slab_sizes(work: Workload, schedule: Schedule) -> SlabSizes:
     """The host memory of a run on a device: what `schedule` claims for it, to the byte."""
-    rooms = _on_their_way(work, schedule.overlap, schedule.tier) + (_places(work) if schedule.tier == "ram" else 0)
-    return SlabSizes(buffer=paged(work.staged), room=paged(work.batch(batch_of(work.length))), rooms=rooms)
+    room, kept = paged(work.batch(batch_of(work.length))), schedule.ram["layers"].get("hidden states", 0)
+    rooms = _on_their_way(work, schedule.overlap, schedule.tier) + kept // room
+    return SlabSizes(buffer=paged(work.staged), room=room, rooms=rooms)
 
 
 def schedules(work: Workload, overlap: bool) -> Iterator[Schedule]:
@@ -170,15 +172,20 @@ def schedules(work: Workload, overlap: bool) -> Iterator[Schedule]:
     if work.device.type == "cpu" and work.capture and CAN_KEEP:
         for keeps in KEEPS:
             yield make_schedule(work, overlap, "ram", full, keeps)
-    tiers = ["vram"] * (work.device.type == "cuda") + ["ram"] + ["disk"] * work.disk
-    for tier in tiers:
-        yield make_schedule(work, overlap, tier, full)
-    if overlap:
-        yield make_schedule(work, False, tiers[-1], full)
+    kinds = [("vram", "")] * (work.device.type == "cuda") + [("ram", "")]
+    disk = [("disk", "ram")] * bool(work.between) + [("disk", "")]
+    kinds += disk * work.disk
+    least = disk if work.disk else kinds[-1:]
+    for tier, between in kinds:
+        yield make_schedule(work, overlap, tier, full, between=between)
     micro = full
-    while micro > 1:
+    while True:
+        if micro < full or overlap:
+            for tier, between in least:
+                yield make_schedule(work, False, tier, micro, between=between)
+        if micro == 1:
+            return
         micro = -(-micro // 2)
-        yield make_schedule(work, False, tiers[-1], micro)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -91,7 +91,7 @@ def survey_workload(
     tokens = min(HEAD_TOKENS, sequences * length)
     second = tokens * stream.vocabulary * (work.itemsize + 5 * 4)  # its logits, and what is made of both in float32
     return replace(
-        work, edits=most, solve=max(found.cost.workspace_bytes for found in perturbations.values()) + most,
+        work, edits=most, solve=max(found.cost.both_bytes for found in perturbations.values()) + most,
         capture=max(found.cost.capture_bytes for found in perturbations.values()) + most, head=work.head + second,
         streams=2 + 2 * len(LEVELS) * stream.depth,
     )  # fmt: skip

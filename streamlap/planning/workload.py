@@ -48,10 +48,12 @@ class Workload:
     streams: int = 1
     """Hidden states kept beside each other: one where layers are edited in one pass; three where they are rebuilt beside
     the dense model: its stream and the compressed one, and that between the sub-layers."""
+    between: int = 0
+    """Of these, those that are nothing any more once a layer is done."""
     capture: int = 0
     """What the sums over tokens hold, with the edits so far, where a solve looks at the streams itself."""
     waiting: int = 0
-    """What waits in RAM during a solve, whatever the device."""
+    """What waits in RAM during a solve on another device."""
     inputs: int = 0
     """What summing the inputs of the next layer takes while its stream is made."""
     trained: int = 0

@@ -60,15 +60,19 @@ def anchored_cost(
     rows = sum(native.shape[0] for native in (natives[role] for role in reads))
     inputs = _item(n) * n * n + moves * (2 * _item(n) * n * n + _item(n) * n * rows + RUN * _numbers(natives))
     sums = max(_first_sums(n, f, any(shape.prunes for shape in found)), *(_last_sums(shape) for shape in found))
-    compared, waiting = len(found) > 1, 4 * HELD_TOKENS * (f + d)
-    moments = [sums, *(max(_removing(shape), _building(shape, compared)) for shape in found)]
+    compared, held = len(found) > 1, 4 * HELD_TOKENS * (f + d)
+    moments = [(sums, held)]
+    for shape in found:
+        moments += [(_removing(shape), 0), (_building(shape, compared), held)]
     if compared:
+        lasts = sum(d * (item * shape.width + _item(f) * d * (shape.last_rank > 0)) for shape in found)
         rank = max((rank for shape in found for _, rank in shape.ranks), default=0)
-        moments += [_finding((f, n), rank), *(_trying(shape, item) for shape in found)]
-        waiting += _item(n) * len(reads) * rank * (f + n)
-        waiting += sum(d * (item * shape.width + _item(f) * d * (shape.last_rank > 0)) for shape in found)
+        bases = _item(n) * len(reads) * rank * (f + n)
+        moments += [(max(map(_removing, found)), lasts), (_finding((f, n), rank), lasts + bases), (0, bases)]
+        moments += [(_trying(shape, item), lasts + bases + held) for shape in found]
     return Cost(
-        workspace_bytes=inputs + max(moments), capture_bytes=inputs + sums, waiting_bytes=waiting,
+        workspace_bytes=inputs + max(work for work, _ in moments), capture_bytes=inputs + sums,
+        waiting_bytes=max(waiting for _, waiting in moments), both_bytes=inputs + max(map(sum, moments)),
         flops=max(_flops(shape) for shape in found) if f <= LARGE else 0,
         flops32=max(_flops(shape) for shape in found) if f > LARGE else 0,
         flops_per_token=n * n + max(shape.width**2 + 2 * d * shape.width + shape.prunes * f * f for shape in found),
