@@ -13,8 +13,7 @@ def pick_device(name: str) -> str:
     if name == "auto":
         name = "cuda" if KINDS["cuda"].count() else "cpu"
     check_device_name(name)
-    count = KINDS["cuda"].count()
-    if name.startswith("cuda") and int(name[5:] or 0) >= count:
+    if name.startswith("cuda") and int(name[5:] or 0) >= (count := KINDS["cuda"].count()):
         raise RecipeError(f"device is {name!r}, and torch sees {count} CUDA devices; use --device cpu.")
     if name.startswith("cuda"):
         name = f"cuda:{int(name[5:] or 0)}"

@@ -25,7 +25,7 @@ from streamlap.pipeline import layers, runner
 from streamlap.planning import schedule as scheduling
 from streamlap.planning.figures import layer_traffic
 from streamlap.planning.plan import Plan
-from streamlap.planning.schedule import Fit, make_schedule, peak
+from streamlap.planning.schedule import Fit, Schedule, make_schedule, peak
 from streamlap.system.budget import MemoryBudget
 
 SHAPE_NL = (11, 64)
@@ -115,10 +115,10 @@ class Watch:
         patch.setattr(layers, "start_runner", noted_start)
 
 
-def planned_bytes(plan: Plan, tier: str) -> dict[str, int]:
+def planned_bytes(plan: Plan, schedule: Schedule) -> dict[str, int]:
     """What goes to the device and, of hidden states, back: of each layer, and of the generations before the first."""
     work, last = plan.fit.work, plan.layers[-1]
-    moved = [layer_traffic(layer, work, tier, layer is last) for layer in plan.layers]
+    moved = [layer_traffic(layer, work, schedule, layer is last) for layer in plan.layers]
     edits = sum(layer.edits_bytes + layer.state_bytes for layer in plan.layers)
     states = {
         "upload": sum(traffic.states_up for traffic in moved),
@@ -155,7 +155,7 @@ def check(
         assert (gpu.calls["upload"] > 0) == (tier != "vram")
         if kind != "refined":  # which moves sequences one by one
             (plan,) = watch.plans
-            assert gpu.bytes == planned_bytes(plan, tier), "what is copied is what the plan says"
+            assert gpu.bytes == planned_bytes(plan, schedule), "what is copied is what the plan says"
 
     return run
 

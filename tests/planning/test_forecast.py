@@ -128,7 +128,7 @@ def test_of_settings_that_are_compared_one_is_built(pico: MakeModel) -> None:
     assert compared.flops64 == max(layer.flops64 for layer in single)
     assert compared.flops == pytest.approx(max(layer.flops for layer in single), rel=2e-2)
     assert compared.decompositions == max((layer.decompositions for layer in single), key=len)
-    assert max(layer.solve_bytes for layer in single) < compared.solve_bytes
+    assert max(layer.solve_bytes for layer in single) <= compared.solve_bytes
     other = FfnAnchored(shares=(0.5,), storage="factors")
     (_, both, _) = foretold(pico("llama"), methods=(*anchored_with(*shares), other))
     assert both.flops64 > compared.flops64

@@ -20,7 +20,7 @@ from streamlap.planning.figures import Traffic, flops_by_dtype, layer_traffic
 from streamlap.planning.forecast import LayerPlan
 from streamlap.planning.machine import Rates
 from streamlap.planning.plan import SLACK, Plan
-from streamlap.planning.schedule import RUNTIME_BYTES
+from streamlap.planning.schedule import RUNTIME_BYTES, Schedule
 from streamlap.planning.sheets import CUDA_CONTEXT_BYTES, CUDA_RAM_BYTES, GPU_EIGEN, SHARE, SYSTEM_BYTES
 from streamlap.planning.workload import Workload
 from streamlap.system.disk_speed import Disk
@@ -168,8 +168,8 @@ def test_a_gpu_decomposes_far_below_its_peak(model: Path, tokens: Path) -> None:
 
 LAYER = LayerPlan(
     index=0, candidates={}, layout={}, output_bytes=70, copied_bytes=10, edits_bytes=60, source_bytes=100, largest_bytes=50,
-    solve_bytes=0, widest=0, flops=1000, flops64=40, flops32=300, decompositions=(2, 3), generations_read=5,
-    generations_written=2, generations_spilled=1,
+    solve_bytes=0, widest=0, flops=1000, flops64=40, flops32=300, decompositions=(2, 3), generations_read=4,
+    between_read=1, generations_written=2, generations_spilled=1,
 )  # fmt: skip
 WORK = Workload(
     device=torch.device("cuda"), staged=0, computed=0, converts=False, width=10, inner=0, inner_after=0, heads=0, itemsize=1,
@@ -179,18 +179,22 @@ WORK = Workload(
 
 
 @pytest.mark.parametrize(
-    ("tier", "last", "wanted"),
+    ("tier", "between", "last", "wanted"),
     [
-        ("vram", False, Traffic(read=110, written=2070, weights_up=100, states_up=0, down=2060)),
-        ("ram", False, Traffic(read=110, written=2070, weights_up=100, states_up=5000, down=3060)),
-        ("disk", False, Traffic(read=5110, written=3070, weights_up=100, states_up=5000, down=3060)),
-        ("vram", True, Traffic(read=110, written=1070, weights_up=100, states_up=0, down=1060)),
-        ("disk", True, Traffic(read=4110, written=2070, weights_up=100, states_up=4000, down=2060)),
+        ("vram", "", False, Traffic(read=110, written=2070, weights_up=100, states_up=0, down=2060)),
+        ("ram", "", False, Traffic(read=110, written=2070, weights_up=100, states_up=5000, down=3060)),
+        ("disk", "", False, Traffic(read=5110, written=3070, weights_up=100, states_up=5000, down=3060)),
+        ("disk", "ram", False, Traffic(read=4110, written=2070, weights_up=100, states_up=5000, down=3060)),
+        ("vram", "", True, Traffic(read=110, written=1070, weights_up=100, states_up=0, down=1060)),
+        ("disk", "", True, Traffic(read=5110, written=2070, weights_up=100, states_up=5000, down=2060)),
     ],
 )
-def test_what_goes_over_each_link_depends_on_where_hidden_states_stay(tier: str, last: bool, wanted: Traffic) -> None:
-    assert layer_traffic(LAYER, WORK, tier, last) == wanted
-    here = layer_traffic(LAYER, replace(WORK, device=torch.device("cpu")), tier, last)
+def test_what_goes_over_each_link_depends_on_where_hidden_states_stay(
+    tier: str, between: str, last: bool, wanted: Traffic
+) -> None:
+    schedule = Schedule(overlap=True, tier=tier, micro=1, ram={}, vram={}, between=between)
+    assert layer_traffic(LAYER, WORK, schedule, last) == wanted
+    here = layer_traffic(LAYER, replace(WORK, device=torch.device("cpu")), schedule, last)
     assert here == Traffic(read=wanted.read, written=wanted.written)
 
 

@@ -137,8 +137,9 @@ def dense_edit(layer: StreamLayer, aim: Aim, kept: torch.Tensor | None = None) -
     path = layer.family.path(aim.role)
     for name, tensor, where in (("weight", t_OI, path), ("bias", aim.bias_O, f"{path}.bias")):
         if tensor is not None:
-            stored = as_stored(tensor, layer.storage_dtype(aim.role), where)
-            # The layer's own memory is read into again while an edit may still be on its way to the disk.
+            # In one piece, as it will be read, so that it runs with the same bits; and not in the layer's own memory, which is
+            # read into again while an edit may still be on its way to the disk.
+            stored = as_stored(tensor, layer.storage_dtype(aim.role), where).contiguous()
             own = stored.clone() if stored.data_ptr() == tensor.data_ptr() else stored
             setattr(module, name, nn.Parameter(own, requires_grad=False))
     return Edit(role=aim.role, module=module, native=layer.native(aim.role), error=0.0, kept=as_kept(kept))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,12 +11,14 @@ from conftest import MakeModel
 from outputs import contents
 
 import streamlap
+from streamlap.families.layer import Edit, StreamLayer
 from streamlap.families.stream import ModelStream
 from streamlap.linalg.moments import fitted_sequences, held_sequences
 from streamlap.methods.anchored.attention import AttentionAnchored
 from streamlap.methods.anchored.ffn import FfnAnchored
+from streamlap.methods.base import Captured
 from streamlap.pipeline import sublayers
-from streamlap.pipeline.observe import InputSum
+from streamlap.pipeline.observe import InputSum, SublayerStatistics
 from streamlap.planning import schedule as scheduling
 from streamlap.planning.schedule import Schedule
 from streamlap.store.hidden import HiddenBank
@@ -117,10 +118,40 @@ def test_what_lies_between_stays_in_ram_where_the_rest_is_on_the_disk(
 
 
 @pytest.mark.parametrize("step", [None, 0.5])
-def test_inputs_of_the_ffn_may_be_moved_by_what_the_dense_attention_gives(
-    pico: MakeModel, tokens: Path, tmp_path: Path, step: float | None
+def test_inputs_of_the_ffn_are_moved_by_what_the_dense_attention_gives(
+    pico: MakeModel, tokens: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: float | None
 ) -> None:
     """The attention as it was read is kept for that."""
-    methods = (AttentionAnchored(input_step=step), replace(FfnAnchored(), input_step=step))
-    report = streamlap.compress(pico("llama"), tmp_path / "out", files=(str(tokens),), methods=methods, ratio=0.3)
-    assert all(error < 1 for layer in report.layers for error in layer.errors["ffn"].values())
+    stream, x_BLD = ModelStream(pico("llama")), torch.randn(2, 16, 32)
+    kwargs, real, seen = stream.layer_kwargs(16), SublayerStatistics.inputs, []
+
+    def inputs(statistics: SublayerStatistics) -> Captured:
+        part, index = statistics.dense.part, statistics.index
+        if statistics.sublayer == "ffn":
+            assert part is not None
+            wanted_BLD = stream.layer(index, kwargs[index]).run_sublayer("attention", x_BLD)
+            seen.append(torch.equal(part(x_BLD), wanted_BLD))
+        return real(statistics)
+
+    monkeypatch.setattr(SublayerStatistics, "inputs", inputs)
+    methods = (AttentionAnchored(), FfnAnchored(input_step=step))
+    streamlap.compress(pico("llama"), tmp_path / "out", files=(str(tokens),), methods=methods, ratio=0.3)
+    assert seen == [True] * LAYERS
+
+
+def test_what_is_stored_lies_in_one_piece(
+    pico: MakeModel, tokens: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A matrix laid out otherwise would run with other bits than it does once it is read again."""
+    real, pieces = StreamLayer.apply, list[bool]()
+
+    def apply(layer: StreamLayer, edits: Sequence[Edit], keep_dense: bool = False) -> None:
+        pieces.extend(tensor.is_contiguous() for edit in edits for tensor in edit.module.state_dict().values())
+        real(layer, edits, keep_dense)
+
+    monkeypatch.setattr(StreamLayer, "apply", apply)
+    for storage in ("pivoted", "factors"):
+        methods = (AttentionAnchored(storage=storage), FfnAnchored(storage=storage))
+        streamlap.compress(pico("qwen2"), tmp_path / storage, files=(str(tokens),), methods=methods, ratio=0.4)
+    assert len(pieces) > 50
+    assert all(pieces)
