@@ -19,6 +19,7 @@ from streamlap.linalg.gram import Gram
 from streamlap.output.report import LayerReport
 from streamlap.pipeline import one_pass, sublayers
 from streamlap.pipeline.hand import LayerEdits, LayerInHand
+from streamlap.pipeline.next_inputs import next_inputs
 from streamlap.pipeline.runner import LayerRunner, start_runner
 from streamlap.pipeline.session import Session
 from streamlap.pipeline.streams import Streams
@@ -152,7 +153,7 @@ def propagate(hand: LayerInHand, following: Sequence[dict[str, Any]], trained: b
     out_NL, seen = torch.zeros(hand.streams.tokens_NL.shape, dtype=torch.bool), None
     if following:
         if hand.streams.dense is not None:
-            seen = sublayers.next_inputs(hand, following[0])
+            seen = next_inputs(hand, following[0])
         watch = None if seen is None else seen.see
         if hand.streams.dense is None or trained:
             out_NL = hand.runner.carry(hand.layer, hand.index, hand.compressed, hand.next_compressed, watch)

@@ -17,7 +17,7 @@ from streamlap.errors import NumericalError
 from streamlap.families.layer import Edit, StreamLayer
 from streamlap.families.linears import Sublayer
 from streamlap.linalg.gram import Gram
-from streamlap.linalg.moments import HELD_TOKENS, Moments, Sample, fitted_sequences, held_sequences
+from streamlap.linalg.moments import HELD_TOKENS, Moments, Sample, held_sequences
 from streamlap.linalg.rows import any_out, blanked, finite_rows
 from streamlap.methods.base import Captured
 from streamlap.pipeline.runner import LayerRunner
@@ -263,30 +263,6 @@ class SublayerStatistics:
                     into.held.update(x_BLI[place][good], anchor_BLA[place][good])
                 if number not in held or alone:
                     into.moments.update(x_BLI[place][good], anchor_BLA[place][good])
-
-
-class InputSum:
-    """The Gram of what the first sub-layer of a layer will read, summed while the stream before it is made."""
-
-    def __init__(self, layer: StreamLayer, shape_NL: tuple[int, int]) -> None:
-        self._layer, self._moments = layer, Moments()
-        self._name = next(iter(layer.family.sublayers))
-        self._fitted = set(fitted_sequences(*shape_NL))
-        self._next = 0
-
-    def see(self, x_BLD: torch.Tensor) -> None:
-        """The next batch of the stream."""
-        out_BL = any_out(x_BLD)
-        x_BLI = self._layer.sublayer_input(self._name, blanked(x_BLD, out_BL))
-        for place, x_LI in enumerate(x_BLI):
-            if self._next + place in self._fitted:
-                good = slice(None) if out_BL is None else ~out_BL[place]
-                self._moments.update(x_LI[good], x_LI[good][:, :0])
-        self._next += len(x_BLD)
-
-    def grams(self) -> list[Gram]:
-        """It alone; none where a number in it is not finite, which needs a closer look."""
-        return [self._moments.finish()[0]] if self._moments.tokens and self._moments.finite else []
 
 
 def evenly(target_BLD: torch.Tensor) -> torch.Tensor:

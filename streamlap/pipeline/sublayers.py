@@ -13,16 +13,15 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
 
 import torch
 
-from streamlap.errors import NumericalError, StreamlapError, located
+from streamlap.errors import NumericalError, located
 from streamlap.linalg.solution import joined
 from streamlap.methods.base import Solved, finite_error
 from streamlap.pipeline.hand import LayerEdits, LayerInHand, refuse_overflow
-from streamlap.pipeline.observe import InputSum, SublayerStatistics
+from streamlap.pipeline.observe import SublayerStatistics
 from streamlap.pipeline.streams import HiddenStates, Source
 from streamlap.planning.layouts import Candidate
 
@@ -69,16 +68,6 @@ def places(hand: LayerInHand) -> tuple[HiddenStates, HiddenStates, HiddenStates]
         HiddenStates(bank=streams.dense, generation=index), HiddenStates(bank=streams.between, generation=index),
         HiddenStates(bank=streams.dense, generation=index + 1),
     )  # fmt: skip
-
-
-def next_inputs(hand: LayerInHand, kwargs: Mapping[str, Any]) -> InputSum | None:
-    """What sums the inputs of the next layer while its stream is made; `kwargs` are that layer's."""
-    try:
-        frame = hand.runner.stream.frame(hand.index + 1, kwargs)
-    except StreamlapError:  # which comes again, once this layer is committed and that one is read
-        return None
-    sequences, length, _ = hand.streams.compressed.shape_NLD
-    return InputSum(frame, (sequences, length))
 
 
 def rebuild(hand: LayerInHand, statistics: SublayerStatistics) -> LayerEdits:

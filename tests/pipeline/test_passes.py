@@ -17,8 +17,9 @@ from streamlap.linalg.moments import fitted_sequences, held_sequences
 from streamlap.methods.anchored.attention import AttentionAnchored
 from streamlap.methods.anchored.ffn import FfnAnchored
 from streamlap.methods.base import Captured
-from streamlap.pipeline import sublayers
-from streamlap.pipeline.observe import InputSum, SublayerStatistics
+from streamlap.pipeline import layers
+from streamlap.pipeline.next_inputs import InputSum
+from streamlap.pipeline.observe import SublayerStatistics
 from streamlap.planning import schedule as scheduling
 from streamlap.planning.schedule import Schedule
 from streamlap.store.hidden import HiddenBank
@@ -63,7 +64,7 @@ def test_inputs_that_are_summed_while_their_stream_is_made_are_those_of_a_pass_o
 ) -> None:
     for overlap in (True, False):
         streamlap.compress(pico("qwen2"), tmp_path / f"summed {overlap}", files=(str(tokens),), overlap=overlap)
-    monkeypatch.setattr(sublayers, "next_inputs", lambda *_: None)
+    monkeypatch.setattr(layers, "next_inputs", lambda *_: None)
     streamlap.compress(pico("qwen2"), tmp_path / "read", files=(str(tokens),))
     wanted = contents(tmp_path / "read")
     assert contents(tmp_path / "summed True") == contents(tmp_path / "summed False") == wanted
