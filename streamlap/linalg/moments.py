@@ -1,7 +1,7 @@
 """Second moments of what a linear reads, and of that against what it should give: all that a closed form needs of the tokens.
 
 Each equals its one-shot formula, whatever the batches. Products are float32 where the tokens are narrower than float64, and
-each covers a fixed number of tokens; their sums are as exact for a billion tokens as for a thousand, see `gram`.
+each covers a fixed number of tokens; their sums are as exact for a billion tokens as for a thousand, see `sums`.
 
 Shape suffixes: T tokens, I in, A anchor (out, or in of the dense stream).
 """
@@ -13,8 +13,9 @@ from collections.abc import Sequence
 
 import torch
 
-from streamlap.linalg.gram import Gram, GramSum, Sum
+from streamlap.linalg.gram import Gram
 from streamlap.linalg.statistics import all_finite
+from streamlap.linalg.sums import GramSum, Sum
 
 CHUNK_TOKENS, WIDEST = 4096, 16384
 """Tokens in one product, half as many where they have more inputs. Fixed, and counted across updates: the bits do not depend

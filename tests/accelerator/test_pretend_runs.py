@@ -137,10 +137,12 @@ def check(
 ) -> Callable[..., None]:  # fmt: skip
     """A run by one schedule, beside what a CPU makes of the same."""
 
-    def run(kind: str, scale: int, tier: str, overlap: bool) -> None:
+    def run(kind: str, scale: int, tier: str, overlap: bool, between: str = "") -> None:
         whole = on_the_cpu(kind, scale)
         gpu, watch = pretend_gpu(monkeypatch), Watch(monkeypatch)
-        monkeypatch.setattr(scheduling, "schedules", lambda work, overlap: [make_schedule(work, overlap, tier, BATCH)])
+        monkeypatch.setattr(
+            scheduling, "schedules", lambda work, overlap: [make_schedule(work, overlap, tier, BATCH, between=between)]
+        )
         assert compress(tmp_path / "out", kind, scale, device="cuda", overlap=overlap, max_vram="40GiB") == whole
         (choice,) = watch.fits
         schedule, layers = choice.schedule, choice.schedule.ram["layers"]
@@ -168,6 +170,13 @@ def test_a_run_on_a_gpu_gives_the_bytes_of_the_cpu_and_moves_them_in_time(
     check: Callable[..., None], kind: str, tier: str, overlap: bool
 ) -> None:
     check(kind, 16, tier, overlap)
+
+
+@pytest.mark.parametrize("overlap", [True, False])
+def test_what_lies_between_sub_layers_may_stay_in_the_slab_while_the_rest_is_on_the_disk(
+    check: Callable[..., None], overlap: bool
+) -> None:
+    check("best", 16, "disk", overlap, between="ram")
 
 
 @pytest.mark.nightly

@@ -8,7 +8,8 @@ import torch
 from streamlap.errors import NumericalError
 from streamlap.linalg import gram as grams
 from streamlap.linalg import triangles
-from streamlap.linalg.gram import LARGE, LEFT, Gram, GramSum, Sum, solve_dtype, squares
+from streamlap.linalg.gram import LARGE, LEFT, Gram, solve_dtype, squares
+from streamlap.linalg.sums import GramSum, Sum
 from streamlap.linalg.triangles import panels, solve_right
 
 SIZE = 13

@@ -68,7 +68,7 @@ def anchored_cost(
         lasts = sum(d * (item * shape.width + _item(f) * d * (shape.last_rank > 0)) for shape in found)
         rank = max((rank for shape in found for _, rank in shape.ranks), default=0)
         bases = _item(n) * len(reads) * rank * (f + n)
-        moments += [(max(map(_removing, found)), lasts), (_finding((f, n), rank), lasts + bases), (0, bases)]
+        moments += [(max(map(_removing, found)), lasts), (_finding((f, n), rank), lasts + bases)]
         moments += [(_trying(shape, item), lasts + bases + held) for shape in found]
     return Cost(
         workspace_bytes=inputs + max(work for work, _ in moments), capture_bytes=inputs + sums,
