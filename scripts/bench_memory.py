@@ -19,6 +19,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from collections import Counter
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
@@ -95,7 +96,7 @@ def bench_shape(args: argparse.Namespace, work: Path) -> Result:
         with shared.new_folder(work / "out") as out:
             shared.drop_cache(model)
             done = shared.run_streamlap(
-                "compress", model, out, "--preset", shared.ENGINE, "--calibration", tokens
+                "compress", model, out, "--preset", args.preset, "--calibration", tokens
             ).required()
             rows.append({"layers": layers} | outcome(done, work))
             whole = whole if layers != depth else shared.hashes(out)
@@ -117,7 +118,7 @@ def under_cap(
     with shared.new_folder(work / "out") as out:
         shared.drop_cache(model)
         row = {"cap": cap} | capped_run(
-            args, work, cap, "compress", model, out, "--preset", shared.ENGINE, "--calibration", tokens
+            args, work, cap, "compress", model, out, "--preset", args.preset, "--calibration", tokens
         )
         row["identical"] = bool(whole) and shared.hashes(out) == whole
         if args.eval_cap and row["completed"]:
@@ -143,7 +144,17 @@ def outcome(done: Done, work: Path) -> Result:
     peak = max(done.peak_rss_bytes, done.output.get("peak_ram_bytes", 0))
     row = {"completed": not done.code, "peak_rss_bytes": peak, "seconds": done.output.get("seconds"),
            "wall_seconds": round(done.seconds, 1)}  # fmt: skip
+    if "layers" in done.output:
+        row["phases"] = phases(done.output["layers"])
     return row | ({"exit_code": done.code, "error": done.error.replace(str(work), "WORK")} if done.code else {})
+
+
+def phases(layers: list[Result]) -> dict[str, float]:
+    """Seconds of all layers, phase by phase."""
+    total: Counter[str] = Counter()
+    for layer in layers:
+        total.update(layer["seconds"])
+    return {name: round(seconds, 1) for name, seconds in total.items()}
 
 
 def table(result: Result) -> str:
@@ -182,6 +193,7 @@ def cap_rows(result: Result) -> Iterator[list[object]]:
 def main() -> None:
     parser = shared.argument_parser(__doc__)
     parser.add_argument("--shape", help="a shape of make_synthetic_checkpoint.py; without it small random Llamas")
+    shared.preset_option(parser)
     parser.add_argument("--depths", type=int, nargs="+", default=[4, 12, 36])
     parser.add_argument("--caps", nargs="*", default=[], help="with --shape: limits such as 3GiB")
     parser.add_argument("--cap-depth", type=int, help="layers under the caps; default the fewest")

@@ -3,6 +3,7 @@
 
     python scripts/bench_plan.py --work DIR --out plan.json
     python scripts/bench_plan.py --case llama-3-8b:2,3GiB,4x512 --case path/to/model,8GiB,16x512,float32
+    python scripts/bench_plan.py --preset best --case llama-3-8b:2,6GiB,4x512
 
 Both commands run in fresh processes with the same flags, the plan first; it measures this machine's rates anew, at most once a
 case of a dtype. A case is MODEL,CAP,WINDOWSxTOKENS[,DTYPE]; MODEL is a folder or SHAPE:LAYERS, whose checkpoint is made.
@@ -72,19 +73,19 @@ def bench(args: argparse.Namespace, work: Path) -> Result:
     with shared.new_folder(work / "scratch") as scratch:
         for case in args.case or [Case.parse(text) for text in CASES]:
             model = shared.checkpoint(work, *case.made, args.scale_down) if case.made else Path(case.model)
-            rows.append(run_case(case, model, scratch))
+            rows.append(run_case(case, model, scratch, args.preset))
             if case.made and args.clean:
                 shutil.rmtree(model)
             print(table({"cases": rows[-1:]}), file=sys.stderr, flush=True)
-    return {"scale_down": args.scale_down, "cases": rows, "verdict": verdict(rows)}
+    return {"preset": args.preset, "scale_down": args.scale_down, "cases": rows, "verdict": verdict(rows)}
 
 
-def run_case(case: Case, model: Path, scratch: Path) -> Result:
+def run_case(case: Case, model: Path, scratch: Path, preset: str = shared.ENGINE) -> Result:
     """The plan, then the run, under the same flags."""
     scratch.mkdir(exist_ok=True)
     tokens = shared.tokens_file(scratch, model, case.samples, case.length)
     flags = ["--calibration", tokens, "--max-ram", case.cap, "--dtype", case.dtype, "--work", scratch / "hidden",
-             "--preset", shared.ENGINE]  # fmt: skip
+             "--preset", preset]  # fmt: skip
     planned = shared.run_streamlap("plan", model, *flags, variables={"XDG_CACHE_HOME": str(scratch.absolute())})
     if planned.code and not planned.output:
         planned.required()
@@ -160,6 +161,7 @@ def case_lines(row: Result) -> Iterator[list[object]]:
 
 def main() -> None:
     parser = shared.argument_parser(__doc__)
+    shared.preset_option(parser)
     parser.add_argument(
         "--case", type=Case.parse, action="append", metavar="CASE", help="may be repeated; default five shapes"
     )

@@ -187,14 +187,14 @@ def bench(args: argparse.Namespace, folder: Path) -> Result:
         "--device",
         device,
         "--preset",
-        shared.ENGINE,
+        args.preset,
     ]
     for name, value in (("--max-ram", args.max_ram), ("--max-vram", args.max_vram)):
         flags += [name, value] if value else []
     with shared.new_folder(folder / "cache") as cache:
         variables = {"XDG_CACHE_HOME": str(cache.absolute())}
         plan = shared.run_streamlap("plan", model, *flags, variables=variables).required().output
-    work = workload(model, device, args.tokens, plan)
+    work = workload(model, device, args.tokens, plan, args.preset)
     rates, runs = measure_rates(work, folder), []
     for _ in range(args.repeat):
         runs.append(run_once(work, model, folder, flags, rates))
@@ -242,6 +242,7 @@ def phase_table(run: Result) -> str:
 def main() -> None:
     parser = shared.argument_parser(__doc__)
     parser.add_argument("--model", type=Path, help="checkpoint folder; by default one is made")
+    shared.preset_option(parser)
     parser.add_argument("--shape", default="llama-3-8b", help="of the checkpoint to be made (llama-3-8b)")
     parser.add_argument("--layers", type=int, default=3, help="of the checkpoint to be made (3)")
     parser.add_argument("--tokens", type=shared.windows, default=(16, 512), help="windows x tokens (16x512)")

@@ -27,6 +27,7 @@ import torch
 import transformers
 
 import streamlap
+from streamlap.methods import PRESETS
 from streamlap.store.sink import file_hash
 
 ROOT = Path(__file__).parent.parent
@@ -74,6 +75,10 @@ def argument_parser(doc: str | None) -> argparse.ArgumentParser:
                                                                  "default a temporary folder")  # fmt: skip
     parser.add_argument("--scale-down", type=int, default=1, metavar="K", help="divide the widths of a shape by K")
     return parser
+
+
+def preset_option(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--preset", default=ENGINE, choices=sorted(PRESETS), help=f"what is measured ({ENGINE})")
 
 
 def conclude(args: argparse.Namespace, measure: Callable[[Path], Result], table: Callable[[Result], str]) -> Result:
