@@ -16,6 +16,9 @@ from streamlap.linalg.rows import any_out
 from streamlap.planning.survey import Perturbation
 from streamlap.store.hidden import HiddenBank
 
+SCORED = 4
+"""Of so many positions one is scored: the head costs as much as many layers, and neighbours say much the same."""
+
 Head = Callable[[torch.Tensor], torch.Tensor]
 """Last hidden states x_TD -> logits_TV."""
 
@@ -26,11 +29,14 @@ def mean_divergence(
 ) -> float:
     """KL(dense || copy) of the predictions, nats a token; the streams are behind the last layer.
 
-    Over the tokens that are out of neither stream. Raises NumericalError where there is none, or where it is no number.
+    Over one in `SCORED` of the positions, and of these the tokens that are out of neither stream. Raises NumericalError where
+    there is none, or where it is no number.
     """
     total, tokens = 0.0, 0
     for batches in zip(dense.read(stream.depth), copy.read(stream.depth), strict=True):
-        here = [x_BLD.to(stream.device) for x_BLD in batches]  # one may come from the disk and one be there
+        here = [
+            x_BLD[:, ::SCORED].to(stream.device) for x_BLD in batches
+        ]  # one may come from the disk and one be there
         out_BL = any_out(*here)
         rows = (x_BLD.flatten(0, 1) if out_BL is None else x_BLD[~out_BL] for x_BLD in here)
         pieces = zip(*(torch.split(x_TD, HEAD_TOKENS) for x_TD in rows), strict=True)

@@ -1,7 +1,7 @@
 """The measuring sweep: how far the model's predictions move when one sub-layer is cut and all else stays dense.
 
-One pass over the layers carries the dense stream and, of every layer passed, a copy for each sub-layer and each cut, in which
-that sub-layer alone is rebuilt smaller. At the head the divergence of every copy from the dense model is measured. The result
+One pass over the layers carries the dense stream and, of every layer passed, a copy for each sub-layer, in which that
+sub-layer alone is rebuilt smaller. At the head the divergence of every copy from the dense model is measured. The result
 is a small file, which serves every ratio; `planning.allocate` reads it.
 
 What a killed sweep needs to go on lies in a folder beside the file. The loop is in `sweep`.

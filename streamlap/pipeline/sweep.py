@@ -24,7 +24,7 @@ from streamlap.pipeline.runner import LayerRunner, start_runner
 from streamlap.pipeline.session import Session
 from streamlap.pipeline.streams import HiddenStates, LayerPart, Source, open_bank
 from streamlap.planning.allocate import Point
-from streamlap.planning.survey import LEVELS, PERTURBERS, Perturbation, SurveyPlan
+from streamlap.planning.survey import PERTURBERS, Perturbation, SurveyPlan
 from streamlap.store.hidden import HiddenBank
 from streamlap.store.sink import write_durably
 from streamlap.system.allocator import trim_heap
@@ -56,9 +56,7 @@ def open_sweep(stream: ModelStream, plan: SurveyPlan, tokens_NL: torch.Tensor, s
     folder, schedule = session.run.hidden, plan.fit.schedule
     between = folder if schedule.tier == "disk" else None
     copies = {
-        perturbed: open_bank(
-            stream, tokens_NL, schedule, folder, f"{perturbed.sublayer}-{perturbed.index:05d}-{perturbed.keep}"
-        )
+        perturbed: open_bank(stream, tokens_NL, schedule, folder, f"{perturbed.sublayer}-{perturbed.index:05d}")
         for perturbed in plan.perturbations
     }
     return Sweep(
@@ -91,7 +89,7 @@ def sweep_layers(sweep: Sweep) -> None:
             progress.next()
 
 
-def commit_streams(sweep: Sweep, index: int, errors: dict[str, list[float]]) -> None:
+def commit_streams(sweep: Sweep, index: int, errors: dict[str, float]) -> None:
     """All streams are before the next layer, on the disk, and now the journal says so."""
     banks = sweep.begun(index + 1)
     for bank in banks:
@@ -101,9 +99,8 @@ def commit_streams(sweep: Sweep, index: int, errors: dict[str, list[float]]) -> 
         bank.drop(index)
 
 
-def carry_through(sweep: Sweep, runner: LayerRunner, layer: StreamLayer, index: int) -> dict[str, list[float]]:
-    """Every stream through a layer, and new copies in which a sub-layer of it is cut. Gives sub-layer -> its own error at each
-    level."""
+def carry_through(sweep: Sweep, runner: LayerRunner, layer: StreamLayer, index: int) -> dict[str, float]:
+    """Every stream through a layer, and new copies in which a sub-layer of it is cut. Gives sub-layer -> its own error."""
     attention, ffn = (functools.partial(layer.run_sublayer, name) for name in ("attention", "ffn"))
 
     def whole(x_BLD: torch.Tensor) -> torch.Tensor:
@@ -135,24 +132,18 @@ def statistics_of(
     )  # fmt: skip
 
 
-def perturb_sublayer(sweep: Sweep, statistics: SublayerStatistics, rest: LayerPart) -> list[float]:
-    """New copies of the dense stream, through a sub-layer that is cut and the `rest` of the layer, which begins with it. Gives
-    the sub-layer's own errors."""
-    runner, layer, index = statistics.runner, statistics.layer, statistics.index
-    name, before = statistics.sublayer, statistics.dense.states
+def perturb_sublayer(sweep: Sweep, statistics: SublayerStatistics, rest: LayerPart) -> float:
+    """A new copy of the dense stream, through a sub-layer that is cut and the `rest` of the layer, which begins with it. Gives
+    the sub-layer's own error."""
+    runner, layer, index, name = statistics.runner, statistics.layer, statistics.index, statistics.sublayer
+    perturbed = Perturbation(index=index, sublayer=name)
     with runner.claim("solve"), located(f"{layer.prefix} {name}"):
-        perturbations = {f"{keep:g}": Perturbation(index=index, sublayer=name, keep=keep) for keep in LEVELS}
-        layouts = {
-            key: next(iter(sweep.plan.perturbations[perturbed].layouts.values()))
-            for key, perturbed in perturbations.items()
-        }
-        made = PERTURBERS[name].solve_each(statistics, layouts)
-        errors = [finite_error(made[key].error) for key in perturbations]
-    for key, perturbed in perturbations.items():
-        with layer.tried(made[key].edits):
-            after = HiddenStates(bank=sweep.copies[perturbed], generation=index + 1)
-            runner.carry(rest, index, before, after)
-    return errors
+        made = PERTURBERS[name].solve(statistics, sweep.plan.perturbations[perturbed].layouts)
+        error = finite_error(made.error)
+    with layer.tried(made.edits):
+        after = HiddenStates(bank=sweep.copies[perturbed], generation=index + 1)
+        runner.carry(rest, index, statistics.dense.states, after)
+    return error
 
 
 def head_divergences(sweep: Sweep) -> dict[Perturbation, float]:
@@ -179,11 +170,11 @@ def points(sweep: Sweep) -> tuple[dict[str, tuple[Point, ...]], ...]:
         kl = head_divergences(sweep)
     return tuple(
         {
-            name: tuple(
-                Point(keep=keep, kl=kl[Perturbation(index=index, sublayer=name, keep=keep)], error=error)
-                for keep, error in zip(LEVELS, errors, strict=True)
+            perturbed.sublayer: (
+                Point(keep=perturbed.keep, kl=kl[perturbed], error=line["errors"][perturbed.sublayer]),
             )
-            for name, errors in line["errors"].items()
+            for perturbed in sweep.copies
+            if perturbed.index == index
         }
         for index, line in enumerate(sweep.session.journal.layers)
     )

@@ -14,26 +14,30 @@ from streamlap.planning.schedule import Fit, fit, require_fit
 from streamlap.planning.workload import Workload, evaluation_workload
 from streamlap.settings import RunSettings
 
-LEVELS = (0.6, 0.8)
-"""Shares of a sub-layer that stay, the deepest cut first."""
+LEVELS = {"attention": 0.6, "ffn": 0.8}
+"""Share of a sub-layer that stays. A shallower cut of attention moves the predictions by no more than rounding does."""
 
 PERTURBERS: dict[str, AttentionAnchored | FfnAnchored] = {
     "attention": AttentionAnchored(),
     "ffn": FfnAnchored(shares=(0.25,)),
 }
-"""What cuts each sub-layer. The curves compare sub-layers, so one good method does for all that a recipe may try."""
+"""What cuts each sub-layer. Only how sub-layers compare is wanted, so one good method does for all that a recipe may try."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Perturbation:
-    """One sub-layer, at one share, in a copy of the dense stream."""
+    """One sub-layer, cut, in a copy of the dense stream."""
 
     index: int
     sublayer: str
-    keep: float
+
+    @property
+    def keep(self) -> float:
+        """Share of it that stays."""
+        return LEVELS[self.sublayer]
 
     def __str__(self) -> str:
-        return f"{self.index} {self.sublayer} {self.keep}"
+        return f"{self.index} {self.sublayer}"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,10 +58,7 @@ def plan_survey(stream: ModelStream, shape_NL: tuple[int, int], settings: RunSet
 
 def all_perturbations(stream: ModelStream) -> Iterator[Perturbation]:
     return (
-        Perturbation(index=index, sublayer=name, keep=keep)
-        for index in range(stream.depth)
-        for name in stream.family.sublayers
-        for keep in LEVELS
+        Perturbation(index=index, sublayer=name) for index in range(stream.depth) for name in stream.family.sublayers
     )
 
 
@@ -74,26 +75,26 @@ def perturbed_candidate(stream: ModelStream, perturbed: Perturbation) -> Candida
 
 def disk_generations(depth: int) -> int:
     """Most that are on the disk at one time: in the last layer each stream before and after it, and one between sub-layers."""
-    per_layer = 2 * len(LEVELS)
+    per_layer = len(LEVELS)
     return 1 + per_layer * (depth - 1) + 1 + per_layer * depth + 1
 
 
 def survey_workload(
     stream: ModelStream, perturbations: Mapping[Perturbation, Candidate], sequences: int, length: int
 ) -> Workload:
-    """Sizes of `survey`. Edits of two sub-layers are never there at once, those of all levels of one are."""
-    made: dict[tuple[int, str], int] = {}
-    for perturbed, found in perturbations.items():
-        (layout,), key = found.layouts.values(), (perturbed.index, perturbed.sublayer)
-        made[key] = made.get(key, 0) + edit_bytes(stream, perturbed.index, layout)
-    most = max(made.values())
+    """Sizes of `survey`. Edits of two sub-layers are never there at once."""
+    most = max(
+        edit_bytes(stream, perturbed.index, layout)
+        for perturbed, found in perturbations.items()
+        for layout in found.layouts.values()
+    )
     work = evaluation_workload(stream, sequences, length)
     tokens = min(HEAD_TOKENS, sequences * length)
     second = tokens * stream.vocabulary * (work.itemsize + 5 * 4)  # its logits, and what is made of both in float32
     return replace(
         work, edits=most, solve=max(found.cost.both_bytes for found in perturbations.values()) + most,
         capture=max(found.cost.capture_bytes for found in perturbations.values()) + most, head=work.head + second,
-        streams=2 + 2 * len(LEVELS) * stream.depth,
+        streams=2 + len(perturbations),
     )  # fmt: skip
 
 

@@ -6,11 +6,11 @@ import itertools
 
 import pytest
 
-from streamlap.linalg.allocation import LEAST, MOST, Curve, Part, allocate, fit_curve
+from streamlap.linalg.allocation import LEAST, MOST, POWER, Curve, Part, allocate, fit_curve
 
 PARTS = [
-    Part(parameters=count, curve=Curve(scale=scale, power=power))
-    for count, scale, power in [(1000, 0.5, 2.0), (4000, 0.1, 1.3), (1000, 0.02, 3.1), (4001, 0.9, 1.0), (997, 0, 1.0)]
+    Part(parameters=count, curve=Curve(scale=scale))
+    for count, scale in [(1000, 0.5), (4000, 0.1), (1000, 0.02), (4001, 0.9), (997, 0)]
 ]
 TOTALS = (100, 3000, 5501, 8798, 10998)
 
@@ -28,26 +28,24 @@ def test_the_total_is_met_inside_the_bounds(total: int) -> None:
         assert LEAST * uniform * part.parameters - 1 <= count <= min(1.0, MOST * uniform) * part.parameters + 1
 
 
-@pytest.mark.parametrize("power", [1.0, 1.0001, 1.5, 4.0])
-def test_equal_parts_get_equal_shares(power: float) -> None:
-    parts = [Part(parameters=1000, curve=Curve(scale=0.3, power=power))] * 5
+def test_equal_parts_get_equal_shares() -> None:
+    parts = [Part(parameters=1000, curve=Curve(scale=0.3))] * 5
     assert allocate(parts, 3500) == [700] * 5
     assert allocate(parts, 3503) == [701, 701, 701, 700, 700]
 
 
 def test_parts_without_a_loss_give_to_the_others() -> None:
-    parts = [Part(parameters=1000, curve=Curve(scale=scale, power=2.0)) for scale in (0.0, 1.0)]
+    parts = [Part(parameters=1000, curve=Curve(scale=scale)) for scale in (0.0, 1.0)]
     assert allocate(parts, 1000) == [300, 700]
 
 
 @pytest.mark.parametrize("total", [900, 1500, 2100, 2700])
-@pytest.mark.parametrize("powers", [(2.0, 2.0, 2.0), (1.0, 1.2, 3.0), (1.0, 1.0, 1.0)])
+@pytest.mark.parametrize("scales", [(0.2, 0.5, 1.1), (0.2, 0.2, 0.21), (0.001, 5.0, 0.0)])
 @pytest.mark.parametrize("sizes", [(1000, 1000, 1000), (400, 2000, 600)])
 def test_no_other_sharing_loses_less(
-    total: int, powers: tuple[float, float, float], sizes: tuple[int, int, int]
+    total: int, scales: tuple[float, float, float], sizes: tuple[int, int, int]
 ) -> None:
-    curves = [Curve(scale=scale, power=power) for scale, power in zip((0.2, 0.5, 1.1), powers, strict=True)]
-    parts = [Part(parameters=size, curve=curve) for size, curve in zip(sizes, curves, strict=True)]
+    parts = [Part(parameters=size, curve=Curve(scale=scale)) for size, scale in zip(sizes, scales, strict=True)]
     uniform = total / 3000
     bounds = [(round(LEAST * uniform * size), round(min(1.0, MOST * uniform) * size)) for size in sizes]
     first, second = (range(low, high + 1, 5) for low, high in bounds[:2])
@@ -67,33 +65,38 @@ def test_more_in_all_is_no_less_for_any() -> None:
 def test_a_steeper_curve_gets_more() -> None:
     shares = []
     for scale in (0.1, 0.2, 0.4):
-        parts = [Part(parameters=1000, curve=Curve(scale=s, power=2.0)) for s in (scale, 0.2)]
+        parts = [Part(parameters=1000, curve=Curve(scale=s)) for s in (scale, 0.2)]
         shares.append(allocate(parts, 1600)[0])
     assert shares == sorted(set(shares))
 
 
 def test_keep_at_is_where_the_slope_is() -> None:
-    curve, step = Curve(scale=0.7, power=2.3), 1e-6
+    curve, step = Curve(scale=0.7), 1e-6
     for slope in (0.01, 0.2, 1.0):
         keep = curve.keep_at(slope)
         assert (curve.loss(keep - step) - curve.loss(keep + step)) / (2 * step) == pytest.approx(slope, rel=1e-5)
-    assert curve.keep_at(0.7 * 2.3 + 1e-9) == 0.0
+    assert curve.keep_at(0.7 * POWER + 1e-9) == 0.0
     assert curve.keep_at(0.0) == 1.0
 
 
-def test_a_curve_goes_through_two_points() -> None:
-    curve = fit_curve([(0.8, 0.01), (0.6, 0.05)])
-    assert curve.loss(0.8) == pytest.approx(0.01)
-    assert curve.loss(0.6) == pytest.approx(0.05)
-    assert curve.loss(1.0) == 0.0
+def test_what_is_cut_goes_by_a_power_of_the_loss() -> None:
+    """Away from the bounds, of parts of one size."""
+    parts = [Part(parameters=100_000, curve=Curve(scale=scale)) for scale in (0.1, 0.15, 0.2)]
+    cuts = [1 - count / 100_000 for count in allocate(parts, 240_000)]
+    for cut, part in zip(cuts, parts, strict=True):
+        assert cut / cuts[0] == pytest.approx((part.curve.scale / 0.1) ** (-1 / (POWER - 1)), rel=1e-3)
 
 
-@pytest.mark.parametrize(
-    "points", [[(0.8, 0.05), (0.6, 0.01)], [(0.8, 0.0), (0.6, 0.0)], [(0.7, 0.3)], [(0.8, 1.0), (0.6, 1.5)]]
-)
-def test_what_is_not_convex_becomes_a_straight_line(points: list[tuple[float, float]]) -> None:
-    curve = fit_curve(points)
-    assert curve.power == 1.0
-    assert curve.scale >= 0
-    losses = [curve.loss(keep) for keep in (0.2, 0.4, 0.6, 1.0)]
-    assert losses == sorted(losses, reverse=True)
+def test_a_curve_goes_through_its_point() -> None:
+    assert fit_curve([(0.8, 0.01)]).loss(0.8) == pytest.approx(0.01)
+    assert fit_curve([(0.8, 0.01)]).loss(1.0) == 0.0
+
+
+def test_a_curve_goes_between_points() -> None:
+    points = [(0.8, 0.02), (0.6, 0.03)]
+    scales = [fit_curve([point]).scale for point in points]
+    assert fit_curve(points).scale == pytest.approx((scales[0] * scales[1]) ** 0.5)
+
+
+def test_a_loss_of_nothing_is_a_curve_too() -> None:
+    assert fit_curve([(0.6, 0.0)]).loss(0.5) < 1e-10

@@ -29,6 +29,7 @@ from streamlap.methods.base import Cost, Solved
 from streamlap.output.inspect import count_parameters
 from streamlap.pipeline import survey as surveying
 from streamlap.pipeline import sweep
+from streamlap.pipeline.divergence import SCORED
 from streamlap.planning import allocate
 from streamlap.planning import schedule as scheduling
 from streamlap.planning import survey as planning
@@ -78,17 +79,21 @@ def test_the_file_holds_every_cut(whole: Path) -> None:
     assert len(found.layers) == DEPTH
     for layer in found.layers:
         assert list(layer) == ["attention", "ffn"]
-        for points in layer.values():
-            assert tuple(point.keep for point in points) == LEVELS
+        for name, points in layer.items():
+            assert tuple(point.keep for point in points) == (LEVELS[name],)
     assert json.loads(json.dumps(found.to_json())) == json.loads(whole.read_text())
     assert not state_of(whole).exists()
 
 
-def test_the_deeper_cut_moves_the_predictions_more(whole: Path) -> None:
-    for layer in Survey.read(whole).layers:
-        for deep, shallow in layer.values():
-            assert deep.kl > shallow.kl > 0
-            assert deep.error > shallow.error > 0
+def test_a_deeper_cut_moves_the_predictions_more(
+    whole: Path, measure: Measure, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(planning, "LEVELS", {name: keep - 0.3 for name, keep in LEVELS.items()})
+    deeper = measure(tmp_path / "survey.json")
+    for layer, deep in zip(Survey.read(whole).layers, deeper.layers, strict=True):
+        for name, (point,) in layer.items():
+            assert deep[name][0].kl > point.kl > 0
+            assert deep[name][0].error > point.error > 0
 
 
 class Silence:
@@ -103,12 +108,12 @@ class Silence:
     def cost(self, *_: Any) -> Cost:
         return Cost(workspace_bytes=1 << 20, capture_bytes=1 << 20)
 
-    def solve_each(self, view: Any, layouts: dict[str, Any]) -> dict[str, Solved]:
+    def solve(self, view: Any, _: dict[str, Any]) -> Solved:
         native = view.layer.native(self.last)
         module = nn.Linear(*reversed(native.shape), bias=False)
         nn.init.zeros_(module.weight)
         edit = Edit(role=self.last, module=module, native=native, error=1.0)
-        return {name: Solved(edits=[] if self.keeps else [edit], error=1.0) for name in layouts}
+        return Solved(edits=[] if self.keeps else [edit], error=1.0)
 
 
 LASTS = {"attention": "o", "ffn": "down"}
@@ -148,9 +153,9 @@ def test_divergences_are_those_of_the_whole_model(
     for index, layer in enumerate(found.layers):
         for sublayer, points in layer.items():
             q_NLV = log_probabilities(ModelStream(source).linear_name(index, LASTS[sublayer]))
-            wanted = float((p_NLV.exp() * (p_NLV - q_NLV)).sum(-1).mean())
+            wanted = float((p_NLV.exp() * (p_NLV - q_NLV)).sum(-1)[:, ::SCORED].mean())
             assert wanted > 1e-4
-            assert [point.kl for point in points] == pytest.approx([wanted] * len(LEVELS), rel=1e-3)
+            assert [point.kl for point in points] == pytest.approx([wanted], rel=1e-3)
 
 
 # --- stop and resume ---------------------------------------------------------------------------------------------------
@@ -219,7 +224,7 @@ def test_hidden_states_go_where_they_are_told(
 ) -> None:
     file, work = tmp_path / "survey.json", tmp_path / "work"
     crash_after(1, monkeypatch, lambda: measure(file, work=work))
-    assert len(list(work.rglob("*-00001.bin"))) == 1 + 2 * len(LEVELS)
+    assert len(list(work.rglob("*-00001.bin"))) == 1 + len(LEVELS)
     measure(file, work=work)
     assert file.read_bytes() == whole.read_bytes()
     assert not list(work.iterdir())
@@ -283,7 +288,7 @@ def workload(stream: ModelStream) -> Workload:
 def test_the_claims_hold_every_stream(source: Path) -> None:
     stream = ModelStream(source)
     work = workload(stream)
-    assert work.streams == 2 + 4 * DEPTH
+    assert work.streams == 2 + 2 * DEPTH
     in_ram, on_disk = (make_schedule(work, True, tier, 12) for tier in ("ram", "disk"))
     assert in_ram.ram["layers"]["hidden states"] == work.streams * work.generation
     assert "hidden states" not in on_disk.ram["layers"]
@@ -336,7 +341,7 @@ def written(model: Path, file: Path, kls: Callable[[int, str], float]) -> str:
     stream = ModelStream(model)
     layers = tuple(
         {
-            name: tuple(Point(keep=keep, kl=kls(index, name) * (1 - keep) ** 2, error=0.1) for keep in LEVELS)
+            name: (Point(keep=LEVELS[name], kl=kls(index, name) * (1 - LEVELS[name]) ** 2, error=0.1),)
             for name in stream.family.sublayers
         }
         for index in range(stream.depth)

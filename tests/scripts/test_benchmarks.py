@@ -102,8 +102,10 @@ def test_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.
     assert "| compress, 2 layers | 2GiB |" in shown(bench_memory, tmp_path, monkeypatch, capsys)
 
 
-def test_plan(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    result = run(bench_plan, ["--case", "llama-3-8b:2,2GiB,4x32,float32", *SMALL], tmp_path, monkeypatch)
+@pytest.mark.parametrize("preset", ["lorap", "best"])
+def test_plan(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], preset: str) -> None:
+    words = ["--case", "llama-3-8b:2,2GiB,4x32,float32", "--preset", preset, *SMALL]
+    result = run(bench_plan, words, tmp_path, monkeypatch)
     (row,) = result["cases"]
     assert row["model"] == "llama-3-8b, 2 layers"
     assert row["dtype"] == "float32"
@@ -117,8 +119,11 @@ def test_plan(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Ca
     assert "- output within 0.1 %: yes" in table
 
 
-def test_speed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    result = run(bench_speed, ["--tokens", "4x32", *SMALL], tmp_path, monkeypatch)
+@pytest.mark.parametrize("preset", ["lorap", "best"])
+def test_speed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], preset: str
+) -> None:
+    result = run(bench_speed, ["--tokens", "4x32", "--preset", preset, *SMALL], tmp_path, monkeypatch)
     (row,) = result["runs"]
     assert row["layers"] == [1, 2]
     assert row["phases"].keys() == set(bench_speed.PHASES)

@@ -16,10 +16,10 @@ import torch
 from streamlap.linalg.solution import joined
 from streamlap.loader.forms import Pivoted
 from streamlap.methods.anchored.costs import anchored_cost
-from streamlap.methods.anchored.fitting import Inputs, held_error, low_rank_edit, output_aim, read_inputs
+from streamlap.methods.anchored.fitting import held_error, low_rank_edit, output_aim, read_inputs
 from streamlap.methods.anchored.knobs import Knobs
 from streamlap.methods.anchored.ranks import RankSite
-from streamlap.methods.base import Cost, Layout, Layouts, Natives, ParameterBudget, Solved, StreamStatistics
+from streamlap.methods.base import Cost, Layouts, Natives, ParameterBudget, Solved, StreamStatistics
 
 LEAST_SHARE = 0.25
 """Share of their parameters that q and o must keep where grouped k and v stay dense."""
@@ -60,15 +60,8 @@ class AttentionAnchored(Knobs):
 
     def solve(self, statistics: StreamStatistics, layouts: Layouts) -> Solved:
         (layout,) = layouts.values()
-        return self._build(read_inputs(statistics, ("q", "k", "v"), self.input_step), layout)
-
-    def solve_each(self, statistics: StreamStatistics, layouts: Layouts) -> dict[str, Solved]:
-        """Every layout in full, as a survey wants them."""
         inputs = read_inputs(statistics, ("q", "k", "v"), self.input_step)
-        return {name: self._build(inputs, layout) for name, layout in layouts.items()}
-
-    def _build(self, inputs: Inputs, layout: Layout) -> Solved:
-        statistics, layer, edits, columns = inputs.statistics, inputs.statistics.layer, [], None
+        layer, edits, columns = statistics.layer, [], None
         for aim in inputs.aims:
             edit, order = low_rank_edit(layer, aim, layout.get(aim.role))
             edits.append(edit)

@@ -5,7 +5,7 @@ Shape suffixes: D out of down, F channels, K channels kept, R rank.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -110,13 +110,10 @@ def shortened(
     return kept, lasts, notes
 
 
-def channels_to_keep(inputs: Inputs, counts: Iterable[int]) -> Solution[dict[int, torch.Tensor]]:
-    """Of each number of channels those that stay, ascending."""
-    w_DF, notes = inputs.statistics.layer.linear("down").weight, tuple[str, ...]()
-    kept = {}
-    for pruned in removals(w_DF, inputs.middle(), sorted(set(counts), reverse=True)):
-        kept[len(pruned.value.kept_K)], notes = pruned.value.kept_K, joined(notes, pruned.notes)
-    return Solution(kept, notes=notes)
+def channels_to_keep(inputs: Inputs, count: int) -> Solution[torch.Tensor]:
+    """So many channels, those that stay, ascending."""
+    (pruned,) = removals(inputs.statistics.layer.linear("down").weight, inputs.middle(), [count])
+    return Solution(pruned.value.kept_K, notes=pruned.notes)
 
 
 def width_of(layout: Layout, layer: StreamLayer) -> int:

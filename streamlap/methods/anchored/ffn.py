@@ -20,7 +20,6 @@ from streamlap.errors import RecipeError, shown
 from streamlap.families.layer import Edit, StreamLayer
 from streamlap.linalg.pivot import shared_pivot_rows
 from streamlap.linalg.solution import Solution, joined
-from streamlap.linalg.subspace import Subspace
 from streamlap.loader.forms import Pivoted
 from streamlap.methods.anchored.costs import anchored_cost
 from streamlap.methods.anchored.divisions import (
@@ -109,9 +108,9 @@ class FfnAnchored(Knobs):
     def solve(self, statistics: StreamStatistics, layouts: Layouts) -> Solved:
         inputs = self._inputs(statistics, layouts)
         if len(layouts) == 1:
-            (name,) = layouts
-            division = self._divisions(inputs, layouts)[name]
-            built = self._build(inputs, layouts[name], division)
+            ((name, layout),) = layouts.items()
+            division = self._division(inputs, layout)
+            built = self._build(inputs, layout, division)
             return replace(built, errors={name: built.error}, notes=joined(inputs.notes, division.notes, built.notes))
         compared = compare(inputs, layouts)
         name = best_variant(compared.value)
@@ -121,33 +120,19 @@ class FfnAnchored(Knobs):
             built, errors=errors | {name: built.error}, notes=joined(inputs.notes, compared.notes, built.notes)
         )
 
-    def solve_each(self, statistics: StreamStatistics, layouts: Layouts) -> dict[str, Solved]:
-        """Every layout in full, as a survey wants them. The subspaces that the first one finds serve the others too, which so
-        get at most its rank."""
-        inputs, solved = self._inputs(statistics, layouts), {}
-        found: Solution[list[Subspace]] = Solution([])
-        for name, division in self._divisions(inputs, layouts).items():
-            layout = layouts[name]
-            rank = layout["gate"].rank if "gate" in layout else 0
-            if rank and not found.value:
-                found = subspaces(inputs.aims, division.kept, rank)
-            solved[name] = self._build(
-                inputs, layout, replace(division, subspaces=list(found.value), notes=found.notes)
-            )
-        return solved
-
     def _inputs(self, statistics: StreamStatistics, layouts: Layouts) -> Inputs:
         width, layer = statistics.layer.native("down").shape[1], statistics.layer
         prunes = any(width_of(layout, layer) < width for layout in layouts.values())
         return read_inputs(statistics, ("gate", "up"), self.input_step, prunes)
 
-    def _divisions(self, inputs: Inputs, layouts: Layouts) -> dict[str, Division]:
-        """Of each layout the channels that stay; none where all do."""
+    def _division(self, inputs: Inputs, layout: Layout) -> Division:
+        """Of one layout, the only one."""
         layer = inputs.statistics.layer
-        counts = {name: width_of(layout, layer) for name, layout in layouts.items()}
-        fewer = [count for count in counts.values() if count < layer.native("down").shape[1]]
-        chosen = channels_to_keep(inputs, fewer) if fewer else Solution(dict[int, torch.Tensor]())
-        return {name: Division(kept=chosen.value.get(count), notes=chosen.notes) for name, count in counts.items()}
+        count = width_of(layout, layer)
+        if count == layer.native("down").shape[1]:
+            return Division(kept=None)
+        chosen = channels_to_keep(inputs, count)
+        return Division(kept=chosen.value, notes=chosen.notes)
 
     def _build(self, inputs: Inputs, layout: Layout, division: Division) -> Solved:
         """One layout in full; subspaces that are known already serve it."""
