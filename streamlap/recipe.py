@@ -7,6 +7,7 @@ survey: null
 methods:
   - {method: attention_anchored, step: null, input_step: 0.0, output: dense, storage: pivoted}
   - {method: ffn_anchored, step: null, input_step: 0.0, output: dense, storage: pivoted, shares: [0.25, 0.5, 0.75, 1.0]}
+  - {method: final_gain}
   - {method: refine, epochs: 25}
 calibration: {files: [], samples: 128, length: 2048, seed: 0}
 """
@@ -23,8 +24,9 @@ import yaml
 from streamlap.errors import RecipeError, one_line, shown
 from streamlap.families.shell import parse_dtype
 from streamlap.families.table import Family
-from streamlap.methods import METHODS, PRESETS, TRAINED, AnyMethod
+from streamlap.methods import FINAL, METHODS, PRESETS, TRAINED, AnyMethod
 from streamlap.methods.base import Method, Trained
+from streamlap.methods.final.gain import FinalGain
 from streamlap.methods.trained.refine import Refine
 from streamlap.system.amounts import parse_ratio
 from streamlap.untrusted.yaml import read_yaml
@@ -73,8 +75,8 @@ class Recipe:
     preset: str = "best"
     """Where `methods` came from; "custom" when they were written out by hand."""
     methods: tuple[AnyMethod, ...] = PRESETS["best"]
-    """For each sub-layer those that may compress it, which are all one-pass or all anchored, and after them any that train
-    what these have made."""
+    """For each sub-layer those that may compress it, which are all one-pass or all anchored; after them any that train what
+    these have made, and what comes after the last layer."""
     calibration: Calibration = field(default_factory=Calibration)
     dtype: str = "auto"
     """Compute dtype; auto is float32 on a CPU and the checkpoint's dtype on a GPU. Storage keeps the checkpoint's dtype.
@@ -93,6 +95,11 @@ class Recipe:
                 "stream, towards which a layer is trained; wanted anchored methods, as those of the preset best are, or no "
                 "training (refine 0)."
             )
+        if self.final and not self.anchored:
+            raise RecipeError(
+                f"methods have {method_name(self.final[0])}, which is fitted to the dense model's stream, and none that keeps "
+                "it; wanted anchored methods beside it, as those of the preset best are."
+            )
         if self.survey is not None and not (isinstance(self.survey, str) and self.anchored):
             raise RecipeError(
                 f"survey is {shown(self.survey)}; wanted the path of a survey file, and anchored methods, as those of the "
@@ -102,7 +109,8 @@ class Recipe:
     @property
     def solving(self) -> tuple[Method, ...]:
         """The methods that compress a sub-layer."""
-        found = (method for method in self.methods if not isinstance(method, tuple(TRAINED.values())))
+        others = (*TRAINED.values(), *FINAL.values())
+        found = (method for method in self.methods if not isinstance(method, others))
         return cast("tuple[Method, ...]", tuple(found))
 
     @property
@@ -110,6 +118,15 @@ class Recipe:
         """Those that train what the others have made."""
         found = (method for method in self.methods if isinstance(method, tuple(TRAINED.values())))
         return cast("tuple[Trained, ...]", tuple(found))
+
+    @property
+    def final(self) -> tuple[FinalGain, ...]:
+        """What comes after the last layer."""
+        return tuple(method for method in self.methods if isinstance(method, FinalGain))
+
+    def without_final(self) -> Recipe:
+        """The same for a model without a head."""
+        return replace(self, methods=tuple(method for method in self.methods if not isinstance(method, FinalGain)))
 
     @property
     def anchored(self) -> bool:
@@ -144,6 +161,8 @@ class Recipe:
             raise RecipeError(
                 f"methods have {len(self.trained)} that train ({', '.join(map(method_name, self.trained))}); wanted one."
             )
+        if len(self.final) > 1:
+            raise RecipeError(f"methods have {len(self.final)} rows of {method_name(self.final[0])}; wanted one.")
 
     def override(self, **changes: Any) -> Recipe:
         """This recipe with single fields replaced; those of the calibration may be named directly.
@@ -215,7 +234,7 @@ class Recipe:
 
 def known_methods() -> dict[str, type[AnyMethod]]:
     """Every method by its name. Built when asked for: the tables may have got new rows."""
-    return {**METHODS, **TRAINED}
+    return {**METHODS, **TRAINED, **FINAL}
 
 
 def preset_methods(preset: str) -> tuple[AnyMethod, ...]:

@@ -6,11 +6,12 @@ from streamlap.methods.anchored.attention import AttentionAnchored
 from streamlap.methods.anchored.ffn import FfnAnchored
 from streamlap.methods.anchored.groups import AttentionGroups
 from streamlap.methods.base import Method, Trained
+from streamlap.methods.final.gain import FinalGain
 from streamlap.methods.lorap.attention import AttentionAwsvd
 from streamlap.methods.lorap.ffn import FfnLorap
 from streamlap.methods.trained.refine import Refine
 
-AnyMethod = Method | Trained
+AnyMethod = Method | Trained | FinalGain
 
 METHODS: dict[str, type[Method]] = {
     "attention_awsvd": AttentionAwsvd,
@@ -24,7 +25,10 @@ METHODS: dict[str, type[Method]] = {
 TRAINED: dict[str, type[Trained]] = {"refine": Refine}
 """What trains a layer that these have edited."""
 
+FINAL: dict[str, type[FinalGain]] = {"final_gain": FinalGain}
+"""What comes after the last layer."""
+
 PRESETS: dict[str, tuple[AnyMethod, ...]] = {
-    "best": (AttentionAnchored(), FfnAnchored()),
+    "best": (AttentionAnchored(), FfnAnchored(), FinalGain()),
     "lorap": (AttentionAwsvd(), FfnLorap()),
 }

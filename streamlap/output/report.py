@@ -127,6 +127,8 @@ class Report:
     """Summed over the layers, over all runs where the compression was resumed."""
     kept_channels: str
     """File in the output folder with the channels that stay, by layer."""
+    final_gain: float = 1.0
+    """By what the final norm's gain was scaled."""
     loader: str = "AutoModelForCausalLM"
     """The class of transformers that loads it."""
 
@@ -145,6 +147,7 @@ class Report:
             "calibration_tokens": list(self.calibration_tokens),
             "calibration": {"tokens": math.prod(self.calibration_tokens), "inputs": self.calibration_inputs},
             "kept_channels": self.kept_channels,
+            "final_gain": self.final_gain,
             "layers": [layer.public() for layer in self.layers],
             "peak_ram_bytes": self.peak_ram_bytes,
             "peak_vram_bytes": self.peak_vram_bytes,

@@ -14,6 +14,7 @@ from streamlap.families.stream import ModelStream
 from streamlap.output.folder import KEPT_NAME, RECIPE_NAME, companions, finish_folder, loader_of, module_rows
 from streamlap.output.inspect import count_parameters
 from streamlap.output.report import LayerReport, Report
+from streamlap.pipeline.final_gain import write_outer
 from streamlap.pipeline.layers import Job, compress_layers
 from streamlap.pipeline.place import check_apart, check_places, contents
 from streamlap.pipeline.runner import check_sublayers
@@ -108,8 +109,10 @@ def run_compression(run: Run, stream: ModelStream, plan: Plan, tokens_NL: torch.
     with session(run, marks, needs, deadline, check, tokens_NL) as running:
         recipe = begun_recipe(running.run)
         streams = open_streams(stream, tokens_NL, plan.fit.schedule, running.run.hidden, recipe.anchored)
-        compress_layers(Job(stream=stream, plan=plan, out=out, streams=streams, session=running))
-        report = build_report(stream, recipe, out, tokens_NL, running.journal)
+        job = Job(stream=stream, plan=plan, out=out, streams=streams, session=running)
+        compress_layers(job)
+        gain = write_outer(job)
+        report = build_report(stream, recipe, out, tokens_NL, running.journal, gain)
         ShardFolder(out).seal(report.shards)
         finish_folder(out, stream, model_name(running.run.model), report, recipe.to_yaml())
     return report
@@ -125,7 +128,9 @@ def begun_recipe(run: Run) -> Recipe:
         ) from error
 
 
-def build_report(stream: ModelStream, recipe: Recipe, out: Path, tokens_NL: torch.Tensor, journal: Journal) -> Report:
+def build_report(
+    stream: ModelStream, recipe: Recipe, out: Path, tokens_NL: torch.Tensor, journal: Journal, gain: float
+) -> Report:
     layers = tuple(LayerReport.from_json(line) for line in journal.layers)
     rows = module_rows(layers, stream.family.layers)
     names = shard_names(stream.depth)
@@ -134,7 +139,7 @@ def build_report(stream: ModelStream, recipe: Recipe, out: Path, tokens_NL: torc
         out=str(out), recipe=recipe.to_dict(), parameters=count_parameters(stream, rows), layers=layers,
         shards=hashes, calibration_tokens=windows_of(tokens_NL), kept_channels=KEPT_NAME, loader=loader_of(stream),
         seconds=sum(sum(layer.seconds.values()) for layer in layers),
-        calibration_inputs=fitted_inputs(stream, {method.sublayer for method in recipe.solving}),
+        final_gain=gain, calibration_inputs=fitted_inputs(stream, {method.sublayer for method in recipe.solving}),
     )  # fmt: skip
 
 

@@ -84,9 +84,8 @@ def compress_layers(job: Job) -> None:
 
 
 def begin(job: Job, runner: LayerRunner, first: int) -> None:
-    """What comes before layer `first`: what lies outside the layers, or what a run left that died after its commit."""
+    """What comes before layer `first`: the embeddings, or what a run left that died after its commit."""
     if first == 0:
-        ShardFolder(job.out).write(shard_names(job.stream.depth)[0], job.stream.outer_tensors())
         for bank in job.streams.lasting:
             runner.enter(bank, job.streams.tokens_NL)
     else:
@@ -115,7 +114,7 @@ def compress_layer(job: Job, runner: LayerRunner, index: int, kwargs: Sequence[d
         shard = shard_names(job.stream.depth)[index + 1]
         digest = runner.writer.submit(ShardFolder(job.out).write, shard, layer.tensors())
     with clock.phase("propagate"):
-        out_NL, inputs = propagate(hand, kwargs[1:], trained=trace is not None)
+        out_NL, inputs = propagate(hand, kwargs[1:], bool(job.plan.recipe.final), trained=trace is not None)
         out_NL |= made.out_NL
     report = LayerReport(
         index=index, edits=LayerReport.describe(made.edits, layer.family), errors=made.errors, refinement=trace,
@@ -146,13 +145,15 @@ def train(job: Job, hand: LayerInHand) -> Trace | None:
     return train_layer(hand, methods[0], job.session) if methods else None
 
 
-def propagate(hand: LayerInHand, following: Sequence[dict[str, Any]], trained: bool) -> tuple[torch.Tensor, list[Gram]]:
-    """The compressed stream through the edited layer, or through its second sub-layer where the first is done; not at the
-    end. Gives the tokens that were out, and the Gram of what the next layer reads; `following` are the arguments of that one,
-    where there is one."""
+def propagate(
+    hand: LayerInHand, following: Sequence[dict[str, Any]], final: bool, trained: bool
+) -> tuple[torch.Tensor, list[Gram]]:
+    """The compressed stream through the edited layer, or through its second sub-layer where the first is done; at the end only
+    where something comes after the last layer. Gives the tokens that were out, and the Gram of what the next layer reads;
+    `following` are the arguments of that one, where there is one."""
     out_NL, seen = torch.zeros(hand.streams.tokens_NL.shape, dtype=torch.bool), None
-    if following:
-        if hand.streams.dense is not None:
+    if following or final:
+        if following and hand.streams.dense is not None:
             seen = next_inputs(hand, following[0])
         watch = None if seen is None else seen.see
         if hand.streams.dense is None or trained:

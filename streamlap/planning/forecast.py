@@ -18,7 +18,7 @@ from streamlap.loader.forms import Form
 from streamlap.methods.anchored.costs import input_sum_bytes
 from streamlap.methods.base import Cost, Layout, Natives
 from streamlap.planning.layouts import Candidates, largest_layout, planned_tensors
-from streamlap.planning.workload import Workload, layer_workload
+from streamlap.planning.workload import Workload, head_bytes, layer_workload
 from streamlap.recipe import Recipe
 from streamlap.store.sink import shard_bytes
 from streamlap.store.source import CHUNK_BYTES
@@ -119,7 +119,7 @@ def forecast_layer(
     copied_bytes, made_bytes = (sum(entry.nbytes for entry in part) for part in (copied.values(), made.values()))
     if epochs:
         copied_bytes, made_bytes = 0, copied_bytes + made_bytes
-    anchored, last = recipe.anchored, index + 1 == stream.depth
+    anchored, last = recipe.anchored, index + 1 == stream.depth and not recipe.final
     read, between = anchored_reads(index, candidates, shape_NL, last) if anchored else (ONE_PASS_READS - last, 0)
     return LayerPlan(
         index=index, candidates=candidates, layout=layout, output_bytes=shard_bytes({**copied, **made}),
@@ -135,7 +135,7 @@ def forecast_layer(
         generations_written=ANCHORED_WRITES if anchored else ONE_PASS_WRITES,
         generations_spilled=ANCHORED_SPILLS * anchored,
         widest=widest(natives, {} if anchored else layout),
-        flops=dense_flops + after_flops + anchored * anchored_flops(stream, index, candidates, layout, shape_NL, epochs > 0),
+        flops=dense_flops + after_flops + anchored * anchored_flops(stream, recipe, index, candidates, layout, shape_NL),
         **solve_flops(costs, math.prod(shape_NL)),
     )  # fmt: skip
 
@@ -153,11 +153,11 @@ def anchored_reads(index: int, candidates: Candidates, shape_NL: tuple[int, int]
 
 
 def anchored_flops(
-    stream: ModelStream, index: int, candidates: Candidates, layout: Layout, shape_NL: tuple[int, int], trained: bool
+    stream: ModelStream, recipe: Recipe, index: int, candidates: Candidates, layout: Layout, shape_NL: tuple[int, int]
 ) -> int:
     """Of the forwards on the compressed stream, see `pipeline.sublayers`: the first linears of both sub-layers once for what
-    the last one reads, the FFN's also as they were; then the new sub-layers, the second not in the last layer. A layer that is
-    trained begins anew."""
+    the last one reads, the FFN's also as they were; then the new sub-layers, the second not in the last layer unless
+    something comes after it. A layer that is trained begins anew."""
     natives, itemsize = stream.natives(index), stream.storage_itemsize(index)
 
     def numbers(roles: Iterable[str], forms: Mapping[str, Form]) -> int:
@@ -168,8 +168,11 @@ def anchored_flops(
         (numbers(attention.reads, layout), True), (numbers(attention.roles, layout), True), (numbers(ffn.reads, {}), False),
         (numbers(ffn.reads, layout), False),
     ]  # fmt: skip
-    if index + 1 < stream.depth:
-        through += [(numbers(ffn.roles, layout), False), *[(numbers(attention.roles, layout), True)] * trained]
+    if index + 1 < stream.depth or recipe.final:
+        through += [
+            (numbers(ffn.roles, layout), False),
+            *[(numbers(attention.roles, layout), True)] * bool(recipe.trained),
+        ]
     again = sum(
         (len(candidates[name]) - 1) * numbers(part.reads, layout) for name, part in stream.family.sublayers.items()
     )
@@ -222,10 +225,13 @@ def next_input_bytes(stream: ModelStream, layers: Sequence[LayerPlan]) -> int:
     return max(map(input_sum_bytes, widths), default=0)
 
 
-def compression_workload(stream: ModelStream, layers: Sequence[LayerPlan], shape_NL: tuple[int, int]) -> Workload:
-    """Sizes of `compress`."""
+def compression_workload(
+    stream: ModelStream, layers: Sequence[LayerPlan], shape_NL: tuple[int, int], final: bool = False
+) -> Workload:
+    """Sizes of `compress`; `final`, whether something comes after the last layer."""
+    head = head_bytes(stream, shape_NL[0] * shape_NL[1], 6) if final else {}
     return Workload(
-        **layer_workload(stream, *shape_NL),
+        **layer_workload(stream, *shape_NL), **head,
         edits=max(layer.edits_bytes for layer in layers), solve=max(layer.solve_bytes for layer in layers),
         inner_after=max(layer.widest for layer in layers),
         streams=3 if layers[0].capture_bytes else 1, between=layers[0].generations_spilled,

@@ -186,7 +186,8 @@ class Plan:
         return tuple(self._figures(layer) for layer in self.layers)
 
     def _traffic(self, layer: LayerPlan) -> Traffic:
-        return layer_traffic(layer, self.fit.work, self.fit.schedule, last=layer.index + 1 == len(self.layers))
+        last = layer.index + 1 == len(self.layers) and not self.recipe.final
+        return layer_traffic(layer, self.fit.work, self.fit.schedule, last)
 
     def _figures(self, layer: LayerPlan) -> LayerFigures:
         traffic, machine = self._traffic(layer), self.machine
@@ -239,6 +240,8 @@ def decide(stream: ModelStream, recipe: Recipe, target: Target | None = None) ->
     if stream.rows:
         raise UnsupportedModel(f"{stream.folder} is already compressed by streamlap; wanted the original checkpoint.")
     recipe.check_methods(stream.family)
+    if not stream.has_head:
+        recipe = recipe.without_final()
     survey = None if recipe.survey is None else read_survey(stream, Path(recipe.survey))
     recipe = meet(stream, recipe, survey, target)
     return Decided(recipe=recipe, candidates=all_candidates(stream, recipe, survey))
@@ -252,7 +255,8 @@ def make_plan(
     Args: memory, that of another machine.
     """
     layers = forecast_layers(stream, decided.recipe, decided.candidates, shape_NL)
-    choice = fit(compression_workload(stream, layers, shape_NL), settings.caps, settings.overlap, memory)
+    work = compression_workload(stream, layers, shape_NL, bool(decided.recipe.final))
+    choice = fit(work, settings.caps, settings.overlap, memory)
     outer = stream.outer_tensors()
     return Plan(
         recipe=decided.recipe, layers=layers, fit=choice, caps=settings.caps, outer_bytes=shard_bytes(outer),

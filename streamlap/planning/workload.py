@@ -130,9 +130,13 @@ def computed_bytes(info: TensorInfo, dtype: torch.dtype) -> int:
 
 def evaluation_workload(stream: ModelStream, sequences: int, length: int, disk: bool = True) -> Workload:
     """Sizes of `eval`: layers without edits, then the head on pieces of a sequence."""
-    stored = stream.source.info(stream.head_name)
-    tokens = min(length, HEAD_TOKENS)
-    work = stored.numel * stream.dtype.itemsize * (stored.dtype != stream.dtype) + stored.nbytes
-    logits = tokens * stream.vocabulary * (stream.dtype.itemsize + 8)
     layers = layer_workload(stream, sequences, length)
-    return Workload(**layers, inner_after=layers["inner"], head=work + logits, head_stored=stored.nbytes, disk=disk)
+    return Workload(**layers, **head_bytes(stream, length, 2), inner_after=layers["inner"], disk=disk)
+
+
+def head_bytes(stream: ModelStream, tokens: int, copies: int) -> dict[str, Any]:
+    """The output head, and logits of a piece of so many tokens with `copies` of them in float32, as keywords of Workload."""
+    stored = stream.source.info(stream.head_name)
+    work = stored.numel * stream.dtype.itemsize * (stored.dtype != stream.dtype) + stored.nbytes
+    logits = min(tokens, HEAD_TOKENS) * stream.vocabulary * (stream.dtype.itemsize + 4 * copies)
+    return {"head": work + logits, "head_stored": stored.nbytes}

@@ -134,7 +134,8 @@ def test_untouched_tensors_are_copied_as_bytes(
     same = [name for name in before.names() if any(part in name for part in ("norm", "embed", *linears))]
     assert len(same) == 3 * (4 + len(linears)) + 2
     for name in same:
-        assert torch.equal(before.read(name), after.read(name)), name
+        if (name, preset) != ("model.norm.weight", "best"):  # which gets a gain
+            assert torch.equal(before.read(name), after.read(name)), name
 
 
 def test_the_report_counts_what_is_stored(pico: MakeModel, tokens: Path, tmp_path: Path) -> None:
