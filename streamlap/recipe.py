@@ -9,7 +9,7 @@ methods:
   - {method: ffn_anchored, step: null, input_step: 0.0, output: dense, storage: pivoted, shares: [0.25, 0.5, 0.75, 1.0]}
   - {method: final_gain}
   - {method: refine, epochs: 25}
-calibration: {files: [], samples: 128, length: 2048, seed: 0}
+calibration: {files: [], samples: 128, length: 2048, seed: 0, redraw: true}
 """
 
 from __future__ import annotations
@@ -46,6 +46,9 @@ class Calibration:
     seed: int = 0
     text_column: str | None = None
     """Where the text of a row of JSON or parquet is; None looks for text, messages and a few more."""
+    redraw: bool = True
+    """Whether anchored methods, where the windows hold few tokens, see each again with some of its tokens drawn anew from the
+    model's own predictions."""
 
     def __post_init__(self) -> None:
         for name, least in (("samples", 1), ("length", 2), ("seed", 0)):
@@ -56,6 +59,8 @@ class Calibration:
                 )
         if not isinstance(self.files, list | tuple) or not all(isinstance(file, str) for file in self.files):
             raise RecipeError(f"calibration: files is {shown(self.files)}; wanted a list of paths.")
+        if type(self.redraw) is not bool:
+            raise RecipeError(f"calibration: redraw is {shown(self.redraw)}; wanted true or false.")
         if self.text_column is not None and (not isinstance(self.text_column, str) or not self.text_column):
             raise RecipeError(f"calibration: text_column is {shown(self.text_column)}; wanted the name of a column.")
         object.__setattr__(self, "files", tuple(self.files))
@@ -212,7 +217,7 @@ class Recipe:
         calibration = values.get("calibration") or {}
         if not isinstance(calibration, Mapping):
             raise RecipeError(
-                f"calibration is {shown(calibration)}; wanted files, samples, length, seed and text_column."
+                f"calibration is {shown(calibration)}; wanted files, samples, length, seed, text_column and redraw."
             )
         _refuse_unknown("calibration", calibration, Calibration)
         return cls(**(values | {"calibration": Calibration(**calibration)}))

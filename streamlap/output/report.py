@@ -120,7 +120,9 @@ class Report:
     shards: Mapping[str, str]
     """Shard -> sha256."""
     calibration_tokens: tuple[int, int]
-    """[N, L] as used."""
+    """[N, L] as given."""
+    redrawn: int = 0
+    """Windows that were seen beside them."""
     calibration_inputs: int
     """Of the widest linear that was fitted."""
     seconds: float
@@ -145,6 +147,7 @@ class Report:
             "recipe": dict(self.recipe),
             "parameters": self.parameters.to_json(),
             "calibration_tokens": list(self.calibration_tokens),
+            "redrawn": self.redrawn,
             "calibration": {"tokens": math.prod(self.calibration_tokens), "inputs": self.calibration_inputs},
             "kept_channels": self.kept_channels,
             "final_gain": self.final_gain,

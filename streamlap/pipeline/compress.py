@@ -17,6 +17,7 @@ from streamlap.output.report import LayerReport, Report
 from streamlap.pipeline.final_gain import write_outer
 from streamlap.pipeline.layers import Job, compress_layers
 from streamlap.pipeline.place import check_apart, check_places, contents
+from streamlap.pipeline.redraw import with_redrawn
 from streamlap.pipeline.runner import check_sublayers
 from streamlap.pipeline.session import Run, session, stream_marks, whole_name
 from streamlap.pipeline.streams import open_streams
@@ -101,18 +102,19 @@ def run_compression(run: Run, stream: ModelStream, plan: Plan, tokens_NL: torch.
     out = run.out
     model_bytes = sum(header.file_bytes for header in stream.source.headers.values())
     needs = DiskNeeds(output_bytes=model_bytes + COMPANION_BYTES, hidden_bytes=plan.fit.work.disk_bytes)
-    marks = fingerprint(stream, plan.recipe, tokens_NL)
+    marks = fingerprint(stream, plan, tokens_NL)
 
     def check() -> None:
         check_output(stream.folder, out, overwrite=False)
 
     with session(run, marks, needs, deadline, check, tokens_NL) as running:
         recipe = begun_recipe(running.run)
-        streams = open_streams(stream, tokens_NL, plan.fit.schedule, running.run.hidden, recipe.anchored)
+        seen_NL = with_redrawn(stream, plan, tokens_NL, running)
+        streams = open_streams(stream, seen_NL, plan.fit.schedule, running.run.hidden, recipe.anchored)
         job = Job(stream=stream, plan=plan, out=out, streams=streams, session=running)
         compress_layers(job)
         gain = write_outer(job)
-        report = build_report(stream, recipe, out, tokens_NL, running.journal, gain)
+        report = build_report(stream, plan, recipe, out, tokens_NL, running.journal, gain)
         ShardFolder(out).seal(report.shards)
         finish_folder(out, stream, model_name(running.run.model), report, recipe.to_yaml())
     return report
@@ -129,7 +131,7 @@ def begun_recipe(run: Run) -> Recipe:
 
 
 def build_report(
-    stream: ModelStream, recipe: Recipe, out: Path, tokens_NL: torch.Tensor, journal: Journal, gain: float
+    stream: ModelStream, plan: Plan, recipe: Recipe, out: Path, tokens_NL: torch.Tensor, journal: Journal, gain: float
 ) -> Report:
     layers = tuple(LayerReport.from_json(line) for line in journal.layers)
     rows = module_rows(layers, stream.family.layers)
@@ -138,18 +140,20 @@ def build_report(
     return Report(
         out=str(out), recipe=recipe.to_dict(), parameters=count_parameters(stream, rows), layers=layers,
         shards=hashes, calibration_tokens=windows_of(tokens_NL), kept_channels=KEPT_NAME, loader=loader_of(stream),
-        seconds=sum(sum(layer.seconds.values()) for layer in layers),
-        final_gain=gain, calibration_inputs=fitted_inputs(stream, {method.sublayer for method in recipe.solving}),
+        seconds=sum(sum(layer.seconds.values()) for layer in layers), final_gain=gain, redrawn=plan.redrawn,
+        calibration_inputs=fitted_inputs(stream, {method.sublayer for method in recipe.solving}),
     )  # fmt: skip
 
 
-def fingerprint(stream: ModelStream, recipe: Recipe, tokens_NL: torch.Tensor) -> dict[str, Any]:
+def fingerprint(stream: ModelStream, plan: Plan, tokens_NL: torch.Tensor) -> dict[str, Any]:
     """All that the bytes of the output depend on."""
+    recipe = plan.recipe
     # Not the names of files: the tokens that came out of them, or what a survey says, is what counts, however they are spelt.
     rows = recipe.to_dict().items()
     recipe_rows = {f"recipe {key}": value for key, value in rows if key not in ("calibration", "survey")}
     survey = file_hash(Path(recipe.survey))[:16] if recipe.survey else None
-    return {**recipe_rows, **stream_marks(stream, tokens_NL), "survey": survey}
+    drawn = f"{plan.redrawn}, seed {recipe.calibration.seed}" if plan.redrawn else None
+    return {**recipe_rows, **stream_marks(stream, tokens_NL), "survey": survey, "redrawn windows": drawn}
 
 
 def check_output(folder: Path, out: Path, overwrite: bool) -> None:

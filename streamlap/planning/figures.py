@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from streamlap.families.stream import ModelStream
-from streamlap.planning.forecast import LayerPlan
+from streamlap.planning.forecast import LayerPlan, forward_flops
 from streamlap.planning.schedule import Fit, Schedule
 from streamlap.planning.workload import Workload
 from streamlap.store.sink import shard_bytes
@@ -69,16 +69,38 @@ def layer_traffic(layer: LayerPlan, work: Workload, schedule: Schedule, last: bo
     )
 
 
-def first_traffic(stream: ModelStream, choice: Fit, layer: LayerPlan) -> Traffic:
-    """Before the first layer: what lies outside the layers is copied, and generation 0 is made. Of the embedding table at most
-    a row a token is read for it."""
+def first_traffic(stream: ModelStream, choice: Fit, layer: LayerPlan, redrawn: int) -> Traffic:
+    """Around the layers: what lies outside them is copied, and generation 0 is made. Of the embedding table at most a row a
+    token is read for it. So many redrawn windows take a forward through all layers, and the head."""
     outer, stored = stream.outer_tensors(), stream.source.info(f"{stream.family.embedding}.weight")
     rows = min(stored.nbytes, math.prod((choice.work.sequences, choice.work.length)) * stored.nbytes // stored.shape[0])
     states, away = choice.work.generation * layer.generations_written, choice.work.device.type != "cpu"
+    weights = redraw_bytes(stream) if redrawn else 0
+    passing = stream.depth * choice.work.batch(redrawn)
     return Traffic(
-        read=sum(info.nbytes for info in outer.values()) + rows, written=shard_bytes(outer) + states,
-        states_up=rows * away, down=states * away,
+        read=sum(info.nbytes for info in outer.values()) + rows + weights + passing * (choice.schedule.tier == "disk"),
+        written=shard_bytes(outer) + states + passing, weights_up=weights * away,
+        states_up=(rows + passing * (choice.schedule.tier != "vram")) * away, down=(states + passing) * away,
     )  # fmt: skip
+
+
+def redraw_bytes(stream: ModelStream) -> int:
+    """Of all layers, and the head."""
+    layers = (info.nbytes for index in range(stream.depth) for info in stream.layer_tensors(index).values())
+    return sum(layers) + stream.source.info(stream.head_name).nbytes
+
+
+def redraw_flops(stream: ModelStream, windows: int, length: int) -> int:
+    """Of a forward through all layers, and the head, for so many windows."""
+    if not windows:
+        return 0
+    layers = (
+        forward_flops(
+            stream.natives(index), sum(info.numel for info in stream.layer_tensors(index).values()), (windows, length)
+        )
+        for index in range(stream.depth)
+    )
+    return sum(layers) + 2 * windows * length * stream.source.info(stream.head_name).numel
 
 
 def flops_by_dtype(layers: Sequence[LayerPlan], dtype: str) -> dict[str, int]:

@@ -226,12 +226,12 @@ def next_input_bytes(stream: ModelStream, layers: Sequence[LayerPlan]) -> int:
 
 
 def compression_workload(
-    stream: ModelStream, layers: Sequence[LayerPlan], shape_NL: tuple[int, int], final: bool = False
+    stream: ModelStream, layers: Sequence[LayerPlan], shape_NL: tuple[int, int], head: bool = False
 ) -> Workload:
-    """Sizes of `compress`; `final`, whether something comes after the last layer."""
-    head = head_bytes(stream, shape_NL[0] * shape_NL[1], 6) if final else {}
+    """Sizes of `compress`; `head`, whether predictions are asked for."""
+    asked = head_bytes(stream, math.prod(shape_NL), 6) if head else {}
     return Workload(
-        **layer_workload(stream, *shape_NL), **head,
+        **layer_workload(stream, *shape_NL), **asked,
         edits=max(layer.edits_bytes for layer in layers), solve=max(layer.solve_bytes for layer in layers),
         inner_after=max(layer.widest for layer in layers),
         streams=3 if layers[0].capture_bytes else 1, between=layers[0].generations_spilled,

@@ -27,11 +27,12 @@ from streamlap.planning.figures import (
     flops_by_dtype,
     generations_moved,
     layer_traffic,
+    redraw_flops,
 )
 from streamlap.planning.forecast import LayerPlan, compression_workload, forecast_layers, shape_key
 from streamlap.planning.layouts import Candidates, layer_candidates
 from streamlap.planning.machine import Machine, Rates
-from streamlap.planning.sample import fitted_inputs
+from streamlap.planning.sample import fitted_inputs, redrawn_windows
 from streamlap.planning.schedule import Fit, Memory, advice, fit, require_fit
 from streamlap.planning.target import Target, meet
 from streamlap.recipe import Recipe
@@ -55,10 +56,14 @@ class Plan:
     """Of the first shard: what lies outside the layers."""
     first: Traffic
     """Before the first layer."""
+    first_flops: int
+    """Before the first layer, in the compute dtype."""
     dtype: str
     """In which layers are computed."""
     inputs: int
     """Of the widest linear that is fitted."""
+    redrawn: int = 0
+    """Windows beside those that were given, see `pipeline.redraw`."""
     machine: Machine | None = None
     """Where seconds are asked for."""
 
@@ -110,12 +115,13 @@ class Plan:
 
     @property
     def flops(self) -> int:
-        return sum(row.flops for row in self.figures)
+        return self.first_flops + sum(row.flops for row in self.figures)
 
     @property
     def flops_by_dtype(self) -> dict[str, int]:
         """Those of the forwards, in the compute dtype, and those of the solves."""
-        return flops_by_dtype(self.layers, self.dtype)
+        found = flops_by_dtype(self.layers, self.dtype)
+        return found | {self.dtype: found[self.dtype] + self.first_flops}
 
     @property
     def eigen_problems(self) -> dict[int, int]:
@@ -159,7 +165,8 @@ class Plan:
 
     @property
     def calibration_tokens(self) -> tuple[int, int]:
-        return self.fit.work.sequences, self.fit.work.length
+        """As they were given."""
+        return self.fit.work.sequences - self.redrawn, self.fit.work.length
 
     @property
     def calibration(self) -> dict[str, int]:
@@ -178,7 +185,7 @@ class Plan:
     @property
     def forward_tokens(self) -> int:
         """Tokens in one forward."""
-        sequences, length = self.calibration_tokens
+        sequences, length = self.fit.work.sequences, self.fit.work.length
         return min(self.fit.schedule.micro, sequences) * length
 
     @cached_property
@@ -200,14 +207,14 @@ class Plan:
     def _seconds(self, rates: Rates) -> float:
         """The least that the run takes at such rates."""
         layers = (rates.layer_seconds(layer, self._traffic(layer), self.overlap) for layer in self.layers)
-        return rates.disk_seconds(self.first) + sum(layers)
+        return rates.disk_seconds(self.first) + self.first_flops / rates.speed.matmul + sum(layers)
 
     def to_json(self) -> dict[str, Any]:
         names = (
             "fits", "ratio", "output_bytes", "peak_ram_bytes", "peak_vram_bytes", "disk_bytes", "read_bytes", "write_bytes",
             "upload_bytes", "download_bytes", "flops", "flops_by_dtype", "generation_bytes", "generations_read",
             "generations_written", "seconds_low", "seconds_high", "disk_measured", "advice", "calibration_tokens",
-            "calibration", "overlap", "hidden_states", "forward_tokens",
+            "redrawn", "calibration", "overlap", "hidden_states", "forward_tokens",
         )  # fmt: skip
         return {name: getattr(self, name) for name in names} | {
             "eigen_problems": [{"size": size, "count": count} for size, count in self.eigen_problems.items()],
@@ -254,14 +261,17 @@ def make_plan(
 
     Args: memory, that of another machine.
     """
+    redrawn = redrawn_windows(decided.recipe, stream.has_head, shape_NL)
+    shape_NL = shape_NL[0] + redrawn, shape_NL[1]
     layers = forecast_layers(stream, decided.recipe, decided.candidates, shape_NL)
-    work = compression_workload(stream, layers, shape_NL, bool(decided.recipe.final))
+    work = compression_workload(stream, layers, shape_NL, head=bool(decided.recipe.final or redrawn))
     choice = fit(work, settings.caps, settings.overlap, memory)
     outer = stream.outer_tensors()
     return Plan(
         recipe=decided.recipe, layers=layers, fit=choice, caps=settings.caps, outer_bytes=shard_bytes(outer),
-        first=first_traffic(stream, choice, layers[0]), dtype=str(stream.dtype).removeprefix("torch."),
-        inputs=fitted_inputs(stream, {method.sublayer for method in decided.recipe.solving}),
+        first=first_traffic(stream, choice, layers[0], redrawn),
+        first_flops=redraw_flops(stream, redrawn, shape_NL[1]), dtype=str(stream.dtype).removeprefix("torch."),
+        inputs=fitted_inputs(stream, {method.sublayer for method in decided.recipe.solving}), redrawn=redrawn,
     )  # fmt: skip
 
 

@@ -8,6 +8,7 @@ Shape suffixes: N windows, L length.
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Iterable
 
 import numpy as np
@@ -15,11 +16,15 @@ import torch
 
 from streamlap.errors import RecipeError
 from streamlap.families.stream import ModelStream
+from streamlap.recipe import Recipe
 
 log = logging.getLogger(__name__)
 
 MOST_INPUTS = 16
 """Inputs for each token beyond which nothing is fitted: the result would be that of the damping."""
+
+FEW_TOKENS = 1 << 17
+"""Fewer are few: windows are then seen twice, see `pipeline.redraw`."""
 
 ADVICE = "Give more --samples, a longer --length or more text."
 
@@ -29,6 +34,13 @@ def fitted_inputs(stream: ModelStream, sublayers: Iterable[str]) -> int:
     roles = [role for name in sublayers for role in stream.family.sublayers[name].roles]
     shapes = (stream.native(index, role).shape for index in range(stream.depth) for role in roles)
     return max((inputs for _, inputs in shapes), default=0)
+
+
+def redrawn_windows(recipe: Recipe, has_head: bool, shape_NL: tuple[int, int]) -> int:
+    """How many windows there will be beside those that were given: as many again where these hold few tokens, for methods that
+    fit to them. Only a model with a head can draw."""
+    wanted = recipe.anchored and recipe.calibration.redraw and has_head
+    return shape_NL[0] if wanted and math.prod(shape_NL) < FEW_TOKENS else 0
 
 
 def check_sample(tokens_NL: torch.Tensor, inputs: int) -> None:

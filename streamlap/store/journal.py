@@ -27,6 +27,7 @@ from streamlap.untrusted.npy import read_integers
 
 JOURNAL_NAME = "journal.jsonl"
 TOKENS_NAME = "tokens.npy"
+REDRAWN_NAME = "redrawn.npy"
 
 MOST_BYTES = 1 << 30
 
@@ -40,7 +41,11 @@ def save_tokens(out: Path, tokens_NL: torch.Tensor) -> None:
 
 def saved_tokens(out: Path) -> torch.Tensor:
     """The windows that the run into `out` began with, [N, L]. Raises ResumeMismatch when they cannot be read."""
-    path = out / STATE_FOLDER / TOKENS_NAME
+    return read_tokens(out / STATE_FOLDER / TOKENS_NAME)
+
+
+def read_tokens(path: Path) -> torch.Tensor:
+    """Windows of a run, [N, L]. Raises ResumeMismatch when they cannot be read."""
     try:
         tokens_NL = torch.from_numpy(read_integers(path).astype(np.int64, copy=False))
         if tokens_NL.ndim != 2:

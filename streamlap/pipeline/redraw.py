@@ -1,0 +1,90 @@
+"""More calibration windows where they are few: each again, with half of its tokens drawn anew from the model's own predictions.
+
+Few windows hold few of the words that a model knows, and what no token goes through is cut first. A token that the dense model
+predicts at its place is a word that could have stood there. One forward gives one for every place.
+
+Shape suffixes: N windows, L length, B batch, D hidden, T tokens, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Callable, Iterator
+
+import numpy as np
+import torch
+
+from streamlap.families.stream import HEAD_TOKENS, ModelStream
+from streamlap.linalg.rows import rows_out
+from streamlap.pipeline.runner import start_runner
+from streamlap.pipeline.session import Session
+from streamlap.pipeline.streams import HiddenStates, open_bank
+from streamlap.planning.plan import Plan
+from streamlap.store.hidden import HiddenBank
+from streamlap.store.journal import REDRAWN_NAME, read_tokens
+from streamlap.store.sink import write_durably
+from streamlap.system.allocator import trim_heap
+from streamlap.system.progress import Progress
+
+SHARE = 0.5
+"""Of the tokens of a window that are drawn anew."""
+
+
+def with_redrawn(stream: ModelStream, plan: Plan, tokens_NL: torch.Tensor, session: Session) -> torch.Tensor:
+    """The windows, and behind them those that the plan has beside them; made once in a run, and kept in its state.
+
+    Raises Interrupted where a stop is asked for.
+    """
+    if not plan.redrawn:
+        return tokens_NL
+    path = session.state / REDRAWN_NAME
+    if not path.is_file():
+        file = io.BytesIO()
+        np.save(file, redrawn(stream, plan, tokens_NL, session).numpy())
+        write_durably(path, file.getvalue())
+    return torch.cat([tokens_NL, read_tokens(path)])
+
+
+def redrawn(stream: ModelStream, plan: Plan, tokens_NL: torch.Tensor, session: Session) -> torch.Tensor:
+    """A forward through the dense model, inside the memory that the plan claims for its loop, and the draws at the head."""
+    chosen_NL, fit = tokens_NL[: plan.redrawn], plan.fit
+    bank = open_bank(stream, chosen_NL, fit.schedule, session.run.hidden, "redraw")
+    kwargs = stream.layer_kwargs(tokens_NL.shape[1])
+    with start_runner(stream, fit, [bank], Progress("redraw", stream.depth)) as runner:
+        runner.enter(bank, chosen_NL)
+        for index in range(stream.depth):
+            if session.stops.due(moved=False):
+                raise session.stops.stopped(f"at layer {index} of {stream.depth}, before the first one is compressed")
+            before, after = (HiddenStates(bank=bank, generation=generation) for generation in (index, index + 1))
+            runner.carry(runner.layer(index, kwargs[index]), index, before, after)
+            bank.settle()
+            bank.drop(index)
+            runner.require_baseline(index)
+            runner.progress.next()
+    trim_heap()
+    with fit.ram.claim(fit.schedule.ram["head"]), fit.vram.claim(fit.schedule.vram.get("head", {})):
+        found = draw(stream, bank, chosen_NL, plan.recipe.calibration.seed)
+    bank.drop(stream.depth)
+    return found
+
+
+def draw(stream: ModelStream, bank: HiddenBank, tokens_NL: torch.Tensor, seed: int) -> torch.Tensor:
+    """The windows with some tokens drawn anew; the draws of a window depend on its number alone."""
+    head, rows = stream.head(), list[torch.Tensor]()
+    sequences = (x_LD for x_BLD in bank.read(stream.depth) for x_LD in x_BLD)
+    for number, (x_LD, tokens_L) in enumerate(zip(sequences, tokens_NL, strict=True)):
+        generator = torch.Generator().manual_seed((seed + (number << 32)) % 2**63)
+        likely_L = torch.cat([tokens_L[:1], *drawn(head, x_LD[:-1], generator)])
+        anew_L = torch.rand(len(tokens_L), generator=generator) < SHARE
+        anew_L[1:] &= ~rows_out(x_LD[:-1]).cpu()
+        rows.append(torch.where(anew_L, likely_L, tokens_L))
+    return torch.stack(rows)
+
+
+def drawn(
+    head: Callable[[torch.Tensor], torch.Tensor], x_TD: torch.Tensor, generator: torch.Generator
+) -> Iterator[torch.Tensor]:
+    """For each token one that the model could go on with. On the CPU, so that the draws are the same everywhere."""
+    for piece_TD in torch.split(x_TD, HEAD_TOKENS):
+        p_TV = head(piece_TD).float().softmax(dim=-1).cpu().nan_to_num_(nan=1.0)
+        yield torch.multinomial(p_TV, 1, generator=generator)[:, 0]
