@@ -3,7 +3,7 @@
 preset: best
 ratio: 0.2
 dtype: auto
-survey: null
+survey: auto
 methods:
   - {method: attention_anchored, step: null, input_step: 0.0, output: dense, storage: pivoted}
   - {method: ffn_anchored, step: null, input_step: 0.0, output: dense, storage: pivoted, shares: [0.25, 0.5, 0.75, 1.0]}
@@ -30,6 +30,10 @@ from streamlap.methods.final.gain import FinalGain
 from streamlap.methods.trained.refine import Refine
 from streamlap.system.amounts import parse_ratio
 from streamlap.untrusted.yaml import read_yaml
+
+AUTO = "auto"
+"""A survey that a compression makes for itself, where there is none yet."""
+DEFAULT_SURVEY: str | None = AUTO
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,8 +90,9 @@ class Recipe:
     dtype: str = "auto"
     """Compute dtype; auto is float32 on a CPU and the checkpoint's dtype on a GPU. Storage keeps the checkpoint's dtype.
     What is given in short (bf16) gets its whole name, so that recipes can be compared."""
-    survey: str | None = None
-    """File of `streamlap survey` by which layers and sub-layers share out what stays; None gives all the same share."""
+    survey: str | None = field(default_factory=lambda: DEFAULT_SURVEY)
+    """File of `streamlap survey` by which layers and sub-layers share out what stays. None gives all the same share; auto has
+    anchored methods measure it first, and keeps it beside the output. Others have none."""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "ratio", parse_ratio(self.ratio))
@@ -105,10 +110,12 @@ class Recipe:
                 f"methods have {method_name(self.final[0])}, which is fitted to the dense model's stream, and none that keeps "
                 "it; wanted anchored methods beside it, as those of the preset best are."
             )
+        if self.survey == AUTO and not self.anchored:
+            object.__setattr__(self, "survey", None)
         if self.survey is not None and not (isinstance(self.survey, str) and self.anchored):
             raise RecipeError(
-                f"survey is {shown(self.survey)}; wanted the path of a survey file, and anchored methods, as those of the "
-                "preset best are."
+                f"survey is {shown(self.survey)}; wanted auto, or the path of a survey file, and anchored methods, as those of "
+                "the preset best are."
             )
 
     @property

@@ -25,6 +25,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
 import streamlap
+from streamlap import recipe
 
 torch.set_num_threads(2)
 
@@ -101,6 +102,14 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
     )
     bpe.train_from_iterator([TEXT], trainer)
     return PreTrainedTokenizerFast(tokenizer_object=bpe, bos_token="<s>", eos_token="</s>")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def no_survey() -> Iterator[None]:
+    """Unless a test asks for a survey, recipes have none: it takes as long as all else of a small model."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(recipe, "DEFAULT_SURVEY", None)
+        yield
 
 
 @pytest.fixture(scope="session")

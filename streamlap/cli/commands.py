@@ -49,7 +49,11 @@ from streamlap.recipe import Recipe
 def recipe_of(options: RecipeOptions) -> Recipe:
     """The recipe of the file, or the default, with the options that were given in place of its own."""
     base = Recipe.from_yaml(options.recipe) if options.recipe else Recipe()
-    changes = given(options, "recipe", "calibration", "ratio", "target_size", "target_params")
+    changes = given(options, "recipe", "calibration", "ratio", "target_size", "target_params", "no_survey")
+    if options.no_survey:
+        if options.survey is not None:
+            raise typer.BadParameter("there is a --survey too; wanted one of them", param_hint="--no-survey")
+        changes["survey"] = None
     files = {"files": tuple(options.calibration)} if options.calibration else {}
     return base.override(**changes, **files)
 

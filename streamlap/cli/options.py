@@ -166,8 +166,14 @@ class RecipeOptions(TextOptions):
         ),
     ] = None
     survey: Annotated[
-        str | None, typer.Option(help="File of streamlap survey: layers that matter more keep more; default all alike.")
+        str | None,
+        typer.Option(
+            metavar="FILE",
+            help="File of streamlap survey: layers that matter more keep more; default auto, which measures it first and keeps "
+            "it beside OUT.",
+        ),
     ] = None
+    no_survey: Annotated[bool, typer.Option("--no-survey", help="All layers keep the same share.")] = False
 
 
 def given(group: Any, *without: str) -> dict[str, Any]:

@@ -21,11 +21,12 @@ from streamlap.pipeline.redraw import with_redrawn
 from streamlap.pipeline.runner import check_sublayers
 from streamlap.pipeline.session import Run, session, stream_marks, whole_name
 from streamlap.pipeline.streams import open_streams
+from streamlap.pipeline.survey import survey_beside
 from streamlap.planning.disk import COMPANION_BYTES, DiskNeeds
 from streamlap.planning.plan import Plan, decide, make_plan, windows_of
 from streamlap.planning.sample import check_sample, fitted_inputs
 from streamlap.planning.target import parse_target
-from streamlap.recipe import Recipe
+from streamlap.recipe import AUTO, Recipe
 from streamlap.settings import RunSettings, split_options
 from streamlap.store.hub import local_folder, model_name
 from streamlap.store.journal import JOURNAL_NAME, STATE_FOLDER, Journal, saved_tokens
@@ -74,6 +75,11 @@ def compress(
     check_output(folder, out, overwrite)
     if overwrite or not Journal.exists(out):
         check_sublayers(stream, plan.fit, tokens_NL, writes=plan.recipe.anchored)
+    if plan.recipe.survey == AUTO:
+        found = survey_beside(stream, tokens_NL, out, whole_name(model, folder), settings, recipe.dtype, deadline)
+        decided = decide(stream, recipe.override(survey=found and str(found)), target)
+        plan = make_plan(stream, decided, windows_of(tokens_NL), settings)
+        plan.require_fit()
     if overwrite and contents(out):
         empty_output(out)  # after all that may go wrong
     survey = plan.recipe.survey and str(Path(plan.recipe.survey).resolve())

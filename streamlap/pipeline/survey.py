@@ -11,7 +11,9 @@ Shape suffixes: N windows, L length.
 
 from __future__ import annotations
 
+import hashlib
 import json
+import logging
 import shutil
 from collections.abc import Mapping
 from dataclasses import replace
@@ -22,7 +24,15 @@ import torch
 
 from streamlap.data.calibration import calibration_tokens
 from streamlap.data.text import is_ids
-from streamlap.errors import RecipeError, ResumeMismatch, UnsupportedModel, shown
+from streamlap.errors import (
+    Interrupted,
+    RecipeError,
+    ResumeMismatch,
+    StreamlapError,
+    UnsupportedModel,
+    first_line,
+    shown,
+)
 from streamlap.families.shell import parse_dtype
 from streamlap.families.stream import ModelStream
 from streamlap.pipeline.place import check_apart, check_places
@@ -44,6 +54,12 @@ from streamlap.system.meters import reset_peaks
 
 DEFAULT_SAMPLES = 16
 DEFAULT_LENGTH = 256
+
+MOST_INPUTS_ALONE = 4
+"""Inputs for each token beyond which no compression makes a survey for itself: the fits of wide layers to few tokens take far
+longer, and say little."""
+
+log = logging.getLogger(__name__)
 
 
 def survey(
@@ -113,6 +129,54 @@ def resume_survey(run: Run, settings: RunSettings) -> Survey:
     stream = ModelStream(local_folder(run.model), settings.device, dtype)
     tokens_NL = saved_tokens(run.folder)
     return run_survey(run, stream, plan_survey(stream, windows_of(tokens_NL), settings), tokens_NL, deadline)
+
+
+def survey_beside(
+    stream: ModelStream,
+    tokens_NL: torch.Tensor,
+    out: Path,
+    model: str,
+    settings: RunSettings,
+    dtype: str,
+    deadline: float,
+) -> Path | None:
+    """The survey of this model on these calibration windows, in a file beside the output, for all ratios: found, or made now.
+
+    None, with a warning, where it cannot be had: for want of memory, of a place to write, of tokens for layers so wide, or of a
+    head. Raises Interrupted where it was stopped; the same call goes on.
+    """
+    tokens_NL = survey_pieces(tokens_NL)
+    marks = stream_marks(stream, tokens_NL)
+    mark = hashlib.sha256(json.dumps([model_digest(stream), sorted(marks.items())]).encode()).hexdigest()[:16]
+    file = out.absolute().parent / f"streamlap-survey-{mark}.json"
+    if file.exists() and not Journal.exists(state_of(file)):
+        return file
+    inputs = fitted_inputs(stream, stream.family.sublayers)
+    try:
+        stream.require_head()
+        if tokens_NL.numel() * MOST_INPUTS_ALONE < inputs:
+            raise RecipeError(f"its {tokens_NL.numel():,} tokens are too few for layers of {inputs:,} inputs.")
+        plan = plan_survey(stream, windows_of(tokens_NL), settings)
+        run = Run(
+            command="survey", out=file, folder=state_of(file), model=model, settings=settings, own={"dtype": dtype}
+        )
+        run_survey(run, stream, plan, tokens_NL, deadline)
+    except Interrupted as stopped:
+        raise Interrupted(
+            f"{str(stopped).split(';')[0]} of the survey; give the same command again to go on"
+        ) from stopped
+    except StreamlapError as error:
+        log.warning("no survey, so all layers keep the same share: %s", first_line(error))
+        return None
+    return file
+
+
+def survey_pieces(tokens_NL: torch.Tensor) -> torch.Tensor:
+    """Few and short windows out of these, evenly spread."""
+    length = min(DEFAULT_LENGTH, tokens_NL.shape[1])
+    pieces_NL = tokens_NL[:, : tokens_NL.shape[1] // length * length].reshape(-1, length)
+    count = min(len(pieces_NL), max(1, DEFAULT_SAMPLES * DEFAULT_LENGTH // length))
+    return pieces_NL[[len(pieces_NL) * place // count for place in range(count)]]
 
 
 def state_of(file: Path) -> Path:

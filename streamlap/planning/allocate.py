@@ -94,27 +94,20 @@ def read_survey(stream: ModelStream, path: Path) -> Survey:
 
 
 def layer_parameters(stream: ModelStream, ratio: float, survey: Survey | None) -> list[dict[str, int]]:
-    """What the sub-layers of every layer may store: all the same share, or so that a survey's losses are least.
-
-    Like shares with like: all attention keeps the uniform share together, and so do all FFNs. What an FFN loses later
-    sub-layers mend in part, and what attention loses they hardly do; a survey, which cuts each alone, does not show that.
-    """
+    """What the sub-layers of every layer may store: all the same share, or so that a survey's losses are least."""
     if survey is None:
         return [uniform_parameters(stream, index, ratio) for index in range(stream.depth)]
-    shared = {name: _shared(stream, ratio, survey, name) for name in stream.family.sublayers}
-    return [{name: counts[index] for name, counts in shared.items()} for index in range(stream.depth)]
-
-
-def _shared(stream: ModelStream, ratio: float, survey: Survey, name: str) -> list[int]:
-    """What one sub-layer may store in each layer."""
+    names = list(stream.family.sublayers)
     parts = [
         Part(
             parameters=dense_parameters(stream, index, name),
             curve=fit_curve([(point.keep, point.kl) for point in layer[name]]),
         )
         for index, layer in enumerate(survey.layers)
+        for name in names
     ]
-    return allocate(parts, int((1.0 - ratio) * sum(part.parameters for part in parts)))
+    counts = iter(allocate(parts, int((1.0 - ratio) * sum(part.parameters for part in parts))))
+    return [{name: next(counts) for name in names} for _ in survey.layers]
 
 
 def model_digest(stream: ModelStream) -> str:

@@ -35,7 +35,7 @@ from streamlap.planning.machine import Machine, Rates
 from streamlap.planning.sample import fitted_inputs, redrawn_windows
 from streamlap.planning.schedule import Fit, Memory, advice, fit, require_fit
 from streamlap.planning.target import Target, meet
-from streamlap.recipe import Recipe
+from streamlap.recipe import AUTO, Recipe
 from streamlap.settings import Caps, RunSettings
 from streamlap.store.sink import shard_bytes
 
@@ -249,7 +249,8 @@ def decide(stream: ModelStream, recipe: Recipe, target: Target | None = None) ->
     recipe.check_methods(stream.family)
     if not stream.has_head:
         recipe = recipe.without_final()
-    survey = None if recipe.survey is None else read_survey(stream, Path(recipe.survey))
+    # A survey that is still to be made moves shares between layers, and no total.
+    survey = None if recipe.survey in (None, AUTO) else read_survey(stream, Path(str(recipe.survey)))
     recipe = meet(stream, recipe, survey, target)
     return Decided(recipe=recipe, candidates=all_candidates(stream, recipe, survey))
 

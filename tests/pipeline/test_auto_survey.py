@@ -1,0 +1,166 @@
+"""A survey that `compress` makes for itself: where it lies, who uses it again, and what happens without one."""
+
+from __future__ import annotations
+
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import MakeModel
+from outputs import contents
+from transformers import AutoModel
+
+import streamlap
+from streamlap.errors import Interrupted, RecipeError
+from streamlap.pipeline import layers
+from streamlap.pipeline import survey as surveying
+from streamlap.pipeline.survey import DEFAULT_LENGTH, DEFAULT_SAMPLES, survey_pieces
+from streamlap.planning.allocate import Survey
+from streamlap.recipe import AUTO, Recipe
+
+
+@pytest.fixture
+def made(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
+    """The files of all surveys that are measured."""
+    found: list[Path] = []
+    real = surveying.sweep_layers
+
+    def watched(sweep: Any) -> None:
+        found.append(sweep.session.run.out)
+        real(sweep)
+
+    monkeypatch.setattr(surveying, "sweep_layers", watched)
+    return found
+
+
+def compress(source: Path, tokens: Path, out: Path, **options: Any) -> streamlap.Report:
+    return streamlap.compress(source, out, files=(str(tokens),), **{"ratio": 0.4, "survey": AUTO, **options})
+
+
+def test_one_survey_serves_all_ratios(source: Path, tokens: Path, tmp_path: Path, made: list[Path]) -> None:
+    first = compress(source, tokens, tmp_path / "first")
+    compress(source, tokens, tmp_path / "second", ratio=0.3)
+    (file,) = made
+    assert file.parent == tmp_path
+    assert first.recipe["survey"] == str(file)
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(["first", "second", file.name])
+    given = streamlap.compress(source, tmp_path / "given", ratio=0.4, files=(str(tokens),), survey=str(file))
+    assert given.shards == first.shards
+    uniform = compress(source, tokens, tmp_path / "uniform", survey=None)
+    assert uniform.shards != first.shards
+    assert uniform.parameters.decoder_after == pytest.approx(first.parameters.decoder_after, rel=0.01)
+
+
+def test_other_windows_get_another(source: Path, tokens: Path, tmp_path: Path, made: list[Path]) -> None:
+    compress(source, tokens, tmp_path / "first")
+    compress(source, tokens, tmp_path / "second", samples=6)
+    assert len(set(made)) == 2
+
+
+def test_pieces_are_few_short_and_from_everywhere() -> None:
+    tokens_NL = torch.arange(64 * 2048).view(64, 2048)
+    pieces_NL = survey_pieces(tokens_NL)
+    assert pieces_NL.shape == (DEFAULT_SAMPLES, DEFAULT_LENGTH)
+    assert pieces_NL[:, 0].tolist() == [8192 * place for place in range(16)]
+    assert survey_pieces(tokens_NL[:, :100]).shape == (40, 100)
+    assert torch.equal(survey_pieces(tokens_NL[:3, :7]), tokens_NL[:3, :7])
+
+
+@pytest.mark.parametrize("options", [{"preset": "lorap"}, {"survey": None}])
+def test_who_needs_none_makes_none(
+    source: Path, tokens: Path, tmp_path: Path, made: list[Path], options: dict[str, Any]
+) -> None:
+    report = compress(source, tokens, tmp_path / "out", **options)
+    assert not made
+    assert report.recipe["survey"] is None
+
+
+def test_the_default_is_to_measure() -> None:
+    """In a process of its own: this one's default is another, see `conftest`."""
+    program = "from streamlap.recipe import Recipe; print(Recipe().survey, Recipe().override(preset='lorap').survey)"
+    found = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert found.stdout.split() == ["auto", "None"]
+
+
+def test_the_recipe_of_a_result_measures_nothing_again(
+    source: Path, tokens: Path, tmp_path: Path, made: list[Path]
+) -> None:
+    compress(source, tokens, tmp_path / "out")
+    recipe = Recipe.from_yaml(tmp_path / "out" / "streamlap_recipe.yaml")
+    assert recipe.survey == str(made[0])
+
+
+def test_stopped_in_the_survey_the_same_command_goes_on(
+    source: Path, tokens: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    compress(source, tokens, tmp_path / "whole" / "out")
+    real = surveying.open_sweep
+
+    def asked(*args: Any) -> Any:
+        signal.raise_signal(signal.SIGTERM)
+        return real(*args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(surveying, "open_sweep", asked)
+        with pytest.raises(Interrupted, match="of the survey; give the same command again to go on"):
+            compress(source, tokens, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    compress(source, tokens, tmp_path / "out")
+    recipes = {"streamlap_recipe.yaml", "streamlap_report.json", "README.md"}  # which name the file of the survey
+    whole, found = contents(tmp_path / "whole" / "out"), contents(tmp_path / "out")
+    assert {name: value for name, value in found.items() if name not in recipes} == {
+        name: value for name, value in whole.items() if name not in recipes
+    }
+
+
+def test_one_begun_in_another_ratio_goes_on(
+    source: Path, tokens: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr(surveying, "points", lambda _: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            compress(source, tokens, tmp_path / "one")
+    monkeypatch.setattr(surveying, "sweep_layers", lambda sweep: None if sweep.session.journal.next_layer else 1 / 0)
+    assert compress(source, tokens, tmp_path / "two", ratio=0.3)
+
+
+@pytest.mark.parametrize("case", ["head", "wide", "budget"])
+def test_without_a_survey_all_share_alike(
+    pico: MakeModel, tokens: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, case: str,
+    caplog: pytest.LogCaptureFixture,
+) -> None:  # fmt: skip
+    source = pico("mistral")
+    if case == "head":
+        AutoModel.from_pretrained(source).save_pretrained(tmp_path / "source")
+        source = tmp_path / "source"
+    if case == "wide":
+        monkeypatch.setattr(surveying, "MOST_INPUTS_ALONE", 0.1)
+    if case == "budget":
+        monkeypatch.setattr(surveying, "run_survey", lambda *_: (_ for _ in ()).throw(RecipeError("no room")))
+    report = compress(source, tokens, tmp_path / "out")
+    assert report.recipe["survey"] is None
+    assert "no survey, so all layers keep the same share: " in caplog.text
+    assert not list(tmp_path.glob("*.json"))
+
+
+def test_a_resumed_compression_reads_it_again(
+    source: Path, tokens: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, made: list[Path]
+) -> None:
+    real = layers.compress_layer
+    compress(source, tokens, tmp_path / "whole")
+    with monkeypatch.context() as patch:
+        patch.setattr(
+            layers,
+            "compress_layer",
+            lambda job, runner, index, *rest: real(job, runner, index, *rest) if index < 1 else 1 / 0,
+        )
+        with pytest.raises(ZeroDivisionError):
+            compress(source, tokens, tmp_path / "out")
+    streamlap.resume(tmp_path / "out")
+    assert contents(tmp_path / "out") == contents(tmp_path / "whole")
+    assert len(made) == 1
+    assert Survey.read(made[0])
