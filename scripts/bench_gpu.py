@@ -154,6 +154,8 @@ class Bench:
             work=self.work,
             max_vram=cap,
             overlap=overlap,
+            survey=None,
+            redraw=False,
         ).to_json()
         return plan, speed.workload(self.model, self.device, (samples, self.args.length), plan, preset)
 
@@ -179,7 +181,7 @@ class Bench:
         plan, work = self.workload(preset, self.samples, cap, overlap)
         flags = ["--calibration", shared.tokens_file(self.work, self.model, self.samples, self.args.length),
                  "--device", self.device, "--max-vram", cap, "--max-ram", self.args.max_ram,
-                 "--preset", preset]  # fmt: skip
+                 "--preset", preset, *shared.AS_GIVEN]  # fmt: skip
         flags += [] if overlap else ["--no-overlap"]
         with shared.new_folder(self.work / "out") as out:
             shared.drop_cache(self.model)

@@ -96,7 +96,7 @@ def bench_shape(args: argparse.Namespace, work: Path) -> Result:
         with shared.new_folder(work / "out") as out:
             shared.drop_cache(model)
             done = shared.run_streamlap(
-                "compress", model, out, "--preset", args.preset, "--calibration", tokens
+                "compress", model, out, "--preset", args.preset, *shared.AS_GIVEN, "--calibration", tokens
             ).required()
             rows.append({"layers": layers} | outcome(done, work))
             whole = whole if layers != depth else shared.hashes(out)
@@ -118,7 +118,7 @@ def under_cap(
     with shared.new_folder(work / "out") as out:
         shared.drop_cache(model)
         row = {"cap": cap} | capped_run(
-            args, work, cap, "compress", model, out, "--preset", args.preset, "--calibration", tokens
+            args, work, cap, "compress", model, out, "--preset", args.preset, *shared.AS_GIVEN, "--calibration", tokens
         )
         row["identical"] = bool(whole) and shared.hashes(out) == whole
         if args.eval_cap and row["completed"]:

@@ -84,8 +84,8 @@ def run_case(case: Case, model: Path, scratch: Path, preset: str = shared.ENGINE
     """The plan, then the run, under the same flags."""
     scratch.mkdir(exist_ok=True)
     tokens = shared.tokens_file(scratch, model, case.samples, case.length)
-    flags = ["--calibration", tokens, "--max-ram", case.cap, "--dtype", case.dtype, "--work", scratch / "hidden",
-             "--preset", preset]  # fmt: skip
+    flags = ["--calibration", tokens, *shared.AS_GIVEN, "--max-ram", case.cap, "--dtype", case.dtype, "--work",
+             scratch / "hidden", "--preset", preset]  # fmt: skip
     planned = shared.run_streamlap("plan", model, *flags, variables={"XDG_CACHE_HOME": str(scratch.absolute())})
     if planned.code and not planned.output:
         planned.required()

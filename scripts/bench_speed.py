@@ -188,6 +188,7 @@ def bench(args: argparse.Namespace, folder: Path) -> Result:
         device,
         "--preset",
         args.preset,
+        *shared.AS_GIVEN,
     ]
     for name, value in (("--max-ram", args.max_ram), ("--max-vram", args.max_vram)):
         flags += [name, value] if value else []

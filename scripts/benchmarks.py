@@ -39,6 +39,9 @@ Result = dict[str, Any]
 ENGINE = "lorap"
 """The preset by which the engine is measured: its solves are the lightest, so that memory and moving data show."""
 
+AS_GIVEN = ("--no-survey", "--no-redraw")
+"""Flags of a compression of just the windows that are given, so that its time and memory are those of its passes over them."""
+
 
 def machine() -> Result:
     """What the figures were taken on. `load` is the number of busy threads just before."""

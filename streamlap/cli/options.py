@@ -173,6 +173,14 @@ class RecipeOptions(TextOptions):
             "it beside OUT.",
         ),
     ] = None
+    redraw: Annotated[
+        bool | None,
+        typer.Option(
+            "--redraw/--no-redraw",
+            help="See each calibration window again, with half of its tokens drawn from the model's predictions, where all "
+            "hold fewer than 131,072; default yes, with best.",
+        ),
+    ] = None
     no_survey: Annotated[bool, typer.Option("--no-survey", help="All layers keep the same share.")] = False
 
 

@@ -68,7 +68,8 @@ def compress(pico: MakeModel, windows: Path) -> Run:
             "llama", dtype=torch.bfloat16, num_hidden_layers=2, hidden_size=hidden, intermediate_size=inner,
             num_attention_heads=heads, num_key_value_heads=kv_heads, head_dim=hidden // heads,
         )  # fmt: skip
-        streamlap.compress(source, out, files=(str(windows),), dtype="bfloat16", **KINDS[kind], **options)
+        given = {"dtype": "bfloat16", "redraw": False, **KINDS[kind], **options}
+        streamlap.compress(source, out, files=(str(windows),), **given)
         return {name: data for name, data in contents(out).items() if name != REPORT}
 
     return run
@@ -118,7 +119,7 @@ class Watch:
 def planned_bytes(plan: Plan, schedule: Schedule) -> dict[str, int]:
     """What goes to the device and, of hidden states, back: of each layer, and of the generations before the first."""
     work, last = plan.fit.work, plan.layers[-1]
-    moved = [layer_traffic(layer, work, schedule, layer is last) for layer in plan.layers]
+    moved = [layer_traffic(layer, work, schedule, layer is last and not plan.recipe.final) for layer in plan.layers]
     edits = sum(layer.edits_bytes + layer.state_bytes for layer in plan.layers)
     states = {
         "upload": sum(traffic.states_up for traffic in moved),
