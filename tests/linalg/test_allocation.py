@@ -36,7 +36,7 @@ def test_equal_parts_get_equal_shares() -> None:
 
 def test_parts_without_a_loss_give_to_the_others() -> None:
     parts = [Part(parameters=1000, curve=Curve(scale=scale)) for scale in (0.0, 1.0)]
-    assert allocate(parts, 1000) == [300, 700]
+    assert allocate(parts, 1000) == [400, 600]
 
 
 @pytest.mark.parametrize("total", [900, 1500, 2100, 2700])

@@ -242,8 +242,7 @@ def test_the_figures_of_a_machine_are_shown(model: Path, tokens: Path) -> None:
 
 
 def tokens_in(plan: Plan) -> int:
-    sequences, length = plan.calibration_tokens
-    return sequences * length
+    return plan.fit.work.sequences * plan.fit.work.length
 
 
 def test_this_machine_is_shown_in_the_same_way(model: Path, tokens: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -36,8 +36,8 @@ from streamlap.system import disk_speed
 FIELDS = {
     "fits", "ratio", "output_bytes", "peak_ram_bytes", "peak_vram_bytes", "disk_bytes", "read_bytes", "write_bytes",
     "upload_bytes", "download_bytes", "flops", "flops_by_dtype", "eigen_problems", "generation_bytes", "generations_read",
-    "generations_written", "seconds_low", "seconds_high", "disk_measured", "advice", "calibration_tokens", "calibration",
-    "overlap", "hidden_states", "forward_tokens", "machine", "layers",
+    "generations_written", "seconds_low", "seconds_high", "disk_measured", "advice", "calibration_tokens",
+    "redrawn", "calibration", "overlap", "hidden_states", "forward_tokens", "machine", "layers",
 }  # fmt: skip
 LAYER_FIELDS = {
     "index", "output_bytes", "read_bytes", "write_bytes", "upload_bytes", "download_bytes", "flops", "seconds_low",
@@ -230,7 +230,7 @@ def test_a_plan_shows_what_it_always_showed(pico: MakeModel, tokens: Path) -> No
     assert table.keys() == FIELDS
     assert json.loads(json.dumps(table)).keys() == FIELDS
     assert all(row.keys() == LAYER_FIELDS for row in table["layers"])
-    assert sum(row["flops"] for row in table["layers"]) == table["flops"]
+    assert plan.first_flops + sum(row["flops"] for row in table["layers"]) == table["flops"]
     assert table["output_bytes"] == plan.outer_bytes + sum(row["output_bytes"] for row in table["layers"])
     assert 0 < table["seconds_low"] < table["seconds_high"]
     assert (table["fits"], table["advice"]) == (True, ())

@@ -137,7 +137,7 @@ def test_every_named_recipe_is_one_and_no_two_are_equal() -> None:
     for name in ("best", "lorap"):
         assert recipes[name].preset == name
         assert recipes[name].methods == PRESETS[name]
-    assert {method.step for method in recipes["best -anchor"].methods} == {0.0}  # type: ignore[union-attr]
+    assert {method.step for method in recipes["best -anchor"].solving} == {0.0}  # type: ignore[union-attr]
     names = ("+pivot", "+prune .25", "+dense out", "prune .65", "prune 1")
     ffn = [vars(recipes[name].methods[1]) for name in names]
     assert [(*knobs["shares"], knobs["output"]) for knobs in ffn] == [
