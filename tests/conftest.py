@@ -9,8 +9,9 @@ import os
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TQDM_DISABLE", "1")
-# With AMX the bits of a long product in bfloat16 depend on threads and batch; docs/guarantees.md says so.
+# On Intel's processors the bits of products may depend on threads and batch; docs/guarantees.md says so.
 os.environ.setdefault("ONEDNN_MAX_CPU_ISA", "AVX512_CORE_BF16")
+os.environ.setdefault("MKL_CBWR", "AVX2,STRICT")
 
 import shutil
 import threading
