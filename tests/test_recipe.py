@@ -12,7 +12,7 @@ import yaml
 
 from streamlap import recipe as module
 from streamlap.errors import RecipeError
-from streamlap.methods import METHODS, PRESETS, TRAINED
+from streamlap.methods import FINAL, METHODS, PRESETS, TRAINED
 from streamlap.methods.anchored.attention import AttentionAnchored
 from streamlap.methods.anchored.ffn import FfnAnchored
 from streamlap.methods.anchored.groups import AttentionGroups
@@ -39,7 +39,7 @@ RECIPES = {
 
 def test_a_text_column_is_written_where_there_is_one() -> None:
     """So recipes without one are those of earlier versions."""
-    assert list(FULL.to_dict()["calibration"]) == ["files", "samples", "length", "seed"]
+    assert list(FULL.to_dict()["calibration"]) == ["files", "samples", "length", "seed", "redraw"]
     assert FULL.override(text_column="body").to_dict()["calibration"]["text_column"] == "body"
 
 
@@ -75,15 +75,16 @@ def test_every_knob_of_shares_and_training_is_visible_too() -> None:
         {"method": "attention_anchored", "step": None, "input_step": 0.0, "output": "dense", "storage": "pivoted"},
         {"method": "ffn_anchored", "step": None, "input_step": 0.0, "output": "dense", "storage": "pivoted",
          "shares": [0.25, 0.5, 0.75, 1.0]},
+        {"method": "final_gain"},
         {"method": "refine", "epochs": 3, "learning_rate": 0.01, "warm_up": 0.1, "patience": 0.5, "seed": 0},
     ]  # fmt: skip
 
 
 def test_every_method_has_a_name_of_its_own() -> None:
-    assert known_methods() == {**METHODS, **TRAINED}
-    assert len(set(known_methods().values())) == len(METHODS) + len(TRAINED)
+    assert known_methods() == {**METHODS, **TRAINED, **FINAL}
+    assert len(set(known_methods().values())) == len(METHODS) + len(TRAINED) + len(FINAL)
     for methods in PRESETS.values():
-        assert {type(method) for method in methods} <= set(METHODS.values())
+        assert {type(method) for method in methods} <= {*METHODS.values(), *FINAL.values()}
 
 
 # --- training in short ---------------------------------------------------------------------------------------------------
@@ -96,7 +97,7 @@ def test_epochs_alone_stand_for_a_training() -> None:
     assert Recipe.from_dict({"refine": 3}) == Recipe().override(refine=3) == wanted
     written = Recipe.from_dict({"preset": "best", "methods": [*Recipe().to_dict()["methods"], row]})
     assert written == wanted
-    assert (wanted.trained, wanted.solving) == ((Refine(epochs=3),), PRESETS["best"])
+    assert (wanted.trained, wanted.solving) == ((Refine(epochs=3),), PRESETS["best"][:2])
     assert Recipe().trained == ()
 
 
