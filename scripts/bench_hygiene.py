@@ -72,7 +72,8 @@ def watched(model: Path, tokens: Path, preset: str, work: Path) -> Result:
 
     with mock.patch.multiple(LayerRunner, require_baseline=look_longer), mock.patch.multiple(Journal, append=count), \
             mock.patch.dict(os.environ, {"TMPDIR": str(system)}), mock.patch.object(tempfile, "tempdir", None):  # fmt: skip
-        streamlap.compress(model, out, preset=preset, ratio=0.2, files=(str(tokens),), work=hidden)
+        options = {"survey": None, "redraw": False, "work": hidden}
+        streamlap.compress(model, out, preset=preset, ratio=0.2, files=(str(tokens),), **options)
     return {
         "preset": preset, "layers": len(samples), "figures": {name: trend([s[name] for s in samples]) for name in FIGURES},
         "journal_bytes_per_layer": round(sum(lines) / len(lines)),
