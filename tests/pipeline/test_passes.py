@@ -45,13 +45,13 @@ def test_a_layer_reads_six_generations_and_the_first_one_more(
     pico: MakeModel, tokens: Path, tmp_path: Path, reads: list[tuple[str, int, int]]
 ) -> None:
     """x and x^, x^ again, x^ between the sub-layers and the next x, x^ between again: see `pipeline.sublayers`."""
-    streamlap.compress(pico("llama"), tmp_path / "out", files=(str(tokens),))
+    streamlap.compress(pico("llama"), tmp_path / "out", files=(str(tokens),), redraw=False)
     held = len(held_sequences(12, 16))
     one = [("dense", 0, 0), ("hidden", 0, 0), ("hidden", 0, 0), *[("dense", 1, held), ("between", 0, held)] * DIVISIONS]
     one += [("dense", 1, 0), ("between", 0, 0), ("between", 0, 0)]
     layers = [[(name, generation + index, count) for name, generation, count in one] for index in range(LAYERS)]
-    assert reads == [("hidden", 0, 0), *layers[0], *layers[1], *layers[2][:-1]]
-    plan = streamlap.plan(pico("llama"), files=(str(tokens),))
+    assert reads == [("hidden", 0, 0), *layers[0], *layers[1], *layers[2], ("dense", 3, held), ("hidden", 3, held)]
+    plan = streamlap.plan(pico("llama"), files=(str(tokens),), redraw=False)
     for layer, planned in zip(layers, plan.layers, strict=True):
         between = sum((count or 12) / 12 for name, _, count in layer if name == "between")
         others = sum((count or 12) / 12 for name, _, count in layer if name != "between")
@@ -65,7 +65,7 @@ def test_inputs_that_are_summed_while_their_stream_is_made_are_those_of_a_pass_o
     for overlap in (True, False):
         streamlap.compress(pico("qwen2"), tmp_path / f"summed {overlap}", files=(str(tokens),), overlap=overlap)
     monkeypatch.setattr(layers, "next_inputs", lambda *_: None)
-    streamlap.compress(pico("qwen2"), tmp_path / "read", files=(str(tokens),))
+    streamlap.compress(pico("qwen2"), tmp_path / "read", files=(str(tokens),), redraw=False)
     wanted = contents(tmp_path / "read")
     assert contents(tmp_path / "summed True") == contents(tmp_path / "summed False") == wanted
 
@@ -100,7 +100,7 @@ def test_what_lies_between_stays_in_ram_where_the_rest_is_on_the_disk(
     pico: MakeModel, tokens: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Then only what lasts is a file, and the bytes are the same."""
-    streamlap.compress(pico("llama"), tmp_path / "ram", files=(str(tokens),))
+    streamlap.compress(pico("llama"), tmp_path / "ram", files=(str(tokens),), redraw=False)
     real, names = scheduling.schedules, set[str]()
     create = HiddenBank._create
 
@@ -113,7 +113,7 @@ def test_what_lies_between_stays_in_ram_where_the_rest_is_on_the_disk(
 
     monkeypatch.setattr(scheduling, "schedules", spilled)
     monkeypatch.setattr(HiddenBank, "_create", note)
-    streamlap.compress(pico("llama"), tmp_path / "between", files=(str(tokens),))
+    streamlap.compress(pico("llama"), tmp_path / "between", files=(str(tokens),), redraw=False)
     assert names == {"hidden", "dense"}
     assert contents(tmp_path / "between") == contents(tmp_path / "ram")
 
