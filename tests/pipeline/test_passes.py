@@ -50,12 +50,14 @@ def test_a_layer_reads_six_generations_and_the_first_one_more(
     one = [("dense", 0, 0), ("hidden", 0, 0), ("hidden", 0, 0), *[("dense", 1, held), ("between", 0, held)] * DIVISIONS]
     one += [("dense", 1, 0), ("between", 0, 0), ("between", 0, 0)]
     layers = [[(name, generation + index, count) for name, generation, count in one] for index in range(LAYERS)]
-    assert reads == [("hidden", 0, 0), *layers[0], *layers[1], *layers[2], ("dense", 3, held), ("hidden", 3, held)]
+    wanted = [("hidden", 0, 0), *layers[0], *layers[1], *layers[2]]
+    assert reads[: len(wanted)] == wanted
+    assert set(reads[len(wanted) :]) == {("dense", 3, held), ("hidden", 3, held)}, "what the final gain is fitted to"
     plan = streamlap.plan(pico("llama"), files=(str(tokens),), redraw=False)
     for layer, planned in zip(layers, plan.layers, strict=True):
         between = sum((count or 12) / 12 for name, _, count in layer if name == "between")
         others = sum((count or 12) / 12 for name, _, count in layer if name != "between")
-        assert planned.between_read == pytest.approx(between - (planned.index == LAYERS - 1))
+        assert planned.between_read == pytest.approx(between)
         assert planned.generations_read == pytest.approx(others + (planned.index == 0))
 
 
@@ -63,7 +65,9 @@ def test_inputs_that_are_summed_while_their_stream_is_made_are_those_of_a_pass_o
     pico: MakeModel, tokens: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for overlap in (True, False):
-        streamlap.compress(pico("qwen2"), tmp_path / f"summed {overlap}", files=(str(tokens),), overlap=overlap)
+        streamlap.compress(
+            pico("qwen2"), tmp_path / f"summed {overlap}", files=(str(tokens),), overlap=overlap, redraw=False
+        )
     monkeypatch.setattr(layers, "next_inputs", lambda *_: None)
     streamlap.compress(pico("qwen2"), tmp_path / "read", files=(str(tokens),), redraw=False)
     wanted = contents(tmp_path / "read")
