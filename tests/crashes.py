@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Callable
 from concurrent.futures import Future
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 import pytest
 from faults import Crash, Disk
 
+from streamlap.errors import Interrupted
 from streamlap.families.stream import batch_of
 from streamlap.pipeline import layers
 from streamlap.pipeline.hand import LayerEdits, LayerInHand
@@ -22,6 +24,30 @@ def crash_after(lines: int, monkeypatch: pytest.MonkeyPatch, run: Callable[[], o
     with monkeypatch.context() as patch:
         Disk(patch, at=lines + 1, kinds={"write"}, name="journal.jsonl")
         with pytest.raises(Crash):
+            run()
+
+
+def dies_at(module: Any, name: str, monkeypatch: pytest.MonkeyPatch, run: Callable[[], object]) -> None:
+    """`run` dies where it calls that function of a module."""
+    with monkeypatch.context() as patch:
+        patch.setattr(module, name, lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            run()
+
+
+def stopped_at(
+    module: Any, name: str, monkeypatch: pytest.MonkeyPatch, run: Callable[[], object], message: str
+) -> None:
+    """`run` is asked to stop where it calls that function of a module, and says so."""
+    real = getattr(module, name)
+
+    def asked(*args: Any) -> Any:
+        signal.raise_signal(signal.SIGTERM)
+        return real(*args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(module, name, asked)
+        with pytest.raises(Interrupted, match=message):
             run()
 
 

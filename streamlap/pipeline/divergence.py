@@ -6,7 +6,7 @@ Shape suffixes: B batch, L length, D hidden, T tokens, V vocabulary.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 
@@ -33,15 +33,9 @@ def mean_divergence(
     there is none, or where it is no number.
     """
     total, tokens = 0.0, 0
-    for batches in zip(dense.read(stream.depth), copy.read(stream.depth), strict=True):
-        here = [
-            x_BLD[:, ::SCORED].to(stream.device) for x_BLD in batches
-        ]  # one may come from the disk and one be there
-        out_BL = any_out(*here)
-        rows = (x_BLD.flatten(0, 1) if out_BL is None else x_BLD[~out_BL] for x_BLD in here)
-        pieces = zip(*(torch.split(x_TD, HEAD_TOKENS) for x_TD in rows), strict=True)
-        total += sum(divergence(head(dense_TD), head(copy_TD)) for dense_TD, copy_TD in pieces)
-        tokens += here[0][..., 0].numel() if out_BL is None else int((~out_BL).sum())
+    for dense_TD, copy_TD in last_rows(stream, dense, copy, every=SCORED):
+        total += divergence(head(dense_TD), head(copy_TD))
+        tokens += len(dense_TD)
     mean = total / tokens if tokens else math.nan
     if not math.isfinite(mean):
         raise NumericalError(
@@ -49,6 +43,20 @@ def mean_divergence(
             "float32."
         )
     return max(0.0, mean)
+
+
+def last_rows(
+    stream: ModelStream, dense: HiddenBank, other: HiddenBank, numbers: Sequence[int] | None = None, every: int = 1
+) -> Iterator[tuple[torch.Tensor, ...]]:
+    """Rows of two streams behind the last layer, as many at a time as the head takes; without tokens that are out of either.
+
+    Args: numbers, of the sequences that are looked at, all where it is None; every, one of so many positions.
+    """
+    for pair in zip(dense.read(stream.depth, numbers), other.read(stream.depth, numbers), strict=True):
+        here = [x_BLD[:, ::every].to(stream.device) for x_BLD in pair]  # one may come from the disk and one be there
+        out_BL = any_out(*here)
+        rows = (x_BLD.flatten(0, 1) if out_BL is None else x_BLD[~out_BL] for x_BLD in here)
+        yield from zip(*(torch.split(x_TD, HEAD_TOKENS) for x_TD in rows), strict=True)
 
 
 def divergence(dense_TV: torch.Tensor, copy_TV: torch.Tensor) -> float:

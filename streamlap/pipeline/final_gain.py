@@ -1,18 +1,14 @@
 """What lies outside the layers, written; the final norm's gain scaled where the recipe says so, see `methods.final.gain`.
 
-Shape suffixes: B batch, L length, D hidden, T tokens.
+Shape suffixes: D hidden, T tokens.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
-import torch
-
-from streamlap.families.stream import HEAD_TOKENS, ModelStream
+from streamlap.families.stream import ModelStream
 from streamlap.linalg.moments import held_sequences
-from streamlap.linalg.rows import any_out
 from streamlap.methods.final.gain import CLOSE, STEPS, GainStep
+from streamlap.pipeline.divergence import last_rows
 from streamlap.pipeline.layers import Job
 from streamlap.pipeline.streams import Streams
 from streamlap.store.sink import ShardFolder, TensorEntry, shard_names
@@ -38,24 +34,13 @@ def write_outer(job: Job) -> float:
 
 def best_gain(stream: ModelStream, streams: Streams) -> float:
     """On held-out tokens of both streams behind the last layer."""
-    head, gain = stream.head(), 1.0
+    assert streams.dense is not None, "a run beside the dense model keeps its stream"
+    head, gain, numbers = stream.head(), 1.0, held_sequences(*streams.tokens_NL.shape)
     for _ in range(STEPS):
         step = GainStep(gain=gain)
-        for dense_TD, x_TD in held_rows(stream, streams):
+        for dense_TD, x_TD in last_rows(stream, streams.dense, streams.compressed, numbers):
             step.update(head(dense_TD), head(x_TD))
         gain, before = step.next, gain
         if abs(gain - before) < CLOSE:
             break
     return gain
-
-
-def held_rows(stream: ModelStream, streams: Streams) -> Iterator[tuple[torch.Tensor, ...]]:
-    """Rows of both streams, dense and compressed, some at a time; without the tokens that are out of either."""
-    assert streams.dense is not None, "a run beside the dense model keeps its stream"
-    numbers = held_sequences(*streams.tokens_NL.shape)
-    batches = (bank.read(stream.depth, numbers) for bank in (streams.dense, streams.compressed))
-    for pair in zip(*batches, strict=True):
-        here = [x_BLD.to(stream.device) for x_BLD in pair]
-        out_BL = any_out(*here)
-        rows = (x_BLD.flatten(0, 1) if out_BL is None else x_BLD[~out_BL] for x_BLD in here)
-        yield from zip(*(torch.split(x_TD, HEAD_TOKENS) for x_TD in rows), strict=True)

@@ -8,21 +8,19 @@ Shape suffixes: N windows, L length, B batch, D hidden, T tokens, V vocabulary.
 
 from __future__ import annotations
 
-import io
 from collections.abc import Callable, Iterator
 
-import numpy as np
 import torch
 
 from streamlap.families.stream import HEAD_TOKENS, ModelStream
 from streamlap.linalg.rows import rows_out
+from streamlap.pipeline.evaluate import run_layer
 from streamlap.pipeline.runner import start_runner
 from streamlap.pipeline.session import Session
-from streamlap.pipeline.streams import HiddenStates, open_bank
+from streamlap.pipeline.streams import open_bank
 from streamlap.planning.plan import Plan
 from streamlap.store.hidden import HiddenBank
-from streamlap.store.journal import REDRAWN_NAME, read_tokens
-from streamlap.store.sink import write_durably
+from streamlap.store.journal import REDRAWN_NAME, read_tokens, write_tokens
 from streamlap.system.allocator import trim_heap
 from streamlap.system.progress import Progress
 
@@ -39,9 +37,7 @@ def with_redrawn(stream: ModelStream, plan: Plan, tokens_NL: torch.Tensor, sessi
         return tokens_NL
     path = session.state / REDRAWN_NAME
     if not path.is_file():
-        file = io.BytesIO()
-        np.save(file, redrawn(stream, plan, tokens_NL, session).numpy())
-        write_durably(path, file.getvalue())
+        write_tokens(path, redrawn(stream, plan, tokens_NL, session))
     return torch.cat([tokens_NL, read_tokens(path)])
 
 
@@ -55,12 +51,8 @@ def redrawn(stream: ModelStream, plan: Plan, tokens_NL: torch.Tensor, session: S
         for index in range(stream.depth):
             if session.stops.due(moved=False):
                 raise session.stops.stopped(f"at layer {index} of {stream.depth}, before the first one is compressed")
-            before, after = (HiddenStates(bank=bank, generation=generation) for generation in (index, index + 1))
-            runner.carry(runner.layer(index, kwargs[index]), index, before, after)
-            bank.settle()
-            bank.drop(index)
+            run_layer(runner, bank, index, kwargs[index])
             runner.require_baseline(index)
-            runner.progress.next()
     trim_heap()
     with fit.ram.claim(fit.schedule.ram["head"]), fit.vram.claim(fit.schedule.vram.get("head", {})):
         found = draw(stream, bank, chosen_NL, plan.recipe.calibration.seed)

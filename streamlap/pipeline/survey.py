@@ -155,7 +155,10 @@ def survey_beside(
     try:
         stream.require_head()
         if tokens_NL.numel() * MOST_INPUTS_ALONE < inputs:
-            raise RecipeError(f"its {tokens_NL.numel():,} tokens are too few for layers of {inputs:,} inputs.")
+            raise RecipeError(
+                f"it would have {tokens_NL.numel():,} tokens for layers of {inputs:,} inputs; wanted at least "
+                f"{-(-inputs // MOST_INPUTS_ALONE):,}. Make one of more windows with streamlap survey and give it by --survey."
+            )
         plan = plan_survey(stream, windows_of(tokens_NL), settings)
         run = Run(
             command="survey", out=file, folder=state_of(file), model=model, settings=settings, own={"dtype": dtype}

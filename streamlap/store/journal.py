@@ -34,9 +34,14 @@ MOST_BYTES = 1 << 30
 
 def save_tokens(out: Path, tokens_NL: torch.Tensor) -> None:
     """Keep the calibration windows of a run beside its journal."""
+    write_tokens(out / STATE_FOLDER / TOKENS_NAME, tokens_NL)
+
+
+def write_tokens(path: Path, tokens_NL: torch.Tensor) -> None:
+    """Windows of a run, for `read_tokens`."""
     file = io.BytesIO()
     np.save(file, tokens_NL.numpy())
-    write_durably(out / STATE_FOLDER / TOKENS_NAME, file.getvalue())
+    write_durably(path, file.getvalue())
 
 
 def saved_tokens(out: Path) -> torch.Tensor:

@@ -15,8 +15,11 @@ from streamlap.errors import RecipeError
 from streamlap.families.shell import AfterLayers
 from streamlap.families.stream import ModelStream
 from streamlap.families.table import FAMILIES
+from streamlap.linalg.moments import held_sequences
 from streamlap.methods.final.gain import LEAST, MOST, STEPS, FinalGain, GainStep
 from streamlap.pipeline import final_gain, layers
+from streamlap.pipeline.divergence import last_rows
+from streamlap.pipeline.streams import Streams
 from streamlap.recipe import Recipe
 
 
@@ -104,9 +107,12 @@ def test_it_brings_predictions_closer_to_the_dense_ones(
     seen = []
     real = final_gain.best_gain
 
-    def watched(stream: ModelStream, streams: final_gain.Streams) -> float:
+    def watched(stream: ModelStream, streams: Streams) -> float:
         gain, head = real(stream, streams), stream.head()
-        rows = [(head(dense), head(x)) for dense, x in final_gain.held_rows(stream, streams)]
+        assert streams.dense is not None
+        held = held_sequences(*streams.tokens_NL.shape)
+        pairs = last_rows(stream, streams.dense, streams.compressed, held)
+        rows = [(head(dense), head(x)) for dense, x in pairs]
         seen.extend(sum(divergence(*row, at) for row in rows) for at in (gain, 1.0, gain - 0.01, gain + 0.01))
         return gain
 

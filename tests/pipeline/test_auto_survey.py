@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -11,11 +10,12 @@ from typing import Any
 import pytest
 import torch
 from conftest import MakeModel
+from crashes import dies_at, stopped_at
 from outputs import contents
 from transformers import AutoModel
 
 import streamlap
-from streamlap.errors import Interrupted, RecipeError
+from streamlap.errors import RecipeError
 from streamlap.pipeline import layers
 from streamlap.pipeline import survey as surveying
 from streamlap.pipeline.survey import DEFAULT_LENGTH, DEFAULT_SAMPLES, survey_pieces
@@ -98,16 +98,8 @@ def test_stopped_in_the_survey_the_same_command_goes_on(
     source: Path, tokens: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     compress(source, tokens, tmp_path / "whole" / "out")
-    real = surveying.open_sweep
-
-    def asked(*args: Any) -> Any:
-        signal.raise_signal(signal.SIGTERM)
-        return real(*args)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(surveying, "open_sweep", asked)
-        with pytest.raises(Interrupted, match="of the survey; give the same command again to go on"):
-            compress(source, tokens, tmp_path / "out")
+    message = "of the survey; give the same command again to go on"
+    stopped_at(surveying, "open_sweep", monkeypatch, lambda: compress(source, tokens, tmp_path / "out"), message)
     assert not (tmp_path / "out").exists()
     compress(source, tokens, tmp_path / "out")
     recipes = {"streamlap_recipe.yaml", "streamlap_report.json", "README.md"}  # which name the file of the survey
@@ -120,10 +112,7 @@ def test_stopped_in_the_survey_the_same_command_goes_on(
 def test_one_begun_in_another_ratio_goes_on(
     source: Path, tokens: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    with monkeypatch.context() as patch:
-        patch.setattr(surveying, "points", lambda _: 1 / 0)
-        with pytest.raises(ZeroDivisionError):
-            compress(source, tokens, tmp_path / "one")
+    dies_at(surveying, "points", monkeypatch, lambda: compress(source, tokens, tmp_path / "one"))
     monkeypatch.setattr(surveying, "sweep_layers", lambda sweep: None if sweep.session.journal.next_layer else 1 / 0)
     assert compress(source, tokens, tmp_path / "two", ratio=0.3)
 

@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-import signal
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from conftest import MakeModel
+from conftest import Compress, MakeModel
+from crashes import dies_at, stopped_at
 from outputs import contents
 from transformers import AutoModel, AutoModelForCausalLM
 
 import streamlap
-from streamlap.errors import Interrupted, RecipeError, ResumeMismatch
+from streamlap.errors import RecipeError, ResumeMismatch
 from streamlap.pipeline import compress as compressing
 from streamlap.pipeline import redraw
 from streamlap.planning import sample
@@ -108,57 +108,38 @@ def test_the_plan_counts_them(source: Path, tokens: Path) -> None:
 
 
 def test_a_run_that_dies_after_them_draws_no_more(
-    source: Path, tokens: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    compress: Compress, whole: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    whole, out = tmp_path / "whole", tmp_path / "out"
-    streamlap.compress(source, whole, files=(str(tokens),))
-    with monkeypatch.context() as patch:
-        patch.setattr(compressing, "compress_layers", lambda _: 1 / 0)
-        with pytest.raises(ZeroDivisionError):
-            streamlap.compress(source, out, files=(str(tokens),))
-    with monkeypatch.context() as patch:
-        patch.setattr(redraw, "redrawn", lambda *_: 1 / 0)
-        streamlap.resume(out)
-    assert contents(out) == contents(whole)
+    out = tmp_path / "out"
+    dies_at(compressing, "compress_layers", monkeypatch, lambda: compress(out))
+    monkeypatch.setattr(redraw, "redrawn", lambda *_: 1 / 0)
+    streamlap.resume(out)
+    assert contents(out) == whole
 
 
 def test_a_run_that_dies_while_it_draws_begins_that_again(
-    source: Path, tokens: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    compress: Compress, whole: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    whole, out = tmp_path / "whole", tmp_path / "out"
-    streamlap.compress(source, whole, files=(str(tokens),))
-    with monkeypatch.context() as patch:
-        patch.setattr(redraw, "draw", lambda *_: 1 / 0)
-        with pytest.raises(ZeroDivisionError):
-            streamlap.compress(source, out, files=(str(tokens),))
+    out = tmp_path / "out"
+    dies_at(redraw, "draw", monkeypatch, lambda: compress(out))
     streamlap.resume(out)
-    assert contents(out) == contents(whole)
+    assert contents(out) == whole
     assert not (out / STATE_FOLDER).exists()
 
 
 def test_it_stops_where_it_is_asked_to(
-    source: Path, tokens: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    compress: Compress, whole: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    real = redraw.open_bank
-
-    def asked(*args: Any) -> Any:
-        signal.raise_signal(signal.SIGTERM)
-        return real(*args)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(redraw, "open_bank", asked)
-        with pytest.raises(Interrupted, match=r"at layer 0 of .*, before the first one is compressed; go on with"):
-            streamlap.compress(source, tmp_path / "out", files=(str(tokens),))
-    assert streamlap.resume(tmp_path / "out")
+    message = r"at layer 0 of .*, before the first one is compressed; go on with"
+    stopped_at(redraw, "open_bank", monkeypatch, lambda: compress(tmp_path / "out"), message)
+    streamlap.resume(tmp_path / "out")
+    assert contents(tmp_path / "out") == whole
 
 
 def test_windows_that_cannot_be_read_are_no_windows(
-    source: Path, tokens: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    compress: Compress, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    with monkeypatch.context() as patch:
-        patch.setattr(compressing, "compress_layers", lambda _: 1 / 0)
-        with pytest.raises(ZeroDivisionError):
-            streamlap.compress(source, tmp_path / "out", files=(str(tokens),))
+    dies_at(compressing, "compress_layers", monkeypatch, lambda: compress(tmp_path / "out"))
     (tmp_path / "out" / STATE_FOLDER / REDRAWN_NAME).write_bytes(b"nothing")
     with pytest.raises(ResumeMismatch, match=REDRAWN_NAME):
         streamlap.resume(tmp_path / "out")
