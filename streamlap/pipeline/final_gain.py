@@ -5,30 +5,43 @@ Shape suffixes: D hidden, T tokens.
 
 from __future__ import annotations
 
+import json
+
 from streamlap.families.stream import ModelStream
 from streamlap.linalg.moments import held_sequences
 from streamlap.methods.final.gain import CLOSE, STEPS, GainStep
 from streamlap.pipeline.divergence import last_rows
 from streamlap.pipeline.layers import Job
 from streamlap.pipeline.streams import Streams
-from streamlap.store.sink import ShardFolder, TensorEntry, shard_names
+from streamlap.store.sink import ShardFolder, TensorEntry, shard_names, write_durably
 from streamlap.system.allocator import trim_heap
+from streamlap.untrusted.json import parse_json
+
+GAIN_NAME = "final_gain.json"
 
 
 def write_outer(job: Job) -> float:
     """Write the shard of what lies outside the layers. Gives the number by which the final norm's gain was scaled."""
-    stream, fit = job.stream, job.plan.fit
+    stream = job.stream
     tensors: dict[str, TensorEntry] = dict(stream.outer_tensors())
     parts = [name for leaf in ("weight", "bias") if (name := f"{stream.family.norm}.{leaf}") in tensors]
-    gain = 1.0
-    if job.plan.recipe.final and parts:
-        trim_heap()  # of what the layers have left
-        with fit.ram.claim(fit.schedule.ram["head"]), fit.vram.claim(fit.schedule.vram.get("head", {})):
-            gain = best_gain(stream, job.streams)
-        for name in parts:
-            tensor = stream.source.read(name)
-            tensors[name] = (tensor.float() * gain).to(tensor.dtype)
+    gain = found_gain(job) if job.plan.recipe.final and parts else 1.0
+    for name in parts if gain != 1.0 else ():
+        tensor = stream.source.read(name)
+        tensors[name] = (tensor.float() * gain).to(tensor.dtype)
     ShardFolder(job.out).write(shard_names(stream.depth)[0], tensors)
+    return gain
+
+
+def found_gain(job: Job) -> float:
+    """On the disk once it is found: a run that dies while it tidies up has no hidden states left to find it from again."""
+    path, fit = job.session.state / GAIN_NAME, job.plan.fit
+    if path.is_file():
+        return float(parse_json(path.read_bytes()))
+    trim_heap()  # of what the layers have left
+    with fit.ram.claim(fit.schedule.ram["head"]), fit.vram.claim(fit.schedule.vram.get("head", {})):
+        gain = best_gain(job.stream, job.streams)
+    write_durably(path, json.dumps(gain, allow_nan=False).encode())
     return gain
 
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 from pathlib import Path
 
 import pytest
 import torch
 from conftest import MakeModel
+from crashes import dies_at
 from safetensors.torch import load_file
 from transformers import AutoModel
 
@@ -21,6 +23,7 @@ from streamlap.pipeline import final_gain, layers
 from streamlap.pipeline.divergence import last_rows
 from streamlap.pipeline.streams import Streams
 from streamlap.recipe import Recipe
+from streamlap.store.journal import STATE_FOLDER, Journal
 
 
 def fitted(dense_TV: torch.Tensor, z_TV: torch.Tensor) -> float:
@@ -132,6 +135,19 @@ def test_killed_behind_the_last_layer_it_comes_out_the_same(
     monkeypatch.setattr(layers, "compress_layer", lambda *_: 1 / 0)  # all layers are done
     again = streamlap.compress(source, tmp_path / "out", ratio=0.5, files=(str(tokens),))
     assert again.shards == whole.shards
+
+
+def test_killed_while_it_tidies_up_it_comes_out_the_same(
+    source: Path, tokens: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Hidden states are gone then, and the gain could not be found again."""
+    whole = streamlap.compress(source, tmp_path / "whole", ratio=0.5, files=(str(tokens),))
+    out = tmp_path / "out"
+    compress = functools.partial(streamlap.compress, source, out, ratio=0.5, files=(str(tokens),))
+    dies_at(Journal, "remove", monkeypatch, compress)
+    assert not list(out.rglob("*.bin"))
+    assert compress().shards == whole.shards
+    assert not (out / STATE_FOLDER).exists()
 
 
 def test_it_wants_the_dense_stream() -> None:
