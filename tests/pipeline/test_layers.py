@@ -65,7 +65,7 @@ EVENTS = {
         "model-00002-of-00003.safetensors", "hidden-00001.bin", "layer 0", "no hidden-00000.bin", "no dense-00000.bin",
         "dense-00002.bin",
         "model-00003-of-00003.safetensors", "hidden-00002.bin", "layer 1", "no hidden-00001.bin", "no dense-00001.bin",
-        "model-00001-of-00003.safetensors",
+        "final_gain.json", "model-00001-of-00003.safetensors",
     ],
 }  # fmt: skip
 

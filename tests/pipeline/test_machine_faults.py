@@ -223,7 +223,7 @@ def test_no_shared_memory(source: Path, tokens: Path, whole: dict[str, Any], tmp
         "import torch; torch.set_num_threads(2); from streamlap import cli; cli.main()",
         "compress",
     ]
-    words = [*run, str(source), str(tmp_path / "out"), "--calibration", str(tokens)]
+    words = [*run, str(source), str(tmp_path / "out"), "--calibration", str(tokens), "--no-survey"]
     done = subprocess.run([*isolate, hide + ' && exec "$0" "$@"', *words], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert contents(tmp_path / "out") == whole
