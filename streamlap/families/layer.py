@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -18,8 +19,8 @@ from streamlap.families.checks import check_layer
 from streamlap.families.standins import StandIn, replaced, silent, silent_linear
 from streamlap.families.table import Family
 from streamlap.linalg.rows import any_out, carried, finite_rows
-from streamlap.loader.forms import Dense, Form, form_of
-from streamlap.loader.modules import carriers, disk_name
+from streamlap.loader.forms import Dense, Form, Removed, form_of
+from streamlap.loader.modules import carriers, disk_name, skip_removed
 from streamlap.store.header import TensorInfo
 from streamlap.store.sink import TensorEntry
 
@@ -200,15 +201,17 @@ class StreamLayer:
         """`keep_dense`, whether what was read stays for `run_dense`."""
         for edit in edits:
             path = self.family.path(edit.role)
-            assert edit.form.bias >= edit.native.bias, f"{path}: its bias is lost"
+            assert edit.form.bias >= edit.native.bias or isinstance(edit.form, Removed), f"{path}: its bias is lost"
             if not keep_dense:
                 self._dense.pop(path)
             self._edited[path] = edit.module
             self.module.set_submodule(path, self._running(edit))
+        skip_removed(self.module)
 
     def _running(self, edit: Edit) -> nn.Module:
         """The edit's module in the dtype and on the device of the layer."""
-        weight, stored = next(self.module.parameters()), next(edit.module.parameters())
+        weight = next(self.module.parameters())
+        stored = next(itertools.chain(edit.module.parameters(), edit.module.buffers()))
         if (stored.device, stored.dtype) == (weight.device, weight.dtype):
             return edit.module
         return copy.deepcopy(edit.module).to(weight.device, weight.dtype)

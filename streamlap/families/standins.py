@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from streamlap.loader.modules import skip_removed
+
 RETURNS: dict[str, Callable[[torch.Tensor], Any]] = {
     "attention": lambda y_BLD: (y_BLD, None),
     "ffn": lambda y_BLD: y_BLD,
@@ -47,12 +49,14 @@ def silent_linear(width: int) -> StandIn:
 
 @contextlib.contextmanager
 def replaced(root: nn.Module, parts: Mapping[str, nn.Module]) -> Iterator[None]:
-    """While the block lasts, these modules stand at their paths in `root`."""
+    """While the block lasts, these modules stand at their paths in `root`; what has no linear but removed ones is skipped."""
     before = {path: root.get_submodule(path) for path in parts}
     try:
         for path, part in parts.items():
             root.set_submodule(path, part)
+        skip_removed(root)
         yield
     finally:
         for path, module in before.items():
             root.set_submodule(path, module)
+        skip_removed(root)

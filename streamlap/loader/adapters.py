@@ -10,6 +10,7 @@ Shape suffixes: O out, I in, S rank of an adapter.
 
 from __future__ import annotations
 
+import itertools
 import warnings
 from functools import wraps
 from typing import Any
@@ -83,7 +84,7 @@ class StoredLoraLinear(Linear):
         return module.in_features, module.out_features  # type: ignore[return-value]
 
     def _get_base_layer_device_and_dtype(self, base_layer: torch.nn.Module) -> tuple[torch.device, torch.dtype]:
-        weight = next(base_layer.parameters())
+        weight = next(itertools.chain(base_layer.parameters(), base_layer.buffers()))
         return weight.device, weight.dtype
 
 

@@ -20,7 +20,7 @@ from typing import ClassVar
 import torch
 from torch import nn
 
-from .linears import LowRankLinear, PivotedLinear
+from .linears import LowRankLinear, PivotedLinear, RemovedLinear
 
 INDEX_ITEMSIZE = 4
 """Bytes of one number of a stored order: it is int32."""
@@ -30,7 +30,7 @@ _REPR.maxstring, _REPR.maxdict, _REPR.maxlist = 120, 8, 8
 short = _REPR.repr
 """What stands in a file as messages show it; no file can make them long."""
 
-WANTED = "at most one of 'rank' and 'pivots' (it may have 'groups'), and 'out', 'in' or 'bias'"
+WANTED = "at most one of 'rank' and 'pivots' (it may have 'groups'), and 'out', 'in' or 'bias'; or 'removed' alone"
 
 HEAD_CUTS = {"out_heads", "in_heads"}
 """Keys of forms that version 0.4 wrote and no other."""
@@ -197,9 +197,47 @@ class Pivoted(Form):
             raise ValueError(f"streamlap module {short(path)}: seen groups = {groups}; wanted {wanted}")
 
 
-FORMS: tuple[type[Form], ...] = (LowRank, Pivoted)
+@dataclass(frozen=True)
+class Removed(Form):
+    """Nothing: every linear of a sub-layer that is gone has this form. What is stored is a mark of one number."""
+
+    kind = "removed"
+    keys = ("removed",)
+
+    @classmethod
+    def from_row(cls, row: Mapping[str, int], shape: tuple[int, int], bias: bool) -> Removed:
+        return cls(shape)
+
+    @classmethod
+    def from_module(cls, module: nn.Module) -> Removed:
+        assert isinstance(module, RemovedLinear)
+        return cls((module.out_features, module.in_features))
+
+    def build(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> RemovedLinear:
+        return RemovedLinear(self.shape[1], self.shape[0], device, dtype)
+
+    @property
+    def own(self) -> dict[str, int]:
+        return {"removed": 1}
+
+    @property
+    def weights(self) -> int:
+        return 1
+
+    def check(self, path: str) -> None:
+        if self.shape == (1, 1):
+            raise ValueError(
+                f"streamlap module {short(path)}: seen a removed linear of one number; wanted a larger one"
+            )
+
+
+FORMS: tuple[type[Form], ...] = (LowRank, Pivoted, Removed)
 """Those that have a key of their own in a row."""
-MODULES: dict[type[nn.Module], type[Form]] = {LowRankLinear: LowRank, PivotedLinear: Pivoted}
+MODULES: dict[type[nn.Module], type[Form]] = {
+    LowRankLinear: LowRank,
+    PivotedLinear: Pivoted,
+    RemovedLinear: Removed,
+}
 
 
 def index_parameters(rows: int, itemsize: int) -> int:
@@ -216,11 +254,14 @@ def form_of(module: nn.Module) -> Form:
 def read_row(path: str, row: Mapping[str, int], native: Dense) -> Form:
     """The form that the row at `path` puts in place of `native`. Raises ValueError for a row that does not fit it."""
     kind = next((kind for kind in FORMS if kind.keys[0] in row), Dense)
-    if not row or row.keys() - {*kind.keys, "out", "in", "bias"}:
+    also = set() if kind is Removed else {"out", "in", "bias"}
+    if not row or row.keys() - {*kind.keys, *also}:
         hint = " Version 0.4 alone reads cuts of value heads." if row.keys() & HEAD_CUTS else ""
         raise ValueError(f"streamlap module {short(path)}: seen {short(dict(row))}; wanted {WANTED}.{hint}")
     for key, width in zip(("out", "in"), native.shape, strict=True):
         check_size(path, key, row.get(key, width), width)
+    if kind is Removed:
+        check_size(path, "removed", row["removed"], 1)
     for key in kind.keys[1:]:
         if row.get(key, 1) is None:  # null, which `from_row` would take for a key that is not there
             check_size(path, key, row[key], max(native.shape))
@@ -242,5 +283,5 @@ def check_size(path: str, key: str, size: int, most: int) -> None:
 
 
 def kind_of(form: Form, native: Dense) -> str:
-    """dense, low_rank, pivoted, or pruned: a dense one of another width."""
+    """dense, low_rank, pivoted, removed, or pruned: a dense one of another width."""
     return "pruned" if isinstance(form, Dense) and form.shape != native.shape else form.kind

@@ -34,7 +34,7 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from .forms import Dense, form_of, short
-from .linears import LowRankLinear, PivotedLinear, StoredLinear
+from .linears import LowRankLinear, PivotedLinear, RemovedLinear, StoredLinear
 from .modules import carriers, check_loaded, merge_modules, swap_modules, unhook
 
 QUANT_METHOD = "streamlap"
@@ -137,9 +137,10 @@ class StreamlapQuantizer(HfQuantizer):
             if not isinstance(module, StoredLinear) or key not in plan:
                 continue
             columns = plan[key].startswith("colwise")
-            if isinstance(module, PivotedLinear) and columns:
-                if split == 1:
-                    continue
+            whole = isinstance(module, RemovedLinear) or (isinstance(module, PivotedLinear) and columns)
+            if whole and split == 1:
+                continue
+            if whole:
                 raise ValueError(
                     f"streamlap module {path!r}: seen {form_of(module).own} under the tensor-parallel plan {plan[key]!r}; "
                     "wanted a plan that leaves its output whole. Load this folder without tensor parallelism, or dequantize it."
@@ -164,7 +165,7 @@ class StreamlapQuantizer(HfQuantizer):
     def _dequantize(self, model: PreTrainedModel, dtype: torch.dtype | str | None = None) -> PreTrainedModel:
         """Every linear dense, widths padded with zeros: the plain native model of config.json, all in `dtype`."""
         wanted = getattr(torch, dtype) if isinstance(dtype, str) else dtype  # save_pretrained leaves a string there
-        merge_modules(model, {_path_in(model, path): native.shape for path, native in self.natives.items()}, wanted)
+        merge_modules(model, {_path_in(model, path): native for path, native in self.natives.items()}, wanted)
         if wanted is not None:
             # Parameters only: Module.to would also round the rotary frequencies, which stay float32 on purpose.
             for parameter in model.parameters():

@@ -53,7 +53,7 @@ class StoredLinear(nn.Module, ABC):
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         # Names on disk are welcome too: a Trainer resumes by handing the saved file to load_state_dict as it is, and
         # would otherwise go on with the old weights after no more than a warning.
-        for leaf in {"weight", "bias"} - self._parameters.keys():
+        for leaf in {"weight", "bias"} - self._parameters.keys() - self._buffers.keys():
             if prefix + leaf in state_dict:
                 state_dict[f"{prefix}{self.carrier}.{leaf}"] = state_dict.pop(prefix + leaf)
         super()._load_from_state_dict(state_dict, prefix, *args)
@@ -213,6 +213,34 @@ class PivotedLinear(StoredLinear):
     def has_permutation(self) -> bool:
         """Whether the order, where one is stored and in memory, is a permutation."""
         return self.order is None or self.order.is_meta or is_permutation(self.order, self.out_features)
+
+
+class RemovedLinear(StoredLinear):
+    """y = 0: a linear of a sub-layer that is gone. See `modules.skip_removed`."""
+
+    carrier = ""
+    rank = 0
+    bias = None
+    weight: torch.Tensor
+
+    def __init__(self, in_features: int, out_features: int, device: Device = None, dtype: Dtype = None) -> None:
+        super().__init__()
+        self.in_features, self.out_features = in_features, out_features
+        # Not read. On disk it has the dense layer's name and another shape, so that nothing else loads in its place.
+        self.register_buffer("weight", torch.zeros(1, 1, device=device, dtype=dtype))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """x [..., I] -> zeros [..., O]."""
+        return x.new_zeros(*x.shape[:-1], self.out_features)
+
+    def plus(self, left_OS: torch.Tensor, right_SI: torch.Tensor, bias_O: torch.Tensor | None) -> RemovedLinear:
+        """Itself: nothing asks a sub-layer that is gone."""
+        return self
+
+    def merged(self, dtype: Dtype = None) -> torch.Tensor:
+        return torch.zeros(
+            self.out_features, self.in_features, device=self.weight.device, dtype=dtype or self.weight.dtype
+        )
 
 
 def _spanning_rows(w_NS: torch.Tensor, least: float) -> tuple[torch.Tensor, torch.Tensor]:

@@ -5,13 +5,15 @@ This file is copied as it is into every output folder, so of the package it impo
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import nn
 
 from .forms import Dense, read_row, short
-from .linears import PivotedLinear, StoredLinear
+from .linears import PivotedLinear, RemovedLinear, StoredLinear
 
 
 def swap_modules(root: nn.Module, modules: Mapping[str, Mapping[str, int]]) -> dict[str, nn.Linear]:
@@ -25,32 +27,60 @@ def swap_modules(root: nn.Module, modules: Mapping[str, Mapping[str, int]]) -> d
     for path, form in forms.items():
         old = replaced[path].weight
         root.set_submodule(path, form.build(old.device, old.dtype))
+    skip_removed(root)
     return replaced
 
 
-def merge_modules(
-    root: nn.Module, dense_shapes: Mapping[str, tuple[int, int]], dtype: torch.dtype | None = None
-) -> None:
-    """Undo `swap_modules`: put a dense `nn.Linear` of shape (O, I) in `dtype` (that of the module) at each path.
+class Skipped:
+    """The forward of a module that is gone: it computes nothing, and keeps no keys and values."""
+
+    def __init__(self, pair: bool) -> None:
+        self.pair = pair
+        """Whether the module gives two things, as attention does."""
+
+    def __call__(self, hidden_states: torch.Tensor, *_: Any, **__: Any) -> Any:
+        zeros = torch.zeros_like(hidden_states)
+        return (zeros, None) if self.pair else zeros
+
+
+def skip_removed(root: nn.Module) -> None:
+    """Skip every module all of whose linears are removed; run again one that has others now."""
+    for module in root.modules():
+        linears = [part for part in module.children() if isinstance(part, nn.Linear | StoredLinear)]
+        gone = linears and all(isinstance(part, RemovedLinear) for part in linears)
+        skipped = isinstance(module.__dict__.get("forward"), Skipped)
+        if gone and not skipped:
+            attention = "attention_mask" in inspect.signature(module.forward).parameters
+            module.__dict__["forward"] = Skipped(attention)
+        elif skipped and not gone:
+            del module.__dict__["forward"]
+
+
+def merge_modules(root: nn.Module, natives: Mapping[str, Dense], dtype: torch.dtype | None = None) -> None:
+    """Undo `swap_modules`: put a dense `nn.Linear` as it was at first in `dtype` (that of the module) at each path.
 
     Missing channels become zeros: a gate and an up row of zeros give an activation of zero, and the zero column of down reads
     nothing, so the layer computes the same function. A bias stays, also where the native model knows none.
     """
-    for path, shape in dense_shapes.items():
-        root.set_submodule(path, dense_linear(root.get_submodule(path), shape, dtype))
+    for path, native in natives.items():
+        root.set_submodule(path, dense_linear(root.get_submodule(path), native, dtype))
+    skip_removed(root)
 
 
-def dense_linear(module: nn.Module, shape: tuple[int, int], dtype: torch.dtype | None = None) -> nn.Linear:
-    """The `nn.Linear` of shape (O, I) that computes what `module` does, with zeros where it has no channels."""
+def dense_linear(module: nn.Module, native: Dense, dtype: torch.dtype | None = None) -> nn.Linear:
+    """The `nn.Linear` of the shape of `native` that computes what `module` does, with zeros where it has no channels."""
     if isinstance(module, StoredLinear):
         weight_oi, bias_o = module.merged(dtype), module.bias
     else:
         weight_oi, bias_o = module.get_parameter("weight"), module._parameters["bias"]
-    new = nn.Linear(shape[1], shape[0], bias_o is not None, weight_oi.device, dtype or weight_oi.dtype)
+    biased = native.bias or bias_o is not None
+    new = nn.Linear(native.shape[1], native.shape[0], biased, weight_oi.device, dtype or weight_oi.dtype)
     with torch.no_grad():
         new.weight.zero_()[: weight_oi.shape[0], : weight_oi.shape[1]] = weight_oi
+        if biased:
+            new.bias.zero_()
         if bias_o is not None:
-            new.bias.zero_()[: bias_o.shape[0]] = bias_o
+            new.bias[: bias_o.shape[0]] = bias_o
     return new
 
 
@@ -83,7 +113,8 @@ def unhook(module: StoredLinear) -> None:
 
 def carriers(root: nn.Module) -> dict[str, str]:
     """Path of every stored module in `root` -> the name of its part that carries the dense layer's own names on disk."""
-    return {path: module.carrier for path, module in root.named_modules() if isinstance(module, StoredLinear)}
+    stored = {path: module for path, module in root.named_modules() if isinstance(module, StoredLinear)}
+    return {path: module.carrier for path, module in stored.items() if module.carrier}
 
 
 def disk_name(name: str, carriers: Mapping[str, str]) -> str:

@@ -125,6 +125,10 @@ class StreamStatistics(Protocol):
     @property
     def sublayer(self) -> str: ...
 
+    def pass_on(self) -> None:
+        """Bring the streams to where others look at them next, for a method that asks for no sums."""
+        ...
+
     def input_gram(self) -> Gram:
         """Of what the first linears read on the compressed stream."""
         ...
@@ -154,8 +158,11 @@ class StreamStatistics(Protocol):
 class Method(Protocol):
     """What compresses one sub-layer of a layer."""
 
-    sublayer: ClassVar[str]
-    """attention or ffn."""
+    @property
+    def sublayer(self) -> str:
+        """attention or ffn."""
+        ...
+
     needs: ClassVar[tuple[str, ...]]
     """Roles whose inputs' energies it asks of a dense pass; none where it looks at both streams, as anchored methods do."""
 

@@ -53,7 +53,7 @@ def dense_layer(stream: ModelStream, index: int, config: Mapping[str, Any]) -> d
             module = copy.deepcopy(stream.layers[index].get_submodule(path))
             module.load_state_dict({n: stream.source.read(names[name]) for n, name in stored.items()}, assign=True)
             check_orders(module, base)
-            entries |= {f"{base}.{n}": t for n, t in dense_linear(module, native.shape).state_dict().items()}
+            entries |= {f"{base}.{n}": t for n, t in dense_linear(module, native).state_dict().items()}
         flags = [flag for start, flag in stream.family.bias_flags.items() if path.startswith(start)]
         if f"{base}.bias" not in entries and any(config.get(flag) for flag in flags):
             dtype = stream.source.info(f"{base}.weight").dtype

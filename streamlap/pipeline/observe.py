@@ -77,6 +77,11 @@ class SublayerStatistics:
         not cut keeps its weight for them, of which the calibration says nothing."""
         return tuple(self.layer.family.dead_inputs(role, count) for role, count in self._dead.items() if count)
 
+    def pass_on(self) -> None:
+        for source in (self.target, self.compressed):
+            if source.keep is not None:
+                self._gather([], [source])
+
     def input_gram(self) -> Gram:
         if not self.summed:
             (found,) = self._gather([self._input], [self.compressed], hold=0)

@@ -13,6 +13,7 @@ from streamlap.families.stream import ModelStream
 from streamlap.loader.forms import Form
 from streamlap.loader.modules import carriers, disk_name
 from streamlap.methods.base import Cost, Layout, Layouts, Method, Natives, ParameterBudget
+from streamlap.methods.removed import Removal
 from streamlap.recipe import Recipe
 from streamlap.store.header import TensorInfo
 from streamlap.store.sink import shard_bytes
@@ -30,6 +31,8 @@ class Candidate:
 
 Candidates = Mapping[str, Sequence[Candidate]]
 """Sub-layer -> those that may compress it; none where it stays as it is."""
+
+REMOVED = "removed"
 
 
 def uniform_parameters(stream: ModelStream, index: int, ratio: float) -> dict[str, int]:
@@ -50,7 +53,8 @@ def converts(stream: ModelStream, index: int) -> bool:
 
 
 def layer_candidates(stream: ModelStream, recipe: Recipe, index: int, parameters: Mapping[str, int]) -> Candidates:
-    """What each sub-layer of a layer may become within its parameters; what attention leaves over, the FFN may use.
+    """What each sub-layer of a layer may become within its parameters; what attention leaves over, the FFN may use. One that may
+    store nothing is removed.
 
     Raises RecipeError where a method cannot reach its budget.
     """
@@ -60,7 +64,10 @@ def layer_candidates(stream: ModelStream, recipe: Recipe, index: int, parameters
             ratio=recipe.ratio, parameters=parameters[name] + spare, itemsize=stream.storage_itemsize(index),
             head_dim=stream.head_dim, converts=converts(stream, index),
         )  # fmt: skip
-        planned[name] = [candidate(key, method, natives, budget) for key, method in recipe.of_sublayer(name).items()]
+        methods = recipe.of_sublayer(name)
+        if not parameters[name]:
+            methods = {REMOVED: Removal(sublayer=name, roles=stream.family.sublayers[name].roles)}
+        planned[name] = [candidate(key, method, natives, budget) for key, method in methods.items()]
         stored = [
             sum(
                 layout.get(role, natives[role]).parameters(budget.itemsize)
