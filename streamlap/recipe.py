@@ -21,13 +21,23 @@ from typing import Any, cast
 
 import yaml
 
-from streamlap.errors import RecipeError, one_line, shown
+from streamlap.errors import RecipeError, shown
 from streamlap.families.shell import parse_dtype
 from streamlap.families.table import Family
-from streamlap.methods import FINAL, METHODS, PRESETS, TRAINED, AnyMethod
+from streamlap.methods import FINAL, PRESETS, SHAPES, TRAINED, AnyMethod
+from streamlap.methods.anchored.ffn import FfnAnchored
+from streamlap.methods.anchored.groups import AttentionGroups
 from streamlap.methods.base import Method, Trained
 from streamlap.methods.final.gain import FinalGain
-from streamlap.methods.trained.refine import Refine
+from streamlap.methods.rows import (
+    known_methods,
+    method_name,
+    method_row,
+    parse_method,
+    preset_methods,
+    refuse_unknown,
+    with_refinement,
+)
 from streamlap.system.amounts import parse_ratio
 from streamlap.untrusted.yaml import read_yaml
 
@@ -83,9 +93,11 @@ class Recipe:
     """Fraction of the decoder-linear parameters to remove, inside (0, 1); text like 20% becomes a number."""
     preset: str = "best"
     """Where `methods` came from; "custom" when they were written out by hand."""
-    methods: tuple[AnyMethod, ...] = PRESETS["best"]
-    """For each sub-layer those that may compress it, which are all one-pass or all anchored; after them any that train what
-    these have made, and what comes after the last layer."""
+    shape: str = "free"
+    """What the result may be made of, see `methods.SHAPES`."""
+    methods: tuple[AnyMethod, ...] = ()
+    """Those of the preset where none are given. For each sub-layer those that may compress it, which are all one-pass or all
+    anchored; after them any that train what these have made, and what comes after the last layer."""
     calibration: Calibration = field(default_factory=Calibration)
     dtype: str = "auto"
     """Compute dtype; auto is float32 on a CPU and the checkpoint's dtype on a GPU. Storage keeps the checkpoint's dtype.
@@ -99,6 +111,11 @@ class Recipe:
         object.__setattr__(self, "dtype", parse_dtype(self.dtype))
         if self.preset not in (*PRESETS, "custom"):
             raise RecipeError(f"preset is {shown(self.preset)}; wanted one of {', '.join(PRESETS)}, custom.")
+        if self.shape not in SHAPES:
+            raise RecipeError(f"shape is {shown(self.shape)}; wanted one of {', '.join(SHAPES)}.")
+        if not self.methods:
+            object.__setattr__(self, "methods", preset_methods(self.preset, self.shape))
+        self._check_shape()
         if self.trained and not self.anchored:
             raise RecipeError(
                 f"methods have {method_name(self.trained[0])}, and preset {self.preset} does not keep the dense model's "
@@ -110,12 +127,26 @@ class Recipe:
                 f"methods have {method_name(self.final[0])}, which is fitted to the dense model's stream, and none that keeps "
                 "it; wanted anchored methods beside it, as those of the preset best are."
             )
-        if self.survey == AUTO and not self.anchored:
+        if self.survey == AUTO and (self.shape == "stock" or not self.anchored):
             object.__setattr__(self, "survey", None)
         if self.survey is not None and not (isinstance(self.survey, str) and self.anchored):
             raise RecipeError(
                 f"survey is {shown(self.survey)}; wanted auto, or the path of a survey file, and anchored methods, as those of "
                 "the preset best are."
+            )
+
+    def _check_shape(self) -> None:
+        """Raise RecipeError where a method makes what the shape cannot be made of."""
+        for method in self.solving if self.shape != "free" else ():
+            whole = isinstance(method, FfnAnchored) and method.shares == (1.0,)
+            if not whole and not isinstance(method, AttentionGroups):
+                raise RecipeError(
+                    f"shape is {self.shape} and methods have {method_name(method)}; wanted what leaves linears dense: "
+                    "attention_groups, and ffn_anchored with shares [1.0]."
+                )
+        if self.shape == "stock" and self.survey not in (None, AUTO):
+            raise RecipeError(
+                f"shape is stock and survey {shown(self.survey)}; wanted no survey: all layers have the same widths."
             )
 
     @property
@@ -184,11 +215,13 @@ class Recipe:
         within = {entry.name for entry in fields(Calibration)}
         own = {key: value for key, value in changes.items() if key not in within}
         epochs = own.pop("refine", None)
-        _refuse_unknown("overrides", own, Recipe)
+        refuse_unknown("overrides", own, Recipe)
         if "methods" in own:
             own["preset"] = own.get("preset", "custom")
-        elif "preset" in own:
-            own["methods"] = (*preset_methods(own["preset"]), *self.trained)
+        elif "preset" in own or "shape" in own:
+            preset, shape = own.get("preset", self.preset), own.get("shape", self.shape)
+            if preset != "custom":
+                own["methods"] = (*preset_methods(preset, shape), *self.trained)
         if epochs is not None:
             own["methods"] = with_refinement(own.get("methods", self.methods), epochs)
         calibration = replace(
@@ -197,9 +230,11 @@ class Recipe:
         return replace(self, **(own | {"calibration": calibration}))
 
     def to_dict(self) -> dict[str, Any]:
-        methods = [{"method": method_name(method), **_knobs(method)} for method in self.methods]
+        """As plain values; a free shape has no key, as in the files of earlier versions."""
+        methods = [method_row(method) for method in self.methods]
         plain = {"preset": self.preset, "ratio": self.ratio, "dtype": self.dtype, "survey": self.survey}
-        return plain | {"methods": methods, "calibration": self.calibration.to_dict()}
+        shape = {} if self.shape == "free" else {"shape": self.shape}
+        return plain | shape | {"methods": methods, "calibration": self.calibration.to_dict()}
 
     def to_yaml(self) -> str:
         text: str = yaml.safe_dump(self.to_dict(), sort_keys=False)
@@ -209,16 +244,16 @@ class Recipe:
     def from_dict(cls, table: Mapping[str, Any]) -> Recipe:
         """The recipe that a parsed YAML or JSON object stands for. Raises RecipeError for unknown keys and bad values."""
         values = {key: value for key, value in table.items() if key != "refine"}
-        _refuse_unknown("recipe", values, cls)
+        refuse_unknown("recipe", values, cls)
         preset = values.setdefault("preset", "custom" if "methods" in values else "best")
         if "methods" in values:
             if not isinstance(values["methods"], list):
                 raise RecipeError(
                     f"methods is {shown(values['methods'])}; wanted a list of some of {', '.join(known_methods())}."
                 )
-            values["methods"] = tuple(_parse_method(row) for row in values["methods"])
+            values["methods"] = tuple(parse_method(row) for row in values["methods"])
         else:
-            values["methods"] = preset_methods(preset)
+            values["methods"] = preset_methods(preset, values.get("shape", "free"))
         if "refine" in table:
             values["methods"] = with_refinement(values["methods"], table["refine"])
         calibration = values.get("calibration") or {}
@@ -226,7 +261,7 @@ class Recipe:
             raise RecipeError(
                 f"calibration is {shown(calibration)}; wanted files, samples, length, seed, text_column and redraw."
             )
-        _refuse_unknown("calibration", calibration, Calibration)
+        refuse_unknown("calibration", calibration, Calibration)
         return cls(**(values | {"calibration": Calibration(**calibration)}))
 
     @classmethod
@@ -242,74 +277,3 @@ class Recipe:
         if "methods" in table and not table["methods"]:
             raise RecipeError(f"recipe {path} has no methods, so nothing would be compressed; wanted some or a preset.")
         return cls.from_dict(table)
-
-
-def known_methods() -> dict[str, type[AnyMethod]]:
-    """Every method by its name. Built when asked for: the tables may have got new rows."""
-    return {**METHODS, **TRAINED, **FINAL}
-
-
-def preset_methods(preset: str) -> tuple[AnyMethod, ...]:
-    if not isinstance(preset, str) or preset not in PRESETS:
-        raise RecipeError(f"preset is {shown(preset)}; wanted one of {', '.join(PRESETS)}.")
-    return PRESETS[preset]
-
-
-def with_refinement(methods: tuple[AnyMethod, ...], epochs: Any) -> tuple[AnyMethod, ...]:
-    """The methods with a refinement of so many epochs, or without one where that is 0."""
-    others = tuple(method for method in methods if not isinstance(method, Refine))
-    if type(epochs) is int and epochs == 0:
-        return others
-    before = [method for method in methods if isinstance(method, Refine)] or [Refine()]
-    return (*others, replace(before[0], epochs=epochs))
-
-
-def method_name(method: AnyMethod) -> str:
-    return next(name for name, kind in known_methods().items() if type(method) is kind)
-
-
-def _knobs(method: AnyMethod) -> dict[str, Any]:
-    """As plain values, of which YAML and JSON make the same."""
-    return {
-        name: list(value) if isinstance(value, tuple) else value for name, value in asdict(cast(Any, method)).items()
-    }
-
-
-KNOBS: dict[str, tuple[tuple[type, ...], str]] = {
-    "float": ((float, int), "a number"),
-    "int": ((int,), "a whole number"),
-    "str": ((str,), "a word"),
-    "bool": ((bool,), "true or false"),
-    "None": ((type(None),), "nothing"),
-    "tuple[float, ...]": ((list, tuple), "a list of numbers"),
-}
-"""Annotation of a knob -> what it may be, and how messages say it."""
-
-
-def _parse_method(row: Any) -> AnyMethod:
-    known = known_methods()
-    if not isinstance(row, Mapping) or row.get("method") not in list(known):
-        raise RecipeError(
-            f"methods holds {shown(row)}; wanted rows like {{method: NAME}} with one of {', '.join(known)}."
-        )
-    kind: Any = known[row["method"]]
-    knobs = {key: value for key, value in row.items() if key != "method"}
-    _refuse_unknown(row["method"], knobs, kind)
-    for entry in fields(kind):
-        value, wanted = knobs.get(entry.name, entry.default), str(entry.type).split(" | ")
-        if not any(type(value) in KNOBS[name][0] for name in wanted):
-            words = " or ".join(KNOBS[name][1] for name in wanted)
-            raise RecipeError(f"{row['method']}: {entry.name} is {shown(value)}; wanted {words}.")
-    method: AnyMethod = kind(
-        **{name: tuple(value) if isinstance(value, list) else value for name, value in knobs.items()}
-    )
-    return method
-
-
-def _refuse_unknown(where: str, table: Mapping[str, Any], kind: type) -> None:
-    known = [entry.name for entry in fields(kind)]
-    unknown = [key if isinstance(key, str) and key.isidentifier() else shown(key) for key in table if key not in known]
-    if unknown:
-        raise RecipeError(
-            f"{where} has unknown keys {one_line(', '.join(unknown[:8]), 200)}; wanted some of {', '.join(known)}."
-        )

@@ -17,8 +17,9 @@ from streamlap.methods.anchored.attention import AttentionAnchored
 from streamlap.methods.anchored.ffn import FfnAnchored
 from streamlap.methods.anchored.groups import AttentionGroups
 from streamlap.methods.lorap.ffn import FfnLorap
+from streamlap.methods.rows import known_methods, preset_methods
 from streamlap.methods.trained.refine import Refine
-from streamlap.recipe import Calibration, Recipe, known_methods, preset_methods
+from streamlap.recipe import Calibration, Recipe
 
 FULL = Recipe(ratio=0.35, dtype="float32", calibration=Calibration(files=("a.txt",), samples=3, length=16, seed=7))
 TRAINED_TOO = Recipe(
@@ -177,7 +178,7 @@ def test_overrides_replace_single_fields() -> None:
     changed = FULL.override(ratio=0.5, seed=1)
     assert (changed.ratio, changed.calibration.seed, changed.calibration.samples) == (0.5, 1, 3)
     assert changed.methods == FULL.methods
-    assert FULL.override(preset="lorap").methods == preset_methods("lorap")
+    assert FULL.override(preset="lorap").methods == preset_methods("lorap", "free")
 
 
 @pytest.mark.parametrize(

@@ -20,6 +20,7 @@ from streamlap.cli.options import (
     Overwrite,
     RecipeOptions,
     RunOptions,
+    Shape,
     StopAfter,
     TextColumn,
     TextOptions,
@@ -104,13 +105,14 @@ def survey(
     file: Annotated[Path, typer.Argument(metavar="FILE", parser=named, help="New JSON file for compress --survey.")],
     text: TextOptions,
     run: RunOptions,
+    shape: Shape = None,
     stop_after: StopAfter = None,
     overwrite: Overwrite = False,
     as_json: Json = False,
 ) -> None:
     """Measure once what each sub-layer of each layer loses by being cut; serves compress --survey at every ratio."""
     found = streamlap.survey(
-        model, file, files=tuple(text.calibration or ()), overwrite=overwrite, stop_after=stop_after,
+        model, file, files=tuple(text.calibration or ()), shape=shape or "free", overwrite=overwrite, stop_after=stop_after,
         **given(text, "calibration"), **given(run),
     )  # fmt: skip
     emit(as_json, found.to_json(), describe_survey(found))

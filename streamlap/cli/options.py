@@ -55,6 +55,13 @@ Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace an earlier
 Dtype = Annotated[
     str | None, typer.Option(help="Compute dtype: auto, float32, float16 or bfloat16; or fp32, fp16, bf16.")
 ]
+Shape = Annotated[
+    str | None,
+    typer.Option(
+        help="What the result may be made of: free, every form; nas, dense linears with FFN widths of their own and whole "
+        "attentions gone; stock, dense linears of the same widths everywhere.  [default: free]"
+    ),
+]
 RATIO = typer.Option(metavar="FRACTION", help="Part of the decoder-linear parameters to remove, like 0.2 or 20%.")
 """The same wherever there is one; its default is not."""
 TextColumn = Annotated[
@@ -154,6 +161,7 @@ class RecipeOptions(TextOptions):
         ),
     ] = None
     preset: Annotated[str | None, typer.Option(help="best or lorap.  [default: best]")] = None
+    shape: Shape = None
     recipe: Annotated[
         Path | None,
         typer.Option(metavar="FILE", parser=named, help="YAML file of settings; other options replace single ones."),

@@ -32,3 +32,18 @@ PRESETS: dict[str, tuple[AnyMethod, ...]] = {
     "best": (AttentionAnchored(), FfnAnchored(), FinalGain()),
     "lorap": (AttentionAwsvd(), FfnLorap()),
 }
+
+WHOLE = (AttentionGroups(), FfnAnchored(shares=(1.0,)), FinalGain())
+"""Linears stay dense: channels go, and what writes is fitted again."""
+
+SHAPES: dict[str, dict[str, tuple[AnyMethod, ...]]] = {
+    "free": PRESETS,
+    "nas": {"best": WHOLE},
+    "stock": {"best": WHOLE},
+}
+"""What a result may be made of -> preset -> its methods.
+
+free     every form
+nas      dense linears: each FFN has a width of its own, attention is whole or removed
+stock    dense linears, of the same widths in every layer
+"""

@@ -76,7 +76,7 @@ def compress(
     if overwrite or not Journal.exists(out):
         check_sublayers(stream, plan.fit, tokens_NL, writes=plan.recipe.anchored)
     if plan.recipe.survey == AUTO:
-        found = survey_beside(stream, tokens_NL, out, whole_name(model, folder), settings, recipe.dtype, deadline)
+        found = survey_beside(stream, tokens_NL, out, whole_name(model, folder), settings, recipe, deadline)
         decided = decide(stream, recipe.override(survey=found and str(found)), target)
         plan = make_plan(stream, decided, windows_of(tokens_NL), settings)
         plan.require_fit()

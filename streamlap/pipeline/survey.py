@@ -43,8 +43,8 @@ from streamlap.planning.allocate import Survey, model_digest
 from streamlap.planning.disk import COMPANION_BYTES, DiskNeeds
 from streamlap.planning.plan import windows_of
 from streamlap.planning.sample import check_sample, fitted_inputs
-from streamlap.planning.survey import SurveyPlan, disk_generations, plan_survey
-from streamlap.recipe import Calibration
+from streamlap.planning.survey import SurveyPlan, check_served, disk_generations, plan_survey
+from streamlap.recipe import Calibration, Recipe
 from streamlap.settings import RunSettings, split_options
 from streamlap.store.hub import local_folder
 from streamlap.store.journal import STATE_FOLDER, Journal, saved_tokens
@@ -72,6 +72,7 @@ def survey(
     seed: int = 0,
     text_column: str | None = None,
     dtype: str = "auto",
+    shape: str = "free",
     overwrite: bool = False,
     **options: Any,
 ) -> Survey:
@@ -80,14 +81,16 @@ def survey(
     A killed run goes on when it is called again, or by `resume`; till then its state is in the folder `file` + ".streamlap".
 
     Args: files, samples, length, seed, text_column, the calibration windows (default: 16 of 256 tokens); dtype, compute dtype;
-    overwrite, whether an earlier survey is replaced; options, single fields of RunSettings. Raises a StreamlapError before the
-    first layer for what can be checked from headers, and Interrupted where it was stopped.
+    shape, that of the results which it serves, see `methods.SHAPES`; overwrite, whether an earlier survey is replaced; options,
+    single fields of RunSettings. Raises a StreamlapError before the first layer for what can be checked from headers, and
+    Interrupted where it was stopped.
     """
     settings, others = split_options(options)
     if others:
         raise RecipeError(f"survey has no options {', '.join(map(shown, others))}; wanted fields of RunSettings.")
     deadline, settings = settings.deadline(), settings.settled()
     dtype, file = parse_dtype(dtype), Path(file)
+    check_served(shape)
     if not file.name or file.is_dir():
         raise RecipeError(
             f"survey {file} is a folder; wanted the name of a new JSON file, like {file / 'survey.json'}."
@@ -103,7 +106,7 @@ def survey(
     wanted = Calibration(files=files, samples=samples, length=length, seed=seed, text_column=text_column)
     tokens_NL = survey_windows(stream, wanted, settings)
     check_sample(tokens_NL, fitted_inputs(stream, stream.family.sublayers))
-    plan = plan_survey(stream, windows_of(tokens_NL), settings)
+    plan = plan_survey(stream, windows_of(tokens_NL), settings, shape)
     check_apart(folder, state_of(file))
     if not overwrite:
         check_file(file, overwrite=False)
@@ -113,7 +116,7 @@ def survey(
         check_file(file, overwrite=True)  # which may remove an earlier survey, so it comes last
     run = Run(
         command="survey", out=file, folder=state_of(file), model=whole_name(model, folder), settings=settings,
-        own={"dtype": dtype},
+        own={"dtype": dtype, "shape": shape},
     )  # fmt: skip
     return run_survey(run, stream, plan, tokens_NL, deadline)
 
@@ -123,12 +126,14 @@ def resume_survey(run: Run, settings: RunSettings) -> Survey:
     deadline = settings.deadline()
     steady_heap()
     reset_peaks()
-    settings, dtype = settings.settled(), run.own.get("dtype")
-    if not isinstance(dtype, str):
-        raise ResumeMismatch(f"{run.folder} does not say its dtype. Delete it and give the first command again.")
+    settings, dtype, shape = settings.settled(), run.own.get("dtype"), run.own.get("shape")
+    if not isinstance(dtype, str) or not isinstance(shape, str):
+        raise ResumeMismatch(
+            f"{run.folder} does not say its dtype and shape. Delete it and give the first command again."
+        )
     stream = ModelStream(local_folder(run.model), settings.device, dtype)
     tokens_NL = saved_tokens(run.folder)
-    return run_survey(run, stream, plan_survey(stream, windows_of(tokens_NL), settings), tokens_NL, deadline)
+    return run_survey(run, stream, plan_survey(stream, windows_of(tokens_NL), settings, shape), tokens_NL, deadline)
 
 
 def survey_beside(
@@ -137,7 +142,7 @@ def survey_beside(
     out: Path,
     model: str,
     settings: RunSettings,
-    dtype: str,
+    recipe: Recipe,
     deadline: float,
 ) -> Path | None:
     """The survey of this model on these calibration windows, in a file beside the output, for all ratios: found, or made now.
@@ -147,7 +152,9 @@ def survey_beside(
     """
     tokens_NL = survey_pieces(tokens_NL)
     marks = stream_marks(stream, tokens_NL)
-    mark = hashlib.sha256(json.dumps([model_digest(stream), sorted(marks.items())]).encode()).hexdigest()[:16]
+    mark = hashlib.sha256(json.dumps([model_digest(stream), recipe.shape, sorted(marks.items())]).encode()).hexdigest()[
+        :16
+    ]
     file = out.absolute().parent / f"streamlap-survey-{mark}.json"
     if file.exists() and not Journal.exists(state_of(file)):
         return file
@@ -159,9 +166,14 @@ def survey_beside(
                 f"it would have {tokens_NL.numel():,} tokens for layers of {inputs:,} inputs; wanted at least "
                 f"{-(-inputs // MOST_INPUTS_ALONE):,}. Make one of more windows with streamlap survey and give it by --survey."
             )
-        plan = plan_survey(stream, windows_of(tokens_NL), settings)
+        plan = plan_survey(stream, windows_of(tokens_NL), settings, recipe.shape)
         run = Run(
-            command="survey", out=file, folder=state_of(file), model=model, settings=settings, own={"dtype": dtype}
+            command="survey",
+            out=file,
+            folder=state_of(file),
+            model=model,
+            settings=settings,
+            own={"dtype": recipe.dtype, "shape": recipe.shape},
         )
         run_survey(run, stream, plan, tokens_NL, deadline)
     except Interrupted as stopped:
@@ -213,14 +225,14 @@ def check_file(file: Path, overwrite: bool) -> None:
 def run_survey(run: Run, stream: ModelStream, plan: SurveyPlan, tokens_NL: torch.Tensor, deadline: float) -> Survey:
     """The checked sweep, from its next layer to the finished file."""
     marks, file = stream_marks(stream, tokens_NL), run.out
-    hidden = disk_generations(stream.depth) * plan.fit.work.generation
+    hidden = disk_generations(stream.depth, len(stream.family.sublayers)) * plan.fit.work.generation
     needs = DiskNeeds(output_bytes=COMPANION_BYTES, hidden_bytes=hidden)
     with session(run, marks, needs, deadline, lambda: check_file(file, overwrite=False), tokens_NL) as running:
         sweep = open_sweep(stream, plan, tokens_NL, running)
         result = written(sweep, marks) if file.exists() else None
         if result is None:
             sweep_layers(sweep)
-            result = Survey(**identity(stream, marks), layers=points(sweep))
+            result = Survey(**identity(stream, marks), shape=plan.shape, layers=points(sweep))
         write_durably(file, (json.dumps(result.to_json(), indent=1) + "\n").encode())
     shutil.rmtree(run.folder, ignore_errors=True)
     return result

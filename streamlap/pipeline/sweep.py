@@ -24,7 +24,7 @@ from streamlap.pipeline.runner import LayerRunner, start_runner
 from streamlap.pipeline.session import Session
 from streamlap.pipeline.streams import HiddenStates, LayerPart, Source, open_bank
 from streamlap.planning.allocate import Point
-from streamlap.planning.survey import PERTURBERS, Perturbation, SurveyPlan
+from streamlap.planning.survey import Perturbation, SurveyPlan
 from streamlap.store.hidden import HiddenBank
 from streamlap.store.sink import write_durably
 from streamlap.system.allocator import trim_heap
@@ -136,9 +136,10 @@ def perturb_sublayer(sweep: Sweep, statistics: SublayerStatistics, rest: LayerPa
     """A new copy of the dense stream, through a sub-layer that is cut and the `rest` of the layer, which begins with it. Gives
     the sub-layer's own error."""
     runner, layer, index, name = statistics.runner, statistics.layer, statistics.index, statistics.sublayer
-    perturbed = Perturbation(index=index, sublayer=name)
+    perturbed = next(cut for cut in sweep.copies if (cut.index, cut.sublayer) == (index, name))
+    found = sweep.plan.perturbations[perturbed]
     with runner.claim("solve"), located(f"{layer.prefix} {name}"):
-        made = PERTURBERS[name].solve(statistics, sweep.plan.perturbations[perturbed].layouts)
+        made = found.method.solve(statistics, found.layouts)
         error = finite_error(made.error)
     with layer.tried(made.edits):
         after = HiddenStates(bank=sweep.copies[perturbed], generation=index + 1)

@@ -53,8 +53,8 @@ def converts(stream: ModelStream, index: int) -> bool:
 
 
 def layer_candidates(stream: ModelStream, recipe: Recipe, index: int, parameters: Mapping[str, int]) -> Candidates:
-    """What each sub-layer of a layer may become within its parameters; what attention leaves over, the FFN may use. One that may
-    store nothing is removed.
+    """What each sub-layer of a layer may become within its parameters; what attention leaves over, the FFN may use. One that
+    may store nothing is removed.
 
     Raises RecipeError where a method cannot reach its budget.
     """

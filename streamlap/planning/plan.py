@@ -250,7 +250,7 @@ def decide(stream: ModelStream, recipe: Recipe, target: Target | None = None) ->
     if not stream.has_head:
         recipe = recipe.without_final()
     # A survey that is still to be made moves shares between layers, and no total.
-    survey = None if recipe.survey in (None, AUTO) else read_survey(stream, Path(str(recipe.survey)))
+    survey = None if recipe.survey in (None, AUTO) else read_survey(stream, Path(str(recipe.survey)), recipe.shape)
     recipe = meet(stream, recipe, survey, target)
     return Decided(recipe=recipe, candidates=all_candidates(stream, recipe, survey))
 
@@ -286,7 +286,7 @@ def all_candidates(stream: ModelStream, recipe: Recipe, survey: Survey | None) -
     """Of every layer; those of equal shapes and budgets share them."""
     known: dict[str, Candidates] = {}
     result = []
-    for index, parameters in enumerate(layer_parameters(stream, recipe.ratio, survey)):
+    for index, parameters in enumerate(layer_parameters(stream, recipe, survey)):
         key = f"{shape_key(stream, index, {})} {parameters}"
         if key not in known:
             known[key] = layer_candidates(stream, recipe, index, parameters)

@@ -2,26 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
+from streamlap.errors import RecipeError, shown
 from streamlap.families.stream import HEAD_TOKENS, ModelStream
 from streamlap.methods.anchored.attention import AttentionAnchored
 from streamlap.methods.anchored.ffn import FfnAnchored
-from streamlap.methods.base import Layout, ParameterBudget
+from streamlap.methods.base import Layout, Method, ParameterBudget
+from streamlap.methods.removed import Removal
 from streamlap.planning.layouts import Candidate, candidate, converts, dense_parameters, planned_tensors
 from streamlap.planning.schedule import Fit, fit, require_fit
 from streamlap.planning.workload import Workload, evaluation_workload
 from streamlap.settings import RunSettings
 
-LEVELS = {"attention": 0.6, "ffn": 0.8}
-"""Share of a sub-layer that stays. A shallower cut of attention moves the predictions by no more than rounding does."""
-
-PERTURBERS: dict[str, AttentionAnchored | FfnAnchored] = {
-    "attention": AttentionAnchored(),
-    "ffn": FfnAnchored(shares=(0.25,)),
+CUTS: dict[str, dict[str, tuple[float, Method | None]]] = {
+    "free": {"attention": (0.6, AttentionAnchored()), "ffn": (0.8, FfnAnchored(shares=(0.25,)))},
+    "nas": {"attention": (0.0, None), "ffn": (0.8, FfnAnchored(shares=(1.0,)))},
 }
-"""What cuts each sub-layer. Only how sub-layers compare is wanted, so one good method does for all that a recipe may try."""
+"""Shape -> sub-layer -> the share of it that stays, and what cuts it; None removes it.
+
+Only how sub-layers compare is wanted, so one good method does for all that a recipe may try. A shallower cut of attention moves
+the predictions by no more than rounding does.
+"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,11 +33,8 @@ class Perturbation:
 
     index: int
     sublayer: str
-
-    @property
-    def keep(self) -> float:
-        """Share of it that stays."""
-        return LEVELS[self.sublayer]
+    keep: float
+    """Share of it that stays."""
 
     def __str__(self) -> str:
         return f"{self.index} {self.sublayer}"
@@ -46,36 +46,42 @@ class SurveyPlan:
 
     perturbations: Mapping[Perturbation, Candidate]
     fit: Fit
+    shape: str
+    """That of the results which it serves."""
 
 
-def plan_survey(stream: ModelStream, shape_NL: tuple[int, int], settings: RunSettings) -> SurveyPlan:
+def plan_survey(stream: ModelStream, shape_NL: tuple[int, int], settings: RunSettings, shape: str) -> SurveyPlan:
     """Raises BudgetError, with the smallest caps that would do, where nothing fits."""
-    perturbations = {perturbed: perturbed_candidate(stream, perturbed) for perturbed in all_perturbations(stream)}
+    perturbations = {
+        Perturbation(index=index, sublayer=name, keep=keep): perturbed_candidate(stream, index, name, keep, method)
+        for index in range(stream.depth)
+        for name, (keep, method) in CUTS[shape].items()
+    }
     choice = fit(survey_workload(stream, perturbations, *shape_NL), settings.caps, settings.overlap)
     require_fit(choice, settings.caps)
-    return SurveyPlan(perturbations=perturbations, fit=choice)
+    return SurveyPlan(perturbations=perturbations, fit=choice, shape=shape)
 
 
-def all_perturbations(stream: ModelStream) -> Iterator[Perturbation]:
-    return (
-        Perturbation(index=index, sublayer=name) for index in range(stream.depth) for name in stream.family.sublayers
-    )
+def check_served(shape: str) -> None:
+    """Raise RecipeError for a shape without surveys."""
+    if shape not in CUTS:
+        raise RecipeError(f"shape is {shown(shape)}; wanted one of {', '.join(CUTS)}: those that a survey serves.")
 
 
-def perturbed_candidate(stream: ModelStream, perturbed: Perturbation) -> Candidate:
+def perturbed_candidate(
+    stream: ModelStream, index: int, sublayer: str, keep: float, method: Method | None
+) -> Candidate:
     """What the sub-layer becomes when it keeps that share of its parameters."""
     budget = ParameterBudget(
-        ratio=1.0 - perturbed.keep,
-        parameters=int(perturbed.keep * dense_parameters(stream, perturbed.index, perturbed.sublayer)),
-        itemsize=stream.storage_itemsize(perturbed.index), head_dim=stream.head_dim,
-        converts=converts(stream, perturbed.index),
+        ratio=1.0 - keep, parameters=int(keep * dense_parameters(stream, index, sublayer)),
+        itemsize=stream.storage_itemsize(index), head_dim=stream.head_dim, converts=converts(stream, index),
     )  # fmt: skip
-    return candidate(perturbed.sublayer, PERTURBERS[perturbed.sublayer], stream.natives(perturbed.index), budget)
+    method = method or Removal(sublayer=sublayer, roles=stream.family.sublayers[sublayer].roles)
+    return candidate(sublayer, method, stream.natives(index), budget)
 
 
-def disk_generations(depth: int) -> int:
+def disk_generations(depth: int, per_layer: int) -> int:
     """Most that are on the disk at one time: in the last layer each stream before and after it, and one between sub-layers."""
-    per_layer = len(LEVELS)
     return 1 + per_layer * (depth - 1) + 1 + per_layer * depth + 1
 
 

@@ -144,7 +144,7 @@ def meter(stream: ModelStream, recipe: Recipe, survey: Survey | None, target: Ta
             dense = (target.count(layer_entries(stream, index, {})) for index in range(stream.depth))
             return outer + sum(dense)
         at = replace(recipe, ratio=step / STEPS)
-        parameters = layer_parameters(stream, at.ratio, survey)
+        parameters = layer_parameters(stream, at, survey)
         return outer + sum(len(indices) * layer(indices[0], at, parameters[indices[0]]) for indices in alike.values())
 
     return total

@@ -21,12 +21,12 @@ TEXT = {"calibration", "text-column", "samples", "length", "seed", "dtype"}
 CAPS = {"max-ram", "max-vram"}
 RUN = CAPS | {"device", "work", "overlap", "no-overlap", "trust-remote-code"}
 RECIPE = TEXT | {"ratio", "target-size", "target-params", "preset", "recipe", "refine", "survey"}
-RECIPE |= {"no-survey", "redraw", "no-redraw"}
+RECIPE |= {"no-survey", "redraw", "no-redraw", "shape"}
 
 OPTIONS: dict[str, set[str]] = {
     "compress": RECIPE | RUN | {"stop-after", "overwrite"},
     "plan": RECIPE | RUN | {"machine"},
-    "survey": TEXT | RUN | {"stop-after", "overwrite"},
+    "survey": TEXT | RUN | {"shape", "stop-after", "overwrite"},
     "resume": CAPS | {"stop-after"},
     "eval": RUN | {"text", "text-column", "length", "stride", "limit", "dtype"},
     "inspect": set(),

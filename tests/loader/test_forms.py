@@ -16,6 +16,7 @@ from streamlap.loader.forms import (
     Form,
     LowRank,
     Pivoted,
+    Removed,
     form_of,
     index_parameters,
     kind_of,
@@ -44,7 +45,7 @@ every_form = pytest.mark.parametrize("form", [NATIVE, *(form for _, form in ROWS
 
 def test_no_form_is_left_out() -> None:
     """A new one needs its rows above."""
-    assert {type(form) for _, form in ROWS.values()} == {Dense, *FORMS} == set(Form.__subclasses__())
+    assert {type(form) for _, form in ROWS.values()} | {Removed} == {Dense, *FORMS} == set(Form.__subclasses__())
     assert set(MODULES) == set(StoredLinear.__subclasses__())
     assert set(MODULES.values()) == set(FORMS)
 
@@ -140,7 +141,7 @@ def test_a_carrier_never_has_the_dense_shape(native: Dense) -> None:
     assert (read > 0) is (native.shape != (1, 1))
 
 
-ANY = "at most one of 'rank' and 'pivots' (it may have 'groups'), and 'out', 'in' or 'bias'."
+ANY = "at most one of 'rank' and 'pivots' (it may have 'groups'), and 'out', 'in' or 'bias'; or 'removed' alone."
 
 
 @pytest.mark.parametrize(
@@ -176,6 +177,11 @@ ANY = "at most one of 'rank' and 'pivots' (it may have 'groups'), and 'out', 'in
         ({"in": None}, "in = None", "an integer 1..8"),
         ({"in": 9}, "in = 9", "an integer 1..8"),
         ({"in": "5", "rank": 2}, "in = '5'", "an integer 1..8"),
+        ({"removed": 1, "out": 9}, "{'out': 9, 'removed': 1}", ANY),
+        ({"removed": 1, "bias": 1}, "{'bias': 1, 'removed': 1}", ANY),
+        ({"removed": 1, "rank": 2}, "{'rank': 2, 'removed': 1}", ANY),
+        ({"removed": 0}, "removed = 0", "an integer 1..1"),
+        ({"removed": True}, "removed = True", "an integer 1..1"),
         ({"bias": None}, "bias = None", "an integer 1..1"),
         ({"bias": 0}, "bias = 0", "an integer 1..1"),
         ({"bias": True}, "bias = True", "an integer 1..1"),
@@ -207,6 +213,24 @@ def test_a_head_cut_of_version_0_4_is_refused(row: dict[str, int]) -> None:
         read_row(PATH, row, NATIVE)
     seen = f"seen {dict(sorted(row.items()))}; wanted {ANY} Version 0.4 alone reads cuts of value heads."
     assert str(error.value) == f"streamlap module 'mlp.gate': {seen}"
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_a_removed_linear_gives_zeros_and_stores_one_number(bias: bool) -> None:
+    """A bias goes with it."""
+    native = replace(NATIVE, bias=bias)
+    form = read_row(PATH, {"removed": 1}, native)
+    assert form == Removed((12, 8))
+    assert form.row(native) == {"removed": 1}
+    assert kind_of(form, native) == "removed"
+    module = form.build(dtype=torch.bfloat16)
+    assert form_of(copy.deepcopy(module)) == form
+    assert {name: tensor.shape for name, tensor in module.state_dict().items()} == {"weight": (1, 1)}
+    assert [form.parameters(itemsize) for itemsize in (1, 2, 4)] == [1, 1, 1]
+    x_BLI = torch.randn(2, 3, 8, dtype=torch.bfloat16)
+    assert torch.equal(module(x_BLI), torch.zeros(2, 3, 12, dtype=torch.bfloat16))
+    with pytest.raises(ValueError, match="seen a removed linear of one number"):
+        read_row(PATH, {"removed": 1}, Dense((1, 1)))
 
 
 def test_a_message_stays_short() -> None:

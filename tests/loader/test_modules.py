@@ -125,14 +125,14 @@ def test_parts_that_do_not_fit_are_refused(order_O: torch.Tensor | None, groups:
 @pytest.mark.parametrize("bias", [False, True])
 def test_every_kind_is_its_dense_linear(row: dict[str, int], bias: bool) -> None:
     module = made(row, bias)
-    dense = dense_linear(module, (10, 12))
+    dense = dense_linear(module, Dense((10, 12), bias))
     assert (dense.bias is not None) == bias
     x_BLI = torch.randn(2, 4, 12, dtype=torch.float64)
     torch.testing.assert_close(module(x_BLI), dense(x_BLI))
     assert (module.out_features, module.in_features) == (10, 12)
     assert form_of(module).row(Dense((10, 12), bias)) == row
     assert form_of(module).row(Dense((11, 13), bias)) == {**row, "out": 10, "in": 12}
-    assert dense_linear(module, (10, 12), torch.float32).weight.dtype == torch.float32
+    assert dense_linear(module, Dense((10, 12), bias), torch.float32).weight.dtype == torch.float32
 
 
 @every_row
@@ -282,15 +282,16 @@ def test_swap_modules_refuses_and_leaves_the_model_alone(
 
 def test_merge_modules_is_the_way_back(mlp: GatedMLP) -> None:
     dense_shapes = {"gate": (12, 8), "up": (12, 8), "down": (8, 12)}
+    natives = {path: Dense(shape) for path, shape in dense_shapes.items()}
     swap_modules(mlp, {"gate": {"rank": 3, "out": 9}, "up": {"out": 9}, "down": {"in": 9}})
     x_TI = torch.randn(5, 8, dtype=torch.float64)
     narrow_TI = mlp(x_TI)
     merged = copy.deepcopy(mlp)
-    merge_modules(merged, dense_shapes)
+    merge_modules(merged, natives)
     assert {path: tuple(merged.get_submodule(path).weight.shape) for path in dense_shapes} == dense_shapes
     assert not any(isinstance(module, LowRankLinear) for module in merged.modules())
     torch.testing.assert_close(merged(x_TI), narrow_TI)
-    merge_modules(mlp, dense_shapes, torch.float32)
+    merge_modules(mlp, natives, torch.float32)
     assert {mlp.get_submodule(path).weight.dtype for path in dense_shapes} == {torch.float32}
 
 
@@ -301,7 +302,7 @@ def test_new_biases_and_narrow_outputs_merge_too() -> None:
     swap_modules(root, {"0": {"pivots": 3, "out": 8}, "1": {"in": 8, "bias": 1}})
     x_TI = torch.randn(5, 8, dtype=torch.float64)
     wanted_TO = root(x_TI)
-    merge_modules(root, shapes)
+    merge_modules(root, {path: Dense(shape) for path, shape in shapes.items()})
     assert {path: tuple(root.get_submodule(path).weight.shape) for path in shapes} == shapes
     assert root[1].bias is not None
     torch.testing.assert_close(root(x_TI), wanted_TO)

@@ -28,7 +28,6 @@ from streamlap.loader.forms import Form
 from streamlap.methods.base import Cost, Solved
 from streamlap.output.inspect import count_parameters
 from streamlap.pipeline import survey as surveying
-from streamlap.pipeline import sweep
 from streamlap.pipeline.divergence import SCORED
 from streamlap.planning import allocate
 from streamlap.planning import schedule as scheduling
@@ -37,9 +36,10 @@ from streamlap.planning.allocate import Point, Survey, layer_parameters, read_su
 from streamlap.planning.layouts import dense_parameters, largest_layout
 from streamlap.planning.plan import decide
 from streamlap.planning.schedule import make_schedule, peak
-from streamlap.planning.survey import LEVELS, all_perturbations, perturbed_candidate, survey_workload
+from streamlap.planning.survey import CUTS, plan_survey, survey_workload
 from streamlap.planning.workload import Workload
 from streamlap.recipe import Recipe
+from streamlap.settings import RunSettings
 from streamlap.store.journal import Journal
 
 DEPTH = 3
@@ -88,7 +88,8 @@ def test_the_file_holds_every_cut(whole: Path) -> None:
 def test_a_deeper_cut_moves_the_predictions_more(
     whole: Path, measure: Measure, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(planning, "LEVELS", {name: keep - 0.3 for name, keep in LEVELS.items()})
+    cuts = {name: (keep - 0.3, method) for name, (keep, method) in CUTS["free"].items()}
+    monkeypatch.setitem(CUTS, "free", cuts)
     deeper = measure(tmp_path / "survey.json")
     for layer, deep in zip(Survey.read(whole).layers, deeper.layers, strict=True):
         for name, (point,) in layer.items():
@@ -117,13 +118,13 @@ class Silence:
 
 
 LASTS = {"attention": "o", "ffn": "down"}
+LEVELS = {name: keep for name, (keep, _) in CUTS["free"].items()}
 
 
 def silence(monkeypatch: pytest.MonkeyPatch, keeps: bool = False) -> None:
     """In place of what cuts sub-layers."""
-    cutters = {sublayer: Silence(last, keeps) for sublayer, last in LASTS.items()}
-    for module in (planning, sweep):
-        monkeypatch.setattr(module, "PERTURBERS", cutters)
+    cutters = {sublayer: (0.5, Silence(last, keeps)) for sublayer, last in LASTS.items()}
+    monkeypatch.setitem(CUTS, "free", cutters)
 
 
 def test_a_copy_without_a_cut_does_not_diverge(
@@ -282,7 +283,7 @@ def test_a_file_that_is_there_is_left_alone(measure: Measure, whole: Path, tmp_p
 
 def workload(stream: ModelStream) -> Workload:
     """Of a survey on the tokens of these tests."""
-    return survey_workload(stream, {cut: perturbed_candidate(stream, cut) for cut in all_perturbations(stream)}, 12, 16)
+    return survey_workload(stream, plan_survey(stream, (12, 16), RunSettings(), "free").perturbations, 12, 16)
 
 
 def test_the_claims_hold_every_stream(source: Path) -> None:
@@ -373,7 +374,9 @@ def test_sub_layers_that_lose_more_keep_more(wide: Path, tmp_path: Path) -> None
     stream = ModelStream(wide)
     keeps = {
         (index, name): count / dense_parameters(stream, index, name)
-        for index, counts in enumerate(layer_parameters(stream, 0.4, read_survey(stream, Path(survey))))
+        for index, counts in enumerate(
+            layer_parameters(stream, Recipe(ratio=0.4), read_survey(stream, Path(survey), "free"))
+        )
         for name, count in counts.items()
     }
     assert max(keeps, key=lambda place: keeps[place]) == (2, "ffn")
@@ -383,7 +386,7 @@ def test_sub_layers_that_lose_more_keep_more(wide: Path, tmp_path: Path) -> None
 
 def test_without_a_survey_all_keep_the_same(wide: Path) -> None:
     stream = ModelStream(wide)
-    given = layer_parameters(stream, 0.3, None)
+    given = layer_parameters(stream, Recipe(ratio=0.3), None)
     assert len(given) == stream.depth
     for index, counts in enumerate(given):
         assert counts == {name: int(0.7 * dense_parameters(stream, index, name)) for name in ("attention", "ffn")}
@@ -432,13 +435,13 @@ def test_a_damaged_survey_is_refused(
     file = tmp_path / "survey.json"
     file.write_text(json.dumps(table))
     with pytest.raises(RecipeError, match="survey"):
-        read_survey(ModelStream(source), file)
+        read_survey(ModelStream(source), file, "free")
 
 
 def test_a_survey_that_is_no_file_is_refused(source: Path, tmp_path: Path) -> None:
     for path in (tmp_path / "none.json", tmp_path):
         with pytest.raises(RecipeError, match="cannot be read"):
-            read_survey(ModelStream(source), path)
+            read_survey(ModelStream(source), path, "free")
 
 
 def test_one_pass_methods_take_no_survey() -> None:
