@@ -46,11 +46,14 @@ from streamlap.planning.allocate import Survey
 from streamlap.planning.machine_file import known_sheets
 from streamlap.recipe import Recipe
 
+SIZES = ("ratio", "target_size", "target_params", "context", "batch")
+"""Options that say how small the result is to be."""
+
 
 def recipe_of(options: RecipeOptions) -> Recipe:
     """The recipe of the file, or the default, with the options that were given in place of its own."""
     base = Recipe.from_yaml(options.recipe) if options.recipe else Recipe()
-    changes = given(options, "recipe", "calibration", "ratio", "target_size", "target_params", "no_survey")
+    changes = given(options, "recipe", "calibration", *SIZES, "no_survey")
     if options.no_survey:
         if options.survey is not None:
             raise typer.BadParameter("there is a --survey too; wanted one of them", param_hint="--no-survey")
@@ -61,7 +64,7 @@ def recipe_of(options: RecipeOptions) -> Recipe:
 
 def how_small(options: RecipeOptions) -> dict[str, Any]:
     """The one of them that was given; of several the call complains."""
-    wishes = {"ratio": options.ratio, "target_size": options.target_size, "target_params": options.target_params}
+    wishes = {name: getattr(options, name) for name in SIZES}
     return {name: value for name, value in wishes.items() if value is not None}
 
 

@@ -160,6 +160,11 @@ class RecipeOptions(TextOptions):
             help="In place of --ratio: most parameters of the whole model, like 50B (billions) or 150k.",
         ),
     ] = None
+    context: Annotated[
+        int | None,
+        typer.Option(help="Tokens a sequence whose keys and values must fit into --target-size too.  [default: none]"),
+    ] = None
+    batch: Annotated[int | None, typer.Option(help="Sequences of --context tokens at a time.  [default: 1]")] = None
     preset: Annotated[str | None, typer.Option(help="best or lorap.  [default: best]")] = None
     shape: Shape = None
     recipe: Annotated[

@@ -29,6 +29,10 @@ def describe_parameters(table: dict[str, Any]) -> list[str]:
     ]
 
 
+def describe_cache(table: dict[str, Any]) -> str:
+    return f"keys and values {table['before']:,} -> {table['after']:,} bytes a token ({table['ratio']:.2%} less)"
+
+
 def describe_inventory(table: dict[str, Any]) -> list[str]:
     """What `inspect` found, site by site."""
     lines = [f"{table['model_type']}, {len(table['layers'])} layers"]
@@ -37,7 +41,7 @@ def describe_inventory(table: dict[str, Any]) -> list[str]:
         lines += [f"  {path:<22}{describe_site(site)}" for path, site in layer["sites"].items()]
     unused = table.get("unused", [])
     left = [f"tensors that are not read ({len(unused):,}): {few(unused)}"] if unused else []
-    return lines + describe_parameters(table["parameters"]) + left
+    return [*lines, *describe_parameters(table["parameters"]), describe_cache(table["kv_cache_bytes_per_token"]), *left]
 
 
 def describe_evaluation(result: Evaluation) -> list[str]:
@@ -59,6 +63,7 @@ def describe_report(report: Report) -> list[str]:
     return [
         f"{report.out}: {len(report.layers)} layers in {report.seconds:.1f} s, peak RAM {show_size(report.peak_ram_bytes)}",
         *describe_parameters(report.parameters.to_json()),
+        describe_cache(report.kv_cache.to_json()),
         *describe_numerics(report),
         f"load it with: import streamlap; {report.loader}.from_pretrained({report.out!r})",
     ]

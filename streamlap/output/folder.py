@@ -144,7 +144,8 @@ def model_card(report: Report, base: str, licence: Mapping[str, str]) -> str:
             f"Removed parameters: {ratio}.", "",
             "| | before | after |", "|---|---|---|",
             f"| decoder linears | {parameters.decoder_before:,} | {parameters.decoder_after:,} |",
-            f"| whole model | {parameters.total_before:,} | {parameters.total_after:,} |", "",
+            f"| whole model | {parameters.total_before:,} | {parameters.total_after:,} |",
+            f"| keys and values, bytes a token | {report.kv_cache.before:,} | {report.kv_cache.after:,} |", "",
             f"Preset `{report.recipe['preset']}`, ratio {report.recipe['ratio']}, calibrated on {sequences} windows of "
             f"{length} tokens. All settings: `{RECIPE_NAME}`; what was done to each layer: `{REPORT_NAME}`.", "",
             "```python", "import streamlap  # registers the loader", f"from transformers import {report.loader}", "",

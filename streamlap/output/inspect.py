@@ -7,10 +7,11 @@ from pathlib import Path
 from typing import Any
 
 from streamlap.errors import CheckpointError, shown
+from streamlap.families.cache import KEPT, cache_bytes
 from streamlap.families.stream import ModelStream
 from streamlap.loader.forms import Dense, Form, index_parameters, kind_of, read_row
 from streamlap.output.folder import REPORT_NAME
-from streamlap.output.report import Parameters
+from streamlap.output.report import KvCache, Parameters
 from streamlap.store.hub import local_folder
 from streamlap.untrusted.paths import REPORT_BYTES, read_object
 
@@ -34,7 +35,10 @@ def inspect(path: str | Path) -> dict[str, Any]:
         for index in range(stream.depth)
     ]
     parameters = count_parameters(stream, stream.rows).to_json()
-    table = {"model_type": stream.family.model_type, "layers": layers, "parameters": parameters}
+    table = {
+        "model_type": stream.family.model_type, "layers": layers, "parameters": parameters,
+        "kv_cache_bytes_per_token": count_cache(stream, stream.rows).to_json(),
+    }  # fmt: skip
     return table | ({"unused": list(stream.source.unused)} if stream.source.unused else {})
 
 
@@ -54,6 +58,21 @@ def count_parameters(stream: ModelStream, rows: Mapping[str, Mapping[str, int]])
     rest = sum(info.numel for info in stream.outer_tensors().values()) - stored
     rest += sum(_stored(stream, index) for index in range(stream.depth))
     return Parameters(decoder_before=before, decoder_after=after, total_before=before + rest, total_after=after + rest)
+
+
+def count_cache(stream: ModelStream, rows: Mapping[str, Mapping[str, int]]) -> KvCache:
+    """Of the model before any edit and with those in `rows`, as `count_parameters`."""
+    before = after = 0
+    for index in range(stream.depth):
+        natives: dict[str, Form] = {role: stream.native(index, role) for role in KEPT}
+        edited = dict(natives)
+        for role in KEPT:
+            name = stream.linear_name(index, role)
+            if name in rows:
+                edited[role] = read_row(name, rows[name], stream.native(index, role))
+        before += cache_bytes(stream, index, natives)
+        after += cache_bytes(stream, index, edited)
+    return KvCache(before=before, after=after)
 
 
 def _stored(stream: ModelStream, index: int) -> int:

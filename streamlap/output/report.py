@@ -110,12 +110,29 @@ class Parameters:
 
 
 @dataclass(frozen=True, kw_only=True)
+class KvCache:
+    """Bytes of the keys and values of one more token, in the dtype in which the linears are stored."""
+
+    before: int
+    after: int
+
+    @property
+    def ratio(self) -> float:
+        """Share that is gone."""
+        return 1.0 - self.after / self.before
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self) | {"ratio": self.ratio}
+
+
+@dataclass(frozen=True, kw_only=True)
 class Report:
     """The result of one compression; `to_json` is what `compress --json` prints and the output folder keeps."""
 
     out: str
     recipe: Mapping[str, Any]
     parameters: Parameters
+    kv_cache: KvCache
     layers: tuple[LayerReport, ...]
     shards: Mapping[str, str]
     """Shard -> sha256."""
@@ -146,6 +163,7 @@ class Report:
         return {
             "recipe": dict(self.recipe),
             "parameters": self.parameters.to_json(),
+            "kv_cache_bytes_per_token": self.kv_cache.to_json(),
             "calibration_tokens": list(self.calibration_tokens),
             "redrawn": self.redrawn,
             "calibration": {"tokens": math.prod(self.calibration_tokens), "inputs": self.calibration_inputs},

@@ -12,7 +12,7 @@ from streamlap.data.calibration import calibration_tokens
 from streamlap.errors import RecipeError, ResumeMismatch, first_line
 from streamlap.families.stream import ModelStream
 from streamlap.output.folder import KEPT_NAME, RECIPE_NAME, companions, finish_folder, loader_of, module_rows
-from streamlap.output.inspect import count_parameters
+from streamlap.output.inspect import count_cache, count_parameters
 from streamlap.output.report import LayerReport, Report
 from streamlap.pipeline.final_gain import write_outer
 from streamlap.pipeline.layers import Job, compress_layers
@@ -44,21 +44,23 @@ def compress(
     overwrite: bool = False,
     target_size: int | str | None = None,
     target_params: int | str | None = None,
+    context: int | None = None,
+    batch: int | None = None,
     **options: Any,
 ) -> Report:
     """Compress the checkpoint `model` (a folder or a hub id) into the new folder `out`, or go on where a killed run stopped.
 
     `options` are single fields of RunSettings (device, work, max_ram, max_vram, overlap, stop_after, trust_remote_code) and
     of the recipe (ratio, preset, dtype, survey, refine, methods, and the calibration's files, samples, length, seed). In place
-    of a ratio, `target_size` may say how many bytes all shards may take (a number, or text like 24GB), or `target_params` how
-    many parameters the whole model may have (like 50B); the recipe gets the lowest ratio that will do. `overwrite` replaces an
-    earlier streamlap output. Raises a StreamlapError before the first layer for anything that can be checked from headers, and
-    Interrupted where it was stopped.
+    of a ratio, `target_size` may say how many bytes all shards may take (a number, or text like 24GB), with `context` also the
+    keys and values of `batch` sequences (1) of so many tokens; or `target_params` how many parameters the whole model may have
+    (like 50B). The recipe gets the lowest ratio that will do. `overwrite` replaces an earlier streamlap output. Raises a
+    StreamlapError before the first layer for anything that can be checked from headers, and Interrupted where it was stopped.
     """
     settings, changes = split_options(options)
     deadline = settings.deadline()
     steady_heap()
-    target = parse_target(target_size, target_params, changes.get("ratio"))
+    target = parse_target(target_size, target_params, changes.get("ratio"), context, batch)
     recipe, out = (recipe or Recipe()).override(**changes), Path(out)
     check_places(out, settings.work)
     folder = local_folder(str(model), settings.trust_remote_code)
@@ -145,6 +147,7 @@ def build_report(
     hashes = {names[0]: file_hash(out / names[0])} | {names[layer.index + 1]: layer.sha256 for layer in layers}
     return Report(
         out=str(out), recipe=recipe.to_dict(), parameters=count_parameters(stream, rows), layers=layers,
+        kv_cache=count_cache(stream, rows),
         shards=hashes, calibration_tokens=windows_of(tokens_NL), kept_channels=KEPT_NAME, loader=loader_of(stream),
         seconds=sum(sum(layer.seconds.values()) for layer in layers), final_gain=gain, redrawn=plan.redrawn,
         calibration_inputs=fitted_inputs(stream, {method.sublayer for method in recipe.solving}),

@@ -25,6 +25,8 @@ def plan(
     *,
     target_size: int | str | None = None,
     target_params: int | str | None = None,
+    context: int | None = None,
+    batch: int | None = None,
     machine: str | Path | None = None,
     **options: Any,
 ) -> Plan:
@@ -38,7 +40,7 @@ def plan(
     Args: machine, one that need not be there, by the name of a known one or by a YAML file: docs/cookbook.md.
     """
     settings, changes = split_options(options)
-    target = parse_target(target_size, target_params, changes.get("ratio"))
+    target = parse_target(target_size, target_params, changes.get("ratio"), context, batch)
     recipe, sheet = (recipe or Recipe()).override(**changes), None if machine is None else find_sheet(machine)
     settings = sheet.settled(settings) if sheet else settings.settled()
     steady_heap()

@@ -14,8 +14,10 @@ from dataclasses import dataclass, replace
 import torch
 
 from streamlap.errors import RecipeError, shown
+from streamlap.families.cache import cache_bytes
 from streamlap.families.stream import ModelStream
 from streamlap.loader.forms import index_parameters
+from streamlap.methods.base import Layout
 from streamlap.planning.allocate import Survey, layer_parameters
 from streamlap.planning.forecast import shape_key
 from streamlap.planning.layouts import layer_candidates, layer_entries, possible_layouts
@@ -47,19 +49,42 @@ class Target:
     unit: str
     count: Callable[[Tensors], int]
     """What the tensors of one shard count as."""
+    context: int = 0
+    """Tokens a sequence whose keys and values count too."""
+    batch: int = 1
+    """Sequences at a time."""
 
 
 def parse_target(
-    target_size: int | str | None, target_params: int | str | None, ratio: float | None = None
-) -> Target | None:
+    target_size: int | str | None, target_params: int | str | None, ratio: float | None = None,
+    context: int | None = None, batch: int | None = None,
+) -> Target | None:  # fmt: skip
     """The target, None where there is none. Raises RecipeError for more than one wish and for what is no size or count."""
     wishes = {"ratio": ratio, "target_size": target_size, "target_params": target_params}
     given = {name: value for name, value in wishes.items() if value is not None}
     if len(given) > 1:
         words = " and ".join(f"{name} {value}" for name, value in given.items())
         raise RecipeError(f"{words} are given together; wanted one of {', '.join(wishes)}.")
+    for name, count in (("context", context), ("batch", batch)):
+        if count is not None and (type(count) is not int or not 1 <= count < 2**40):
+            raise RecipeError(f"{name} is {shown(count)}; wanted a whole number of at least 1.")
+        if count is not None and target_size is None:
+            raise RecipeError(
+                f"{name} is {count}, and target_size is not given; wanted both: the cache counts as size."
+            )
+    if batch is not None and context is None:
+        raise RecipeError(f"batch is {batch}, and context is not given; wanted how many tokens each sequence has.")
     if size := parse_size(target_size, "target_size"):
-        return Target(name="target_size", text=str(target_size), most=size, unit="bytes", count=shard_bytes)
+        text = f"{target_size} with the cache of {batch or 1} x {context:,} tokens" if context else str(target_size)
+        return Target(
+            name="target_size",
+            text=text,
+            most=size,
+            unit="bytes",
+            count=shard_bytes,
+            context=context or 0,
+            batch=batch or 1,
+        )
     if count := parse_count(target_params, "target_params"):
         return Target(name="target_params", text=str(target_params), most=count, unit="parameters", count=parameters)
     return None
@@ -136,13 +161,16 @@ def meter(stream: ModelStream, recipe: Recipe, survey: Survey | None, target: Ta
 
     def layer(index: int, at: Recipe, parameters: Mapping[str, int]) -> int:
         layouts = possible_layouts(layer_candidates(stream, at, index, parameters))
-        return max(target.count(layer_entries(stream, index, layout)) for layout in layouts)
+        return max(counted(index, layout) for layout in layouts)
+
+    def counted(index: int, layout: Layout) -> int:
+        cache = cache_bytes(stream, index, layout, target.context, target.batch) if target.context else 0
+        return target.count(layer_entries(stream, index, layout)) + cache
 
     @functools.cache
     def total(step: int) -> int:
         if step == 0:
-            dense = (target.count(layer_entries(stream, index, {})) for index in range(stream.depth))
-            return outer + sum(dense)
+            return outer + sum(counted(index, {}) for index in range(stream.depth))
         at = replace(recipe, ratio=step / STEPS)
         parameters = layer_parameters(stream, at, survey)
         return outer + sum(len(indices) * layer(indices[0], at, parameters[indices[0]]) for indices in alike.values())

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -225,3 +226,39 @@ def test_on_the_command_line(
         assert code == 2
         assert "ratio 0.2 and target_size 130KB are given together" in error
     assert not (tmp_path / "other").exists()
+
+
+# --- with the cache ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("shape", ["free", "stock"])
+def test_weights_and_cache_fit_together(pico: MakeModel, tokens: Path, tmp_path: Path, shape: str) -> None:
+    """A cache of 64 tokens and two sequences, which these shapes leave as large as it was."""
+    source = pico("llama")
+    whole = sum(path.stat().st_size for path in source.glob("*.safetensors"))
+    cache = 3 * 2 * 16 * 4 * 2 * 64
+    most = int(0.8 * whole) + cache
+    settings = {"shape": shape, "target_size": most, "context": 64, "batch": 2, "files": (str(tokens),)}
+    report = streamlap.compress(source, tmp_path / "out", **settings)
+    written = sum(path.stat().st_size for path in (tmp_path / "out").glob("*.safetensors"))
+    assert 0.95 * most <= written + 2 * 64 * report.kv_cache.after <= most
+    assert streamlap.plan(source, **settings).output_bytes + cache <= most
+    with pytest.raises(
+        RecipeError, match=r"with the cache of 2 x 64 tokens, which is .*; the model has .*, and wanted is"
+    ):
+        streamlap.plan(source, **(settings | {"target_size": cache}))
+
+
+@pytest.mark.parametrize(
+    ("wish", "words"),
+    [
+        ({"context": 64}, "context is 64, and target_size is not given"),
+        ({"target_size": "1MB", "batch": 2}, "batch is 2, and context is not given"),
+        ({"target_size": "1MB", "context": 0}, "context is 0; wanted a whole number of at least 1"),
+        ({"target_size": "1MB", "context": 2.5}, r"context is 2\.5; wanted a whole number"),
+        ({"target_params": "1M", "context": 64}, "context is 64, and target_size is not given"),
+    ],
+)
+def test_a_cache_without_a_size_is_refused(wish: dict[str, Any], words: str) -> None:
+    with pytest.raises(RecipeError, match=words):
+        parse_target(**({"target_size": None, "target_params": None} | wish))

@@ -29,7 +29,7 @@ from streamlap import cli
 from streamlap.errors import CheckpointError, RecipeError, ResumeMismatch, StreamlapError, UnsupportedModel, shown
 from streamlap.families.stream import ModelStream
 from streamlap.output.folder import companions, licence_of, model_card
-from streamlap.output.report import Parameters, Report
+from streamlap.output.report import KvCache, Parameters, Report
 from streamlap.pipeline.session import versions_mark
 from streamlap.planning.allocate import Survey
 from streamlap.recipe import Recipe
@@ -719,7 +719,7 @@ def test_licence_fields_are_plain_words(tmp_path: Path, case: str) -> None:
 def test_a_name_adds_nothing_to_the_card(base: str) -> None:
     counts = Parameters(decoder_before=2, decoder_after=1, total_before=2, total_after=1)
     recipe = {"preset": "best", "ratio": 0.2}
-    report = Report(out="o", recipe=recipe, parameters=counts, layers=(), shards={}, calibration_tokens=(1, 1),
+    report = Report(out="o", recipe=recipe, parameters=counts, kv_cache=KvCache(before=1, after=1), layers=(), shards={}, calibration_tokens=(1, 1),
                     calibration_inputs=1, seconds=0.0, kept_channels="k")  # fmt: skip
     card = model_card(report, base, {"license": "a: b #"})
     front = yaml.safe_load(card.split("---\n")[1])
