@@ -266,6 +266,7 @@ class Recipe:
 
     @classmethod
     def from_yaml(cls, path: Path) -> Recipe:
+        """The recipe in a file. A survey that lies beside it is meant before one of that name elsewhere."""
         try:
             table = read_yaml(path)
         except OSError as error:
@@ -276,4 +277,5 @@ class Recipe:
             raise RecipeError(f"recipe {path} holds a {type(table).__name__}; wanted keys like ratio and preset.")
         if "methods" in table and not table["methods"]:
             raise RecipeError(f"recipe {path} has no methods, so nothing would be compressed; wanted some or a preset.")
-        return cls.from_dict(table)
+        beside = path.parent / str(table.get("survey", AUTO))
+        return cls.from_dict({**table, "survey": str(beside)} if beside.is_file() else table)

@@ -117,6 +117,7 @@ def describe_plan(plan: Plan) -> list[str]:
             "{tokens:,} tokens; the widest linear to fit has {inputs:,} inputs".format_map(plan.calibration),
         ),
         ("time", f"{hours}, {heaviest.seconds_low:.1f} s for a layer at the least, {len(plan.layers)} layers"),
+        *describe_own_survey(plan),
         ("schedule", f"{way}, hidden states in {plan.hidden_states}, {plan.forward_tokens:,} tokens a forward"),
     ]
     lines = [f"{name:<15}{value}" for name, value in rows]
@@ -133,6 +134,15 @@ def describe_machine(plan: Plan) -> list[tuple[str, str]]:
     sizes = [f"{show_size(plan.fit.ram.cap)} of RAM"]
     sizes += [f"{show_size(plan.fit.vram.cap)} of VRAM"] * (plan.fit.vram.cap > 0)
     return [("machine", f"{plan.machine.name} ({plan.machine.source}), {' and '.join(sizes)} may be taken")]
+
+
+def describe_own_survey(plan: Plan) -> list[tuple[str, str]]:
+    if plan.survey is None:
+        return []
+    seconds = tqdm.format_interval(plan.survey_seconds_low)
+    return [
+        ("survey", f"{seconds} of that at the least, unless there is one beside OUT already; --no-survey makes none")
+    ]
 
 
 def describe_moves(plan: Plan) -> list[tuple[str, str]]:

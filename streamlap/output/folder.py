@@ -21,6 +21,7 @@ from streamlap.untrusted.paths import checked, read_bytes
 RECIPE_NAME = "streamlap_recipe.yaml"
 REPORT_NAME = "streamlap_report.json"
 KEPT_NAME = "streamlap_kept_channels.json"
+SURVEY_NAME = "streamlap_survey.json"
 
 COPIED = (
     "tokenizer*", "vocab.*", "merges.txt", "special_tokens_map.json", "added_tokens.json", "*.model", "spiece.*",
@@ -62,13 +63,18 @@ def write_json(path: Path, value: Any, indent: int | None = 2) -> None:
     write_durably(path, (json.dumps(value, indent=indent) + "\n").encode())
 
 
-def finish_folder(out: Path, stream: ModelStream, base: str, report: Report, recipe_yaml: str) -> None:
+def finish_folder(
+    out: Path, stream: ModelStream, base: str, report: Report, recipe_yaml: str, survey: Path | None
+) -> None:
     """Everything that makes shards and index a model folder. May be run again after a crash: it writes the same bytes.
 
-    Args: stream, the source; base, the name that the card gives to it.
+    Args: stream, the source; base, the name that the card gives to it; survey, the file that the recipe goes by, of which it
+    keeps a copy.
     """
     source = stream.folder
     copy_companions(source, out)
+    if survey is not None:
+        write_durably(out / SURVEY_NAME, survey.read_bytes())
     write_durably(out / RECIPE_NAME, recipe_yaml.encode())
     write_json(out / REPORT_NAME, report.to_json(), indent=1)
     kept = {

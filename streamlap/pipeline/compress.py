@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,15 @@ import torch
 from streamlap.data.calibration import calibration_tokens
 from streamlap.errors import RecipeError, ResumeMismatch, first_line
 from streamlap.families.stream import ModelStream
-from streamlap.output.folder import KEPT_NAME, RECIPE_NAME, companions, finish_folder, loader_of, module_rows
+from streamlap.output.folder import (
+    KEPT_NAME,
+    RECIPE_NAME,
+    SURVEY_NAME,
+    companions,
+    finish_folder,
+    loader_of,
+    module_rows,
+)
 from streamlap.output.inspect import count_cache, count_parameters
 from streamlap.output.report import LayerReport, Report
 from streamlap.pipeline.final_gain import write_outer
@@ -117,6 +126,8 @@ def run_compression(run: Run, stream: ModelStream, plan: Plan, tokens_NL: torch.
 
     with session(run, marks, needs, deadline, check, tokens_NL) as running:
         recipe = begun_recipe(running.run)
+        survey = Path(recipe.survey) if recipe.survey else None
+        recipe = replace(recipe, survey=SURVEY_NAME if survey else None)  # the folder keeps a copy, wherever it may go
         seen_NL = with_redrawn(stream, plan, tokens_NL, running)
         streams = open_streams(stream, seen_NL, plan.fit.schedule, running.run.hidden, recipe.anchored)
         job = Job(stream=stream, plan=plan, out=out, streams=streams, session=running)
@@ -124,7 +135,7 @@ def run_compression(run: Run, stream: ModelStream, plan: Plan, tokens_NL: torch.
         gain = write_outer(job)
         report = build_report(stream, plan, recipe, out, tokens_NL, running.journal, gain)
         ShardFolder(out).seal(report.shards)
-        finish_folder(out, stream, model_name(running.run.model), report, recipe.to_yaml())
+        finish_folder(out, stream, model_name(running.run.model), report, recipe.to_yaml(), survey)
     return report
 
 

@@ -13,11 +13,8 @@ import torch
 from streamlap.errors import NumericalError
 from streamlap.families.stream import HEAD_TOKENS, ModelStream
 from streamlap.linalg.rows import any_out
-from streamlap.planning.survey import Perturbation
+from streamlap.planning.survey import SCORED, Perturbation
 from streamlap.store.hidden import HiddenBank
-
-SCORED = 4
-"""Of so many positions one is scored: the head costs as much as many layers, and neighbours say much the same."""
 
 Head = Callable[[torch.Tensor], torch.Tensor]
 """Last hidden states x_TD -> logits_TV."""

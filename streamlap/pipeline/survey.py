@@ -43,7 +43,16 @@ from streamlap.planning.allocate import Survey, model_digest
 from streamlap.planning.disk import COMPANION_BYTES, DiskNeeds
 from streamlap.planning.plan import windows_of
 from streamlap.planning.sample import check_sample, fitted_inputs
-from streamlap.planning.survey import SurveyPlan, check_served, disk_generations, plan_survey
+from streamlap.planning.survey import (
+    DEFAULT_LENGTH,
+    DEFAULT_SAMPLES,
+    MOST_INPUTS_ALONE,
+    SurveyPlan,
+    check_served,
+    disk_generations,
+    pieces_of,
+    plan_survey,
+)
 from streamlap.recipe import Calibration, Recipe
 from streamlap.settings import RunSettings, split_options
 from streamlap.store.hub import local_folder
@@ -51,13 +60,6 @@ from streamlap.store.journal import STATE_FOLDER, Journal, saved_tokens
 from streamlap.store.sink import remove_file, write_durably
 from streamlap.system.allocator import steady_heap
 from streamlap.system.meters import reset_peaks
-
-DEFAULT_SAMPLES = 16
-DEFAULT_LENGTH = 256
-
-MOST_INPUTS_ALONE = 4
-"""Inputs for each token beyond which no compression makes a survey for itself: the fits of wide layers to few tokens take far
-longer, and say little."""
 
 log = logging.getLogger(__name__)
 
@@ -188,9 +190,8 @@ def survey_beside(
 
 def survey_pieces(tokens_NL: torch.Tensor) -> torch.Tensor:
     """Few and short windows out of these, evenly spread."""
-    length = min(DEFAULT_LENGTH, tokens_NL.shape[1])
+    count, length = pieces_of(windows_of(tokens_NL))
     pieces_NL = tokens_NL[:, : tokens_NL.shape[1] // length * length].reshape(-1, length)
-    count = min(len(pieces_NL), max(1, DEFAULT_SAMPLES * DEFAULT_LENGTH // length))
     return pieces_NL[[len(pieces_NL) * place // count for place in range(count)]]
 
 

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from streamlap.families.stream import ModelStream
 from streamlap.planning.forecast import LayerPlan, forward_flops
 from streamlap.planning.schedule import Fit, Schedule
+from streamlap.planning.survey import SurveyCost
 from streamlap.planning.workload import Workload
 from streamlap.store.sink import shard_bytes
 
@@ -103,7 +104,7 @@ def redraw_flops(stream: ModelStream, windows: int, length: int) -> int:
     return sum(layers) + 2 * windows * length * stream.source.info(stream.head_name).numel
 
 
-def flops_by_dtype(layers: Sequence[LayerPlan], dtype: str) -> dict[str, int]:
+def flops_by_dtype(layers: Sequence[LayerPlan | SurveyCost], dtype: str) -> dict[str, int]:
     """Operations by what they are done in; `dtype` is that of the forwards."""
     found = {dtype: 0, "float32": 0, "float64": 0}
     for layer in layers:

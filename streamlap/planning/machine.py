@@ -10,6 +10,7 @@ import torch
 
 from streamlap.planning.figures import Traffic
 from streamlap.planning.forecast import LayerPlan
+from streamlap.planning.survey import SurveyCost
 from streamlap.settings import RunSettings
 from streamlap.system.disk_speed import Disk, known_disk
 from streamlap.system.speed import Speed, known_speed
@@ -25,11 +26,14 @@ class Rates:
     speed: Speed
     disk: Disk
 
+    def compute_seconds(self, work: LayerPlan | SurveyCost) -> float:
+        speed = self.speed
+        products = work.flops / speed.matmul + work.flops64 / speed.matmul64 + work.flops32 / speed.matmul32
+        return products + sum(size**3 for size in work.decompositions) / speed.eigh
+
     def layer_seconds(self, layer: LayerPlan, traffic: Traffic, overlap: bool) -> float:
         """The least that a layer takes. What overlaps takes as long as the longest of it."""
-        speed = self.speed
-        compute = layer.flops / speed.matmul + layer.flops64 / speed.matmul64 + layer.flops32 / speed.matmul32
-        compute += sum(size**3 for size in layer.decompositions) / speed.eigh
+        speed, compute = self.speed, self.compute_seconds(layer)
         beside = (self.disk_seconds(traffic), traffic.states_up / speed.upload, traffic.down / speed.upload)
         return traffic.weights_up / speed.upload + (max(compute, *beside) if overlap else compute + sum(beside))
 

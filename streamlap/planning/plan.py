@@ -34,6 +34,7 @@ from streamlap.planning.layouts import Candidates, layer_candidates
 from streamlap.planning.machine import Machine, Rates
 from streamlap.planning.sample import fitted_inputs, redrawn_windows
 from streamlap.planning.schedule import Fit, Memory, advice, fit, require_fit
+from streamlap.planning.survey import SurveyCost, forecast_survey
 from streamlap.planning.target import Target, meet
 from streamlap.recipe import AUTO, Recipe
 from streamlap.settings import Caps, RunSettings
@@ -62,6 +63,8 @@ class Plan:
     """In which layers are computed."""
     inputs: int
     """Of the widest linear that is fitted."""
+    survey: SurveyCost | None = None
+    """Of a survey that it would make for itself, if there is none yet."""
     redrawn: int = 0
     """Windows beside those that were given, see `pipeline.redraw`."""
     machine: Machine | None = None
@@ -82,11 +85,11 @@ class Plan:
 
     @property
     def peak_ram_bytes(self) -> int:
-        return self.fit.peak_ram
+        return max(self.fit.peak_ram, self.survey.peak_ram if self.survey else 0)
 
     @property
     def peak_vram_bytes(self) -> int:
-        return self.fit.peak_vram
+        return max(self.fit.peak_vram, self.survey.peak_vram if self.survey else 0)
 
     @property
     def disk_bytes(self) -> int:
@@ -96,7 +99,8 @@ class Plan:
     @property
     def read_bytes(self) -> int:
         """From the disk."""
-        return self.first.read + sum(row.read_bytes for row in self.figures)
+        survey = self.survey.read_bytes if self.survey else 0
+        return survey + self.first.read + sum(row.read_bytes for row in self.figures)
 
     @property
     def write_bytes(self) -> int:
@@ -115,18 +119,19 @@ class Plan:
 
     @property
     def flops(self) -> int:
-        return self.first_flops + sum(row.flops for row in self.figures)
+        return sum(self.flops_by_dtype.values())
 
     @property
     def flops_by_dtype(self) -> dict[str, int]:
         """Those of the forwards, in the compute dtype, and those of the solves."""
-        found = flops_by_dtype(self.layers, self.dtype)
+        found = flops_by_dtype([*self.layers, *([self.survey] if self.survey else [])], self.dtype)
         return found | {self.dtype: found[self.dtype] + self.first_flops}
 
     @property
     def eigen_problems(self) -> dict[int, int]:
         """Size -> number, the largest first; one in float32 goes by the size that takes as long in float64."""
         found = Counter(size for layer in self.layers for size in layer.decompositions)
+        found.update(self.survey.decompositions if self.survey else ())
         return dict(sorted(found.items(), reverse=True))
 
     @property
@@ -207,14 +212,27 @@ class Plan:
     def _seconds(self, rates: Rates) -> float:
         """The least that the run takes at such rates."""
         layers = (rates.layer_seconds(layer, self._traffic(layer), self.overlap) for layer in self.layers)
-        return rates.disk_seconds(self.first) + self.first_flops / rates.speed.matmul + sum(layers)
+        return (
+            self._survey_seconds(rates)
+            + rates.disk_seconds(self.first)
+            + self.first_flops / rates.speed.matmul
+            + sum(layers)
+        )
+
+    def _survey_seconds(self, rates: Rates) -> float:
+        return rates.compute_seconds(self.survey) if self.survey else 0.0
+
+    @property
+    def survey_seconds_low(self) -> float:
+        """Of `seconds_low`, those of the survey."""
+        return self._survey_seconds(self.machine.fastest) if self.machine else 0.0
 
     def to_json(self) -> dict[str, Any]:
         names = (
             "fits", "ratio", "output_bytes", "peak_ram_bytes", "peak_vram_bytes", "disk_bytes", "read_bytes", "write_bytes",
             "upload_bytes", "download_bytes", "flops", "flops_by_dtype", "generation_bytes", "generations_read",
-            "generations_written", "seconds_low", "seconds_high", "disk_measured", "advice", "calibration_tokens",
-            "redrawn", "calibration", "overlap", "hidden_states", "forward_tokens",
+            "generations_written", "seconds_low", "seconds_high", "survey_seconds_low", "disk_measured", "advice",
+            "calibration_tokens", "redrawn", "calibration", "overlap", "hidden_states", "forward_tokens",
         )  # fmt: skip
         return {name: getattr(self, name) for name in names} | {
             "eigen_problems": [{"size": size, "count": count} for size, count in self.eigen_problems.items()],
@@ -263,7 +281,7 @@ def make_plan(
     Args: memory, that of another machine.
     """
     redrawn = redrawn_windows(decided.recipe, stream.has_head, shape_NL)
-    shape_NL = shape_NL[0] + redrawn, shape_NL[1]
+    windows_NL, shape_NL = shape_NL, (shape_NL[0] + redrawn, shape_NL[1])
     layers = forecast_layers(stream, decided.recipe, decided.candidates, shape_NL)
     work = compression_workload(stream, layers, shape_NL, head=bool(decided.recipe.final or redrawn))
     choice = fit(work, settings.caps, settings.overlap, memory)
@@ -273,6 +291,7 @@ def make_plan(
         first=first_traffic(stream, choice, layers[0], redrawn),
         first_flops=redraw_flops(stream, redrawn, shape_NL[1]), dtype=str(stream.dtype).removeprefix("torch."),
         inputs=fitted_inputs(stream, {method.sublayer for method in decided.recipe.solving}), redrawn=redrawn,
+        survey=forecast_survey(stream, decided.recipe, windows_NL, settings, memory),
     )  # fmt: skip
 
 

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
-from streamlap.errors import RecipeError, shown
+from streamlap.errors import RecipeError, StreamlapError, shown
 from streamlap.families.stream import HEAD_TOKENS, ModelStream
 from streamlap.methods.anchored.attention import AttentionAnchored
 from streamlap.methods.anchored.ffn import FfnAnchored
 from streamlap.methods.base import Layout, Method, ParameterBudget
 from streamlap.methods.removed import Removal
+from streamlap.planning.forecast import forward_flops, solve_flops
 from streamlap.planning.layouts import Candidate, candidate, converts, dense_parameters, planned_tensors
-from streamlap.planning.schedule import Fit, fit, require_fit
+from streamlap.planning.sample import fitted_inputs
+from streamlap.planning.schedule import Fit, Memory, fit, require_fit
 from streamlap.planning.workload import Workload, evaluation_workload
+from streamlap.recipe import AUTO, Recipe
 from streamlap.settings import RunSettings
 
 CUTS: dict[str, dict[str, tuple[float, Method | None]]] = {
@@ -25,6 +29,17 @@ CUTS: dict[str, dict[str, tuple[float, Method | None]]] = {
 Only how sub-layers compare is wanted, so one good method does for all that a recipe may try. A shallower cut of attention moves
 the predictions by no more than rounding does.
 """
+
+
+DEFAULT_SAMPLES = 16
+DEFAULT_LENGTH = 256
+
+SCORED = 4
+"""Of so many positions one is scored: the head costs as much as many layers, and neighbours say much the same."""
+
+MOST_INPUTS_ALONE = 4
+"""Inputs for each token beyond which no compression makes a survey for itself: the fits of wide layers to few tokens take far
+longer, and say little."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,16 +65,66 @@ class SurveyPlan:
     """That of the results which it serves."""
 
 
-def plan_survey(stream: ModelStream, shape_NL: tuple[int, int], settings: RunSettings, shape: str) -> SurveyPlan:
+def plan_survey(
+    stream: ModelStream, shape_NL: tuple[int, int], settings: RunSettings, shape: str, memory: Memory | None = None
+) -> SurveyPlan:
     """Raises BudgetError, with the smallest caps that would do, where nothing fits."""
     perturbations = {
         Perturbation(index=index, sublayer=name, keep=keep): perturbed_candidate(stream, index, name, keep, method)
         for index in range(stream.depth)
         for name, (keep, method) in CUTS[shape].items()
     }
-    choice = fit(survey_workload(stream, perturbations, *shape_NL), settings.caps, settings.overlap)
+    choice = fit(survey_workload(stream, perturbations, *shape_NL), settings.caps, settings.overlap, memory)
     require_fit(choice, settings.caps)
     return SurveyPlan(perturbations=perturbations, fit=choice, shape=shape)
+
+
+@dataclass(frozen=True, kw_only=True)
+class SurveyCost:
+    """What a survey takes that a compression makes for itself. Floating-point operations as in `forecast.LayerPlan`."""
+
+    peak_ram: int
+    peak_vram: int
+    read_bytes: int
+    """Of weights; the streams stay in memory where they can."""
+    flops: int
+    flops64: int
+    flops32: int
+    decompositions: tuple[int, ...]
+
+
+def pieces_of(shape_NL: tuple[int, int]) -> tuple[int, int]:
+    """Number and length of the pieces of calibration windows that it is measured on: few and short ones."""
+    length = min(DEFAULT_LENGTH, shape_NL[1])
+    return min(shape_NL[0] * (shape_NL[1] // length), max(1, DEFAULT_SAMPLES * DEFAULT_LENGTH // length)), length
+
+
+def forecast_survey(
+    stream: ModelStream, recipe: Recipe, shape_NL: tuple[int, int], settings: RunSettings, memory: Memory | None
+) -> SurveyCost | None:
+    """None where a compression with these settings makes none. Args: memory, that of another machine."""
+    pieces_NL = pieces_of(shape_NL)
+    inputs = fitted_inputs(stream, stream.family.sublayers)
+    if recipe.survey != AUTO or not stream.has_head or math.prod(pieces_NL) * MOST_INPUTS_ALONE < inputs:
+        return None
+    try:
+        plan = plan_survey(stream, pieces_NL, settings, recipe.shape, memory)
+    except StreamlapError:
+        return None
+    stored = [stream.layer_tensors(index).values() for index in range(stream.depth)]
+    head = stream.source.info(stream.head_name)
+    # Of each sub-layer's own pass over the dense stream the sums are a small part beside the copies that follow.
+    copies = [2 + sum(cut.index <= index for cut in plan.perturbations) for index in range(stream.depth)]
+    layers = (
+        count * forward_flops(stream.natives(index), sum(info.numel for info in tensors), pieces_NL)
+        for index, (count, tensors) in enumerate(zip(copies, stored, strict=True))
+    )
+    scored = 2 * len(plan.perturbations) * -(-math.prod(pieces_NL) // SCORED)
+    solves = solve_flops([found.cost for found in plan.perturbations.values()], math.prod(pieces_NL))
+    return SurveyCost(
+        peak_ram=plan.fit.peak_ram, peak_vram=plan.fit.peak_vram, flops=sum(layers) + 2 * scored * head.numel,
+        read_bytes=sum(info.nbytes for tensors in stored for info in tensors) + head.nbytes, **solves,
+    )  # fmt: skip
 
 
 def check_served(shape: str) -> None:

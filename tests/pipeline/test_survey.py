@@ -400,7 +400,8 @@ def test_compress_goes_by_it(source: Path, whole: Path, tokens: Path, tmp_path: 
     assert surveyed.parameters.decoder_after <= 0.7 * surveyed.parameters.decoder_before
     assert surveyed.parameters.decoder_after != uniform.parameters.decoder_after
     assert streamlap.verify(tmp_path / "surveyed")["ok"]
-    assert surveyed.recipe["survey"] == str(whole.resolve())
+    assert surveyed.recipe["survey"] == "streamlap_survey.json"
+    assert (tmp_path / "surveyed" / "streamlap_survey.json").read_bytes() == whole.read_bytes()
 
 
 def test_another_models_survey_is_refused(pico: MakeModel, whole: Path, tokens: Path, tmp_path: Path) -> None:

@@ -719,7 +719,8 @@ def test_licence_fields_are_plain_words(tmp_path: Path, case: str) -> None:
 def test_a_name_adds_nothing_to_the_card(base: str) -> None:
     counts = Parameters(decoder_before=2, decoder_after=1, total_before=2, total_after=1)
     recipe = {"preset": "best", "ratio": 0.2}
-    report = Report(out="o", recipe=recipe, parameters=counts, kv_cache=KvCache(before=1, after=1), layers=(), shards={}, calibration_tokens=(1, 1),
+    report = Report(out="o", recipe=recipe, parameters=counts, kv_cache=KvCache(before=1, after=1),
+                    layers=(), shards={}, calibration_tokens=(1, 1),
                     calibration_inputs=1, seconds=0.0, kept_channels="k")  # fmt: skip
     card = model_card(report, base, {"license": "a: b #"})
     front = yaml.safe_load(card.split("---\n")[1])
