@@ -15,6 +15,7 @@ from typing import Any
 
 import psutil
 import pytest
+from conftest import MakeModel
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "scripts"))
 
@@ -25,11 +26,13 @@ import bench_memory
 import bench_peers
 import bench_plan
 import bench_presets
+import bench_quality
 import bench_speed
 import benchmarks as shared
 import compare_devices
 import memory_group
 
+import streamlap
 from streamlap.system import disk_speed
 from streamlap.system import speed as machine
 
@@ -72,6 +75,40 @@ def shown(script: ModuleType, folder: Path, monkeypatch: pytest.MonkeyPatch, cap
     monkeypatch.setattr(sys, "argv", ["bench", "--load", str(folder / "result.json"), "--table"])
     script.main()
     return capsys.readouterr().out
+
+
+def test_quality(
+    pico: MakeModel, tokens: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """What is there already is not made again."""
+    outputs = tmp_path / "outputs"
+    streamlap.compress(pico("llama"), outputs / "stock-0.4", ratio=0.4, shape="stock", files=(str(tokens),))
+    words = [
+        "--shapes",
+        "nas",
+        "stock",
+        "--ratios",
+        "0.4",
+        "--calibration",
+        tokens,
+        "--text",
+        tokens,
+        "--outputs",
+        outputs,
+    ]
+    words += ["--model", pico("llama"), "--prompt", 8, "--decode", 2, "--repeats", 1, "--rounds", 2]
+    result = run(bench_quality, [str(word) for word in words], tmp_path, monkeypatch)
+    dense, nas, stock = result["rows"]
+    assert [row["name"] for row in result["rows"]] == ["dense", "nas 0.4", "stock 0.4"]
+    assert dense["loss"] == 0
+    assert nas["seconds"] > 0
+    assert stock["seconds"] is None
+    for row in (nas, stock):
+        assert row["parameters"] <= 0.6 * dense["parameters"]
+        assert row["bytes"] < dense["bytes"]
+        assert row["loss"] == pytest.approx(row["nll"] - dense["nll"])
+        assert row["prefill"]["median"] > 0 < row["decode"]["median"]
+    assert "| dense | 0.00% |" in shown(bench_quality, tmp_path, monkeypatch, capsys)
 
 
 def test_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
