@@ -15,9 +15,9 @@ from streamlap.pipeline.evaluate import Evaluation, evaluate
 from streamlap.pipeline.export import export_dense
 from streamlap.pipeline.resume import resume
 from streamlap.pipeline.survey import survey
-from streamlap.planning.allocate import Survey
 from streamlap.planning.plan import Plan
 from streamlap.planning.preview import plan
+from streamlap.planning.survey_file import Survey
 from streamlap.recipe import Calibration, Recipe
 from streamlap.settings import RunSettings
 from streamlap.version import __version__

@@ -42,8 +42,8 @@ from streamlap.cli.show import (
 )
 from streamlap.demo import run_demo
 from streamlap.errors import BudgetError
-from streamlap.planning.allocate import Survey
 from streamlap.planning.machine_file import known_sheets
+from streamlap.planning.survey_file import Survey
 from streamlap.recipe import Recipe
 
 SIZES = ("ratio", "target_size", "target_params", "context", "batch")

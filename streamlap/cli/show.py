@@ -13,9 +13,9 @@ from streamlap.demo import DemoResult
 from streamlap.errors import few
 from streamlap.output.report import Report
 from streamlap.pipeline.evaluate import Evaluation
-from streamlap.planning.allocate import Survey
 from streamlap.planning.plan import Plan
 from streamlap.planning.sheets import Sheet
+from streamlap.planning.survey_file import Survey
 from streamlap.system.budget import show_size
 
 FEW_SIZES = 3

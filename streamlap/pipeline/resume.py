@@ -12,7 +12,7 @@ from streamlap.pipeline.compress import resume_compression
 from streamlap.pipeline.export import Exported, resume_export
 from streamlap.pipeline.session import Run, read_run
 from streamlap.pipeline.survey import resume_survey, state_of
-from streamlap.planning.allocate import Survey
+from streamlap.planning.survey_file import Survey
 from streamlap.settings import RunSettings
 from streamlap.store.journal import STATE_FOLDER, Journal
 

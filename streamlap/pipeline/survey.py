@@ -39,7 +39,6 @@ from streamlap.pipeline.place import check_apart, check_places
 from streamlap.pipeline.runner import check_sublayers
 from streamlap.pipeline.session import Run, remove_state, session, stream_marks, whole_name
 from streamlap.pipeline.sweep import Sweep, open_sweep, points, sweep_layers
-from streamlap.planning.allocate import Survey, model_digest
 from streamlap.planning.disk import COMPANION_BYTES, DiskNeeds
 from streamlap.planning.plan import windows_of
 from streamlap.planning.sample import check_sample, fitted_inputs
@@ -53,6 +52,7 @@ from streamlap.planning.survey import (
     pieces_of,
     plan_survey,
 )
+from streamlap.planning.survey_file import Survey, model_digest
 from streamlap.recipe import Calibration, Recipe
 from streamlap.settings import RunSettings, split_options
 from streamlap.store.hub import local_folder

@@ -23,8 +23,8 @@ from streamlap.pipeline.observe import SublayerStatistics
 from streamlap.pipeline.runner import LayerRunner, start_runner
 from streamlap.pipeline.session import Session
 from streamlap.pipeline.streams import HiddenStates, LayerPart, Source, open_bank
-from streamlap.planning.allocate import Point
 from streamlap.planning.survey import Perturbation, SurveyPlan
+from streamlap.planning.survey_file import Point
 from streamlap.store.hidden import HiddenBank
 from streamlap.store.sink import write_durably
 from streamlap.system.allocator import trim_heap

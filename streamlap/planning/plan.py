@@ -18,7 +18,7 @@ import torch
 
 from streamlap.errors import UnsupportedModel
 from streamlap.families.stream import ModelStream
-from streamlap.planning.allocate import Survey, layer_parameters, read_survey
+from streamlap.planning.allocate import layer_parameters
 from streamlap.planning.disk import COMPANION_BYTES
 from streamlap.planning.figures import (
     LayerFigures,
@@ -35,6 +35,7 @@ from streamlap.planning.machine import Machine, Rates
 from streamlap.planning.sample import fitted_inputs, redrawn_windows
 from streamlap.planning.schedule import Fit, Memory, advice, fit, require_fit
 from streamlap.planning.survey import SurveyCost, forecast_survey
+from streamlap.planning.survey_file import Survey, read_survey
 from streamlap.planning.target import Target, meet
 from streamlap.recipe import AUTO, Recipe
 from streamlap.settings import Caps, RunSettings

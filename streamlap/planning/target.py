@@ -18,9 +18,10 @@ from streamlap.families.cache import cache_bytes
 from streamlap.families.stream import ModelStream
 from streamlap.loader.forms import index_parameters
 from streamlap.methods.base import Layout
-from streamlap.planning.allocate import Survey, layer_parameters
+from streamlap.planning.allocate import layer_parameters
 from streamlap.planning.forecast import shape_key
 from streamlap.planning.layouts import layer_candidates, layer_entries, possible_layouts
+from streamlap.planning.survey_file import Survey
 from streamlap.recipe import Recipe
 from streamlap.store.header import TensorInfo
 from streamlap.store.sink import shard_bytes

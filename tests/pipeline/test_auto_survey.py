@@ -20,7 +20,7 @@ from streamlap.errors import RecipeError
 from streamlap.pipeline import layers
 from streamlap.pipeline import survey as surveying
 from streamlap.pipeline.survey import DEFAULT_LENGTH, DEFAULT_SAMPLES, survey_pieces
-from streamlap.planning.allocate import Survey
+from streamlap.planning.survey_file import Survey
 from streamlap.recipe import AUTO, Recipe
 
 

@@ -19,9 +19,10 @@ from streamlap.families.stream import ModelStream
 from streamlap.methods import WHOLE
 from streamlap.methods.anchored.ffn import FfnAnchored
 from streamlap.methods.lorap.attention import AttentionAwsvd
-from streamlap.planning.allocate import Point, Survey, layer_parameters, model_digest, removable
+from streamlap.planning.allocate import layer_parameters, removable
 from streamlap.planning.layouts import dense_parameters
 from streamlap.planning.plan import decide
+from streamlap.planning.survey_file import Point, Survey, model_digest
 from streamlap.recipe import Recipe
 
 DEPTH = 4
@@ -47,7 +48,7 @@ def survey_file(source: Path, file: Path, kls: Callable[[int, str], float], shap
 
 def shares(source: Path, recipe: Recipe) -> list[dict[str, float]]:
     stream = ModelStream(source)
-    survey = Survey.read(Path(recipe.survey)) if recipe.survey else None
+    survey = Survey.read(Path(recipe.survey)) if recipe.survey not in (None, "auto") else None
     return [
         {name: count / dense_parameters(stream, index, name) for name, count in row.items()}
         for index, row in enumerate(layer_parameters(stream, recipe, survey))
@@ -73,6 +74,17 @@ def test_without_a_survey_ffns_take_the_cut(source: Path, shape: str, ratio: flo
 def test_a_ratio_that_the_ffns_cannot_hold_is_refused(source: Path, shape: str) -> None:
     with pytest.raises(RecipeError, match=rf"shape {shape} at ratio 0.8 would leave less than 10% of the FFNs; wanted"):
         shares(source, Recipe(ratio=0.8, shape=shape, survey=None))
+
+
+def test_a_survey_to_come_may_remove_what_the_ffns_cannot_hold(source: Path, tmp_path: Path) -> None:
+    found = shares(source, Recipe(ratio=0.79, shape="nas", survey="auto"))
+    assert [row["attention"] for row in found] == [1.0, 1.0, 0.0, 0.0]
+    assert {round(row["ffn"], 2) for row in found} == {0.11}
+    with pytest.raises(RecipeError, match=r"wanted a ratio of at most 0\.862"):
+        shares(source, Recipe(ratio=0.87, shape="nas", survey="auto"))
+    file = survey_file(source, tmp_path / "s.json", lambda *_: 0.1)
+    measured = shares(source, Recipe(ratio=0.79, shape="nas", survey=file))
+    assert [row["attention"] for row in measured].count(0.0) >= 2
 
 
 def test_cheap_attention_goes_and_dear_stays(source: Path, tmp_path: Path) -> None:

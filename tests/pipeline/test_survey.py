@@ -29,14 +29,14 @@ from streamlap.methods.base import Cost, Solved
 from streamlap.output.inspect import count_parameters
 from streamlap.pipeline import survey as surveying
 from streamlap.pipeline.divergence import SCORED
-from streamlap.planning import allocate
 from streamlap.planning import schedule as scheduling
 from streamlap.planning import survey as planning
-from streamlap.planning.allocate import Point, Survey, layer_parameters, read_survey
+from streamlap.planning.allocate import layer_parameters
 from streamlap.planning.layouts import dense_parameters, largest_layout
 from streamlap.planning.plan import decide
 from streamlap.planning.schedule import make_schedule, peak
 from streamlap.planning.survey import CUTS, plan_survey, survey_workload
+from streamlap.planning.survey_file import Point, Survey, model_digest, read_survey
 from streamlap.planning.workload import Workload
 from streamlap.recipe import Recipe
 from streamlap.settings import RunSettings
@@ -347,7 +347,7 @@ def written(model: Path, file: Path, kls: Callable[[int, str], float]) -> str:
         }
         for index in range(stream.depth)
     )
-    found = Survey(model=allocate.model_digest(stream), calibration="", compute="", layers=layers)
+    found = Survey(model=model_digest(stream), calibration="", compute="", layers=layers)
     file.write_text(json.dumps(found.to_json()))
     return str(file)
 

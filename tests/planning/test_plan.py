@@ -27,10 +27,10 @@ from streamlap.methods.base import Layouts, Method, Natives, ParameterBudget
 from streamlap.pipeline import compress as compressing
 from streamlap.pipeline import survey as surveying
 from streamlap.planning import preview
-from streamlap.planning.allocate import Point, Survey, model_digest
 from streamlap.planning.forecast import LayerPlan
 from streamlap.planning.layouts import possible_layouts
 from streamlap.planning.plan import SLACK
+from streamlap.planning.survey_file import Point, Survey, model_digest
 from streamlap.system import disk_speed
 
 FIELDS = {

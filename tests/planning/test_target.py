@@ -19,9 +19,9 @@ from streamlap.families.stream import ModelStream
 from streamlap.families.table import FAMILIES
 from streamlap.output.inspect import count_parameters
 from streamlap.planning import target
-from streamlap.planning.allocate import Point, Survey, model_digest
 from streamlap.planning.layouts import Candidates, largest_layout
 from streamlap.planning.plan import decide
+from streamlap.planning.survey_file import Point, Survey, model_digest
 from streamlap.planning.target import last_good, meter, parse_count, parse_target
 from streamlap.recipe import Recipe
 

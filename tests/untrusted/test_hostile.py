@@ -31,7 +31,7 @@ from streamlap.families.stream import ModelStream
 from streamlap.output.folder import companions, licence_of, model_card
 from streamlap.output.report import KvCache, Parameters, Report
 from streamlap.pipeline.session import versions_mark
-from streamlap.planning.allocate import Survey
+from streamlap.planning.survey_file import Survey
 from streamlap.recipe import Recipe
 from streamlap.settings import KEPT, RunSettings
 from streamlap.store.journal import STATE_FOLDER, Journal, saved_tokens
