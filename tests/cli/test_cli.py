@@ -42,7 +42,7 @@ def test_the_main_job_in_json(
     fields = {"perplexity", "nll", "tokens", "length", "seconds", "peak_ram_bytes", "peak_vram_bytes"}
     assert set(evaluation) == fields
     table = ask("inspect", out)
-    assert set(table) == {"model_type", "layers", "parameters"}
+    assert set(table) == {"model_type", "layers", "parameters", "kv_cache_bytes_per_token"}
     assert set(table["parameters"]) == {
         "decoder_before", "decoder_after", "total_before", "total_after", "ratio_decoder", "ratio_total",
     }  # fmt: skip
