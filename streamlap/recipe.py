@@ -95,9 +95,9 @@ class Recipe:
     """Where `methods` came from; "custom" when they were written out by hand."""
     shape: str = "free"
     """What the result may be made of, see `methods.SHAPES`."""
-    methods: tuple[AnyMethod, ...] = ()
-    """Those of the preset where none are given. For each sub-layer those that may compress it, which are all one-pass or all
-    anchored; after them any that train what these have made, and what comes after the last layer."""
+    methods: tuple[AnyMethod, ...] = PRESETS["best"]
+    """Those of the preset and shape where none are given. For each sub-layer those that may compress it, which are all one-pass
+    or all anchored; after them any that train what these have made, and what comes after the last layer."""
     calibration: Calibration = field(default_factory=Calibration)
     dtype: str = "auto"
     """Compute dtype; auto is float32 on a CPU and the checkpoint's dtype on a GPU. Storage keeps the checkpoint's dtype.
@@ -111,9 +111,9 @@ class Recipe:
         object.__setattr__(self, "dtype", parse_dtype(self.dtype))
         if self.preset not in (*PRESETS, "custom"):
             raise RecipeError(f"preset is {shown(self.preset)}; wanted one of {', '.join(PRESETS)}, custom.")
-        if self.shape not in SHAPES:
+        if self.shape not in list(SHAPES):
             raise RecipeError(f"shape is {shown(self.shape)}; wanted one of {', '.join(SHAPES)}.")
-        if not self.methods:
+        if self.methods is PRESETS["best"] and self.preset != "custom":
             object.__setattr__(self, "methods", preset_methods(self.preset, self.shape))
         self._check_shape()
         if self.trained and not self.anchored:

@@ -129,7 +129,7 @@ def forecast_survey(
 
 def check_served(shape: str) -> None:
     """Raise RecipeError for a shape without surveys."""
-    if shape not in CUTS:
+    if shape not in list(CUTS):
         raise RecipeError(f"shape is {shown(shape)}; wanted one of {', '.join(CUTS)}: those that a survey serves.")
 
 

@@ -262,7 +262,11 @@ def test_what_the_last_death_leaves_is_a_finished_folder(
 
 # --- a journal that does not say how it was begun ------------------------------------------------------------------------
 
-OWN: dict[str, dict[str, Any]] = {"compress": {"recipe": Recipe().to_dict()}, "survey": {"dtype": "auto", "shape": "free"}, "export": {}}
+OWN: dict[str, dict[str, Any]] = {
+    "compress": {"recipe": Recipe().to_dict()},
+    "survey": {"dtype": "auto", "shape": "free"},
+    "export": {},
+}
 """What each command keeps of its own."""
 
 
@@ -375,7 +379,9 @@ def test_a_recipe_that_cannot_be_used_is_one_refusal(tmp_path: Path, case: str) 
     assert "Delete it and give the first command again" in words
 
 
-@pytest.mark.parametrize("damage", [{"dtype": ...}, {"dtype": None}, {"dtype": 16}, {"dtype": ["auto"]}, {"shape": ...}])
+@pytest.mark.parametrize(
+    "damage", [{"dtype": ...}, {"dtype": None}, {"dtype": 16}, {"dtype": ["auto"]}, {"shape": ...}]
+)
 def test_a_survey_without_its_settings_is_one_refusal(tmp_path: Path, damage: dict[str, Any]) -> None:
     words = str(resume_once(begun(tmp_path, "survey", **damage)))
     assert "does not say its dtype and shape. Delete it and give the first command again" in words

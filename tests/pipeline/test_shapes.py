@@ -136,6 +136,9 @@ def test_the_first_attention_of_each_kind_stays(pico: MakeModel) -> None:
 def test_settings_that_do_not_go_together_are_refused(source: Path, tmp_path: Path) -> None:
     with pytest.raises(RecipeError, match="shape is 'small'; wanted one of free, nas, stock"):
         Recipe(shape="small")
+    for shape in ([1], None, 3):
+        with pytest.raises(RecipeError, match=r"shape is .*; wanted one of free, nas, stock"):
+            Recipe.from_dict({"shape": shape, "methods": [{"method": "attention_groups"}]})
     with pytest.raises(RecipeError, match="preset lorap has no shape nas; wanted shape free, or preset best"):
         Recipe(preset="lorap", shape="nas")
     with pytest.raises(RecipeError, match="shape is nas and methods have attention_awsvd"):
