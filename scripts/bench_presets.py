@@ -37,7 +37,7 @@ def bench(args: argparse.Namespace, folder: Path) -> Result:
 
 
 def run(model: Path, tokens: Path, folder: Path, args: argparse.Namespace, preset: str, ratio: float) -> Result:
-    flags = ["--calibration", tokens, "--device", args.device, "--preset", preset, "--ratio", ratio]
+    flags = ["--calibration", tokens, *shared.AS_GIVEN, "--device", args.device, "--preset", preset, "--ratio", ratio]
     plan = shared.run_streamlap("plan", model, *flags).required().output
     with shared.new_folder(folder / "out") as out:
         shared.drop_cache(model)

@@ -96,7 +96,7 @@ def test_quality(
         "--outputs",
         outputs,
     ]
-    words += ["--model", pico("llama"), "--prompt", 8, "--decode", 2, "--repeats", 1, "--rounds", 2]
+    words += ["--model", pico("llama"), "--prompt", 8, "--decode", 2, "--repeats", 1, "--rounds", 1]
     result = run(bench_quality, [str(word) for word in words], tmp_path, monkeypatch)
     dense, nas, stock = result["rows"]
     assert [row["name"] for row in result["rows"]] == ["dense", "nas 0.4", "stock 0.4"]

@@ -553,7 +553,8 @@ SURVEYS: dict[str, tuple[bytes, tuple[str, ...]]] = {
     "points of true": (survey_of(layers=[{"ffn": [{"keep": 0.5, "kl": True, "error": 1}]}]), ("kl True",)),
     "points of other names": (survey_of(layers=[{"ffn": [{"x\n" * 10**5: 1}]}]), ("no survey file",)),
     "layers is a number": (survey_of(layers=5), ("no survey file",)),
-    "model is a list": (survey_of(model=[]), ("model, calibration and compute",)),
+    "model is a list": (survey_of(model=[]), ("model, calibration, compute and shape",)),
+    "shape is a list": (survey_of(shape=[]), ("model, calibration, compute and shape",)),
 }
 
 
