@@ -14,6 +14,7 @@ calibration: {files: [], samples: 128, length: 2048, seed: 0, redraw: true}
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
@@ -277,5 +278,13 @@ class Recipe:
             raise RecipeError(f"recipe {path} holds a {type(table).__name__}; wanted keys like ratio and preset.")
         if "methods" in table and not table["methods"]:
             raise RecipeError(f"recipe {path} has no methods, so nothing would be compressed; wanted some or a preset.")
-        beside = path.parent / str(table.get("survey", AUTO))
-        return cls.from_dict({**table, "survey": str(beside)} if beside.is_file() else table)
+        return cls.from_dict({**table, "survey": _beside(path, table["survey"])} if "survey" in table else table)
+
+
+def _beside(path: Path, survey: Any) -> Any:
+    """The survey of a recipe file: what lies beside the file by that name, if anything does."""
+    if isinstance(survey, str) and survey != AUTO:
+        with contextlib.suppress(OSError, ValueError):  # a name that no file can have
+            if (path.parent / survey).is_file():
+                return str(path.parent / survey)
+    return survey

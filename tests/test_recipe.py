@@ -226,3 +226,19 @@ def test_a_recipe_file_runs_no_code(tmp_path: Path) -> None:
     with pytest.raises(RecipeError):
         Recipe.from_yaml(path)
     assert not (tmp_path / "ran").exists()
+
+
+def test_a_survey_beside_the_recipe_comes_first(tmp_path: Path) -> None:
+    (tmp_path / "s.json").write_text("{}")
+    (tmp_path / "auto").write_text("{}")
+    (tmp_path / "None").write_text("{}")
+    wanted = {
+        "s.json": str(tmp_path / "s.json"),
+        "other.json": "other.json",
+        "auto": "auto",
+        "null": None,
+        "x" * 300: "x" * 300,
+    }
+    for written, survey in wanted.items():
+        (tmp_path / "recipe.yaml").write_text(f"survey: {written}\n")
+        assert Recipe.from_yaml(tmp_path / "recipe.yaml").survey == survey

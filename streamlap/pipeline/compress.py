@@ -92,6 +92,7 @@ def compress(
         plan = make_plan(stream, decided, windows_of(tokens_NL), settings)
         plan.require_fit()
     if overwrite and contents(out):
+        check_survey(plan.recipe.survey, out)
         empty_output(out)  # after all that may go wrong
     survey = plan.recipe.survey and str(Path(plan.recipe.survey).resolve())
     run = Run(
@@ -126,7 +127,7 @@ def run_compression(run: Run, stream: ModelStream, plan: Plan, tokens_NL: torch.
 
     with session(run, marks, needs, deadline, check, tokens_NL) as running:
         recipe = begun_recipe(running.run)
-        survey = Path(recipe.survey) if recipe.survey else None
+        survey = Path(plan.recipe.survey) if plan.recipe.survey else None
         recipe = replace(recipe, survey=SURVEY_NAME if survey else None)  # the folder keeps a copy, wherever it may go
         seen_NL = with_redrawn(stream, plan, tokens_NL, running)
         streams = open_streams(stream, seen_NL, plan.fit.schedule, running.run.hidden, recipe.anchored)
@@ -190,6 +191,14 @@ def check_output(folder: Path, out: Path, overwrite: bool) -> None:
         state = "holds a finished model" if RECIPE_NAME in entries else f"is not empty ({min(entries)}, ...)"
         raise RecipeError(
             f"output folder {out} {state}; wanted a new one. Choose another, or --overwrite a streamlap output."
+        )
+
+
+def check_survey(survey: str | None, out: Path) -> None:
+    """Refuse to empty the folder that holds the survey in use."""
+    if survey and out.resolve() in Path(survey).resolve().parents:
+        raise RecipeError(
+            f"--overwrite would remove survey {survey}; wanted one outside {out}. Copy it and give the copy by --survey."
         )
 
 

@@ -228,7 +228,9 @@ def run_survey(run: Run, stream: ModelStream, plan: SurveyPlan, tokens_NL: torch
     marks, file = stream_marks(stream, tokens_NL), run.out
     hidden = disk_generations(stream.depth, len(stream.family.sublayers)) * plan.fit.work.generation
     needs = DiskNeeds(output_bytes=COMPANION_BYTES, hidden_bytes=hidden)
-    with session(run, marks, needs, deadline, lambda: check_file(file, overwrite=False), tokens_NL) as running:
+    with session(
+        run, {**marks, "shape": plan.shape}, needs, deadline, lambda: check_file(file, overwrite=False), tokens_NL
+    ) as running:
         sweep = open_sweep(stream, plan, tokens_NL, running)
         result = written(sweep, marks) if file.exists() else None
         if result is None:
@@ -248,4 +250,5 @@ def written(sweep: Sweep, marks: Mapping[str, Any]) -> Survey | None:
     """The result of a run that died while it tidied up, with no hidden states left to make it of again."""
     found = Survey.read(sweep.session.run.out)
     same = all(getattr(found, key) == value for key, value in identity(sweep.stream, marks).items())
+    same = same and found.shape == sweep.plan.shape
     return found if same and sweep.session.journal.next_layer == sweep.stream.depth else None

@@ -6,6 +6,7 @@ is least.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 from streamlap.errors import RecipeError
@@ -51,7 +52,7 @@ def whole_shares(stream: ModelStream, recipe: Recipe, survey: Survey | None) -> 
     if recipe.ratio > most:
         raise RecipeError(
             f"shape {recipe.shape} at ratio {recipe.ratio:g} would leave less than {LEAST_WIDTH:.0%} of the FFNs; wanted a "
-            f"ratio of at most {most:.3f}, or shape free."
+            f"ratio of at most {math.floor(1000 * most) / 1000:.3f}, or shape free."
         )
     if survey is None:
         return unmeasured_shares(attention, ffn, total, may_go)

@@ -65,7 +65,7 @@ def layer_candidates(stream: ModelStream, recipe: Recipe, index: int, parameters
             head_dim=stream.head_dim, converts=converts(stream, index),
         )  # fmt: skip
         methods = recipe.of_sublayer(name)
-        if not parameters[name]:
+        if recipe.shape == "nas" and not parameters[name]:
             methods = {REMOVED: Removal(sublayer=name, roles=stream.family.sublayers[name].roles)}
         planned[name] = [candidate(key, method, natives, budget) for key, method in methods.items()]
         stored = [

@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from streamlap.errors import RecipeError, shown
-from streamlap.families.cache import cache_bytes
+from streamlap.families.cache import cache_bytes, window_of
 from streamlap.families.stream import ModelStream
 from streamlap.loader.forms import index_parameters
 from streamlap.methods.base import Layout
@@ -154,10 +154,7 @@ def meter(stream: ModelStream, recipe: Recipe, survey: Survey | None, target: Ta
 
     Of several candidates for a sub-layer, the one that stores most counts: which one it will be is known only later.
     """
-    alike: dict[str, list[int]] = {}
-    for index in range(stream.depth):
-        own = f" {index}" if survey else ""  # a survey gives each layer a share of its own
-        alike.setdefault(shape_key(stream, index, {}) + own, []).append(index)
+    keys = [f"{shape_key(stream, index, {})} {window_of(stream, index)}" for index in range(stream.depth)]
     outer = target.count(stream.outer_tensors())
 
     def layer(index: int, at: Recipe, parameters: Mapping[str, int]) -> int:
@@ -174,6 +171,9 @@ def meter(stream: ModelStream, recipe: Recipe, survey: Survey | None, target: Ta
             return outer + sum(counted(index, {}) for index in range(stream.depth))
         at = replace(recipe, ratio=step / STEPS)
         parameters = layer_parameters(stream, at, survey)
-        return outer + sum(len(indices) * layer(indices[0], at, parameters[indices[0]]) for indices in alike.values())
+        alike: dict[str, list[int]] = {}
+        for index, own in enumerate(parameters):
+            alike.setdefault(f"{keys[index]} {sorted(own.items())}", []).append(index)
+        return outer + sum(len(those) * layer(those[0], at, parameters[those[0]]) for those in alike.values())
 
     return total

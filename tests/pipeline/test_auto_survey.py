@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import MakeModel
-from crashes import dies_at, stopped_at
+from crashes import crash_after, dies_at, stopped_at
 from outputs import contents
 from transformers import AutoModel
 
@@ -66,6 +66,29 @@ def test_the_result_says_all_of_itself(source: Path, tokens: Path, tmp_path: Pat
     assert again.shards == first.shards
     for path in moved.iterdir():
         assert b"folder42" not in path.read_bytes(), path.name
+
+
+def test_the_survey_in_use_is_not_emptied_away(source: Path, tokens: Path, tmp_path: Path) -> None:
+    """The result stays whole."""
+    compress(source, tokens, tmp_path / "out")
+    recipe = Recipe.from_yaml(tmp_path / "out" / "streamlap_recipe.yaml")
+    with pytest.raises(
+        RecipeError, match=r"--overwrite would remove survey .*streamlap_survey\.json; wanted one outside"
+    ):
+        streamlap.compress(source, tmp_path / "out", recipe, overwrite=True)
+    assert streamlap.verify(tmp_path / "out")["ok"]
+
+
+def test_a_survey_that_was_renamed_serves_the_rest_of_the_run(
+    source: Path, tokens: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    compress(source, tokens, tmp_path / "whole")
+    first, second = tmp_path / "a.json", tmp_path / "b.json"
+    first.write_bytes((tmp_path / "whole" / "streamlap_survey.json").read_bytes())
+    crash_after(1, monkeypatch, lambda: compress(source, tokens, tmp_path / "out", survey=str(first)))
+    first.rename(second)
+    compress(source, tokens, tmp_path / "out", survey=str(second))
+    assert contents(tmp_path / "out") == contents(tmp_path / "whole")
 
 
 def test_a_plan_counts_it(source: Path, tokens: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -14,15 +15,16 @@ from outputs import contents
 from transformers import AutoModelForCausalLM
 
 import streamlap
-from streamlap.errors import RecipeError
+from streamlap.errors import RecipeError, ResumeMismatch
 from streamlap.families.stream import ModelStream
 from streamlap.methods import WHOLE
 from streamlap.methods.anchored.ffn import FfnAnchored
 from streamlap.methods.lorap.attention import AttentionAwsvd
 from streamlap.planning.allocate import layer_parameters, removable
-from streamlap.planning.layouts import dense_parameters
+from streamlap.planning.layouts import dense_parameters, largest_layout, layer_entries
 from streamlap.planning.plan import decide
 from streamlap.planning.survey_file import Point, Survey, model_digest
+from streamlap.planning.target import STEPS, meter, parameters, parse_target
 from streamlap.recipe import Recipe
 
 DEPTH = 4
@@ -80,7 +82,7 @@ def test_a_survey_to_come_may_remove_what_the_ffns_cannot_hold(source: Path, tmp
     found = shares(source, Recipe(ratio=0.79, shape="nas", survey="auto"))
     assert [row["attention"] for row in found] == [1.0, 1.0, 0.0, 0.0]
     assert {round(row["ffn"], 2) for row in found} == {0.11}
-    with pytest.raises(RecipeError, match=r"wanted a ratio of at most 0\.863"):
+    with pytest.raises(RecipeError, match=r"wanted a ratio of at most 0\.862"):
         shares(source, Recipe(ratio=0.87, shape="nas", survey="auto"))
     file = survey_file(source, tmp_path / "s.json", lambda *_: 0.1)
     measured = shares(source, Recipe(ratio=0.79, shape="nas", survey=file))
@@ -177,6 +179,17 @@ def test_a_survey_for_nas_removes_attention(source: Path, tokens: Path, tmp_path
         assert all(point.kl > 0 and point.error > 0 for points in layer.values() for point in points)
 
 
+def test_a_survey_of_another_shape_is_not_gone_on_with(
+    source: Path, tokens: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def measure(shape: str) -> Survey:
+        return streamlap.survey(source, tmp_path / "s.json", files=(str(tokens),), shape=shape)
+
+    crash_after(2, monkeypatch, lambda: measure("free"))
+    with pytest.raises(ResumeMismatch, match="shape: the folder has 'free', this run has 'nas'"):
+        measure("nas")
+
+
 def test_a_nas_result_is_dense_linears_and_gaps(source: Path, tokens: Path, tmp_path: Path) -> None:
     survey = survey_file(source, tmp_path / "s.json", lambda i, name: 1e-4 if name == "attention" else 0.01 * (1 + i))
     out = tmp_path / "out"
@@ -225,6 +238,23 @@ def test_a_plan_counts_it(source: Path, tokens: Path, tmp_path: Path) -> None:
     streamlap.compress(source, tmp_path / "out", **settings)
     written = sum(path.stat().st_size for path in (tmp_path / "out").glob("*.safetensors"))
     assert plan.output_bytes == written
+
+
+def test_a_target_counts_layers_that_differ_one_by_one(source: Path) -> None:
+    """With a survey to come the attention of the last layers goes; the first one keeps its own in any case."""
+    stream = ModelStream(source)
+    recipe, wish = Recipe(shape="nas", survey="auto"), parse_target(None, "1M")
+    assert wish is not None
+    found = replace(recipe, ratio=0.79)
+    layouts = [largest_layout(stream, index, each) for index, each in enumerate(decide(stream, found).candidates)]
+    stored = sum(parameters(layer_entries(stream, index, layout)) for index, layout in enumerate(layouts))
+    outer = parameters(stream.outer_tensors())
+    assert meter(stream, recipe, None, wish)(round(0.79 * STEPS)) == stored + outer
+
+
+def test_a_share_of_nothing_is_no_removal_in_a_free_shape(source: Path) -> None:
+    with pytest.raises(RecipeError, match="a lower ratio"):
+        decide(ModelStream(source), Recipe(ratio=0.99999, preset="lorap"))
 
 
 def test_a_target_is_met_in_a_shape(source: Path, tokens: Path, tmp_path: Path) -> None:

@@ -249,6 +249,17 @@ def test_weights_and_cache_fit_together(pico: MakeModel, tokens: Path, tmp_path:
         streamlap.plan(source, **(settings | {"target_size": cache}))
 
 
+def test_windows_of_layers_count_one_by_one(pico: MakeModel) -> None:
+    """Layers 0 and 2 see five tokens, layer 1 all."""
+    stream, recipe = ModelStream(pico("ministral")), Recipe()
+    with_cache, without = (parse_target("1GB", None, context=context) for context in (40, None))
+    assert with_cache is not None
+    assert without is not None
+    for step in (0, target.STEPS // 2):
+        cache = meter(stream, recipe, None, with_cache)(step) - meter(stream, recipe, None, without)(step)
+        assert cache == 2 * 16 * 4 * (5 + 40 + 5)
+
+
 @pytest.mark.parametrize(
     ("wish", "words"),
     [
