@@ -154,9 +154,8 @@ def survey_beside(
     """
     tokens_NL = survey_pieces(tokens_NL)
     marks = stream_marks(stream, tokens_NL)
-    mark = hashlib.sha256(json.dumps([model_digest(stream), recipe.shape, sorted(marks.items())]).encode()).hexdigest()[
-        :16
-    ]
+    known = json.dumps([model_digest(stream), recipe.shape, sorted(marks.items())])
+    mark = hashlib.sha256(known.encode()).hexdigest()[:16]
     file = out.absolute().parent / f"streamlap-survey-{mark}.json"
     if file.exists() and not Journal.exists(state_of(file)):
         return file
@@ -170,13 +169,9 @@ def survey_beside(
             )
         plan = plan_survey(stream, windows_of(tokens_NL), settings, recipe.shape)
         run = Run(
-            command="survey",
-            out=file,
-            folder=state_of(file),
-            model=model,
-            settings=settings,
+            command="survey", out=file, folder=state_of(file), model=model, settings=settings,
             own={"dtype": recipe.dtype, "shape": recipe.shape},
-        )
+        )  # fmt: skip
         run_survey(run, stream, plan, tokens_NL, deadline)
     except Interrupted as stopped:
         raise Interrupted(
