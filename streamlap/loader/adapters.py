@@ -76,7 +76,7 @@ class StoredLoraLinear(Linear):
         if not self.merged:
             warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
             return
-        device = next(self.base_layer.parameters()).device
+        device, _ = self._get_base_layer_device_and_dtype(self.base_layer)
         self.base_layer = self.unmerged.pop().to(device)
         self.merged_adapters.clear()
 

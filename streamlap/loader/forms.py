@@ -49,6 +49,8 @@ class Form(ABC):
     """What `inspect` calls it."""
     keys: ClassVar[tuple[str, ...]] = ()
     """Keys of its own in a row; the first, which must be there, tells the form."""
+    also: ClassVar[tuple[str, ...]] = ("out", "in", "bias")
+    """What else its row may have."""
 
     @classmethod
     @abstractmethod
@@ -203,6 +205,7 @@ class Removed(Form):
 
     kind = "removed"
     keys = ("removed",)
+    also = ()
 
     @classmethod
     def from_row(cls, row: Mapping[str, int], shape: tuple[int, int], bias: bool) -> Removed:
@@ -254,8 +257,7 @@ def form_of(module: nn.Module) -> Form:
 def read_row(path: str, row: Mapping[str, int], native: Dense) -> Form:
     """The form that the row at `path` puts in place of `native`. Raises ValueError for a row that does not fit it."""
     kind = next((kind for kind in FORMS if kind.keys[0] in row), Dense)
-    also = set() if kind is Removed else {"out", "in", "bias"}
-    if not row or row.keys() - {*kind.keys, *also}:
+    if not row or row.keys() - {*kind.keys, *kind.also}:
         hint = " Version 0.4 alone reads cuts of value heads." if row.keys() & HEAD_CUTS else ""
         raise ValueError(f"streamlap module {short(path)}: seen {short(dict(row))}; wanted {WANTED}.{hint}")
     for key, width in zip(("out", "in"), native.shape, strict=True):

@@ -135,5 +135,7 @@ def test_adapters_by_name_pass_it_by(folder: Path, ids_BL: torch.Tensor) -> None
     moved = {name for name, parameter in adapted.named_parameters() if parameter.grad is not None}
     assert any("layers.0.self_attn.q_proj" in name for name in moved)
     assert not any("layers.3." in name for name in moved)
+    adapted.merge_adapter()
+    adapted.unmerge_adapter()
     merged = adapted.merge_and_unload()
     torch.testing.assert_close(merged(ids_BL).logits, model(ids_BL).logits)

@@ -159,6 +159,14 @@ def test_settings_that_do_not_go_together_are_refused(source: Path, tmp_path: Pa
         streamlap.survey(source, tmp_path / "stock.json", shape="stock")
 
 
+def test_a_survey_of_before_there_were_shapes_is_of_the_free_one(source: Path, tmp_path: Path) -> None:
+    file = Path(survey_file(source, tmp_path / "s.json", lambda *_: 0.1, shape="free"))
+    table = json.loads(file.read_text())
+    del table["shape"]
+    file.write_text(json.dumps(table))
+    assert Survey.read(file).shape == "free"
+
+
 def test_recipes_with_a_shape_are_read_back() -> None:
     found = Recipe(shape="nas", ratio=0.3)
     assert found.methods == WHOLE
