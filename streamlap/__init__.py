@@ -10,9 +10,11 @@ from streamlap.output.inspect import inspect
 from streamlap.output.load import load
 from streamlap.output.report import Report
 from streamlap.output.verify import verify
+from streamlap.pipeline.adapt import Recovered
 from streamlap.pipeline.compress import compress
 from streamlap.pipeline.evaluate import Evaluation, evaluate
 from streamlap.pipeline.export import export_dense
+from streamlap.pipeline.recover import recover
 from streamlap.pipeline.resume import resume
 from streamlap.pipeline.survey import survey
 from streamlap.planning.plan import Plan
@@ -27,6 +29,7 @@ __all__ = [
     "Evaluation",
     "Plan",
     "Recipe",
+    "Recovered",
     "Report",
     "RunSettings",
     "StreamlapError",
@@ -38,6 +41,7 @@ __all__ = [
     "inspect",
     "load",
     "plan",
+    "recover",
     "resume",
     "survey",
     "verify",

@@ -26,7 +26,7 @@ app = typer.Typer(
     rich_markup_mode=None,
 )
 app.callback()(commands.whole)
-for command in (commands.compress, commands.plan, commands.survey, commands.resume):
+for command in (commands.compress, commands.plan, commands.survey, commands.recover, commands.resume):
     app.command()(command)
 app.command("eval")(commands.evaluate)
 for command in (commands.inspect, commands.verify, commands.export, commands.demo):

@@ -19,6 +19,7 @@ from streamlap.cli.options import (
     Model,
     Overwrite,
     RecipeOptions,
+    RecoveryOptions,
     RunOptions,
     Shape,
     StopAfter,
@@ -35,6 +36,7 @@ from streamlap.cli.show import (
     describe_export,
     describe_inventory,
     describe_plan,
+    describe_recovery,
     describe_report,
     describe_sheets,
     describe_survey,
@@ -42,6 +44,7 @@ from streamlap.cli.show import (
 )
 from streamlap.demo import run_demo
 from streamlap.errors import BudgetError
+from streamlap.pipeline.adapt import Recovered
 from streamlap.planning.machine_file import known_sheets
 from streamlap.planning.survey_file import Survey
 from streamlap.recipe import Recipe
@@ -130,14 +133,30 @@ def resume(
     stop_after: StopAfter = None,
     as_json: Json = False,
 ) -> None:
-    """Go on with an interrupted compress, survey or export; OUT knows everything that is needed, the caps included."""
+    """Go on with an interrupted compress, survey, recover or export; OUT knows everything that is needed, the caps included."""
     result = streamlap.resume(out, stop_after=stop_after, **given(caps))
     if isinstance(result, dict):
         emit(as_json, result, describe_export(out, result))
     elif isinstance(result, Survey):
         emit(as_json, result.to_json(), describe_survey(result))
+    elif isinstance(result, Recovered):
+        emit(as_json, result.to_json(), describe_recovery(out, result))
     else:
         emit(as_json, result.to_json(), describe_report(result))
+
+
+@takes
+def recover(
+    out: Annotated[str, typer.Argument(metavar="OUT", parser=worded, help="Compressed model.")],
+    destination: Annotated[Path, typer.Argument(metavar="DEST", parser=named, help="New folder.")],
+    knobs: RecoveryOptions,
+    run: RunOptions,
+    stop_after: StopAfter = None,
+    as_json: Json = False,
+) -> None:
+    """Train a compressed model by LoRA, merged back: the same ranks and widths, written where held-out loss falls."""
+    result = streamlap.recover(out, destination, stop_after=stop_after, **given(knobs), **given(run))
+    emit(as_json, result.to_json(), describe_recovery(destination, result))
 
 
 @takes

@@ -197,6 +197,31 @@ class RecipeOptions(TextOptions):
     no_survey: Annotated[bool, typer.Option("--no-survey", help="All layers keep the same share.")] = False
 
 
+@dataclass(frozen=True, kw_only=True)
+class RecoveryOptions:
+    """How a compressed model is trained."""
+
+    text: Annotated[
+        list[str], typer.Option(metavar="TEXT", help="Text or token ids, as for --calibration; may be repeated.")
+    ]
+    dense: Annotated[
+        str | None,
+        typer.Option(
+            metavar="MODEL",
+            help="The model that OUT was made of: it is then trained towards its predictions too. It goes through memory layer "
+            "by layer, once.",
+        ),
+    ] = None
+    samples: Annotated[int | None, typer.Option(help="Windows of the text.  [default: 1024]")] = None
+    length: Annotated[int | None, typer.Option(help="Tokens a window.  [default: 512, or the model's context]")] = None
+    text_column: TextColumn = None
+    epochs: Annotated[int | None, typer.Option(help="Times that each window is seen.  [default: 2]")] = None
+    rank: Annotated[int | None, typer.Option(help="Of each adapter.  [default: 32]")] = None
+    learning_rate: Annotated[float | None, typer.Option(help="Highest.  [default: 0.001]")] = None
+    seed: Annotated[int | None, typer.Option(help="Of the windows, their order and the adapters' start.")] = None
+    dtype: Dtype = None
+
+
 def given(group: Any, *without: str) -> dict[str, Any]:
     """The options of a group that were given, by name."""
     values = {entry.name: getattr(group, entry.name) for entry in fields(group) if entry.name not in without}
@@ -232,7 +257,7 @@ def takes(command: Callable[..., None]) -> Callable[..., None]:
 def _options(group: Any) -> typing.Iterator[inspect.Parameter]:
     hints = typing.get_type_hints(group, include_extras=True)
     for entry in fields(group):
-        assert entry.default is not MISSING, f"option {entry.name} has a default"
+        default = inspect.Parameter.empty if entry.default is MISSING else entry.default
         yield inspect.Parameter(
-            entry.name, inspect.Parameter.KEYWORD_ONLY, default=entry.default, annotation=hints[entry.name]
+            entry.name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=hints[entry.name]
         )

@@ -12,6 +12,7 @@ from tqdm import tqdm
 from streamlap.demo import DemoResult
 from streamlap.errors import few
 from streamlap.output.report import Report
+from streamlap.pipeline.adapt import Recovered
 from streamlap.pipeline.evaluate import Evaluation
 from streamlap.planning.plan import Plan
 from streamlap.planning.sheets import Sheet
@@ -85,6 +86,13 @@ def describe_numerics(report: Report) -> list[str]:
 
 def describe_export(out: Path, result: dict[str, int]) -> list[str]:
     return [f"{out}: {result['shards']} shards, {show_size(result['bytes'])}, for comparison only"]
+
+
+def describe_recovery(out: Path, result: Recovered) -> list[str]:
+    loss = f"loss on {result.held_tokens:,} held-out tokens {result.before:.4f} -> {result.after:.4f} nats"
+    if not result.kept:
+        return [f"{loss}: no gain, so nothing is written"]
+    return [f"{out}: {loss}, LoRA of rank {result.rank} over {result.tokens:,} tokens, {result.epochs} epochs"]
 
 
 def describe_survey(found: Survey) -> list[str]:

@@ -12,7 +12,7 @@ import contextlib
 import math
 import tempfile
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -122,23 +122,26 @@ def evaluate(
 
 def token_losses(stream: ModelStream, tokens_NL: torch.Tensor, choice: Fit, work: Path | None = None) -> torch.Tensor:
     """NLL of every predicted position, [N, L - 1] float32."""
-    kwargs = stream.layer_kwargs(tokens_NL.shape[1])
     with scratch_bank(stream, tokens_NL, choice.schedule, work) as bank:
-        stream_layers(stream, choice, bank, tokens_NL, kwargs)
+        stream_layers(stream, choice, bank, tokens_NL)
         with choice.ram.claim(choice.schedule.ram["head"]), choice.vram.claim(choice.schedule.vram.get("head", {})):
             return head_losses(stream, bank.read(stream.depth), tokens_NL)
 
 
 def stream_layers(
-    stream: ModelStream, choice: Fit, bank: HiddenBank, tokens_NL: torch.Tensor, kwargs: Sequence[Mapping[str, Any]]
-) -> None:
+    stream: ModelStream, choice: Fit, bank: HiddenBank, tokens_NL: torch.Tensor, *, name: str = "evaluate",
+    most_out: float = 0.0, before: Callable[[int], None] = lambda index: None,
+) -> None:  # fmt: skip
     """Every layer in turn. All that the loop needed is free again at the end.
 
-    A perplexity over part of the tokens would be another one, so none of them may go bad: NumericalError.
+    Args: name, what the bar says; most_out, the share of the tokens that may go bad, before NumericalError: a perplexity over
+    part of them would be another one; before, called with the number of each layer before it is read.
     """
-    with start_runner(stream, choice, [bank], Progress("evaluate", stream.depth), most_out=0.0) as runner:
+    kwargs = stream.layer_kwargs(tokens_NL.shape[1])
+    with start_runner(stream, choice, [bank], Progress(name, stream.depth), most_out) as runner:
         runner.enter(bank, tokens_NL)
         for index in range(stream.depth):
+            before(index)
             run_layer(runner, bank, index, kwargs[index])
             runner.require_baseline(index)
 

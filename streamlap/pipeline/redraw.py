@@ -13,16 +13,14 @@ from collections.abc import Callable, Iterator
 import torch
 
 from streamlap.families.stream import HEAD_TOKENS, ModelStream
-from streamlap.linalg.rows import rows_out
-from streamlap.pipeline.evaluate import run_layer
-from streamlap.pipeline.runner import start_runner
+from streamlap.linalg.rows import MOST_OUT, rows_out
+from streamlap.pipeline.evaluate import stream_layers
 from streamlap.pipeline.session import Session
 from streamlap.pipeline.streams import open_bank
 from streamlap.planning.plan import Plan
 from streamlap.store.hidden import HiddenBank
 from streamlap.store.journal import REDRAWN_NAME, read_tokens, write_tokens
 from streamlap.system.allocator import trim_heap
-from streamlap.system.progress import Progress
 
 SHARE = 0.5
 """Of the tokens of a window that are drawn anew."""
@@ -45,14 +43,12 @@ def redrawn(stream: ModelStream, plan: Plan, tokens_NL: torch.Tensor, session: S
     """A forward through the dense model, inside the memory that the plan claims for its loop, and the draws at the head."""
     chosen_NL, fit = tokens_NL[: plan.redrawn], plan.fit
     bank = open_bank(stream, chosen_NL, fit.schedule, session.run.hidden, "redraw")
-    kwargs = stream.layer_kwargs(tokens_NL.shape[1])
-    with start_runner(stream, fit, [bank], Progress("redraw", stream.depth)) as runner:
-        runner.enter(bank, chosen_NL)
-        for index in range(stream.depth):
-            if session.stops.due(moved=False):
-                raise session.stops.stopped(f"at layer {index} of {stream.depth}, before the first one is compressed")
-            run_layer(runner, bank, index, kwargs[index])
-            runner.require_baseline(index)
+
+    def stop(index: int) -> None:
+        if session.stops.due(moved=False):
+            raise session.stops.stopped(f"at layer {index} of {stream.depth}, before the first one is compressed")
+
+    stream_layers(stream, fit, bank, chosen_NL, name="redraw", most_out=MOST_OUT, before=stop)
     trim_heap()
     with fit.ram.claim(fit.schedule.ram["head"]), fit.vram.claim(fit.schedule.vram.get("head", {})):
         found = draw(stream, bank, chosen_NL, plan.recipe.calibration.seed)

@@ -8,23 +8,27 @@ from pathlib import Path
 
 from streamlap.errors import CheckpointError, ResumeMismatch, shown
 from streamlap.output.report import Report
+from streamlap.pipeline.adapt import Recovered
 from streamlap.pipeline.compress import resume_compression
 from streamlap.pipeline.export import Exported, resume_export
+from streamlap.pipeline.recover import resume_recovery
 from streamlap.pipeline.session import Run, read_run
 from streamlap.pipeline.survey import resume_survey, state_of
 from streamlap.planning.survey_file import Survey
 from streamlap.settings import RunSettings
 from streamlap.store.journal import STATE_FOLDER, Journal
 
-COMMANDS: dict[str, Callable[[Run, RunSettings], Report | Survey | Exported]] = {
+COMMANDS: dict[str, Callable[[Run, RunSettings], Report | Survey | Recovered | Exported]] = {
     "compress": resume_compression,
     "survey": resume_survey,
+    "recover": resume_recovery,
     "export": resume_export,
 }
 
 AGAIN = {
     "compress": "streamlap compress MODEL {out}, and the same options",
     "survey": "streamlap survey MODEL {out}, and the same options",
+    "recover": "streamlap recover MODEL {out}, and the same options",
     "export": "streamlap export MODEL {out} --to dense",
 }
 """How a run goes on whose source has another place: what tells it is its contents."""
@@ -33,8 +37,8 @@ AGAIN = {
 def resume(
     path: str | Path, *, max_ram: int | str | None = None, max_vram: int | str | None = None,
     stop_after: float | str | None = None,
-) -> Report | Survey | Exported:  # fmt: skip
-    """Go on with an interrupted `compress`, `survey` or `export_dense`; gives what that command gives.
+) -> Report | Survey | Recovered | Exported:  # fmt: skip
+    """Go on with an interrupted `compress`, `survey`, `recover` or `export_dense`; gives what that command gives.
 
     Args: path, the output folder, or the file of a survey; what else is needed is known there. max_ram, max_vram, other caps
     than the run began with, as bytes or as text like 8GiB; stop_after, as for `compress`.

@@ -10,8 +10,6 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
-
 from streamlap.errors import CheckpointError, NumericalError
 from streamlap.linalg.moments import held_sequences
 from streamlap.linalg.rows import paired
@@ -19,9 +17,8 @@ from streamlap.methods.base import Pair, Trained, Training
 from streamlap.pipeline.hand import LayerInHand
 from streamlap.pipeline.session import Session
 from streamlap.pipeline.sublayers import places
-from streamlap.store.header import byte_view, read_header
 from streamlap.store.sink import ShardFolder
-from streamlap.store.source import read_into
+from streamlap.store.source import read_tensors
 
 Trace = dict[str, float]
 """Loss on held-out tokens at the start and at the best, and the epochs that were done."""
@@ -96,11 +93,7 @@ def state_path(state: Path, index: int) -> Path:
 def take_up(training: Training, path: Path) -> None:
     """Go on from the state of a run that died, where there is one and it began where this one does."""
     try:
-        found = read_header(path).tensors
+        state = read_tensors(path)
     except CheckpointError:  # none, or one that is damaged: without it the same comes out, only later
         return
-    state = {}
-    for name, info in found.items():
-        state[name] = torch.empty(info.shape, dtype=info.dtype)
-        read_into(info, byte_view(state[name]))
     training.load(state)

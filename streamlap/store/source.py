@@ -135,6 +135,15 @@ def read_into(info: TensorInfo, view: memoryview) -> None:
         os.close(handle)
 
 
+def read_tensors(path: Path) -> dict[str, torch.Tensor]:
+    """All tensors of one file, which is our own. Raises CheckpointError where it is damaged or not there."""
+    tensors = {}
+    for name, info in read_header(path).tensors.items():
+        tensors[name] = torch.empty(info.shape, dtype=info.dtype)
+        read_into(info, byte_view(tensors[name]))
+    return tensors
+
+
 def _read_all(handle: int, info: TensorInfo, view: memoryview, drop: bool = False) -> None:
     """Fill `view` with the bytes of `info`, however few come at a time; `drop` them from the page cache as they come."""
     done = 0

@@ -19,6 +19,7 @@ from streamlap.errors import RecipeError, shown
 from streamlap.linalg.rows import rows_out
 from streamlap.linalg.statistics import all_finite
 from streamlap.methods.base import Pair, RunLayer
+from streamlap.methods.trained.rates import warm_cosine
 
 MOST_EPOCHS = 10_000
 
@@ -61,10 +62,7 @@ class Refine:
 
     def rate(self, step: int, steps: int) -> float:
         """The learning rate of a step of so many."""
-        rising = max(1, round(self.warm_up * steps))
-        if step < rising:
-            return self.learning_rate * (step + 1) / rising
-        return self.learning_rate * (1 + math.cos(math.pi * (step - rising) / max(1, steps - rising))) / 2
+        return self.learning_rate * warm_cosine(step, steps, self.warm_up)
 
 
 def distances(target_BLD: torch.Tensor, y_BLD: torch.Tensor) -> torch.Tensor:

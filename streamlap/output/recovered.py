@@ -1,0 +1,72 @@
+"""The folder of a model whose stored weights were trained further: the same files, with other numbers in the shards."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from streamlap.families.stream import ModelStream
+from streamlap.loader.shim import write_shim
+from streamlap.methods.trained.recovery import merged
+from streamlap.output.folder import (
+    CARD_BYTES,
+    KEPT_NAME,
+    RECIPE_NAME,
+    REPORT_NAME,
+    SURVEY_NAME,
+    copy_companions,
+    source_config,
+    write_json,
+)
+from streamlap.store.sink import TensorEntry, write_durably
+from streamlap.untrusted.paths import read_bytes, read_object
+
+CARRIED = (RECIPE_NAME, KEPT_NAME, SURVEY_NAME)
+MOST_REPORT_BYTES = 1 << 30
+
+
+def finish_recovered(out: Path, stream: ModelStream, recovery: Mapping[str, Any], shards: Mapping[str, str]) -> None:
+    """Everything beside the shards; config.json last. May be run again after a crash: it writes the same bytes.
+
+    Args: stream, the compressed model; recovery, what the report says of it; shards, their hashes.
+    """
+    source = stream.folder
+    copy_companions(source, out)
+    for name in (name for name in CARRIED if (source / name).is_file()):
+        write_durably(out / name, read_bytes(source, name, MOST_REPORT_BYTES))
+    known = (source / REPORT_NAME).is_file()
+    report = read_object(source, REPORT_NAME, MOST_REPORT_BYTES) if known else {}
+    write_json(out / REPORT_NAME, report | {"shards": dict(shards), "recovery": dict(recovery)}, indent=1)
+    if (source / "README.md").is_file():
+        card = read_bytes(source, "README.md", CARD_BYTES).decode("utf-8", errors="replace")
+        write_durably(out / "README.md", f"{card.rstrip()}\n\n{card_section(recovery)}\n".encode())
+    if stream.rows:
+        write_shim(out, write_durably)
+    write_json(out / "config.json", source_config(stream))
+
+
+def trained_layer(stream: ModelStream, index: int, adapters: Mapping[str, torch.Tensor]) -> dict[str, TensorEntry]:
+    """Tensors of one layer by their names on disk, with the adapters in those that have some; others are copied as bytes.
+
+    Args: adapters, `up NAME` and `down NAME` by the name on disk of the weight that they are added to.
+    """
+    entries: dict[str, TensorEntry] = {}
+    tensors = stream.layer_tensors(index)
+    for name, stored in stream.layer_names(index).items():
+        entries[stored] = tensors[name]
+        if f"up {stored}" in adapters:
+            sides = adapters[f"up {stored}"], adapters[f"down {stored}"]
+            entries[stored] = merged(stream.source.read(stored), *sides)
+    return entries
+
+
+def card_section(recovery: Mapping[str, Any]) -> str:
+    towards = " and the dense model's predictions" if recovery["distilled"] else ""
+    return (
+        f"Recovered by LoRA of rank {recovery['rank']} on {recovery['tokens']:,} tokens, {recovery['epochs']} epochs, towards "
+        f"the text{towards}; merged, with the same ranks and widths. Loss on {recovery['held_tokens']:,} held-out tokens: "
+        f"{recovery['before']:.4f} before, {recovery['after']:.4f} after."
+    )

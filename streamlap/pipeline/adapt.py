@@ -1,0 +1,264 @@
+"""LoRA on every stored linear of a compressed model, which is in memory whole: it is small by now. Read `train_adapters` first.
+
+Shape suffixes: L length, P = L - 1 predicted places, V vocabulary, O out, I in, S rank of an adapter.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from streamlap.errors import CheckpointError, NumericalError, RecipeError
+from streamlap.families.stream import ModelStream
+from streamlap.linalg.moments import fitted_sequences, held_sequences
+from streamlap.loader.modules import carriers, disk_name
+from streamlap.methods.trained.rates import warm_cosine
+from streamlap.methods.trained.recovery import Recovery, merged, prediction_losses
+from streamlap.output.load import load
+from streamlap.pipeline.session import Session
+from streamlap.pipeline.teacher import Teacher
+from streamlap.planning.schedule import Fit
+from streamlap.store.sink import ShardFolder
+from streamlap.store.source import read_tensors
+from streamlap.system.progress import Progress
+
+BETAS = (0.9, 0.95)
+MOST_NORM = 1.0
+"""Gradients longer than this are shortened to it."""
+
+TRAINING_NAME, BEST_NAME = "training.safetensors", "adapters.safetensors"
+MARKS = 10
+"""Steps of the bar in an epoch."""
+SAVE_SECONDS = 600.0
+"""At least so often all that the next step needs is put on the disk."""
+
+Adapters = dict[str, torch.Tensor]
+"""`up NAME` [O, S] and `down NAME` [S, I], by the name on disk of the stored weight to which their product is added."""
+
+
+def require_peft() -> Any:
+    """The library. Raises RecipeError where it is not installed."""
+    try:
+        import peft
+    except ImportError as error:
+        raise RecipeError("recover takes peft, which is not installed; pip install 'streamlap[recover]'.") from error
+    return peft
+
+
+def adapted_names(model: nn.Module, layers: str) -> list[str]:
+    """Paths of the linears inside the decoder layers, and of the parts where a linear is stored in parts. What is removed has
+    none."""
+    found = model.get_submodule(layers).named_modules(prefix=layers)
+    return [name for name, module in found if isinstance(module, nn.Linear)]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recovered:
+    """What came of it."""
+
+    kept: bool
+    """Whether the loss on held-out tokens fell. Where it did not, nothing is written."""
+    before: float
+    after: float
+    """Loss on held-out tokens, nats a token: of the compressed model, and with the adapters in its weights, as stored."""
+    distilled: bool
+    """Whether the loss has the divergence from the dense model in it, or is cross-entropy alone."""
+    rank: int
+    epochs: int
+    tokens: int
+    """In the windows that were trained on, each counted once."""
+    held_tokens: int
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+@dataclass(frozen=True, kw_only=True)
+class RecoveryJob:
+    """Everything one recovery needs, checked."""
+
+    stream: ModelStream
+    dense: ModelStream | None
+    teacher_fit: Fit | None
+    knobs: Recovery
+    tokens_NL: torch.Tensor
+    thrifty: bool
+
+    @property
+    def held(self) -> list[int]:
+        """Windows that are not trained on."""
+        return list(held_sequences(*self.tokens_NL.shape))
+
+    @property
+    def train(self) -> list[int]:
+        return list(fitted_sequences(*self.tokens_NL.shape))
+
+    @property
+    def steps(self) -> int:
+        """In an epoch."""
+        return math.ceil(len(self.train) / self.knobs.batch)
+
+    def batch(self, step: int) -> list[int]:
+        """The windows of a step, counted over all epochs; every epoch has an order of its own."""
+        epoch, place = divmod(step, self.steps)
+        generator = torch.Generator().manual_seed((self.knobs.seed << 20) + epoch)
+        order = torch.randperm(len(self.train), generator=generator).tolist()
+        return [self.train[number] for number in order[place * self.knobs.batch : (place + 1) * self.knobs.batch]]
+
+
+class Adapting:
+    """The model with its adapters, AdamW, and how far they are.
+
+    Args: steps, in all.
+    """
+
+    def __init__(
+        self, stream: ModelStream, knobs: Recovery, teacher: Teacher | None, steps: int, thrifty: bool
+    ) -> None:
+        self.knobs, self._teacher, self._steps, self.done = knobs, teacher, steps, 0
+        self.device = stream.device
+        self.model: Any = load(stream.folder, dtype=stream.dtype, device_map={"": str(self.device)})
+        parts, names = carriers(self.model), adapted_names(self.model, stream.family.layers)
+        peft = require_peft()
+        config = peft.LoraConfig(r=knobs.rank, lora_alpha=knobs.rank, target_modules=names)
+        with torch.random.fork_rng(devices=[self.device] if self.device.type == "cuda" else []):
+            torch.manual_seed(knobs.seed)
+            peft.inject_adapter_in_model(config, self.model)
+        self._modules: dict[str, Any] = {
+            disk_name(f"{name}.weight", parts): self.model.get_submodule(name) for name in names
+        }
+        for module in self.model.modules():  # train() is for checkpointing alone: what is compressed has no noise in it
+            if isinstance(module, nn.Dropout):
+                module.p = 0.0
+            if hasattr(module, "attention_dropout"):
+                setattr(module, "attention_dropout", 0.0)  # noqa: B010 — no attribute of every module
+        if thrifty:
+            older = "gradient_checkpointing_enable"  # its name in transformers before 5.23
+            enable = getattr(self.model, "activation_checkpointing_enable", None) or getattr(self.model, older)
+            enable({"use_reentrant": False})
+        self._parameters = {
+            f"{side} {name}": table["default"].weight
+            for name, module in self._modules.items()
+            for side, table in (("up", module.lora_B), ("down", module.lora_A))
+        }
+        self._adam = torch.optim.AdamW(self._parameters.values(), lr=0.0, betas=BETAS, weight_decay=0.0, fused=True)
+
+    def step(self, numbers: Sequence[int], tokens_NL: torch.Tensor) -> None:
+        """One step, over the windows of these numbers."""
+        self.model.train()
+        self._adam.zero_grad()
+        for number in numbers:
+            (self._losses(number, tokens_NL).mean() / len(numbers)).backward()  # type: ignore[no-untyped-call]
+        torch.nn.utils.clip_grad_norm_(self._parameters.values(), MOST_NORM)
+        for group in self._adam.param_groups:
+            group["lr"] = self.knobs.learning_rate * warm_cosine(self.done, self._steps, self.knobs.warm_up)
+        self._adam.step()
+        self.done += 1
+
+    @torch.no_grad()
+    def measure(self, numbers: Sequence[int], tokens_NL: torch.Tensor) -> float:
+        """Mean loss over the windows of these numbers."""
+        self.model.eval()
+        self._adam.zero_grad()
+        losses = [self._losses(number, tokens_NL).double().mean() for number in numbers]
+        return float(torch.stack(losses).mean())
+
+    def _losses(self, number: int, tokens_NL: torch.Tensor) -> torch.Tensor:
+        tokens_L = tokens_NL[number].to(self.device)
+        logits_LV = self.model(input_ids=tokens_L[None], use_cache=False).logits[0]
+        likely = None if self._teacher is None else self._teacher.window(number).to(self.device)
+        return prediction_losses(logits_LV[:-1], tokens_L[1:], likely, self.knobs.distil)
+
+    def adapters(self) -> Adapters:
+        """What they are now, copied to RAM."""
+        return {name: tensor.detach().to("cpu", copy=True) for name, tensor in self._parameters.items()}
+
+    def merge(self, adapters: Adapters, stream: ModelStream) -> None:
+        """Make the model what a folder with these in its weights will be, rounding included. It cannot be trained then."""
+        for name, module in self._modules.items():
+            stored_OI = stream.source.read(name)
+            weight_OI = merged(stored_OI, adapters[f"up {name}"], adapters[f"down {name}"])
+            module.get_base_layer().weight.data.copy_(weight_OI)
+            module.enable_adapters(False)
+
+    def state(self) -> dict[str, torch.Tensor]:
+        """All that the next step needs."""
+        state = {f"value {name}": tensor.detach() for name, tensor in self._parameters.items()}
+        for name, tensor in self._parameters.items():
+            state |= {f"{part} {name}": self._adam.state[tensor][part] for part in ("exp_avg", "exp_avg_sq")}
+        return state | {"done": torch.tensor(self.done)}
+
+    def load(self, state: Mapping[str, torch.Tensor]) -> None:
+        """Go on from there."""
+        self.done = int(state["done"])
+        for name, tensor in self._parameters.items():
+            tensor.detach().copy_(state[f"value {name}"])
+            moments = {part: state[f"{part} {name}"].to(self.device) for part in ("exp_avg", "exp_avg_sq")}
+            step = torch.tensor(float(self.done), device=self.device)
+            self._adam.state[tensor] = {"step": step, **moments}
+
+
+def train_adapters(job: RecoveryJob, teacher: Teacher | None, running: Session) -> Recovered:
+    """All epochs; the best of them, measured as it would be stored, is in the state where it is better than the start.
+
+    Raises Interrupted after a step where a stop is due, NumericalError where there is nothing to train from.
+    """
+    steps = job.steps * job.knobs.epochs
+    adapting = Adapting(job.stream, job.knobs, teacher, steps, job.thrifty)
+    tokens_NL, held = job.tokens_NL, job.held
+    path = running.state / TRAINING_NAME
+    before = take_up(adapting, path)
+    begun, saved = adapting.done, time.monotonic()
+    if before is None:
+        before = adapting.measure(held, tokens_NL)
+        if not math.isfinite(before):
+            raise NumericalError(
+                f"the loss on held-out tokens is {before} before training; wanted a number. Try dtype float32."
+            )
+
+    def save() -> None:
+        loss = {"before": torch.tensor(before, dtype=torch.float64)}
+        ShardFolder(path.parent).write(path.name, adapting.state() | loss)
+
+    with Progress("recover", MARKS * job.knobs.epochs, MARKS * begun // job.steps) as progress:
+        while adapting.done < steps:
+            progress.phase("step", adapting.done, steps)
+            mark = MARKS * adapting.done // job.steps
+            adapting.step(job.batch(adapting.done), tokens_NL)
+            for _ in range(mark, MARKS * adapting.done // job.steps):
+                progress.next()
+            stop = running.stops.due(moved=adapting.done > begun) and adapting.done < steps
+            if stop or time.monotonic() - saved > SAVE_SECONDS:
+                save()
+                saved = time.monotonic()
+            if stop:
+                raise running.stops.stopped(f"after {adapting.done} of {steps} steps")
+        progress.phase("measure")
+        adapters = adapting.adapters()
+        adapting.merge(adapters, job.stream)
+        after = adapting.measure(held, tokens_NL)
+    kept = math.isfinite(after) and after < before
+    if kept:
+        ShardFolder(path.parent).write(BEST_NAME, adapters)
+    length = tokens_NL.shape[1]
+    return Recovered(
+        kept=kept, before=before, after=after if math.isfinite(after) else before, distilled=teacher is not None,
+        rank=job.knobs.rank, epochs=job.knobs.epochs, tokens=len(job.train) * length, held_tokens=len(held) * length,
+    )  # fmt: skip
+
+
+def take_up(adapting: Adapting, path: Path) -> float | None:
+    """Go on from the state of a run that died, where there is one; gives the loss that it began with."""
+    try:
+        state = read_tensors(path)
+    except CheckpointError:  # none, or one that is damaged: without it the same comes out, only later
+        return None
+    adapting.load(state)
+    return float(state["before"])

@@ -1,0 +1,199 @@
+"""Recovery: a compressed model trained by LoRA, and written again with the adapters in its weights. Read `run_recovery` first.
+
+The dense model, where it is given, goes layer by layer over the windows once, and what it predicts is kept. So it need not fit
+into memory; the compressed model has to.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from streamlap.data.calibration import calibration_tokens
+from streamlap.errors import RecipeError, ResumeMismatch, first_line, shown
+from streamlap.families.shell import parse_dtype
+from streamlap.families.stream import ModelStream
+from streamlap.methods.trained.recovery import Recovery
+from streamlap.output.folder import companions
+from streamlap.output.recovered import finish_recovered, trained_layer
+from streamlap.pipeline.adapt import BEST_NAME, Recovered, RecoveryJob, require_peft, train_adapters
+from streamlap.pipeline.export import check_destination
+from streamlap.pipeline.place import check_apart, check_places
+from streamlap.pipeline.session import Run, Session, session, source_marks, stream_marks, whole_name
+from streamlap.pipeline.teacher import ask_teacher
+from streamlap.planning.disk import COMPANION_BYTES, DiskNeeds
+from streamlap.planning.recovery import is_thrifty, recovery_needs
+from streamlap.planning.schedule import fit, require_fit
+from streamlap.planning.workload import evaluation_workload
+from streamlap.recipe import Calibration
+from streamlap.settings import RunSettings, split_options
+from streamlap.store.hub import local_folder
+from streamlap.store.journal import saved_tokens
+from streamlap.store.sink import ShardFolder, TensorEntry, shard_names, write_durably
+from streamlap.store.source import read_tensors
+from streamlap.system.allocator import steady_heap, trim_heap
+from streamlap.untrusted.json import parse_json
+
+LENGTH, SAMPLES = 512, 1024
+"""Of the windows, where nothing else is asked for."""
+OUTCOME_NAME = "outcome.json"
+
+
+def recover(
+    out: str | Path,
+    destination: str | Path,
+    text: str | Path | list[str] | tuple[str, ...],
+    *,
+    dense: str | Path | None = None,
+    samples: int | None = None,
+    length: int | None = None,
+    text_column: str | None = None,
+    dtype: str = "auto",
+    **options: Any,
+) -> Recovered:
+    """Train the compressed model `out` by LoRA on every linear that it stores, and write it, with the adapters merged into what
+    is stored, into the new folder `destination`; or go on where a killed run stopped. Ranks and widths stay. It is written only
+    where the loss on held-out windows falls.
+
+    Args: text, files as for calibration; dense, the model that `out` was made of, towards whose predictions it is trained
+    beside the text; samples (1024) windows of `length` (512, or the rows of an .npy) tokens; dtype, compute dtype, auto is
+    float32 on a CPU; options, single fields of RunSettings, and of Recovery (epochs, rank, learning_rate, warm_up, batch,
+    distil, top, seed).
+
+    Raises a StreamlapError before the first step for anything that can be checked from headers, and Interrupted where it was
+    stopped.
+    """
+    settings, others = split_options(options)
+    unknown = sorted(set(others) - {entry.name for entry in fields(Recovery)})
+    if unknown:
+        raise RecipeError(f"recover has no options {', '.join(map(shown, unknown))}; wanted fields of Recovery.")
+    knobs, deadline, destination = Recovery(**others), settings.deadline(), Path(destination)
+    require_peft()
+    check_places(destination, settings.work)
+    settings = settings.settled()
+    folder = local_folder(str(out), settings.trust_remote_code)
+    own: dict[str, Any] = {"knobs": asdict(knobs), "dtype": parse_dtype(dtype), "dense": None}
+    if dense is not None:
+        dense_folder = local_folder(str(dense), settings.trust_remote_code)
+        own["dense"] = whole_name(dense, dense_folder)
+    run = Run(
+        command="recover",
+        out=destination,
+        folder=destination,
+        model=whole_name(out, folder),
+        settings=settings,
+        own=own,
+    )
+    stream = ModelStream(folder, settings.device, own["dtype"])
+    files = (text,) if isinstance(text, str | Path) else tuple(text)
+    ready = samples is None and any(str(file).endswith(".npy") for file in files)
+    calibration = Calibration(
+        files=tuple(map(str, files)), samples=None if ready else samples or SAMPLES, seed=knobs.seed, text_column=text_column,
+        length=length if ready or length else min(LENGTH, stream.context),
+    )  # fmt: skip
+    tokens_NL = calibration_tokens(
+        calibration, folder, stream.vocabulary, stream.context, settings.trust_remote_code, settings.caps.ram
+    )
+    return run_recovery(run, checked_job(run, settings, stream, tokens_NL), settings, deadline)
+
+
+def resume_recovery(run: Run, settings: RunSettings) -> Recovered:
+    """Go on with an interrupted run; `settings` are its own, with other caps where they were given."""
+    deadline, settings = settings.deadline(), settings.settled()
+    try:
+        dtype, knobs = str(run.own["dtype"]), run.own["knobs"]
+        stream = ModelStream(local_folder(run.model), settings.device, dtype)
+        Recovery(**knobs)
+    except (KeyError, TypeError, RecipeError) as error:
+        raise ResumeMismatch(
+            f"{run.folder} has no knobs that can be used ({first_line(error)}). Delete it and give the first command again."
+        ) from error
+    return run_recovery(run, checked_job(run, settings, stream, saved_tokens(run.folder)), settings, deadline)
+
+
+def checked_job(run: Run, settings: RunSettings, stream: ModelStream, tokens_NL: torch.Tensor) -> RecoveryJob:
+    """Raises before anything is read or written."""
+    steady_heap()
+    stream.require_head()
+    check_apart(stream.folder, run.out)
+    companions(stream.folder)
+    check_destination(run.out)
+    knobs, dense, teacher_fit = Recovery(**run.own["knobs"]), None, None
+    (windows, length), name = tokens_NL.shape, run.own.get("dense")
+    if windows < 2:
+        raise RecipeError(
+            f"the text has one window of {length} tokens; wanted two, to train on one and judge by the other. Give more text, "
+            "or a shorter --length."
+        )
+    if name is not None:
+        dense = ModelStream(local_folder(name), settings.device, run.own["dtype"])
+        check_teacher(dense, stream)
+        teacher_fit = fit(evaluation_workload(dense, windows, length), settings.caps, settings.overlap)
+        require_fit(teacher_fit, settings.caps)
+    needs = recovery_needs(stream, knobs, windows, length, dense is not None)
+    return RecoveryJob(
+        stream=stream, dense=dense, teacher_fit=teacher_fit, knobs=knobs, tokens_NL=tokens_NL,
+        thrifty=is_thrifty(needs, stream, settings.caps),
+    )  # fmt: skip
+
+
+def check_teacher(dense: ModelStream, stream: ModelStream) -> None:
+    """Raise RecipeError for a dense model whose predictions are not about the same words."""
+    dense.require_head()
+    seen, wanted = (dense.vocabulary, dense.family.model_type), (stream.vocabulary, stream.family.model_type)
+    if seen != wanted:
+        raise RecipeError(
+            f"--dense {dense.folder} is a {seen[1]} with a vocabulary of {seen[0]}, and {stream.folder} a {wanted[1]} with "
+            f"{wanted[0]}; wanted the model that it was made of."
+        )
+
+
+def run_recovery(run: Run, job: RecoveryJob, settings: RunSettings, deadline: float) -> Recovered:
+    """The checked job: the dense model's predictions, the training, the shards."""
+    stream = job.stream
+    model_bytes = sum(header.file_bytes for header in stream.source.headers.values())
+    hidden = job.teacher_fit.work.disk_bytes if job.teacher_fit else 0
+    needs = DiskNeeds(output_bytes=model_bytes + COMPANION_BYTES, hidden_bytes=hidden)
+    marks = fingerprint(job)
+    with session(run, marks, needs, deadline, lambda: check_destination(run.out), job.tokens_NL) as running:
+        outcome = running.state / OUTCOME_NAME
+        if not outcome.is_file():
+            teacher = None
+            if job.dense is not None and job.teacher_fit is not None:
+                teacher = ask_teacher(job.dense, job.tokens_NL, job.knobs.top, job.teacher_fit, running)
+            found = train_adapters(job, teacher, running)
+            write_durably(outcome, json.dumps(found.to_json(), allow_nan=False).encode())
+            trim_heap()
+        result = Recovered(**parse_json(outcome.read_bytes()))
+        if result.kept:
+            shards = write_shards(job, running)
+            finish_recovered(run.out, stream, result.to_json(), shards)
+    if not result.kept:
+        run.out.rmdir()
+    return result
+
+
+def fingerprint(job: RecoveryJob) -> dict[str, Any]:
+    """All that the bytes of the output depend on."""
+    marks = {f"recover {key}": value for key, value in asdict(job.knobs).items()}
+    dense = {f"dense {key}": value for key, value in source_marks(job.dense).items()} if job.dense else {"dense": None}
+    return {**marks, **stream_marks(job.stream, job.tokens_NL), **dense}
+
+
+def write_shards(job: RecoveryJob, running: Session) -> dict[str, str]:
+    """Every shard that the journal does not have, each with its line there once it is on the disk; then the index. Gives their
+    hashes."""
+    stream, sink, journal = job.stream, ShardFolder(running.run.out), running.journal
+    names, adapters = shard_names(stream.depth), read_tensors(running.state / BEST_NAME)
+    for place in range(journal.next_layer, len(names)):
+        entries: Mapping[str, TensorEntry]
+        entries = trained_layer(stream, place - 1, adapters) if place else stream.outer_tensors()
+        journal.append({"index": place, "sha256": sink.write(names[place], entries)})
+    hashes = {names[line["index"]]: line["sha256"] for line in journal.layers}
+    sink.seal(hashes)
+    return hashes

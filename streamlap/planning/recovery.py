@@ -1,0 +1,78 @@
+"""What recovery holds: the compressed model whole, adapters with their moments, what one window leaves for its gradients."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from streamlap.errors import BudgetError
+from streamlap.families.stream import ModelStream
+from streamlap.methods.trained.recovery import Recovery
+from streamlap.planning.workload import GRAPH_HEADS, GRAPH_INNER, GRAPH_WIDTHS
+from streamlap.settings import Caps
+from streamlap.system.budget import free_ram, show_size, vram_state
+from streamlap.system.meters import ram_bytes
+
+ADAPTER_BYTES = 20
+"""Of a number in an adapter, in float32: itself, its gradient, two moments of AdamW, and the best so far."""
+LOGIT_COPIES = 3
+"""Of the logits, in float32, beside themselves."""
+KEPT_BYTES = 6
+"""Of a word that is kept of the dense model's predictions."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RecoveryNeeds:
+    """Bytes, by purpose."""
+
+    model: int
+    adapters: int
+    graph: int
+    """What a window leaves for its gradients, of all layers."""
+    thrifty_graph: int
+    """The same where each layer runs again on the way back, and leaves its input alone till then."""
+    logits: int
+    teacher: int
+    """In RAM, whatever the device."""
+
+    def on_device(self, thrifty: bool) -> int:
+        return self.model + self.adapters + self.logits + (self.thrifty_graph if thrifty else self.graph)
+
+
+def recovery_needs(stream: ModelStream, knobs: Recovery, windows: int, length: int, distilled: bool) -> RecoveryNeeds:
+    """From headers alone."""
+    infos = [stream.source.info(name) for name in stream.source.names()]
+    shapes = [info.shape for index in range(stream.depth) for info in stream.layer_tensors(index).values()]
+    added = sum(knobs.rank * (shape[0] + shape[1]) for shape in shapes if len(shape) == 2)
+    inner = max(max(shape) for shape in shapes if len(shape) == 2)
+    heads = max(stream.native(index, "q").shape[0] for index in range(stream.depth))
+    layer = 4 * length * (GRAPH_WIDTHS * stream.width + GRAPH_HEADS * heads + GRAPH_INNER * inner)
+    return RecoveryNeeds(
+        model=sum(math.prod(info.shape) * stream.dtype.itemsize for info in infos),
+        adapters=added * ADAPTER_BYTES,
+        graph=stream.depth * layer,
+        thrifty_graph=layer + stream.depth * length * stream.width * 4,
+        logits=length * stream.vocabulary * 4 * (1 + LOGIT_COPIES),
+        teacher=windows * (length - 1) * min(knobs.top, stream.vocabulary) * KEPT_BYTES * distilled,
+    )
+
+
+def is_thrifty(needs: RecoveryNeeds, stream: ModelStream, caps: Caps) -> bool:
+    """Whether layers have to run again on the way back, for want of memory. Raises BudgetError where that is too much too."""
+    away, (given, left) = stream.accelerator.away, vram_state(stream.device)
+    ram = (caps.ram - ram_bytes()) if caps.ram is not None else free_ram()
+    room = (min(left, caps.vram - given) if caps.vram is not None else left) if away else ram - needs.teacher
+    if away and needs.teacher > ram:
+        raise BudgetError(
+            f"the dense model's predictions take {show_size(needs.teacher)} of RAM, and {show_size(ram)} are left. Use fewer "
+            "--samples, or raise --max-ram."
+        )
+    for thrifty in (False, True):
+        if needs.on_device(thrifty) <= room:
+            return thrifty
+    window = needs.thrifty_graph + needs.logits
+    raise BudgetError(
+        f"recover takes {show_size(needs.on_device(True))} on {stream.device} (the compressed model {show_size(needs.model)}, "
+        f"adapters {show_size(needs.adapters)}, a window {show_size(window)}), and {show_size(max(0, room))} are left. Use a "
+        "shorter --length, a smaller --rank, --dtype bfloat16, or a larger device."
+    )
