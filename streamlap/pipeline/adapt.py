@@ -123,6 +123,10 @@ class Adapting:
         self, stream: ModelStream, knobs: Recovery, teacher: Teacher | None, steps: int, thrifty: bool
     ) -> None:
         self.knobs, self._teacher, self._steps, self.done = knobs, teacher, steps, 0
+        self.held: list[float] = []
+        """Loss on held-out tokens at the start and after each epoch."""
+        self.best: Adapters = {}
+        """Of the epoch of least loss; none while nothing is better than the start."""
         self.device = stream.device
         self.model: Any = load(stream.folder, dtype=stream.dtype, device_map={"": str(self.device)})
         parts, names = carriers(self.model), adapted_names(self.model, stream.family.layers)
@@ -176,6 +180,12 @@ class Adapting:
         likely = None if self._teacher is None else self._teacher.window(number).to(self.device)
         return prediction_losses(logits_LV[:-1], tokens_L[1:], likely, self.knobs.distil)
 
+    def take_down(self, loss: float) -> None:
+        """The loss on held-out tokens, at the start and after each epoch; the adapters too where it is the least so far."""
+        if self.held and loss < min(self.held):
+            self.best = self.adapters()
+        self.held.append(loss)
+
     def adapters(self) -> Adapters:
         """What they are now, copied to RAM."""
         return {name: tensor.detach().to("cpu", copy=True) for name, tensor in self._parameters.items()}
@@ -191,13 +201,15 @@ class Adapting:
     def state(self) -> dict[str, torch.Tensor]:
         """All that the next step needs."""
         state = {f"value {name}": tensor.detach() for name, tensor in self._parameters.items()}
+        state |= {f"best {name}": tensor for name, tensor in self.best.items()}
         for name, tensor in self._parameters.items():
             state |= {f"{part} {name}": self._adam.state[tensor][part] for part in ("exp_avg", "exp_avg_sq")}
-        return state | {"done": torch.tensor(self.done)}
+        return state | {"done": torch.tensor(self.done), "held": torch.tensor(self.held, dtype=torch.float64)}
 
     def load(self, state: Mapping[str, torch.Tensor]) -> None:
         """Go on from there."""
-        self.done = int(state["done"])
+        self.done, self.held = int(state["done"]), state["held"].tolist()
+        self.best = {name: state[f"best {name}"] for name in self._parameters if f"best {name}" in state}
         for name, tensor in self._parameters.items():
             tensor.detach().copy_(state[f"value {name}"])
             moments = {part: state[f"{part} {name}"].to(self.device) for part in ("exp_avg", "exp_avg_sq")}
@@ -206,59 +218,55 @@ class Adapting:
 
 
 def train_adapters(job: RecoveryJob, teacher: Teacher | None, running: Session) -> Recovered:
-    """All epochs; the best of them, measured as it would be stored, is in the state where it is better than the start.
+    """All epochs; the best of them is in the run's state where, measured as it will be stored, it is better than the start.
 
     Raises Interrupted after a step where a stop is due, NumericalError where there is nothing to train from.
     """
-    steps = job.steps * job.knobs.epochs
-    adapting = Adapting(job.stream, job.knobs, teacher, steps, job.thrifty)
-    tokens_NL, held = job.tokens_NL, job.held
-    path = running.state / TRAINING_NAME
-    before = take_up(adapting, path)
-    begun, saved = adapting.done, time.monotonic()
-    if before is None:
-        before = adapting.measure(held, tokens_NL)
-        if not math.isfinite(before):
-            raise NumericalError(
-                f"the loss on held-out tokens is {before} before training; wanted a number. Try dtype float32."
-            )
-
-    def save() -> None:
-        loss = {"before": torch.tensor(before, dtype=torch.float64)}
-        ShardFolder(path.parent).write(path.name, adapting.state() | loss)
-
-    with Progress("recover", MARKS * job.knobs.epochs, MARKS * begun // job.steps) as progress:
-        while adapting.done < steps:
-            progress.phase("step", adapting.done, steps)
-            mark = MARKS * adapting.done // job.steps
-            adapting.step(job.batch(adapting.done), tokens_NL)
-            for _ in range(mark, MARKS * adapting.done // job.steps):
-                progress.next()
-            stop = running.stops.due(moved=adapting.done > begun) and adapting.done < steps
-            if stop or time.monotonic() - saved > SAVE_SECONDS:
-                save()
-                saved = time.monotonic()
-            if stop:
-                raise running.stops.stopped(f"after {adapting.done} of {steps} steps")
-        progress.phase("measure")
-        adapters = adapting.adapters()
-        adapting.merge(adapters, job.stream)
-        after = adapting.measure(held, tokens_NL)
-    kept = math.isfinite(after) and after < before
-    if kept:
-        ShardFolder(path.parent).write(BEST_NAME, adapters)
-    length = tokens_NL.shape[1]
+    adapting = Adapting(job.stream, job.knobs, teacher, job.steps * job.knobs.epochs, job.thrifty)
+    take_up(adapting, running.state / TRAINING_NAME)
+    if not adapting.held:
+        adapting.take_down(adapting.measure(job.held, job.tokens_NL))
+    before = adapting.held[0]
+    if not math.isfinite(before):
+        raise NumericalError(
+            f"the loss on held-out tokens is {before} before training; wanted a number. Try dtype float32."
+        )
+    train_epochs(adapting, job, running)
+    after = before
+    if adapting.best:
+        adapting.merge(adapting.best, job.stream)
+        after = adapting.measure(job.held, job.tokens_NL)
+    if after < before:
+        ShardFolder(running.state).write(BEST_NAME, adapting.best)
+    length = job.tokens_NL.shape[1]
     return Recovered(
-        kept=kept, before=before, after=after if math.isfinite(after) else before, distilled=teacher is not None,
-        rank=job.knobs.rank, epochs=job.knobs.epochs, tokens=len(job.train) * length, held_tokens=len(held) * length,
+        kept=after < before, before=before, after=after, distilled=teacher is not None, rank=job.knobs.rank,
+        epochs=job.knobs.epochs, tokens=len(job.train) * length, held_tokens=len(job.held) * length,
     )  # fmt: skip
 
 
-def take_up(adapting: Adapting, path: Path) -> float | None:
-    """Go on from the state of a run that died, where there is one; gives the loss that it began with."""
+def train_epochs(adapting: Adapting, job: RecoveryJob, running: Session) -> None:
+    """From the next step to the end of the last epoch."""
+    begun, saved, steps = adapting.done, time.monotonic(), job.steps * job.knobs.epochs
+    with Progress("recover", MARKS * job.knobs.epochs, MARKS * begun // job.steps) as progress:
+        for step in range(begun, steps):
+            progress.phase("step", step, steps)
+            adapting.step(job.batch(step), job.tokens_NL)
+            for _ in range(MARKS * step // job.steps, MARKS * (step + 1) // job.steps):
+                progress.next()
+            if (step + 1) % job.steps == 0:
+                adapting.take_down(adapting.measure(job.held, job.tokens_NL))
+            stop = running.stops.due() and step + 1 < steps
+            if stop or time.monotonic() - saved > SAVE_SECONDS:
+                ShardFolder(running.state).write(TRAINING_NAME, adapting.state())
+                saved = time.monotonic()
+            if stop:
+                raise running.stops.stopped(f"after {step + 1} of {steps} steps")
+
+
+def take_up(adapting: Adapting, path: Path) -> None:
+    """Go on from the state of a run that died, where there is one."""
     try:
-        state = read_tensors(path)
+        adapting.load(read_tensors(path))
     except CheckpointError:  # none, or one that is damaged: without it the same comes out, only later
-        return None
-    adapting.load(state)
-    return float(state["before"])
+        return

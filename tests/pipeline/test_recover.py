@@ -206,7 +206,7 @@ def fail(*_: Any) -> None:
 
 def test_what_gains_nothing_is_not_written(small: Path, lesson: Path, tmp_path: Path) -> None:
     runner, out = CliRunner(), tmp_path / "out"
-    command = ["recover", str(small), str(out), "--text", str(lesson), "--learning-rate", "1.0", "--rank", "2"]
+    command = ["recover", str(small), str(out), "--text", str(lesson), "--learning-rate", "1.0", "--epochs", "8"]
     result = runner.invoke(app, command)
     assert result.exit_code == 0
     assert "nothing is written" in result.stdout
