@@ -10,6 +10,7 @@ import typer
 import streamlap
 from streamlap.cli.options import (
     RATIO,
+    TEXT,
     CapOptions,
     Dtype,
     Json,
@@ -163,14 +164,7 @@ def recover(
 def evaluate(
     model: Model,
     run: RunOptions,
-    text: Annotated[
-        list[str] | None,
-        typer.Option(
-            metavar="TEXT",
-            help="Text or token ids, as for --calibration; of a data set the validation split, else the test split; "
-            "default: the bundled validation text.",
-        ),
-    ] = None,
+    text: Annotated[list[str] | None, TEXT] = None,
     length: Length = None,
     stride: Annotated[
         int | None, typer.Option(help="Overlapping windows, each scoring its last STRIDE tokens.")

@@ -70,8 +70,24 @@ TextColumn = Annotated[
         metavar="NAME", help="Column of JSON or parquet rows that has the text; default text, or a chat's turns."
     ),
 ]
+TEXT = typer.Option(
+    metavar="TEXT",
+    help="Text or token ids, as for --calibration; of a data set eval takes the validation split, else the test split; default "
+    "of eval: the bundled validation text.",
+)
+Samples = Annotated[
+    int | None,
+    typer.Option(
+        help="Windows; default 128, of a survey 16, of recover 1024. They are drawn from the first 2^20 tokens of the text, or "
+        "from the first 4 x samples x length if that is more."
+    ),
+]
 Length = Annotated[
-    int | None, typer.Option(help="Tokens a window; default 2048, of a survey 256, or the model's context.")
+    int | None,
+    typer.Option(help="Tokens a window; default 2048, of a survey 256, of recover 512, or the model's context."),
+]
+Seed = Annotated[
+    int | None, typer.Option(help="Seed of the choice of windows; of recover also of their order and of the start.")
 ]
 StopAfter = Annotated[
     str | None,
@@ -130,15 +146,9 @@ class TextOptions:
         ),
     ] = None
     text_column: TextColumn = None
-    samples: Annotated[
-        int | None,
-        typer.Option(
-            help="Calibration windows; default 128, of a survey 16. They are drawn from the first 2^20 tokens of the text, or "
-            "from the first 4 x samples x length if that is more."
-        ),
-    ] = None
+    samples: Samples = None
     length: Length = None
-    seed: Annotated[int | None, typer.Option(help="Seed of the choice of windows.")] = None
+    seed: Seed = None
     dtype: Dtype = None
 
 
@@ -201,9 +211,7 @@ class RecipeOptions(TextOptions):
 class RecoveryOptions:
     """How a compressed model is trained."""
 
-    text: Annotated[
-        list[str], typer.Option(metavar="TEXT", help="Text or token ids, as for --calibration; may be repeated.")
-    ]
+    text: Annotated[list[str], TEXT]
     dense: Annotated[
         str | None,
         typer.Option(
@@ -212,13 +220,13 @@ class RecoveryOptions:
             "by layer, once.",
         ),
     ] = None
-    samples: Annotated[int | None, typer.Option(help="Windows of the text.  [default: 1024]")] = None
-    length: Annotated[int | None, typer.Option(help="Tokens a window.  [default: 512, or the model's context]")] = None
+    samples: Samples = None
+    length: Length = None
     text_column: TextColumn = None
     epochs: Annotated[int | None, typer.Option(help="Times that each window is seen.  [default: 2]")] = None
     rank: Annotated[int | None, typer.Option(help="Of each adapter.  [default: 32]")] = None
     learning_rate: Annotated[float | None, typer.Option(help="Highest.  [default: 0.001]")] = None
-    seed: Annotated[int | None, typer.Option(help="Of the windows, their order and the adapters' start.")] = None
+    seed: Seed = None
     dtype: Dtype = None
 
 

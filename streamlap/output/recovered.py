@@ -6,11 +6,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from streamlap.families.stream import ModelStream
 from streamlap.loader.shim import write_shim
-from streamlap.methods.trained.recovery import merged
 from streamlap.output.folder import (
     CARD_BYTES,
     KEPT_NAME,
@@ -21,7 +18,7 @@ from streamlap.output.folder import (
     source_config,
     write_json,
 )
-from streamlap.store.sink import TensorEntry, write_durably
+from streamlap.store.sink import write_durably
 from streamlap.untrusted.paths import read_bytes, read_object
 
 CARRIED = (RECIPE_NAME, KEPT_NAME, SURVEY_NAME)
@@ -46,21 +43,6 @@ def finish_recovered(out: Path, stream: ModelStream, recovery: Mapping[str, Any]
     if stream.rows:
         write_shim(out, write_durably)
     write_json(out / "config.json", source_config(stream))
-
-
-def trained_layer(stream: ModelStream, index: int, adapters: Mapping[str, torch.Tensor]) -> dict[str, TensorEntry]:
-    """Tensors of one layer by their names on disk, with the adapters in those that have some; others are copied as bytes.
-
-    Args: adapters, `up NAME` and `down NAME` by the name on disk of the weight that they are added to.
-    """
-    entries: dict[str, TensorEntry] = {}
-    tensors = stream.layer_tensors(index)
-    for name, stored in stream.layer_names(index).items():
-        entries[stored] = tensors[name]
-        if f"up {stored}" in adapters:
-            sides = adapters[f"up {stored}"], adapters[f"down {stored}"]
-            entries[stored] = merged(stream.source.read(stored), *sides)
-    return entries
 
 
 def card_section(recovery: Mapping[str, Any]) -> str:

@@ -18,9 +18,9 @@ from streamlap.data.calibration import calibration_tokens
 from streamlap.errors import RecipeError, ResumeMismatch, first_line, shown
 from streamlap.families.shell import parse_dtype
 from streamlap.families.stream import ModelStream
-from streamlap.methods.trained.recovery import Recovery
+from streamlap.methods.trained.recovery import Recovery, merged
 from streamlap.output.folder import companions
-from streamlap.output.recovered import finish_recovered, trained_layer
+from streamlap.output.recovered import finish_recovered
 from streamlap.pipeline.adapt import BEST_NAME, Recovered, RecoveryJob, require_peft, train_adapters
 from streamlap.pipeline.export import check_destination
 from streamlap.pipeline.place import check_apart, check_places
@@ -197,3 +197,18 @@ def write_shards(job: RecoveryJob, running: Session) -> dict[str, str]:
     hashes = {names[line["index"]]: line["sha256"] for line in journal.layers}
     sink.seal(hashes)
     return hashes
+
+
+def trained_layer(stream: ModelStream, index: int, adapters: Mapping[str, torch.Tensor]) -> dict[str, TensorEntry]:
+    """Tensors of one layer by their names on disk, with the adapters in those that have some; others are copied as bytes.
+
+    Args: adapters, `up NAME` and `down NAME` by the name on disk of the weight that they are added to.
+    """
+    entries: dict[str, TensorEntry] = {}
+    tensors = stream.layer_tensors(index)
+    for name, stored in stream.layer_names(index).items():
+        entries[stored] = tensors[name]
+        if f"up {stored}" in adapters:
+            sides = adapters[f"up {stored}"], adapters[f"down {stored}"]
+            entries[stored] = merged(stream.source.read(stored), *sides)
+    return entries

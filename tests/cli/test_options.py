@@ -27,6 +27,7 @@ OPTIONS: dict[str, set[str]] = {
     "compress": RECIPE | RUN | {"stop-after", "overwrite"},
     "plan": RECIPE | RUN | {"machine"},
     "survey": TEXT | RUN | {"shape", "stop-after", "overwrite"},
+    "recover": RUN | (TEXT - {"calibration"}) | {"text", "dense", "epochs", "rank", "learning-rate", "stop-after"},
     "resume": CAPS | {"stop-after"},
     "eval": RUN | {"text", "text-column", "length", "stride", "limit", "dtype"},
     "inspect": set(),
@@ -40,6 +41,7 @@ ARGUMENTS = {
     "compress": ["MODEL", "OUT"],
     "plan": ["MODEL"],
     "survey": ["MODEL", "FILE"],
+    "recover": ["OUT", "DEST"],
     "resume": ["OUT"],
     "eval": ["MODEL"],
     "inspect": ["PATH"],
@@ -47,6 +49,8 @@ ARGUMENTS = {
     "export": ["OUT", "DEST"],
     "demo": ["OUT"],
 }
+
+REQUIRED = {"export": [["--to"]], "recover": [["--text"]]}
 
 CALLS = {
     "the console script": [str(Path(sys.executable).with_name("streamlap"))],
@@ -70,7 +74,7 @@ def test_a_command_takes_the_options_that_it_always_took(command: str) -> None:
     options = list(filter(is_option, parameters(command)))
     names = {word.removeprefix("--") for option in options for word in (*option.opts, *option.secondary_opts)}
     assert names == OPTIONS[command] | {"json"}
-    assert [option.opts for option in options if option.required] == ([["--to"]] if command == "export" else [])
+    assert [option.opts for option in options if option.required] == REQUIRED.get(command, [])
     assert [place.metavar for place in parameters(command) if not is_option(place)] == ARGUMENTS[command]
 
 
