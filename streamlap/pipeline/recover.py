@@ -6,6 +6,7 @@ into memory; the compressed model has to.
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, fields
@@ -81,14 +82,8 @@ def recover(
     if dense is not None:
         dense_folder = local_folder(str(dense), settings.trust_remote_code)
         own["dense"] = whole_name(dense, dense_folder)
-    run = Run(
-        command="recover",
-        out=destination,
-        folder=destination,
-        model=whole_name(out, folder),
-        settings=settings,
-        own=own,
-    )
+    model = whole_name(out, folder)
+    run = Run(command="recover", out=destination, folder=destination, model=model, settings=settings, own=own)
     stream = ModelStream(folder, settings.device, own["dtype"])
     files = (text,) if isinstance(text, str | Path) else tuple(text)
     ready = samples is None and any(str(file).endswith(".npy") for file in files)
@@ -99,7 +94,7 @@ def recover(
     tokens_NL = calibration_tokens(
         calibration, folder, stream.vocabulary, stream.context, settings.trust_remote_code, settings.caps.ram
     )
-    return run_recovery(run, checked_job(run, settings, stream, tokens_NL), settings, deadline)
+    return run_recovery(run, checked_job(run, settings, stream, tokens_NL), deadline)
 
 
 def resume_recovery(run: Run, settings: RunSettings) -> Recovered:
@@ -113,7 +108,7 @@ def resume_recovery(run: Run, settings: RunSettings) -> Recovered:
         raise ResumeMismatch(
             f"{run.folder} has no knobs that can be used ({first_line(error)}). Delete it and give the first command again."
         ) from error
-    return run_recovery(run, checked_job(run, settings, stream, saved_tokens(run.folder)), settings, deadline)
+    return run_recovery(run, checked_job(run, settings, stream, saved_tokens(run.folder)), deadline)
 
 
 def checked_job(run: Run, settings: RunSettings, stream: ModelStream, tokens_NL: torch.Tensor) -> RecoveryJob:
@@ -153,7 +148,7 @@ def check_teacher(dense: ModelStream, stream: ModelStream) -> None:
         )
 
 
-def run_recovery(run: Run, job: RecoveryJob, settings: RunSettings, deadline: float) -> Recovered:
+def run_recovery(run: Run, job: RecoveryJob, deadline: float) -> Recovered:
     """The checked job: the dense model's predictions, the training, the shards."""
     stream = job.stream
     model_bytes = sum(header.file_bytes for header in stream.source.headers.values())
@@ -174,7 +169,8 @@ def run_recovery(run: Run, job: RecoveryJob, settings: RunSettings, deadline: fl
             shards = write_shards(job, running)
             finish_recovered(run.out, stream, result.to_json(), shards)
     if not result.kept:
-        run.out.rmdir()
+        with contextlib.suppress(OSError):  # it may hold what is left alone
+            run.out.rmdir()
     return result
 
 
