@@ -56,6 +56,26 @@ PICO_OF: dict[str, dict[str, Any]] = {
     "ministral3": {"rope_parameters": ROPE | {"rope_type": "yarn", "llama_4_scaling_beta": 0.1}},
     "seed_oss": {"attention_bias": True, "attention_out_bias": False},
     "ernie4_5": {"use_bias": True},
+    "olmo3": {"sliding_window": 5, "layer_types": ["sliding_attention", "full_attention", "sliding_attention"]},
+    "gemma2": {
+        "sliding_window": 5,
+        "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+        "query_pre_attn_scalar": 5,
+        "final_logit_softcapping": 2.0,
+        "attn_logit_softcapping": 1.0,
+    },
+    "gemma3_text": {
+        "sliding_window": 5,
+        "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+        "query_pre_attn_scalar": 5,
+    },
+    "granite": {
+        "embedding_multiplier": 12.0,
+        "logits_scaling": 8.0,
+        "attention_multiplier": 0.2,
+        "residual_multiplier": 0.22,
+    },
+    "exaone4": {"sliding_window": 5, "layer_types": ["sliding_attention", "full_attention", "sliding_attention"]},
     "hunyuan_v1_dense": {"rope_parameters": ROPE | {"rope_type": "dynamic", "alpha": 1000.0}},
 }
 """Model type -> what shows, in three layers of 64 tokens, what its layers do and others do not."""

@@ -34,6 +34,8 @@ class Layer(Protocol):
 
     def sublayer_middle(self, name: str, x_BLD: torch.Tensor) -> torch.Tensor: ...
 
+    def added(self, name: str, output_BLD: torch.Tensor) -> torch.Tensor: ...
+
 
 @dataclass(frozen=True, kw_only=True)
 class Difference:
@@ -71,7 +73,8 @@ def check_layer(layer: Layer, x_BLD: torch.Tensor, writes: bool) -> None:
             path = layer.family.path(layer.family.sublayers[name].writes)
             raise UnsupportedModel(
                 f"{layer.prefix}: in {model}, what {name} adds to the hidden states and what {path} gives {found}; wanted both "
-                "equal, as the methods fit this linear to the hidden states. Take methods that do not: preset lorap."
+                "equal, as the methods fit this linear to the hidden states. Name the norm or multiplier behind it in the row "
+                "of the family, or take methods that do not: preset lorap."
             )
 
 
@@ -84,9 +87,9 @@ def sequence_difference(layer: Layer, x_BLD: torch.Tensor) -> Difference | None:
 
 
 def sum_difference(layer: Layer, name: str, x_BLD: torch.Tensor) -> Difference | None:
-    """Between a sub-layer and x + what its last linear makes of its middle."""
+    """Between a sub-layer and x + what its last linear makes of its middle, behind what the row says stands there."""
     last = layer.module.get_submodule(layer.family.path(layer.family.sublayers[name].writes))
-    sum_BLD = marked(x_BLD + last(layer.sublayer_middle(name, x_BLD)))
+    sum_BLD = marked(x_BLD + layer.added(name, last(layer.sublayer_middle(name, x_BLD))))
     return difference(layer.run_sublayer(name, x_BLD), sum_BLD, x_BLD)
 
 

@@ -24,6 +24,9 @@ from streamlap.loader.modules import carriers, disk_name, skip_removed
 from streamlap.store.header import TensorInfo
 from streamlap.store.sink import TensorEntry
 
+LEAST = 1e-12
+"""By less than that no token is divided."""
+
 
 class Collector(Protocol):
     """What may look at the inputs of a linear: it is shown x_TI, batch after batch."""
@@ -84,6 +87,57 @@ class StreamLayer:
     def natives(self, roles: Iterable[str]) -> dict[str, Dense]:
         return {role: self._natives[role] for role in roles}
 
+    @torch.no_grad()
+    def added(self, name: str, output_BLD: torch.Tensor) -> torch.Tensor:
+        """What a sub-layer adds to the hidden states when this is the output of its last linear."""
+        part = self.family.sublayers[name]
+        if part.multiplier is not None:
+            output_BLD = output_BLD * getattr(self.module, part.multiplier)
+        if part.norm is not None:
+            output_BLD = self.module.get_submodule(part.norm)(output_BLD)
+        return output_BLD
+
+    def gain(self, role: str) -> torch.Tensor | None:
+        """[O], what each output of a linear is multiplied by on its way to the hidden states: a multiplier, or the gain of a
+        norm. By what such a norm divides each token is in `sizes`. None where the layer does nothing to it."""
+        for name, part in self.family.sublayers.items():
+            if part.writes == role and (part.norm or part.multiplier):
+                weight = next(self.module.parameters())
+                return self.added(name, weight.new_ones(self.native(role).shape[0])).float()
+        return None
+
+    def acting(self, role: str) -> torch.Tensor:
+        """The weight [O, I] of a linear as it acts on the hidden states: its rows times their gain."""
+        weight_OI, gain_O = self.linear(role).weight, self.gain(role)
+        return weight_OI if gain_O is None else weight_OI * gain_O[:, None].to(weight_OI.dtype)
+
+    @torch.no_grad()
+    def sizes(self, x_BLD: torch.Tensor) -> dict[str, torch.Tensor]:
+        """By what the norm behind a sub-layer divides each token, [B, L], when the layer is given x; for all that have one.
+
+        Measured, not computed: such a norm makes gain * z / size of z, whatever it adds to the square of the size.
+        """
+        found: dict[str, torch.Tensor] = {}
+
+        def note(name: str, gain_D: torch.Tensor) -> Callable[..., None]:
+            def look(_: nn.Module, inputs: tuple[torch.Tensor, ...], made_BLD: torch.Tensor) -> None:
+                scaled_BLD = inputs[0].float() * gain_D
+                power_BL = scaled_BLD.square().sum(dim=-1)
+                found[name] = power_BL / (scaled_BLD * made_BLD.float()).sum(dim=-1).clamp_min(LEAST)
+
+            return look
+
+        with contextlib.ExitStack() as hooks:
+            for name in self.family.normed:
+                part = self.family.sublayers[name]
+                gain_D = self.gain(part.writes)
+                assert part.norm is not None
+                assert gain_D is not None
+                hook = self.module.get_submodule(part.norm).register_forward_hook(note(name, gain_D))
+                hooks.callback(hook.remove)
+            self(x_BLD)
+        return {name: size_BL.clamp_min(LEAST) for name, size_BL in found.items()}
+
     @property
     def head_dim(self) -> int:
         """Numbers in one attention head."""
@@ -141,8 +195,8 @@ class StreamLayer:
     def check_sublayers(self, x_BLD: torch.Tensor, writes: bool) -> None:
         """Raise UnsupportedModel unless, on this batch, the sub-layers one after another are the layer.
 
-        With `writes`, also unless each adds to x just what its last linear makes of `sublayer_middle`: methods that fit this
-        linear to what is missing in the hidden states rely on it.
+        With `writes`, also unless each adds to x just what its last linear makes of `sublayer_middle`, behind the norm or
+        multiplier that the family's row names: methods that fit this linear to what is missing in the hidden states rely on it.
         """
         check_layer(self, self._here(x_BLD), writes)
 

@@ -8,7 +8,7 @@ down     writes what the FFN adds to the hidden states
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -21,6 +21,10 @@ class Sublayer:
     """Roles of the linears that read its input."""
     writes: str
     """Role of the linear whose output is added to the hidden states."""
+    norm: str | None = None
+    """Path in the layer of a norm that this output goes through before it is added."""
+    multiplier: str | None = None
+    """Attribute of the layer by which it is multiplied before it is added."""
 
     @property
     def roles(self) -> tuple[str, ...]:
@@ -44,3 +48,12 @@ SUBLAYERS = {
     "ffn": Sublayer(module="mlp", reads=("gate", "up"), writes="down"),
 }
 """In the order in which a layer runs them."""
+
+POST_NORMED = {
+    "attention": replace(SUBLAYERS["attention"], norm="post_attention_layernorm"),
+    "ffn": replace(SUBLAYERS["ffn"], norm="post_feedforward_layernorm"),
+}
+"""The same where a norm comes behind each."""
+
+MULTIPLIED = {name: replace(part, multiplier="residual_multiplier") for name, part in SUBLAYERS.items()}
+"""The same where the layer multiplies what each gives."""

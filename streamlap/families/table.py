@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from streamlap.errors import UnsupportedModel, shown
-from streamlap.families.linears import ROLES, SUBLAYERS, Sublayer
+from streamlap.families.linears import MULTIPLIED, POST_NORMED, ROLES, SUBLAYERS, Sublayer
 from streamlap.loader.hf_plugin import READ_VERSIONS
 
 
@@ -31,6 +31,8 @@ class Family:
     """In their order. One after another they are the whole layer."""
     bias_flags: Mapping[str, str] = field(default_factory=dict)
     """Beginning of a path -> the flag in config.json that gives every linear under it a bias."""
+    heads_stay: bool = False
+    """Whether one norm spans all heads of q or k, so that none of them can go."""
 
     @property
     def base(self) -> str:
@@ -42,6 +44,16 @@ class Family:
         """Beginning of the name on disk of a layer's tensor; its group is the number of the layer."""
         base, inner = map(re.escape, (self.base, self.layers.removeprefix(f"{self.base}.")))
         return re.compile(rf"(?:{base}\.){{0,2}}{inner}\.(\d{{1,9}})\.")
+
+    @property
+    def normed(self) -> tuple[str, ...]:
+        """Sub-layers whose output goes through a norm before it is added."""
+        return tuple(name for name, part in self.sublayers.items() if part.norm is not None)
+
+    @property
+    def gained(self) -> bool:
+        """Whether what a sub-layer gives is multiplied before it is added, by a norm or by a number."""
+        return any(part.norm or part.multiplier for part in self.sublayers.values())
 
     @property
     def paths(self) -> tuple[str, ...]:
@@ -83,6 +95,16 @@ FAMILIES = {
     "seed_oss": Family(model_type="seed_oss", bias_flags=SEED_FLAGS),
     "ernie4_5": Family(model_type="ernie4_5", bias_flags={"": "use_bias"}),
     "hunyuan_v1_dense": Family(model_type="hunyuan_v1_dense", bias_flags={"self_attn.": "attention_bias"}),
+    "olmo2": Family(
+        model_type="olmo2", sublayers=POST_NORMED, heads_stay=True, bias_flags={"self_attn.": "attention_bias"}
+    ),
+    "olmo3": Family(
+        model_type="olmo3", sublayers=POST_NORMED, heads_stay=True, bias_flags={"self_attn.": "attention_bias"}
+    ),
+    "gemma2": Family(model_type="gemma2", sublayers=POST_NORMED, bias_flags={"self_attn.": "attention_bias"}),
+    "gemma3_text": Family(model_type="gemma3_text", sublayers=POST_NORMED, bias_flags={"self_attn.": "attention_bias"}),
+    "granite": Family(model_type="granite", sublayers=MULTIPLIED, bias_flags=LLAMA_FLAGS),
+    "exaone4": Family(model_type="exaone4", sublayers=POST_NORMED),
 }
 
 

@@ -48,6 +48,10 @@ class ParameterBudget:
     """Bytes of a weight: an order counts as the bytes that it takes."""
     head_dim: int
     """Numbers in one attention head."""
+    heads_stay: bool = False
+    """Whether no head can go."""
+    gained: bool = False
+    """Whether what a sub-layer gives is multiplied before it is added to the hidden states."""
     converts: bool = False
     """Whether what is stored runs in another dtype."""
 
@@ -147,7 +151,10 @@ class StreamStatistics(Protocol):
 
     def middles(self, edits: Sequence[Edit]) -> Captured:
         """The same against what the sub-layer has to add to the compressed stream to arrive where the dense model is, the
-        bias of the last linear apart. All that is stored in the end must have been looked at so."""
+        bias of the last linear apart. All that is stored in the end must have been looked at so.
+
+        It is the last linear as it acts on the hidden states, `StreamLayer.acting`, that makes the one of the other; where a
+        norm follows, what it reads is divided by the token's size there."""
         ...
 
     def held_middles(self, edits: Sequence[Edit]) -> Sample:

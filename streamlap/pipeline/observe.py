@@ -21,7 +21,7 @@ from streamlap.linalg.moments import HELD_TOKENS, Moments, Sample, held_sequence
 from streamlap.linalg.rows import any_out, blanked, finite_rows
 from streamlap.methods.base import Captured
 from streamlap.pipeline.runner import LayerRunner
-from streamlap.pipeline.streams import Source
+from streamlap.pipeline.streams import HiddenStates, Source
 from streamlap.system.meters import PhaseClock
 
 Rows = tuple[torch.Tensor, torch.Tensor]
@@ -62,6 +62,8 @@ class SublayerStatistics:
     """The Gram of the inputs, where an earlier pass has it."""
     weight_NL: torch.Tensor | None = None
     """What a token counts behind the sub-layer, where an earlier pass has it."""
+    size_NL: torch.Tensor | None = None
+    """By what a norm behind the sub-layer divides a token on the dense stream, where there is such a norm."""
     _outs: list[torch.Tensor] = field(default_factory=list)
     _dead: dict[str, int] = field(default_factory=dict)
 
@@ -145,18 +147,28 @@ class SublayerStatistics:
         assert self.weight_NL is not None, "no earlier pass has it"
         middle_BLI = self.layer.sublayer_middle(self.sublayer, x_BLD)
         weight_BL1 = self.weight_NL[numbers, :, None].to(x_BLD.device)
+        if self.size_NL is not None:
+            weight_BL1 = weight_BL1 / self.size_NL[numbers, :, None].to(x_BLD.device)
         return middle_BLI.float().mul_(weight_BL1), x_BLD[..., :0].float()
 
-    def _missing(self, target_BLD: torch.Tensor, x_BLD: torch.Tensor, _: Sequence[int]) -> Rows:
-        """The same, and what is missing from the stream, the linear's own bias apart."""
-        bias_O = self.layer.linear(self._parts.writes).bias
+    def _missing(self, target_BLD: torch.Tensor, x_BLD: torch.Tensor, numbers: Sequence[int]) -> Rows:
+        """The same, and what is missing from the stream, what the linear's own bias adds apart.
+
+        Behind a norm the stream is given gain * (W m) / size. So it is m / size that the rows of W, times the gain, are fitted
+        to, with the size that the dense model has: a norm leaves the direction of W m alone.
+        """
+        role = self._parts.writes
+        bias_O, gain_O = self.layer.linear(role).bias, self.layer.gain(role)
         target_BLD = target_BLD.float()
-        missing_BLD = target_BLD - x_BLD
+        missing_BLD, weight_BL1 = target_BLD - x_BLD, evenly(target_BLD)
+        middle_BLI = self.layer.sublayer_middle(self.sublayer, x_BLD).float()
+        size_BL1 = None if self.size_NL is None else self.size_NL[numbers, :, None].to(x_BLD.device)
         if bias_O is not None:
-            missing_BLD -= bias_O.float()
-        weight_BL1 = evenly(target_BLD)
-        middle_BLI = self.layer.sublayer_middle(self.sublayer, x_BLD)
-        return middle_BLI.float().mul_(weight_BL1), missing_BLD.mul_(weight_BL1)
+            added_O = bias_O.float() if gain_O is None else bias_O.float() * gain_O
+            missing_BLD -= added_O if size_BL1 is None else added_O / size_BL1
+        if size_BL1 is not None:
+            middle_BLI = middle_BLI / size_BL1
+        return middle_BLI.mul_(weight_BL1), missing_BLD.mul_(weight_BL1)
 
     def _noted(self, role: str, gram: Gram) -> Gram:
         self._dead.setdefault(role, int((gram.diagonal_I == 0).sum()))
@@ -268,6 +280,28 @@ class SublayerStatistics:
                     into.held.update(x_BLI[place][good], anchor_BLA[place][good])
                 if number not in held or alone:
                     into.moments.update(x_BLI[place][good], anchor_BLA[place][good])
+
+
+def dense_sizes(
+    runner: LayerRunner, clock: PhaseClock, layer: StreamLayer, index: int, dense: HiddenStates
+) -> dict[str, torch.Tensor]:
+    """Sub-layer -> by what the norm behind it divides each token [N, L] of the dense stream, for those that have one. The layer
+    is as it was read."""
+    if not layer.family.normed:
+        return {}
+
+    def measure() -> dict[str, torch.Tensor]:
+        parts = [
+            layer.sizes(part)
+            for (x_BLD,) in runner.together([dense], "capture")
+            for part in torch.split(x_BLD, runner.ladder.micro)
+        ]
+        return {
+            name: torch.cat([sizes[name] for sizes in parts]).nan_to_num(nan=1.0).cpu() for name in layer.family.normed
+        }
+
+    with clock.phase("dense"):
+        return runner.run("capture", index, measure)
 
 
 def evenly(target_BLD: torch.Tensor) -> torch.Tensor:

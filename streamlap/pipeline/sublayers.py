@@ -3,6 +3,7 @@
 Two streams go through a layer: x, where the dense model is, and x^, where the compressed one is. A sub-layer is rebuilt to add
 to x^ what brings it to where x will be. The passes over the streams, and what each of them leaves behind:
 
+    x              where norms follow the sub-layers, by what these divide each token
     x, x^          the dense layer on x, which leaves the next x; what o reads on x^ with the new q, k and v
     x^             the new attention on x^, which leaves x^ between the sub-layers; what gate and up read there, and down
     x^ between, next x     what down reads with the new gate and up
@@ -21,7 +22,7 @@ from streamlap.errors import NumericalError, located
 from streamlap.linalg.solution import joined
 from streamlap.methods.base import Solved, finite_error
 from streamlap.pipeline.hand import LayerEdits, LayerInHand, refuse_overflow
-from streamlap.pipeline.observe import SublayerStatistics
+from streamlap.pipeline.observe import SublayerStatistics, dense_sizes
 from streamlap.pipeline.streams import HiddenStates, Source
 from streamlap.planning.layouts import Candidate
 
@@ -33,17 +34,19 @@ def rebuild_layer(hand: LayerInHand) -> LayerEdits:
     layer, (dense, between, after) = hand.layer, places(hand)
     run, run_dense = (functools.partial(functools.partial, call) for call in (layer.run_sublayer, layer.run_dense))
     weight_NL = torch.ones(hand.streams.tokens_NL.shape)
+    size_NL = dense_sizes(hand.runner, hand.clock, layer, hand.index, dense)
     target = Source(states=dense, part=run_dense(ATTENTION), onward=run_dense(FFN), keep=after, weight_NL=weight_NL)
     attention = rebuild(hand, SublayerStatistics(
         runner=hand.runner, clock=hand.clock, layer=layer, index=hand.index, sublayer=ATTENTION,
         dense=Source(states=dense), target=target, compressed=Source(states=hand.compressed), summed=hand.inputs,
+        size_NL=size_NL.get(ATTENTION),
     ))  # fmt: skip
     hand.inputs.clear()
     compressed = Source(states=hand.compressed, part=run(ATTENTION), keep=between)
     ffn = rebuild(hand, SublayerStatistics(
         runner=hand.runner, clock=hand.clock, layer=layer, index=hand.index, sublayer=FFN,
         dense=Source(states=dense, part=run_dense(ATTENTION)), target=Source(states=after), compressed=compressed,
-        weight_NL=weight_NL,
+        weight_NL=weight_NL, size_NL=size_NL.get(FFN),
     ))  # fmt: skip
     assert target.keep is compressed.keep is None, "methods look at all tokens"
     return LayerEdits(

@@ -19,7 +19,7 @@ from streamlap.families.layer import StreamLayer
 from streamlap.families.stream import ModelStream
 from streamlap.methods.base import finite_error
 from streamlap.pipeline.divergence import mean_divergence
-from streamlap.pipeline.observe import SublayerStatistics
+from streamlap.pipeline.observe import SublayerStatistics, dense_sizes
 from streamlap.pipeline.runner import LayerRunner, start_runner
 from streamlap.pipeline.session import Session
 from streamlap.pipeline.streams import HiddenStates, LayerPart, Source, open_bank
@@ -114,22 +114,20 @@ def carry_through(sweep: Sweep, runner: LayerRunner, layer: StreamLayer, index: 
         HiddenStates(bank=bank, generation=generation)
         for bank, generation in ((sweep.dense, index), (sweep.dense_middle, index), (sweep.dense, index + 1))
     )
+    sizes = dense_sizes(runner, PhaseClock(runner.progress.phase), layer, index, before)
+
+    def statistics(sublayer: str, given: HiddenStates, target: HiddenStates) -> SublayerStatistics:
+        """A sub-layer on the dense stream, which stands for the compressed one too."""
+        return SublayerStatistics(
+            runner=runner, clock=PhaseClock(runner.progress.phase), layer=layer, index=index, sublayer=sublayer,
+            dense=Source(states=given), target=Source(states=target), compressed=Source(states=given),
+            size_NL=sizes.get(sublayer),
+        )  # fmt: skip
+
     runner.carry(attention, index, before, between)
-    errors = {
-        "attention": perturb_sublayer(sweep, statistics_of(runner, layer, index, "attention", before, between), whole)
-    }
+    errors = {"attention": perturb_sublayer(sweep, statistics("attention", before, between), whole)}
     runner.carry(ffn, index, between, after)
-    return errors | {"ffn": perturb_sublayer(sweep, statistics_of(runner, layer, index, "ffn", between, after), ffn)}
-
-
-def statistics_of(
-    runner: LayerRunner, layer: StreamLayer, index: int, sublayer: str, before: HiddenStates, target: HiddenStates
-) -> SublayerStatistics:
-    """A sub-layer on the dense stream, which stands for the compressed one too."""
-    return SublayerStatistics(
-        runner=runner, clock=PhaseClock(runner.progress.phase), layer=layer, index=index, sublayer=sublayer,
-        dense=Source(states=before), target=Source(states=target), compressed=Source(states=before),
-    )  # fmt: skip
+    return errors | {"ffn": perturb_sublayer(sweep, statistics("ffn", between, after), ffn)}
 
 
 def perturb_sublayer(sweep: Sweep, statistics: SublayerStatistics, rest: LayerPart) -> float:

@@ -121,6 +121,7 @@ def forecast_layer(
         copied_bytes, made_bytes = 0, copied_bytes + made_bytes
     anchored, last = recipe.anchored, index + 1 == stream.depth and not recipe.final
     read, between = anchored_reads(index, candidates, shape_NL, last) if anchored else (ONE_PASS_READS - last, 0)
+    normed = anchored and bool(stream.family.normed)  # what norms divide by takes a pass of its own
     return LayerPlan(
         index=index, candidates=candidates, layout=layout, output_bytes=shard_bytes({**copied, **made}),
         copied_bytes=copied_bytes, edits_bytes=made_bytes,
@@ -131,11 +132,12 @@ def forecast_layer(
         solve_bytes=solve_bytes(stream, recipe, index, candidates, made),
         capture_bytes=max((cost.capture_bytes for cost in costs), default=0) * anchored,
         waiting_bytes=max((cost.waiting_bytes for cost in costs), default=0) * (stream.device.type != "cpu"),
-        generations_read=read + 2 * epochs + (epochs > 0), between_read=between,
+        generations_read=read + normed + 2 * epochs + (epochs > 0), between_read=between,
         generations_written=ANCHORED_WRITES if anchored else ONE_PASS_WRITES,
         generations_spilled=ANCHORED_SPILLS * anchored,
         widest=widest(natives, {} if anchored else layout),
-        flops=dense_flops + after_flops + anchored * anchored_flops(stream, recipe, index, candidates, layout, shape_NL),
+        flops=(1 + normed) * dense_flops + after_flops
+        + anchored * anchored_flops(stream, recipe, index, candidates, layout, shape_NL),
         **solve_flops(costs, math.prod(shape_NL)),
     )  # fmt: skip
 

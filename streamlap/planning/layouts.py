@@ -46,6 +46,14 @@ def dense_parameters(stream: ModelStream, index: int, sublayer: str) -> int:
     return sum(natives[role].parameters(itemsize) for role in stream.family.sublayers[sublayer].roles)
 
 
+def budget_of(stream: ModelStream, index: int, ratio: float, parameters: int) -> ParameterBudget:
+    """What a sub-layer of a layer may store, with what is to be known of the layer."""
+    return ParameterBudget(
+        ratio=ratio, parameters=parameters, itemsize=stream.storage_itemsize(index), head_dim=stream.head_dim,
+        heads_stay=stream.family.heads_stay, gained=stream.family.gained, converts=converts(stream, index),
+    )  # fmt: skip
+
+
 def converts(stream: ModelStream, index: int) -> bool:
     """Whether some linear of a layer is stored in another dtype than it is computed in."""
     names = (f"{stream.linear_name(index, role)}.weight" for role in stream.family.roles)
@@ -60,10 +68,7 @@ def layer_candidates(stream: ModelStream, recipe: Recipe, index: int, parameters
     """
     natives, planned, spare = stream.natives(index), {}, 0
     for name in stream.family.sublayers:
-        budget = ParameterBudget(
-            ratio=recipe.ratio, parameters=parameters[name] + spare, itemsize=stream.storage_itemsize(index),
-            head_dim=stream.head_dim, converts=converts(stream, index),
-        )  # fmt: skip
+        budget = budget_of(stream, index, recipe.ratio, parameters[name] + spare)
         methods = recipe.of_sublayer(name)
         if recipe.shape == "nas" and not parameters[name]:
             methods = {REMOVED: Removal(sublayer=name, roles=stream.family.sublayers[name].roles)}

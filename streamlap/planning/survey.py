@@ -10,10 +10,10 @@ from streamlap.errors import RecipeError, StreamlapError, shown
 from streamlap.families.stream import HEAD_TOKENS, ModelStream
 from streamlap.methods.anchored.attention import AttentionAnchored
 from streamlap.methods.anchored.ffn import FfnAnchored
-from streamlap.methods.base import Layout, Method, ParameterBudget
+from streamlap.methods.base import Layout, Method
 from streamlap.methods.removed import Removal
 from streamlap.planning.forecast import forward_flops, solve_flops
-from streamlap.planning.layouts import Candidate, candidate, converts, dense_parameters, planned_tensors
+from streamlap.planning.layouts import Candidate, budget_of, candidate, dense_parameters, planned_tensors
 from streamlap.planning.sample import fitted_inputs
 from streamlap.planning.schedule import Fit, Memory, fit, require_fit
 from streamlap.planning.workload import Workload, evaluation_workload
@@ -137,10 +137,7 @@ def perturbed_candidate(
     stream: ModelStream, index: int, sublayer: str, keep: float, method: Method | None
 ) -> Candidate:
     """What the sub-layer becomes when it keeps that share of its parameters."""
-    budget = ParameterBudget(
-        ratio=1.0 - keep, parameters=int(keep * dense_parameters(stream, index, sublayer)),
-        itemsize=stream.storage_itemsize(index), head_dim=stream.head_dim, converts=converts(stream, index),
-    )  # fmt: skip
+    budget = budget_of(stream, index, 1.0 - keep, int(keep * dense_parameters(stream, index, sublayer)))
     method = method or Removal(sublayer=sublayer, roles=stream.family.sublayers[sublayer].roles)
     return candidate(sublayer, method, stream.natives(index), budget)
 

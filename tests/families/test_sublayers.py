@@ -96,7 +96,7 @@ def test_sublayers_one_after_another_are_the_layer(pico: MakeModel, family: str,
     for name, given_BLD in (("attention", x_BLD), ("ffn", between_BLD)):
         part = layer.family.sublayers[name]
         input_BLD, middle_BLI = layer.sublayer_input(name, given_BLD), layer.sublayer_middle(name, given_BLD)
-        sum_BLD = given_BLD + layer.linear(part.writes)(middle_BLI)
+        sum_BLD = given_BLD + layer.added(name, layer.linear(part.writes)(middle_BLI))
         assert torch.equal(sum_BLD, layer.run_sublayer(name, given_BLD))
         collectors = {role: Seen() for role in part.roles}
         with layer.observed(collectors.items()):

@@ -57,7 +57,7 @@ def test_both_sublayers_are_the_layer_and_the_middle_is_what_its_last_linear_rea
         role = layer.family.sublayers[name].writes
         last = layer.linear(role)
         with torch.no_grad():
-            made_BLD = given_BLD + last(layer.sublayer_middle(name, given_BLD))
+            made_BLD = given_BLD + layer.added(name, last(layer.sublayer_middle(name, given_BLD)))
         assert torch.equal(made_BLD, layer.run_sublayer(name, given_BLD))
         assert layer.linear(role) is last
 

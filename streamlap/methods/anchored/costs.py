@@ -41,6 +41,8 @@ class Shapes:
     """Bytes of what the linears that read the input become, as stored and, where that is another dtype, as it runs."""
     last_edit: int
     """Bytes of what the last one becomes."""
+    gained: bool
+    """Whether its outputs are multiplied, so that a copy of it is as it acts behind that."""
 
     @property
     def prunes(self) -> bool:
@@ -86,7 +88,7 @@ def _shapes(reads: Sequence[str], last: str, natives: Natives, layout: Layout, b
         inputs=natives[reads[0]].shape[1], last=natives[last].shape, width=forms[last].shape[1],
         ranks=[(forms[role].shape, forms[role].rank) for role in reads if forms[role].rank], last_rank=forms[last].rank,
         edits=(budget.itemsize + RUN * budget.converts) * sum(forms[role].parameters(budget.itemsize) for role in reads),
-        last_edit=budget.itemsize * forms[last].parameters(budget.itemsize),
+        last_edit=budget.itemsize * forms[last].parameters(budget.itemsize), gained=budget.gained,
     )  # fmt: skip
 
 
@@ -130,7 +132,8 @@ def _removing(shape: Shapes) -> int:
         return 0
     (d, f), out = shape.last, -(-shape.last[1] // ROUNDS)
     metric = d * d * (shape.last_rank > 0)
-    return _item(f) * (f * f + d * f + 2 * out * (f + d) + 3 * PANEL * f + 2 * metric) + 4 * WIDE * out * out
+    acting = RUN * d * f * shape.gained
+    return acting + _item(f) * (f * f + d * f + 2 * out * (f + d) + 3 * PANEL * f + 2 * metric) + 4 * WIDE * out * out
 
 
 def _trying(shape: Shapes, itemsize: int) -> int:
@@ -153,7 +156,7 @@ def _building(shape: Shapes, compared: bool) -> int:
         for each, rank in shape.ranks
     ]
     inner = bases + max(2 * bases, *making, 0)
-    fitting = _item(w) * w * (w + d) + max(RUN * w * d, 4 * HELD_TOKENS * (w + 4 * d))
+    fitting = _item(w) * w * (w + d) + RUN * w * d * shape.gained + max(RUN * w * d, 4 * HELD_TOKENS * (w + 4 * d))
     rank = shape.last_rank
     cut = _item(w) * w * (w + d) + max(_finding((d, w), rank), _refitting((d, w), rank)) if rank else 0
     return shape.edits + max(inner, fitting, cut) + shape.last_edit

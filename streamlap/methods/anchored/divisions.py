@@ -52,7 +52,7 @@ class Divisions:
 
 @dataclass(kw_only=True)
 class Last:
-    """down of a layout, as far as it is known; it waits in RAM, as it would be stored."""
+    """down of a layout as it acts on the hidden states, as far as it is known; it waits in RAM, as it would be stored."""
 
     w_DK: torch.Tensor
     metric_DD: torch.Tensor | None = None
@@ -95,7 +95,7 @@ def shortened(
 ) -> tuple[dict[int, torch.Tensor], dict[str, Last], tuple[str, ...]]:
     """Width -> the channels that it would keep; layout -> its down; and notes."""
     layer, gram = inputs.statistics.layer, inputs.middle()
-    w_DF, dtype = layer.linear("down").weight, layer.storage_dtype("down")
+    w_DF, dtype = layer.acting("down"), layer.storage_dtype("down")
     kept, lasts, notes = dict[int, torch.Tensor](), dict[str, Last](), tuple[str, ...]()
     for pruned in removals(w_DF, gram, sorted(set(counts.values()), reverse=True)):
         kept_K, notes = pruned.value.kept_K, joined(notes, pruned.notes)
@@ -112,7 +112,7 @@ def shortened(
 
 def channels_to_keep(inputs: Inputs, count: int) -> Solution[torch.Tensor]:
     """So many channels, those that stay, ascending."""
-    (pruned,) = removals(inputs.statistics.layer.linear("down").weight, inputs.middle(), [count])
+    (pruned,) = removals(inputs.statistics.layer.acting("down"), inputs.middle(), [count])
     return Solution(pruned.value.kept_K, notes=pruned.notes)
 
 

@@ -142,7 +142,7 @@ class FfnAnchored(Knobs):
         output = output_aim(layer, "down", channels, seen, self.step)
         last, _ = low_rank_edit(layer, output.value, layout.get("down"), channels if kept is not None else None)
         notes = joined(output.notes, *(edit.notes for edit in (*edits, last)))
-        return Solved(edits=[*edits, last], error=held_error(last, seen), notes=notes)
+        return Solved(edits=[*edits, last], error=held_error(layer, last, seen), notes=notes)
 
 
 def _channels(parameters: int, width: int, hidden: int, biases: int, share: float) -> int:

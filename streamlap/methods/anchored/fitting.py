@@ -24,6 +24,9 @@ from streamlap.loader.forms import Form, Pivoted
 from streamlap.loader.linears import LowRankLinear, PivotedLinear, StoredLinear
 from streamlap.methods.base import Captured, StreamStatistics
 
+LEAST_GAIN = 0.05
+"""Share of the mean gain; see `without`."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Aim:
@@ -37,6 +40,8 @@ class Aim:
     """Of its inputs."""
     rows: torch.Tensor | None = None
     """Those that are left; None is all."""
+    gain_O: torch.Tensor | None = None
+    """What its outputs are multiplied by before they count; see `StreamLayer.gain`."""
 
 
 @dataclass(kw_only=True)
@@ -109,20 +114,23 @@ def output_aim(
 
     `columns`: which of its inputs are left, in the order in which they now come; None where nothing changed.
     """
-    dense = layer.linear(role)
-    return moved(role, dense.weight if columns is None else dense.weight[:, columns], dense.bias, seen, step)
-
-
-def moved(
-    role: str, w_OI: torch.Tensor, bias_O: torch.Tensor | None, seen: Captured, step: float | None
-) -> Solution[Aim]:
-    """The same for a last linear that has become `w_OI`."""
+    dense, gain_O = layer.linear(role), layer.gain(role)
+    w_OI = dense.weight if columns is None else dense.weight[:, columns]
     t_OI, notes = w_OI, tuple[str, ...]()
     if step != 0:
-        found = anchored(w_OI, seen.gram, seen.cross_IA)
+        acting_OI = w_OI if gain_O is None else w_OI * gain_O[:, None]
+        found = anchored(acting_OI, seen.gram, seen.cross_IA)
         x_TI, target_TO = (rows.to(found.value) for rows in (seen.held.x_TI, seen.held.anchor_TA))
-        t_OI, notes = _part_of_the_way(w_OI, found.value, x_TI, target_TO, step), found.notes
-    return Solution(Aim(role=role, t_OI=t_OI, bias_O=bias_O, gram=seen.gram), notes=notes)
+        t_OI, notes = _part_of_the_way(acting_OI, found.value, x_TI, target_TO, step), found.notes
+        if gain_O is not None:
+            t_OI.sub_(acting_OI).mul_(without(gain_O)[:, None]).add_(w_OI)
+    return Solution(Aim(role=role, t_OI=t_OI, bias_O=dense.bias, gram=seen.gram, gain_O=gain_O), notes=notes)
+
+
+def without(gain_O: torch.Tensor) -> torch.Tensor:
+    """1 / gain. A row of hardly any gain brings nothing to the hidden states, but a norm divides each row by the size of all.
+    So below `LEAST_GAIN` of the mean a row is moved the less the smaller its gain is."""
+    return gain_O / gain_O.square().clamp_min(float((LEAST_GAIN * gain_O.abs().mean()).square()))
 
 
 def narrowed(aim: Aim, kept: torch.Tensor) -> Aim:
@@ -156,7 +164,11 @@ def low_rank_edit(
     output."""
     if form is None or not form.rank:
         return dense_edit(layer, aim, kept), None
-    found = subspace(aim.t_OI, aim.gram, form.rank)
+    if aim.gain_O is None:
+        found = subspace(aim.t_OI, aim.gram, form.rank)
+    else:
+        found = subspace(aim.t_OI * aim.gain_O[:, None], aim.gram, form.rank)
+        found.value.basis_OR.mul_(without(aim.gain_O)[:, None])
     if not isinstance(form, Pivoted):
         return factored(layer, aim, found, kept), None
     pivots = pivot_rows(found.value.basis_OR, form.groups or 1)
@@ -216,17 +228,21 @@ def _edit(
     return Edit(role=aim.role, module=module, native=native, error=error, kept=as_kept(kept), notes=notes)
 
 
-def held_error(edit: Edit, seen: Captured) -> float:
+def held_error(layer: StreamLayer, edit: Edit, seen: Captured) -> float:
     """How far a sub-layer that ends in this edit is from its target on held-out tokens: root mean square over tokens of each
     token's squared error, over the mean of the target's. Tokens that are hit hard count for more than their share: a mean
     alone prefers to lose what few tokens need."""
     module = edit.module
     assert isinstance(module, nn.Linear | StoredLinear)
-    return map_error(module.weight if isinstance(module, nn.Linear) else module.merged(torch.float32), seen.held)
+    w_OI, gain_O = (
+        module.weight if isinstance(module, nn.Linear) else module.merged(torch.float32),
+        layer.gain(edit.role),
+    )
+    return map_error(w_OI if gain_O is None else w_OI * gain_O[:, None], seen.held)
 
 
 def map_error(w_OI: torch.Tensor, held: Sample) -> float:
-    """The same of a sub-layer that ends in the map W."""
+    """The same of a sub-layer whose last linear acts as the map W on the hidden states."""
     x_TI, w_OI, target_TO = working(held.x_TI.to(w_OI.device), w_OI, held.anchor_TA.to(w_OI.device))
     y_TO = product(x_TI, w_OI.T)
     missed = float((target_TO - y_TO).square().sum(dim=1).square().mean().sqrt())

@@ -15,14 +15,15 @@ from streamlap.linalg.heads import group_order
 from streamlap.linalg.solution import joined
 from streamlap.loader.forms import Dense
 from streamlap.methods.anchored.costs import anchored_cost
-from streamlap.methods.anchored.fitting import dense_edit, held_error, moved, narrowed, read_inputs
+from streamlap.methods.anchored.fitting import dense_edit, held_error, narrowed, output_aim, read_inputs
 from streamlap.methods.anchored.knobs import Steps
 from streamlap.methods.base import Cost, Layouts, Natives, ParameterBudget, Solved, StreamStatistics
 
 
 @dataclass(frozen=True, kw_only=True)
 class AttentionGroups(Steps):
-    """Knobs of the method. Only whole KV heads go, so that a sub-layer may stay well below its budget."""
+    """Knobs of the method. Only whole KV heads go, so that a sub-layer may stay well below its budget; where one norm spans all
+    heads none goes, and the FFN takes the whole cut."""
 
     sublayer: ClassVar[str] = "attention"
     needs: ClassVar[tuple[str, ...]] = ()
@@ -38,7 +39,7 @@ class AttentionGroups(Steps):
             raise RecipeError(
                 f"attention_groups: {budget.parameters} parameters hold no KV head of {each}; lower the ratio."
             )
-        if kept == heads:
+        if kept == heads or budget.heads_stay:
             return {"": {}}
         narrow, wide = kept * budget.head_dim, kept * (queries // heads) * budget.head_dim
         out = {"q": wide, "k": narrow, "v": narrow}
@@ -56,13 +57,12 @@ class AttentionGroups(Steps):
         if layout:
             size = layer.head_dim
             heads, queries = len(rows["v"]) // size, layer.native("o").shape[1] // size
-            order = group_order(layer.linear("o").weight, read.middle(), heads, queries)
+            order = group_order(layer.acting("o"), read.middle(), heads, queries)
             kept_G = order.value[0][heads - layout["v"].shape[0] // size :].sort().values
             rows = {role: index.view(heads, -1)[kept_G].flatten() for role, index in rows.items()}
             notes = joined(notes, order.notes)
         edits = [dense_edit(layer, narrowed(aim, rows[aim.role]), rows[aim.role]) for aim in aims]
         seen = statistics.middles(edits)
-        dense = layer.linear("o")
-        output = moved("o", dense.weight[:, rows["q"]], dense.bias, seen, self.step)
+        output = output_aim(layer, "o", rows["q"], seen, self.step)
         edits.append(dense_edit(layer, output.value, rows["q"] if layout else None))
-        return Solved(edits=edits, error=held_error(edits[-1], seen), notes=joined(notes, output.notes))
+        return Solved(edits=edits, error=held_error(layer, edits[-1], seen), notes=joined(notes, output.notes))

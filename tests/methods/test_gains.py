@@ -1,0 +1,94 @@
+"""Norms and multipliers behind the last linear of a sub-layer: what is fitted is what counts behind them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import MakeModel
+from torch import nn
+from transformers import AutoModelForCausalLM
+
+import streamlap
+from streamlap.families.layer import Edit, StreamLayer
+from streamlap.families.stream import ModelStream
+from streamlap.families.table import FAMILIES
+from streamlap.linalg.gram import Gram
+from streamlap.loader.forms import Form, LowRank, Pivoted
+from streamlap.loader.linears import StoredLinear
+from streamlap.methods.anchored.fitting import Aim, low_rank_edit, map_error, output_aim, without
+from streamlap.methods.base import Captured
+from streamlap.pipeline.observe import SublayerStatistics
+
+GAINED = [name for name, family in FAMILIES.items() if family.gained]
+
+
+def layer_of(folder: Path) -> StreamLayer:
+    stream = ModelStream(folder)
+    return stream.layer(1, stream.layer_kwargs(16)[1])
+
+
+@pytest.mark.parametrize("family", GAINED)
+def test_where_nothing_is_lost_the_last_linear_is_what_is_fitted(
+    pico: MakeModel, tokens: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, family: str
+) -> None:
+    """On the dense stream it gives just what the sub-layer adds, and from other numbers the fit finds back to it."""
+    real, seen = SublayerStatistics.middles, list[tuple[float, float, float]]()
+
+    def middles(statistics: SublayerStatistics, edits: Sequence[Edit]) -> Captured:
+        layer, role = statistics.layer, statistics.layer.family.sublayers[statistics.sublayer].writes
+        whole, weight_OI, dense_OI = real(statistics, ()), layer.linear(role).weight, layer.acting(role).clone()
+        before_OI = weight_OI.clone()
+        weight_OI += 0.1 * torch.randn(weight_OI.shape, generator=torch.Generator().manual_seed(0))
+        spoiled = map_error(layer.acting(role), whole.held)
+        weight_OI.copy_(output_aim(layer, role, None, whole, 1.0).value.t_OI)
+        found = map_error(layer.acting(role), whole.held)
+        weight_OI.copy_(before_OI)
+        seen.append((map_error(dense_OI, whole.held), found, spoiled))
+        return real(statistics, edits)
+
+    monkeypatch.setattr(SublayerStatistics, "middles", middles)
+    streamlap.survey(pico(family), tmp_path / "survey.json", files=(str(tokens),), length=16)
+    assert len(seen) == 6
+    for dense, found, spoiled in seen:
+        assert dense < 1e-10
+        assert found < 1e-3 * spoiled
+
+
+@pytest.mark.parametrize("form", [LowRank((32, 48), rank=9), Pivoted((32, 48), rank=9)], ids=["factors", "pivoted"])
+def test_a_rank_is_cut_where_it_costs_least_behind_the_gain(pico: MakeModel, form: Form) -> None:
+    layer, generator = layer_of(pico("olmo2")), torch.Generator().manual_seed(0)
+    t_OI, x_TI = (torch.randn(rows, 48, generator=generator, dtype=torch.float64) for rows in (32, 400))
+    gain_O = torch.logspace(-1, 1, 32, dtype=torch.float64)
+    square_II = x_TI.T @ x_TI
+    gram = Gram(square_II, square_II.diagonal().clone())
+    lost = []
+    for gain in (gain_O, None):
+        edit, _ = low_rank_edit(layer, Aim(role="down", t_OI=t_OI, bias_O=None, gram=gram, gain_O=gain), form)
+        assert isinstance(edit.module, StoredLinear)
+        away_OI = (edit.module.merged(torch.float64) - t_OI) * gain_O[:, None]
+        lost.append(float(torch.trace(away_OI @ square_II @ away_OI.T)))
+        if gain is not None:
+            acting_OI = t_OI * gain_O[:, None]
+            least = torch.linalg.eigvalsh(acting_OI @ square_II @ acting_OI.T)[: 32 - 9].sum()
+            assert lost[0] == pytest.approx(float(least), rel=1e-3)
+    assert lost[0] < 0.8 * lost[1]
+
+
+def test_a_row_of_hardly_any_gain_stays(pico: MakeModel) -> None:
+    torch.testing.assert_close(without(torch.tensor([2.0, -0.5, 1.0])), torch.tensor([0.5, -2.0, 1.0]))
+    assert float(without(torch.tensor([1e-6, 0.0, 1.0, 1.0])).abs()[:2].max()) < 2e-3
+
+
+@pytest.mark.parametrize("family", [name for name in FAMILIES if FAMILIES[name].heads_stay])
+def test_where_one_norm_spans_all_heads_the_ffn_takes_the_whole_cut(
+    pico: MakeModel, tokens: Path, tmp_path: Path, family: str
+) -> None:
+    report = streamlap.compress(pico(family), tmp_path / "out", shape="stock", ratio=0.2, files=(str(tokens),))
+    assert 0.2 <= report.parameters.ratio_decoder < 0.24
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    shapes = {name: tuple(part.weight.shape) for name, part in model.named_modules() if isinstance(part, nn.Linear)}
+    assert shapes["model.layers.0.self_attn.q_proj"] == (32, 32)
+    assert shapes["model.layers.0.mlp.down_proj"][1] < 40
