@@ -12,7 +12,7 @@ from streamlap.output.report import Report
 from streamlap.output.verify import verify
 from streamlap.pipeline.compress import compress
 from streamlap.pipeline.evaluate import Evaluation, evaluate
-from streamlap.pipeline.export import export_dense
+from streamlap.pipeline.export import export, export_dense
 from streamlap.pipeline.resume import resume
 from streamlap.pipeline.survey import survey
 from streamlap.planning.plan import Plan
@@ -34,6 +34,7 @@ __all__ = [
     "__version__",
     "compress",
     "evaluate",
+    "export",
     "export_dense",
     "inspect",
     "load",

@@ -84,7 +84,7 @@ def describe_numerics(report: Report) -> list[str]:
 
 
 def describe_export(out: Path, result: dict[str, int]) -> list[str]:
-    return [f"{out}: {result['shards']} shards, {show_size(result['bytes'])}, for comparison only"]
+    return [f"{out}: {result['shards']} shards, {show_size(result['bytes'])}"]
 
 
 def describe_survey(found: Survey) -> list[str]:

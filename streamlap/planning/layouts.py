@@ -76,7 +76,7 @@ def layer_candidates(stream: ModelStream, recipe: Recipe, index: int, parameters
             for found in planned[name]
             for layout in found.layouts.values()
         ]
-        spare = budget.parameters - max(stored) if stored else 0
+        spare = budget.parameters - max(stored) if stored and REMOVED not in methods else 0
     return planned
 
 
