@@ -6,6 +6,7 @@ output; nothing else happens at import.
 
 from streamlap.errors import StreamlapError
 from streamlap.loader import hf_plugin as hf_plugin
+from streamlap.loader import modeling_nas as modeling_nas
 from streamlap.output.inspect import inspect
 from streamlap.output.load import load
 from streamlap.output.report import Report

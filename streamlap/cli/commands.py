@@ -202,8 +202,8 @@ def export(
         str,
         typer.Option(
             metavar="FORMAT",
-            help="stock: a plain checkpoint, as small, where all layers have the same widths; dense: factors multiplied back, "
-            "removed channels as zeros.",
+            help="stock: a plain checkpoint, as small, where all layers have the same widths; nas: the same where they differ "
+            "or lack attention, as engines know it; dense: factors multiplied back, removed channels as zeros.",
         ),
     ],
     stop_after: StopAfter = None,

@@ -66,7 +66,7 @@ Format = Annotated[
     str | None,
     typer.Option(
         help="How the result is stored: factored, every form, read by this package's loader; stock, a plain checkpoint of the "
-        "same architecture, which implies its shape.  [default: factored]"
+        "same architecture; nas, as engines know the architecture DeciLM. The last two imply their shapes.  [default: factored]"
     ),
 ]
 RATIO = typer.Option(metavar="FRACTION", help="Part of the decoder-linear parameters to remove, like 0.2 or 20%.")
@@ -179,8 +179,8 @@ class RecipeOptions(TextOptions):
         int | None,
         typer.Option(
             metavar="CHANNELS",
-            help="With shape nas or stock: the width of every FFN is a multiple of that; default 128 with format stock, fewer "
-            "where the FFN has less than 64 times as many, else 1.",
+            help="With shape nas or stock: the width of every FFN is a multiple of that; default 128 with format stock and "
+            "256 with nas, less where the FFN is narrow; else 1.",
         ),
     ] = None
     recipe: Annotated[

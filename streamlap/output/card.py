@@ -16,13 +16,15 @@ CARD_BYTES = 1 << 20
 PLAIN = re.compile(r"[\w .,:;/@+()~%#?&=-]{1,200}")
 """What a model card takes over from a stranger's: no quotes, no markup, no line ends."""
 
-IMPORT = {"factored": "import streamlap  # registers the loader\n"}
+IMPORT = dict.fromkeys(("factored", "nas"), "import streamlap  # registers the loader\n")
 """Format -> what has to be imported before it is loaded."""
 
 LOADING = {
     "factored": "Where streamlap is not installed, `from_pretrained(..., trust_remote_code=True)` uses the loader files in "
     "this folder. Any other loader refuses the weights rather than misread them.",
     "stock": "This is a plain checkpoint of its architecture: no other code is needed to load it.",
+    "nas": "Where streamlap is not installed, `from_pretrained(..., trust_remote_code=True)` uses the files in this folder. It "
+    "is packaged as the public models of the architecture DeciLM; docs/engines.md of streamlap says which engines were tried.",
     "dense": "This is a plain checkpoint, for comparison only: it has the size and the speed of the original.",
 }
 """Format -> who else loads it."""

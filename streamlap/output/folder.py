@@ -12,7 +12,7 @@ from streamlap.errors import CheckpointError
 from streamlap.families.stream import ModelStream
 from streamlap.families.table import is_language_model
 from streamlap.loader.hf_plugin import FORMAT_VERSION
-from streamlap.loader.shim import write_shim
+from streamlap.loader.shim import write_nas, write_shim
 from streamlap.output.card import CARD_NAME, licence_of, model_card
 from streamlap.output.formats import CONFIGS, forms_after, source_config
 from streamlap.output.report import LayerReport, Report
@@ -100,6 +100,8 @@ def card_of(report: Report, base: str, source: Path) -> str:
 
 def result_config(out: Path, stream: ModelStream, report: Report) -> dict[str, Any]:
     """config.json of a result in its format. Code that the format needs is put beside it."""
+    if report.format == "nas":
+        write_nas(out, write_durably)
     if report.format in CONFIGS:
         return CONFIGS[report.format](stream, forms_after(stream, module_rows(report.layers, stream.family.layers)))
     table = quantization_config(report, stream.family.layers)

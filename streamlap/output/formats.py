@@ -2,9 +2,10 @@
 
 factored   every form; what reads it is the loader of this package
 stock      a plain checkpoint of the same architecture, with smaller sizes in config.json
+nas        widths of their own for the FFNs, and layers without attention, as engines know them; see `nas`
 dense      every matrix multiplied back, removed channels as zeros; the sizes are those of the original
 
-`compress` writes the first two, `export` the last two. What a format cannot express is refused, with one that can.
+`compress` writes the first three, `export` the last three. What a format cannot express is refused, with one that can.
 """
 
 from __future__ import annotations
@@ -19,8 +20,9 @@ from streamlap.errors import UnsupportedModel
 from streamlap.families.bounds import native_config
 from streamlap.families.shell import check_orders, meta_model
 from streamlap.families.stream import ModelStream
-from streamlap.loader.forms import Dense, Form, kind_of, read_row
+from streamlap.loader.forms import Dense, Form, Removed, kind_of, read_row
 from streamlap.loader.modules import dense_linear
+from streamlap.output.nas import check_layers, nas_config, nas_tensors
 from streamlap.store.shards import NAMING_KEY
 from streamlap.store.sink import TensorEntry
 
@@ -112,7 +114,16 @@ def check_sizes(stream: ModelStream, config: Config, layers: Sequence[Forms]) ->
 
 def way_out(layers: Sequence[Forms]) -> str:
     """The format that can express what stock cannot."""
-    return "the format factored, or dense for comparison"
+    nas = all(isinstance(form, Dense | Removed) for forms in layers for form in forms.values())
+    return f"the format {'nas, ' if nas else ''}factored, or dense for comparison"
+
+
+def engine_config(stream: ModelStream, layers: Sequence[Forms]) -> Config:
+    """That of the format nas."""
+    check_layers(stream, layers)
+    raw = dense_config(stream, layers)
+    heads = {key: size for key, size in stock_sizes(stream, layers[0]).items() if key != "intermediate_size"}
+    return nas_config(stream, {"intermediate_size": stream.config.intermediate_size} | raw | heads, layers)
 
 
 def bias_flag(stream: ModelStream, index: int, role: str) -> str:
@@ -126,12 +137,21 @@ def bias_flag(stream: ModelStream, index: int, role: str) -> str:
     )
 
 
-CONFIGS: dict[str, Callable[[ModelStream, Sequence[Forms]], Config]] = {"stock": stock_config, "dense": dense_config}
+CONFIGS: dict[str, Callable[[ModelStream, Sequence[Forms]], Config]] = {
+    "stock": stock_config,
+    "nas": engine_config,
+    "dense": dense_config,
+}
 """Format -> its config.json, for a result whose layers have these forms. Each raises UnsupportedModel for what it cannot
 express. That of the format factored is in `folder`: it goes by the rows of the report."""
 
 
 # --- tensors -----------------------------------------------------------------------------------------------------------
+
+
+def packed(to: str, prefix: str, forms: Forms, entries: Mapping[str, TensorEntry]) -> Mapping[str, TensorEntry]:
+    """The tensors of the layer `prefix` as the format has them."""
+    return nas_tensors(prefix, forms, entries) if to == "nas" else entries
 
 
 def exported_layer(stream: ModelStream, index: int, wanted: Forms, config: Mapping[str, Any]) -> dict[str, TensorEntry]:
@@ -140,7 +160,7 @@ def exported_layer(stream: ModelStream, index: int, wanted: Forms, config: Mappi
     entries: dict[str, TensorEntry] = {f"{prefix}.{n}": info for n, info in tensors.items()}
     for role, path in stream.family.roles.items():
         base, form = stream.linear_name(index, role), stream.form(index, role)
-        if kind_of(form, Dense(wanted[role].shape)) != "dense":
+        if not isinstance(wanted[role], Removed) and kind_of(form, Dense(wanted[role].shape)) != "dense":
             stored = {name.removeprefix(path + "."): name for name in tensors if name.startswith(path + ".")}
             for name in stored.values():
                 del entries[f"{prefix}.{name}"]
@@ -148,9 +168,12 @@ def exported_layer(stream: ModelStream, index: int, wanted: Forms, config: Mappi
             module.load_state_dict({n: stream.source.read(names[name]) for n, name in stored.items()}, assign=True)
             check_orders(module, base)
             native = Dense(wanted[role].shape, stream.native(index, role).bias)
-            entries |= {f"{base}.{n}": t for n, t in dense_linear(module, native).state_dict().items()}
+            dtype = stream.storage_dtype(index, role)
+            entries |= {f"{base}.{n}": t for n, t in dense_linear(module, native, dtype).state_dict().items()}
         flags = [flag for start, flag in stream.family.bias_flags.items() if path.startswith(start)]
         if f"{base}.bias" not in entries and any(config.get(flag) for flag in flags):
-            dtype = stream.source.info(f"{base}.weight").dtype
-            entries[f"{base}.bias"] = torch.zeros(wanted[role].shape[0], dtype=dtype)
+            entries[f"{base}.bias"] = torch.zeros(wanted[role].shape[0], dtype=stream.storage_dtype(index, role))
+    norm = f"{prefix}.input_layernorm.weight"
+    if not stream.marked and norm not in entries:
+        entries[norm] = torch.ones(stream.width, dtype=stream.storage_dtype(index, "q"))
     return entries

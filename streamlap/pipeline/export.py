@@ -8,16 +8,17 @@ from typing import Any
 
 from streamlap.errors import RecipeError, ResumeMismatch, UnsupportedModel, shown
 from streamlap.families.stream import ModelStream
+from streamlap.loader.shim import write_nas
 from streamlap.output.card import CARD_NAME, base_of, licence_of, model_card
 from streamlap.output.folder import companions, copy_companions, loader_of, write_json
-from streamlap.output.formats import CONFIGS, Forms, exported_layer
+from streamlap.output.formats import CONFIGS, Forms, exported_layer, packed
 from streamlap.output.inspect import count_cache, count_parameters
 from streamlap.pipeline.place import check_apart, contents
 from streamlap.pipeline.session import Run, Session, session, source_marks
 from streamlap.planning.disk import DiskNeeds
 from streamlap.settings import RunSettings
 from streamlap.store.journal import STATE_FOLDER, Journal
-from streamlap.store.sink import ShardFolder, shard_names, write_durably
+from streamlap.store.sink import ShardFolder, TensorEntry, shard_names, write_durably
 
 Exported = dict[str, int]
 """{"shards", "bytes"} of what was written."""
@@ -31,7 +32,8 @@ def export(
 
     Args: to, dense: every matrix multiplied back, removed channels as zeros, for comparison only: it has the size and the speed
     of the original and the quality of the compressed model; stock: a plain checkpoint that is as small, where nothing is lost
-    by that: all linears dense, of the same widths in every layer.
+    by that: all linears dense, of the same widths in every layer; nas: the same with widths that differ and layers without
+    attention, packaged as engines know them.
 
     Returns {"shards", "bytes"}. Raises Interrupted where it was stopped, RecipeError for a destination that is not empty or a
     format that is not known, UnsupportedModel for a source that is not compressed and for what the format cannot express.
@@ -75,9 +77,11 @@ def resume_export(run: Run, settings: RunSettings) -> Exported:
     needs = DiskNeeds(output_bytes=itemsize * numbers, what=f"the {to} checkpoint")
     marks = {"command": "export", "to": to, **source_marks(stream)}
     with session(run, marks, needs, deadline, lambda: check_destination(destination)) as running:
-        write_shards(stream, destination, wanted, config, running)
+        write_shards(stream, running, to, wanted, config)
         copy_companions(folder, destination)
         write_durably(destination / CARD_NAME, card_of(stream, to).encode())
+        if to == "nas":
+            write_nas(destination, write_durably)
         write_json(destination / "config.json", config)
     shards = shard_names(stream.depth)
     return {"shards": len(shards), "bytes": sum((destination / shard).stat().st_size for shard in shards)}
@@ -111,14 +115,17 @@ def check_destination(destination: Path) -> None:
 
 
 def write_shards(
-    stream: ModelStream, destination: Path, wanted: Sequence[Forms], config: Mapping[str, Any], running: Session
+    stream: ModelStream, running: Session, to: str, wanted: Sequence[Forms], config: Mapping[str, Any]
 ) -> None:
     """Every shard that the journal does not have, each with its line there once it is on the disk; then the index."""
-    sink, shards, journal = ShardFolder(destination), shard_names(stream.depth), running.journal
+    sink, shards, journal = ShardFolder(running.run.out), shard_names(stream.depth), running.journal
     first = journal.next_layer
     for place in range(first, len(shards)):
         if running.stops.due(moved=place > first):
             raise running.stops.stopped(f"at shard {place} of {len(shards)}")
-        entries = stream.outer_tensors() if place == 0 else exported_layer(stream, place - 1, wanted[place - 1], config)
+        entries: Mapping[str, TensorEntry] = stream.outer_tensors()
+        if place:
+            index, forms = place - 1, wanted[place - 1]
+            entries = packed(to, stream.layer_name(index), forms, exported_layer(stream, index, forms, config))
         journal.append({"index": place, "sha256": sink.write(shards[place], entries)})
     sink.seal(shards)

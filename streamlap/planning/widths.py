@@ -9,7 +9,7 @@ from streamlap.families.stream import ModelStream
 from streamlap.planning.layouts import dense_parameters
 from streamlap.recipe import Recipe
 
-STEPS = {"stock": (128, 64)}
+STEPS = {"stock": (128, 64), "nas": (256, 16)}
 """Format -> channels that widths are a multiple of, and the least number of such steps in the dense width: where it has fewer,
 the step is halved until it has as many, since a step is all the precision that the ratio has."""
 
