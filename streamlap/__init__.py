@@ -6,6 +6,7 @@ output; nothing else happens at import.
 
 from streamlap.errors import StreamlapError
 from streamlap.loader import hf_plugin as hf_plugin
+from streamlap.loader import modeling_nas as modeling_nas
 from streamlap.output.inspect import inspect
 from streamlap.output.load import load
 from streamlap.output.report import Report
@@ -13,7 +14,7 @@ from streamlap.output.verify import verify
 from streamlap.pipeline.adapt import Recovered
 from streamlap.pipeline.compress import compress
 from streamlap.pipeline.evaluate import Evaluation, evaluate
-from streamlap.pipeline.export import export_dense
+from streamlap.pipeline.export import export, export_dense
 from streamlap.pipeline.recover import recover
 from streamlap.pipeline.resume import resume
 from streamlap.pipeline.survey import survey
@@ -37,6 +38,7 @@ __all__ = [
     "__version__",
     "compress",
     "evaluate",
+    "export",
     "export_dense",
     "inspect",
     "load",

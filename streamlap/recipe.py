@@ -25,7 +25,7 @@ import yaml
 from streamlap.errors import RecipeError, shown
 from streamlap.families.shell import parse_dtype
 from streamlap.families.table import Family
-from streamlap.methods import FINAL, PRESETS, SHAPES, TRAINED, AnyMethod
+from streamlap.methods import FINAL, FORMATS, PRESETS, SHAPES, TRAINED, AnyMethod
 from streamlap.methods.anchored.ffn import FfnAnchored
 from streamlap.methods.anchored.groups import AttentionGroups
 from streamlap.methods.base import Method, Trained
@@ -96,6 +96,11 @@ class Recipe:
     """Where `methods` came from; "custom" when they were written out by hand."""
     shape: str = "free"
     """What the result may be made of, see `methods.SHAPES`."""
+    format: str = "factored"
+    """How the output folder holds it, see `methods.FORMATS`. A format that holds less than every form implies its shape."""
+    multiple: int | None = None
+    """What the width of every FFN is a multiple of, in the shapes whose linears are dense. None is what the format's engines
+    want, and 1 where that is factored."""
     methods: tuple[AnyMethod, ...] = PRESETS["best"]
     """Those of the preset and shape where none are given. For each sub-layer those that may compress it, which are all one-pass
     or all anchored; after them any that train what these have made, and what comes after the last layer."""
@@ -112,8 +117,7 @@ class Recipe:
         object.__setattr__(self, "dtype", parse_dtype(self.dtype))
         if self.preset not in (*PRESETS, "custom"):
             raise RecipeError(f"preset is {shown(self.preset)}; wanted one of {', '.join(PRESETS)}, custom.")
-        if self.shape not in list(SHAPES):
-            raise RecipeError(f"shape is {shown(self.shape)}; wanted one of {', '.join(SHAPES)}.")
+        self._settle_shape()
         if self.methods is PRESETS["best"] and self.preset != "custom":
             object.__setattr__(self, "methods", preset_methods(self.preset, self.shape))
         self._check_shape()
@@ -134,6 +138,27 @@ class Recipe:
             raise RecipeError(
                 f"survey is {shown(self.survey)}; wanted auto, or the path of a survey file, and anchored methods, as those of "
                 "the preset best are."
+            )
+
+    def _settle_shape(self) -> None:
+        """The shape that the format implies. Raises RecipeError where another was given."""
+        if self.format not in list(FORMATS):
+            raise RecipeError(f"format is {shown(self.format)}; wanted one of {', '.join(FORMATS)}.")
+        if self.shape not in list(SHAPES):
+            raise RecipeError(f"shape is {shown(self.shape)}; wanted one of {', '.join(SHAPES)}.")
+        implied = shape_for(self.format, self.shape)
+        if self.shape not in ("free", implied):
+            raise RecipeError(
+                f"format is {self.format} and shape {self.shape}; wanted shape {implied}, which that format holds, or format "
+                "factored, which holds every shape."
+            )
+        object.__setattr__(self, "shape", implied)
+        if self.multiple is not None and (type(self.multiple) is not int or not 1 <= self.multiple < 2**20):
+            raise RecipeError(f"multiple is {shown(self.multiple)}; wanted a whole number of at least 1.")
+        if self.multiple is not None and self.shape == "free":
+            raise RecipeError(
+                f"multiple is {self.multiple} and shape free; wanted shape nas or stock: in a free one channels and ranks are "
+                "shared out one by one."
             )
 
     def _check_shape(self) -> None:
@@ -219,8 +244,9 @@ class Recipe:
         refuse_unknown("overrides", own, Recipe)
         if "methods" in own:
             own["preset"] = own.get("preset", "custom")
-        elif "preset" in own or "shape" in own:
-            preset, shape = own.get("preset", self.preset), own.get("shape", self.shape)
+        elif {"preset", "shape", "format"} & own.keys():
+            own["shape"] = shape = own.get("shape", shape_for(own.get("format", self.format), self.shape))
+            preset = own.get("preset", self.preset)
             if preset != "custom":
                 own["methods"] = (*preset_methods(preset, shape), *self.trained)
         if epochs is not None:
@@ -231,10 +257,11 @@ class Recipe:
         return replace(self, **(own | {"calibration": calibration}))
 
     def to_dict(self) -> dict[str, Any]:
-        """As plain values; a free shape has no key, as in the files of earlier versions."""
+        """As plain values; a shape, format or multiple that is the default has no key, as in the files of earlier versions."""
         methods = [method_row(method) for method in self.methods]
         plain = {"preset": self.preset, "ratio": self.ratio, "dtype": self.dtype, "survey": self.survey}
-        shape = {} if self.shape == "free" else {"shape": self.shape}
+        defaults = {"shape": "free", "format": "factored", "multiple": None}
+        shape = {name: getattr(self, name) for name, value in defaults.items() if getattr(self, name) != value}
         return plain | shape | {"methods": methods, "calibration": self.calibration.to_dict()}
 
     def to_yaml(self) -> str:
@@ -254,7 +281,7 @@ class Recipe:
                 )
             values["methods"] = tuple(parse_method(row) for row in values["methods"])
         else:
-            values["methods"] = preset_methods(preset, values.get("shape", "free"))
+            values["methods"] = preset_methods(preset, shape_for(values.get("format"), values.get("shape", "free")))
         if "refine" in table:
             values["methods"] = with_refinement(values["methods"], table["refine"])
         calibration = values.get("calibration") or {}
@@ -279,6 +306,12 @@ class Recipe:
         if "methods" in table and not table["methods"]:
             raise RecipeError(f"recipe {path} has no methods, so nothing would be compressed; wanted some or a preset.")
         return cls.from_dict({**table, "survey": _beside(path, table["survey"])} if "survey" in table else table)
+
+
+def shape_for(format: Any, shape: Any) -> Any:
+    """The shape that a format implies; `shape` where it implies none."""
+    implied = FORMATS[format] if isinstance(format, str) and format in FORMATS else "free"
+    return shape if implied == "free" else implied
 
 
 def _beside(path: Path, survey: Any) -> Any:

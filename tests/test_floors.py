@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 
-from streamlap.loader.shim import SHIM_FILES
+from streamlap.loader.shim import NAS_FILES, SHIM_FILES
 
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "streamlap"
@@ -41,13 +41,14 @@ FLOOR_OF = {room: floor for floor, rooms in FLOORS.items() for room in rooms}
 MOST_AT_THE_TOP = 8
 """Files beside the rooms that are folders."""
 
-COPIED = {f"loader.{name.removesuffix('.py')}" for name in SHIM_FILES}
+COPIED = {f"loader.{name.removesuffix('.py')}" for name in (*SHIM_FILES, *NAS_FILES)}
 """Files that go into every output folder, so that they must stand alone."""
 NEEDED_BY_COPIED = {
     "loader.linears": {"torch"},
     "loader.forms": {"torch"},
     "loader.modules": {"torch"},
     "loader.adapters": {"torch", "peft"},
+    "loader.configuration_nas": {"transformers"},
 }
 """What a copied file may import from elsewhere, where that is not torch and transformers."""
 

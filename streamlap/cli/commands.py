@@ -211,14 +211,19 @@ def verify(
 def export(
     out: Annotated[Path, typer.Argument(metavar="OUT", parser=named, help="Folder that streamlap wrote.")],
     destination: Annotated[Path, typer.Argument(metavar="DEST", parser=named, help="New folder.")],
-    to: Annotated[str, typer.Option(help="dense: factors multiplied back, removed channels as zeros.")],
+    to: Annotated[
+        str,
+        typer.Option(
+            metavar="FORMAT",
+            help="stock: a plain checkpoint, as small, where all layers have the same widths; nas: the same where they differ "
+            "or lack attention, as engines know it; dense: factors multiplied back, removed channels as zeros.",
+        ),
+    ],
     stop_after: StopAfter = None,
     as_json: Json = False,
 ) -> None:
-    """Write a compressed model in another container."""
-    if to != "dense":
-        raise typer.BadParameter(f"{to!r} is not known; wanted dense", param_hint="--to")
-    result = streamlap.export_dense(out, destination, stop_after=stop_after)
+    """Write a compressed model in another format."""
+    result = streamlap.export(out, destination, to=to, stop_after=stop_after)
     emit(as_json, result, describe_export(destination, result))
 
 

@@ -62,6 +62,13 @@ Shape = Annotated[
         "attentions gone; stock, dense linears of the same widths everywhere.  [default: free]"
     ),
 ]
+Format = Annotated[
+    str | None,
+    typer.Option(
+        help="How the result is stored: factored, every form, read by this package's loader; stock, a plain checkpoint of the "
+        "same architecture; nas, as engines know the architecture DeciLM. The last two imply their shapes.  [default: factored]"
+    ),
+]
 RATIO = typer.Option(metavar="FRACTION", help="Part of the decoder-linear parameters to remove, like 0.2 or 20%.")
 """The same wherever there is one; its default is not."""
 TextColumn = Annotated[
@@ -177,6 +184,15 @@ class RecipeOptions(TextOptions):
     batch: Annotated[int | None, typer.Option(help="Sequences of --context tokens at a time.  [default: 1]")] = None
     preset: Annotated[str | None, typer.Option(help="best or lorap.  [default: best]")] = None
     shape: Shape = None
+    format: Format = None
+    multiple: Annotated[
+        int | None,
+        typer.Option(
+            metavar="CHANNELS",
+            help="With shape nas or stock: the width of every FFN is a multiple of that; default 128 with format stock and "
+            "256 with nas, less where the FFN is narrow; else 1.",
+        ),
+    ] = None
     recipe: Annotated[
         Path | None,
         typer.Option(metavar="FILE", parser=named, help="YAML file of settings; other options replace single ones."),

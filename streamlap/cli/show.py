@@ -85,7 +85,7 @@ def describe_numerics(report: Report) -> list[str]:
 
 
 def describe_export(out: Path, result: dict[str, int]) -> list[str]:
-    return [f"{out}: {result['shards']} shards, {show_size(result['bytes'])}, for comparison only"]
+    return [f"{out}: {result['shards']} shards, {show_size(result['bytes'])}"]
 
 
 def describe_recovery(out: Path, result: Recovered) -> list[str]:

@@ -23,7 +23,7 @@ from transformers.utils.import_utils import is_protobuf_available, is_sentencepi
 
 from streamlap.errors import CheckpointError, RecipeError, first_line, shown
 from streamlap.families.bounds import native_config
-from streamlap.families.shell import read_config
+from streamlap.families.nas import known_config
 from streamlap.families.table import find_family
 from streamlap.untrusted.paths import CONFIG_BYTES, check_folder, read_object
 
@@ -93,7 +93,7 @@ def load_tokenizer(folder: Path, of: Path, trust_remote_code: bool = False) -> A
             f"the path {folder} is no UTF-8 text in this locale, and tokenizers open no other; wanted one that is. Set "
             "LC_ALL=C.UTF-8, rename it, or give token ids as .npy."
         )
-    raw = read_config(folder)
+    raw = known_config(folder)
     find_family(raw)
     config = native_config(raw, folder)
     code = check_settings(folder, raw.get("tokenizer_class"), trust_remote_code)

@@ -17,7 +17,7 @@ def cache_bytes(stream: ModelStream, index: int, forms: Mapping[str, Form], toke
     kept = [forms.get(role, stream.native(index, role)) for role in KEPT]
     numbers = sum(form.shape[0] for form in kept if not isinstance(form, Removed))
     window = window_of(stream, index)
-    itemsize = stream.source.info(f"{stream.linear_name(index, 'k')}.weight").dtype.itemsize
+    itemsize = stream.storage_dtype(index, "k").itemsize
     return numbers * itemsize * sequences * (tokens if window is None else min(tokens, window))
 
 

@@ -22,6 +22,7 @@ from streamlap.errors import CheckpointError, UnsupportedModel, few, shown
 from streamlap.families.bounds import check_roles, check_widths, described_by, native_config
 from streamlap.families.layer import StreamLayer
 from streamlap.families.names import ModelTensors, check_depth
+from streamlap.families.nas import as_llama, is_nas, unmark
 from streamlap.families.shell import (
     COMPUTE_DTYPES,
     AfterLayers,
@@ -79,7 +80,10 @@ class ModelStream:
         self._bfloat16 = cpu_has_bfloat16() if bfloat16 is None else bfloat16
         check_folder(folder)
         check_alone(folder)
-        self.raw_config = read_config(folder)
+        raw = read_config(folder)
+        self.marked = not is_nas(raw)
+        """Whether what is gone has left a mark in its place, as in the factored format."""
+        self.raw_config = raw if self.marked else as_llama(raw, folder)
         self.family = find_family(self.raw_config)
         source = source or SafetensorsFolder(folder)
         with described_by(folder):
@@ -93,6 +97,8 @@ class ModelStream:
         self.model = meta_model(config)
         self.config: Any = self.model.config
         self._dense = swapped(self.model, self.rows)  # the linears that an earlier compression replaced, by path
+        if not self.marked:
+            unmark(self.model.get_submodule(self.family.layers))
         self.layers = list(self.model.get_submodule(self.family.layers).children())
         self.width, self.vocabulary = int(self.config.hidden_size), int(self.config.vocab_size)
         self.context = int(self.config.max_position_embeddings)
@@ -119,8 +125,13 @@ class ModelStream:
 
     def storage_itemsize(self, index: int) -> int:
         """Bytes of a weight of a layer's linears; of the widest where they differ."""
-        names = [f"{self.linear_name(index, role)}.weight" for role in self.family.roles]
-        return max(self.source.info(name).dtype.itemsize for name in names)
+        return max(self.storage_dtype(index, role).itemsize for role in self.family.roles)
+
+    def storage_dtype(self, index: int, role: str) -> torch.dtype:
+        """Of a weight of a linear, which is on disk under the dense layer's own name whatever became of it; of one that has
+        left nothing, that of the embedding."""
+        name = f"{self.linear_name(index, role)}.weight"
+        return self.source.info(name if name in self.source else f"{self.family.embedding}.weight").dtype
 
     def layer_name(self, index: int) -> str:
         return f"{self.family.layers}.{index}"

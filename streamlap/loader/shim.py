@@ -10,6 +10,20 @@ from pathlib import Path
 SHIM_FILES = ("modeling_streamlap.py", "hf_plugin.py", "modules.py", "forms.py", "linears.py", "adapters.py")
 
 
+NAS_FILES = ("configuration_nas.py", "modeling_nas.py")
+"""The same of the format nas."""
+NAS_MAP = {
+    "AutoConfig": "configuration_nas.DeciLMConfig",
+    "AutoModelForCausalLM": "modeling_nas.DeciLMForCausalLM",
+}
+
+
+def write_nas(folder: Path, write: Callable[[Path, bytes], object] = Path.write_bytes) -> None:
+    """Copy what `NAS_MAP` names into `folder`."""
+    for name in NAS_FILES:
+        write(folder / name, (Path(__file__).parent / name).read_bytes())
+
+
 def write_shim(folder: Path, write: Callable[[Path, bytes], object] = Path.write_bytes) -> dict[str, str]:
     """Copy the loader's files into `folder`; gives back the `auto_map` for its config.json."""
     for name in SHIM_FILES:

@@ -47,3 +47,6 @@ free     every form
 nas      dense linears: each FFN has a width of its own, attention is whole or removed
 stock    dense linears, of the same widths in every layer
 """
+
+FORMATS = {"factored": "free", "stock": "stock", "nas": "nas"}
+"""How an output folder can hold a result -> its shape; the factored format holds them all. See `output.formats`."""

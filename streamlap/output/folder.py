@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +12,11 @@ from streamlap.errors import CheckpointError
 from streamlap.families.stream import ModelStream
 from streamlap.families.table import is_language_model
 from streamlap.loader.hf_plugin import FORMAT_VERSION
-from streamlap.loader.shim import write_shim
+from streamlap.loader.shim import write_nas, write_shim
+from streamlap.output.card import CARD_NAME, licence_of, model_card
+from streamlap.output.formats import CONFIGS, forms_after, source_config
 from streamlap.output.report import LayerReport, Report
-from streamlap.store.shards import NAMING_KEY, PICKLE_SUFFIXES
+from streamlap.store.shards import PICKLE_SUFFIXES
 from streamlap.store.sink import write_durably
 from streamlap.untrusted.paths import checked, read_bytes
 
@@ -31,10 +33,6 @@ COPIED = (
 NOT_COPIED = {".py", ".so", *PICKLE_SUFFIXES}
 """Endings of what can run code."""
 MOST_COMPANION_BYTES = 256 << 20
-CARD_BYTES = 1 << 20
-
-PLAIN = re.compile(r"[\w .,:;/@+()~%#?&=-]{1,200}")
-"""What a model card takes over from a stranger's: no quotes, no markup, no line ends."""
 
 
 def companions(source: Path) -> list[Path]:
@@ -84,10 +82,30 @@ def finish_folder(
         if edit.kept is not None
     }
     write_json(out / KEPT_NAME, kept, indent=None)
-    write_durably(out / "README.md", model_card(report, base, licence_of(source)).encode())
+    write_durably(out / CARD_NAME, card_of(report, base, source).encode())
+    write_json(out / "config.json", result_config(out, stream, report))
+
+
+def card_of(report: Report, base: str, source: Path) -> str:
+    sequences, length = report.calibration_tokens
+    made = (
+        f"Preset `{report.recipe['preset']}`, ratio {report.recipe['ratio']}, calibrated on {sequences} windows of "
+        f"{length} tokens. All settings: `{RECIPE_NAME}`; what was done to each layer: `{REPORT_NAME}`."
+    )
+    return model_card(
+        base=base, licence=licence_of(source), parameters=report.parameters, cache=report.kv_cache, made=made,
+        loader=report.loader, to=report.format,
+    )  # fmt: skip
+
+
+def result_config(out: Path, stream: ModelStream, report: Report) -> dict[str, Any]:
+    """config.json of a result in its format. Code that the format needs is put beside it."""
+    if report.format == "nas":
+        write_nas(out, write_durably)
+    if report.format in CONFIGS:
+        return CONFIGS[report.format](stream, forms_after(stream, module_rows(report.layers, stream.family.layers)))
     table = quantization_config(report, stream.family.layers)
-    loader = {"auto_map": write_shim(out, write_durably), "quantization_config": table}
-    write_json(out / "config.json", source_config(stream) | loader)
+    return source_config(stream) | {"auto_map": write_shim(out, write_durably), "quantization_config": table}
 
 
 def loader_of(stream: ModelStream) -> str:
@@ -96,13 +114,6 @@ def loader_of(stream: ModelStream) -> str:
         return "AutoModelForCausalLM"
     task = re.fullmatch(r"\w+For(Sequence|Token)Classification", str(stream.raw_config["architectures"][0]))
     return f"AutoModelFor{task[1]}Classification" if task else "AutoModel"
-
-
-def source_config(stream: ModelStream) -> dict[str, Any]:
-    """config.json of a checkpoint as it holds for its tensors in another folder: the files have other names there, and a head
-    that is not the embedding is said not to be."""
-    raw = {key: value for key, value in stream.raw_config.items() if key != NAMING_KEY}
-    return raw | {"tie_word_embeddings": False} if stream.two_heads() else raw
 
 
 def quantization_config(report: Report, layers_path: str) -> dict[str, Any]:
@@ -118,45 +129,3 @@ def module_rows(layers: Iterable[LayerReport], layers_path: str) -> dict[str, di
     """Module path in the model -> its row, for every linear that is not a dense one of the same shape."""
     rows = ((f"{layers_path}.{layer.index}.{edit.path}", edit.row) for layer in layers for edit in layer.edits)
     return {path: dict(row) for path, row in rows if row}
-
-
-def licence_of(source: Path) -> dict[str, str]:
-    """The licence fields in the front matter of a checkpoint's model card, those that are plain words."""
-    path = checked(source, source / "README.md")
-    if not path.is_file():
-        return {}
-    with path.open("rb") as file:
-        card = file.read(CARD_BYTES).decode("utf-8", errors="replace")
-    front = card.split("---", 2)[1] if card.startswith("---") and card.count("---") >= 2 else ""
-    rows = re.findall(r"^(license(?:_name|_link)?):[ \t]*([\"']?)(.*?)\2[ \t]*$", front, flags=re.MULTILINE)
-    return {key: value for key, _, value in rows if PLAIN.fullmatch(value)}
-
-
-def model_card(report: Report, base: str, licence: Mapping[str, str]) -> str:
-    """README.md with the metadata that hubs read and the numbers that were measured."""
-    parameters, (sequences, length) = report.parameters, report.calibration_tokens
-    base = re.sub(r"[^\w./@+ -]", "_", base[:200])  # no quotes or markup, in a heading or in the front matter
-    front = [
-        f"base_model: {json.dumps(base, ensure_ascii=False)}",
-        "base_model_relation: quantized",
-        "library_name: transformers",
-    ]
-    front += [f"{key}: {json.dumps(value, ensure_ascii=False)}" for key, value in licence.items()]
-    front += ["tags:", "- streamlap", "- low-rank", "- pruned"]
-    ratio = f"{parameters.ratio_decoder:.2%} of the decoder linears, {parameters.ratio_total:.2%} of the whole model"
-    return "\n".join(
-        [
-            "---", *front, "---", f"# {base}, compressed by streamlap", "",
-            f"Removed parameters: {ratio}.", "",
-            "| | before | after |", "|---|---|---|",
-            f"| decoder linears | {parameters.decoder_before:,} | {parameters.decoder_after:,} |",
-            f"| whole model | {parameters.total_before:,} | {parameters.total_after:,} |",
-            f"| keys and values, bytes a token | {report.kv_cache.before:,} | {report.kv_cache.after:,} |", "",
-            f"Preset `{report.recipe['preset']}`, ratio {report.recipe['ratio']}, calibrated on {sequences} windows of "
-            f"{length} tokens. All settings: `{RECIPE_NAME}`; what was done to each layer: `{REPORT_NAME}`.", "",
-            "```python", "import streamlap  # registers the loader", f"from transformers import {report.loader}", "",
-            f'model = {report.loader}.from_pretrained("path/to/this/folder")', "```", "",
-            "Where streamlap is not installed, `from_pretrained(..., trust_remote_code=True)` uses the loader files in this "
-            "folder. Any other loader refuses the weights rather than misread them.", "",
-        ]
-    )  # fmt: skip

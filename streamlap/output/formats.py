@@ -1,32 +1,129 @@
-"""Other containers of a compressed model. So far one: dense, every matrix multiplied back, removed channels as zeros."""
+"""The formats of a compressed model: what config.json says of it, and the tensors of a layer as the folder holds them.
+
+factored   every form; what reads it is the loader of this package
+stock      a plain checkpoint of the same architecture, with smaller sizes in config.json
+nas        widths of their own for the FFNs, and layers without attention, as engines know them; see `nas`
+dense      every matrix multiplied back, removed channels as zeros; the sizes are those of the original
+
+`compress` writes the first three, `export` the last three. What a format cannot express is refused, with one that can.
+"""
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 
 from streamlap.errors import UnsupportedModel
-from streamlap.families.shell import check_orders
+from streamlap.families.bounds import native_config
+from streamlap.families.shell import check_orders, meta_model
 from streamlap.families.stream import ModelStream
+from streamlap.loader.forms import Dense, Form, Removed, kind_of, read_row
 from streamlap.loader.modules import dense_linear
-from streamlap.output.folder import source_config
+from streamlap.output.nas import check_layers, nas_config, nas_tensors
+from streamlap.store.shards import NAMING_KEY
 from streamlap.store.sink import TensorEntry
 
+Forms = Mapping[str, Form]
+"""Role -> what its linear is in the result."""
+Config = dict[str, Any]
 
-def dense_config(stream: ModelStream) -> dict[str, Any]:
+OURS = ("quantization_config", "auto_map")
+"""Keys of config.json by which this package's loader is found."""
+
+
+def source_config(stream: ModelStream) -> Config:
+    """config.json of a checkpoint as it holds for its tensors in another folder: the files have other names there, and a head
+    that is not the embedding is said not to be."""
+    raw = {key: value for key, value in stream.raw_config.items() if key != NAMING_KEY}
+    return raw | {"tie_word_embeddings": False} if stream.two_heads() else raw
+
+
+def forms_after(stream: ModelStream, rows: Mapping[str, Mapping[str, int]]) -> list[dict[str, Form]]:
+    """What the linears of every layer become by a table of rows, see `loader.forms`."""
+    return [
+        {
+            role: read_row(name, rows[name], native) if (name := stream.linear_name(index, role)) in rows else native
+            for role, native in stream.natives(index).items()
+        }
+        for index in range(stream.depth)
+    ]
+
+
+# --- config.json -------------------------------------------------------------------------------------------------------
+
+
+def dense_config(stream: ModelStream, layers: Sequence[Forms]) -> Config:
     """config.json without a word of streamlap, and with the flags of the biases that were added.
 
     Raises UnsupportedModel where the architecture has no such flag.
     """
-    raw = {k: v for k, v in source_config(stream).items() if k not in ("quantization_config", "auto_map")}
-    for index in range(stream.depth):
-        for role in stream.family.roles:
-            if stream.form(index, role).bias and not stream.native(index, role).bias:
+    raw = {key: value for key, value in source_config(stream).items() if key not in OURS}
+    for index, forms in enumerate(layers):
+        for role, form in forms.items():
+            if form.bias and not stream.native(index, role).bias:
                 raw[bias_flag(stream, index, role)] = True
     return raw
+
+
+def stock_config(stream: ModelStream, layers: Sequence[Forms]) -> Config:
+    """The same with the sizes that every layer has now. Raises UnsupportedModel where layers differ, or are not dense."""
+    for index, forms in enumerate(layers):
+        for role, form in forms.items():
+            name = stream.linear_name(index, role)
+            if not isinstance(form, Dense):
+                raise UnsupportedModel(
+                    f"{name} is {form.kind}, and the format stock holds dense linears alone; wanted {way_out(layers)}."
+                )
+            if form.shape != layers[0][role].shape:
+                raise UnsupportedModel(
+                    f"{name} is {list(form.shape)}, and that of layer 0 {list(layers[0][role].shape)}: the format stock has "
+                    f"the same widths in every layer; wanted {way_out(layers)}."
+                )
+    raw = dense_config(stream, layers) | stock_sizes(stream, layers[0])
+    check_sizes(stream, raw, layers)
+    return raw
+
+
+def stock_sizes(stream: ModelStream, forms: Forms) -> dict[str, int]:
+    """Keys of config.json that the widths of a layer change."""
+    sizes = {}
+    if (width := forms["gate"].shape[0]) != stream.config.intermediate_size:
+        sizes["intermediate_size"] = width
+    heads, groups = (forms[role].shape[0] // stream.head_dim for role in ("q", "k"))
+    if heads != stream.config.num_attention_heads:
+        sizes |= {"num_attention_heads": heads, "num_key_value_heads": groups, "head_dim": stream.head_dim}
+    return sizes
+
+
+def check_sizes(stream: ModelStream, config: Config, layers: Sequence[Forms]) -> None:
+    """Raise UnsupportedModel unless the native model of `config` has just the linears that are to be written."""
+    native = meta_model(native_config(config, stream.folder))
+    for index, forms in enumerate(layers):
+        for role, form in forms.items():
+            name = stream.linear_name(index, role)
+            found = Dense.from_module(native.get_submodule(name))
+            if found.shape != form.shape:
+                raise UnsupportedModel(
+                    f"{name} is {list(form.shape)}, and a {stream.family.model_type} of such sizes has {list(found.shape)} "
+                    "there; wanted the format factored."
+                )
+
+
+def way_out(layers: Sequence[Forms]) -> str:
+    """The format that can express what stock cannot."""
+    nas = all(isinstance(form, Dense | Removed) for forms in layers for form in forms.values())
+    return f"the format {'nas, ' if nas else ''}factored, or dense for comparison"
+
+
+def engine_config(stream: ModelStream, layers: Sequence[Forms]) -> Config:
+    """That of the format nas."""
+    check_layers(stream, layers)
+    raw = dense_config(stream, layers)
+    heads = {key: size for key, size in stock_sizes(stream, layers[0]).items() if key != "intermediate_size"}
+    return nas_config(stream, {"intermediate_size": stream.config.intermediate_size} | raw | heads, layers)
 
 
 def bias_flag(stream: ModelStream, index: int, role: str) -> str:
@@ -40,22 +137,43 @@ def bias_flag(stream: ModelStream, index: int, role: str) -> str:
     )
 
 
-def dense_layer(stream: ModelStream, index: int, config: Mapping[str, Any]) -> dict[str, TensorEntry]:
-    """Tensors of one layer in the shapes that `config` wants. Untouched ones are copied as bytes."""
+CONFIGS: dict[str, Callable[[ModelStream, Sequence[Forms]], Config]] = {
+    "stock": stock_config,
+    "nas": engine_config,
+    "dense": dense_config,
+}
+"""Format -> its config.json, for a result whose layers have these forms. Each raises UnsupportedModel for what it cannot
+express. That of the format factored is in `folder`: it goes by the rows of the report."""
+
+
+# --- tensors -----------------------------------------------------------------------------------------------------------
+
+
+def packed(to: str, prefix: str, forms: Forms, entries: Mapping[str, TensorEntry]) -> Mapping[str, TensorEntry]:
+    """The tensors of the layer `prefix` as the format has them."""
+    return nas_tensors(prefix, forms, entries) if to == "nas" else entries
+
+
+def exported_layer(stream: ModelStream, index: int, wanted: Forms, config: Mapping[str, Any]) -> dict[str, TensorEntry]:
+    """Tensors of one layer of a compressed folder in the dense shapes `wanted`. Untouched ones are copied as bytes."""
     prefix, names, tensors = stream.layer_name(index), stream.layer_names(index), stream.layer_tensors(index)
     entries: dict[str, TensorEntry] = {f"{prefix}.{n}": info for n, info in tensors.items()}
     for role, path in stream.family.roles.items():
-        base, native = stream.linear_name(index, role), stream.native(index, role)
-        if base in stream.rows:
+        base, form = stream.linear_name(index, role), stream.form(index, role)
+        if not isinstance(wanted[role], Removed) and kind_of(form, Dense(wanted[role].shape)) != "dense":
             stored = {name.removeprefix(path + "."): name for name in tensors if name.startswith(path + ".")}
             for name in stored.values():
                 del entries[f"{prefix}.{name}"]
             module = copy.deepcopy(stream.layers[index].get_submodule(path))
             module.load_state_dict({n: stream.source.read(names[name]) for n, name in stored.items()}, assign=True)
             check_orders(module, base)
-            entries |= {f"{base}.{n}": t for n, t in dense_linear(module, native).state_dict().items()}
+            native = Dense(wanted[role].shape, stream.native(index, role).bias)
+            dtype = stream.storage_dtype(index, role)
+            entries |= {f"{base}.{n}": t for n, t in dense_linear(module, native, dtype).state_dict().items()}
         flags = [flag for start, flag in stream.family.bias_flags.items() if path.startswith(start)]
         if f"{base}.bias" not in entries and any(config.get(flag) for flag in flags):
-            dtype = stream.source.info(f"{base}.weight").dtype
-            entries[f"{base}.bias"] = torch.zeros(native.shape[0], dtype=dtype)
+            entries[f"{base}.bias"] = torch.zeros(wanted[role].shape[0], dtype=stream.storage_dtype(index, role))
+    norm = f"{prefix}.input_layernorm.weight"
+    if not stream.marked and norm not in entries:
+        entries[norm] = torch.ones(stream.width, dtype=stream.storage_dtype(index, "q"))
     return entries

@@ -9,7 +9,7 @@ from typing import Any
 from streamlap.errors import CheckpointError, shown
 from streamlap.families.cache import KEPT, cache_bytes
 from streamlap.families.stream import ModelStream
-from streamlap.loader.forms import Dense, Form, index_parameters, kind_of, read_row
+from streamlap.loader.forms import Dense, Form, Removed, index_parameters, kind_of, read_row
 from streamlap.output.folder import REPORT_NAME
 from streamlap.output.report import KvCache, Parameters
 from streamlap.store.hub import local_folder
@@ -42,19 +42,19 @@ def inspect(path: str | Path) -> dict[str, Any]:
     return table | ({"unused": list(stream.source.unused)} if stream.source.unused else {})
 
 
-def count_parameters(stream: ModelStream, rows: Mapping[str, Mapping[str, int]]) -> Parameters:
+def count_parameters(stream: ModelStream, rows: Mapping[str, Mapping[str, int]], marked: bool = True) -> Parameters:
     """Parameters before any edit and after those in `rows`; `stream` may be the original or the compressed checkpoint.
 
-    A stored index counts as the weights that would take its bytes.
+    A stored index counts as the weights that would take its bytes; `marked`, whether what is removed leaves a mark.
     """
     before = after = stored = 0
     for index in range(stream.depth):
         for role, native in stream.natives(index).items():
-            itemsize, name = _itemsize(stream, index, stream.family.path(role)), stream.linear_name(index, role)
+            itemsize, name = stream.storage_dtype(index, role).itemsize, stream.linear_name(index, role)
             edited = read_row(name, rows[name], native) if name in rows else native
             before += native.parameters(itemsize)
-            after += edited.parameters(itemsize)
-            stored += stream.form(index, role).parameters(itemsize)
+            after += _numbers(edited, itemsize, marked and stream.marked)
+            stored += _numbers(stream.form(index, role), itemsize, stream.marked)
     rest = sum(info.numel for info in stream.outer_tensors().values()) - stored
     rest += sum(_stored(stream, index) for index in range(stream.depth))
     return Parameters(decoder_before=before, decoder_after=after, total_before=before + rest, total_after=after + rest)
@@ -75,20 +75,19 @@ def count_cache(stream: ModelStream, rows: Mapping[str, Mapping[str, int]]) -> K
     return KvCache(before=before, after=after)
 
 
+def _numbers(form: Form, itemsize: int, marked: bool) -> int:
+    return 0 if isinstance(form, Removed) and not marked else form.parameters(itemsize)
+
+
 def _stored(stream: ModelStream, index: int) -> int:
     """Parameters of a layer as its tensors tell."""
     tensors = stream.layer_tensors(index)
     indices = {name: info for name, info in tensors.items() if not info.dtype.is_floating_point}
     weights = sum(info.numel for name, info in tensors.items() if name not in indices)
     return weights + sum(
-        index_parameters(info.numel, _itemsize(stream, index, name.rpartition(".")[0]))
+        index_parameters(info.numel, stream.storage_dtype(index, stream.family.role(name.rpartition(".")[0])).itemsize)
         for name, info in indices.items()
     )
-
-
-def _itemsize(stream: ModelStream, index: int, path: str) -> int:
-    """Bytes of one weight of a linear, which is on disk under the dense layer's own name whatever became of it."""
-    return stream.source.info(f"{stream.layer_name(index)}.{path}.weight").dtype.itemsize
 
 
 def _site(stream: ModelStream, index: int, role: str) -> dict[str, Any]:
@@ -98,7 +97,7 @@ def _site(stream: ModelStream, index: int, role: str) -> dict[str, Any]:
         "shape": list(form.shape),
         "rank": form.rank or None,
         "width": _width(form, native),
-        "parameters": form.parameters(_itemsize(stream, index, stream.family.path(role))),
+        "parameters": _numbers(form, stream.storage_dtype(index, role).itemsize, stream.marked),
     }
 
 

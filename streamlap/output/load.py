@@ -10,6 +10,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from streamlap.errors import CheckpointError, shown
 from streamlap.families.shell import SHORT_DTYPES, check_alone, read_config
 from streamlap.loader import hf_plugin as hf_plugin
+from streamlap.loader import modeling_nas as modeling_nas
 from streamlap.store.hub import local_folder
 from streamlap.untrusted.paths import check_folder
 

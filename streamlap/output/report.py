@@ -152,6 +152,11 @@ class Report:
     """The class of transformers that loads it."""
 
     @property
+    def format(self) -> str:
+        """How the folder holds it, see `formats`."""
+        return str(self.recipe.get("format", "factored"))
+
+    @property
     def peak_ram_bytes(self) -> int:
         return max((layer.peak_ram_bytes for layer in self.layers), default=0)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,7 @@ from streamlap.output.folder import (
     module_rows,
 )
 from streamlap.output.inspect import count_cache, count_parameters
-from streamlap.output.report import LayerReport, Report
+from streamlap.output.report import LayerReport, Parameters, Report
 from streamlap.pipeline.final_gain import write_outer
 from streamlap.pipeline.layers import Job, compress_layers
 from streamlap.pipeline.place import check_apart, check_places, contents
@@ -37,6 +38,7 @@ from streamlap.planning.sample import check_sample, fitted_inputs
 from streamlap.planning.target import parse_target
 from streamlap.recipe import AUTO, Recipe
 from streamlap.settings import RunSettings, split_options
+from streamlap.store.header import read_header
 from streamlap.store.hub import local_folder, model_name
 from streamlap.store.journal import JOURNAL_NAME, STATE_FOLDER, Journal, saved_tokens
 from streamlap.store.lock import OutputLock
@@ -158,12 +160,22 @@ def build_report(
     names = shard_names(stream.depth)
     hashes = {names[0]: file_hash(out / names[0])} | {names[layer.index + 1]: layer.sha256 for layer in layers}
     return Report(
-        out=str(out), recipe=recipe.to_dict(), parameters=count_parameters(stream, rows), layers=layers,
+        out=str(out), recipe=recipe.to_dict(), layers=layers,
+        parameters=count_written(stream, rows, recipe.format, out),
         kv_cache=count_cache(stream, rows),
         shards=hashes, calibration_tokens=windows_of(tokens_NL), kept_channels=KEPT_NAME, loader=loader_of(stream),
         seconds=sum(sum(layer.seconds.values()) for layer in layers), final_gain=gain, redrawn=plan.redrawn,
         calibration_inputs=fitted_inputs(stream, {method.sublayer for method in recipe.solving}),
     )  # fmt: skip
+
+
+def count_written(stream: ModelStream, rows: Mapping[str, Mapping[str, int]], to: str, out: Path) -> Parameters:
+    """Of the model before and after. A format that writes more or less than the linears' forms is counted on the disk."""
+    if to != "nas":
+        return count_parameters(stream, rows)
+    headers = [read_header(out / name) for name in shard_names(stream.depth)]
+    total = sum(info.numel for header in headers for info in header.tensors.values())
+    return replace(count_parameters(stream, rows, marked=False), total_after=total)
 
 
 def fingerprint(stream: ModelStream, plan: Plan, tokens_NL: torch.Tensor) -> dict[str, Any]:

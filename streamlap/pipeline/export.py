@@ -1,46 +1,66 @@
-"""A compressed folder as a plain dense one, a layer at a time. A run that dies goes on after the last shard in its journal."""
+"""A compressed folder as a plain checkpoint, a layer at a time. A run that dies goes on after the last shard in its journal."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from streamlap.errors import RecipeError, UnsupportedModel
+from streamlap.errors import RecipeError, ResumeMismatch, UnsupportedModel, shown
 from streamlap.families.stream import ModelStream
-from streamlap.output.folder import companions, copy_companions, write_json
-from streamlap.output.formats import dense_config, dense_layer
-from streamlap.output.inspect import count_parameters
+from streamlap.loader.shim import write_nas
+from streamlap.output.card import CARD_NAME, base_of, licence_of, model_card
+from streamlap.output.folder import companions, copy_companions, loader_of, write_json
+from streamlap.output.formats import CONFIGS, Forms, exported_layer, packed
+from streamlap.output.inspect import count_cache, count_parameters
 from streamlap.pipeline.place import check_apart, contents
 from streamlap.pipeline.session import Run, Session, session, source_marks
 from streamlap.planning.disk import DiskNeeds
 from streamlap.settings import RunSettings
 from streamlap.store.journal import STATE_FOLDER, Journal
-from streamlap.store.sink import ShardFolder, shard_names
+from streamlap.store.sink import ShardFolder, TensorEntry, shard_names, write_durably
 
 Exported = dict[str, int]
 """{"shards", "bytes"} of what was written."""
 
 
-def export_dense(out: str | Path, destination: str | Path, *, stop_after: float | str | None = None) -> Exported:
-    """Write the dense twin of the output folder `out` into the new folder `destination`, one layer at a time, or go on where a
-    killed run stopped: every matrix multiplied back, removed channels as zeros. For comparison only: it has the size and the
-    speed of the original and the quality of the compressed model, and loads anywhere. After the time `stop_after` (seconds, or
-    text like 3h50m) it ends at its next shard.
+def export(
+    out: str | Path, destination: str | Path, *, to: str = "dense", stop_after: float | str | None = None
+) -> Exported:
+    """Write the output folder `out` as another format into the new folder `destination`, one layer at a time, or go on where a
+    killed run stopped. After the time `stop_after` (seconds, or text like 3h50m) it ends at its next shard.
 
-    Returns {"shards", "bytes"}. Raises Interrupted where it was stopped, RecipeError for a destination that is not empty,
-    UnsupportedModel for a source that is not compressed or has a bias that the architecture does not know.
+    Args: to, dense: every matrix multiplied back, removed channels as zeros, for comparison only: it has the size and the speed
+    of the original and the quality of the compressed model; stock: a plain checkpoint that is as small, where nothing is lost
+    by that: all linears dense, of the same widths in every layer; nas: the same with widths that differ and layers without
+    attention, packaged as engines know them.
+
+    Returns {"shards", "bytes"}. Raises Interrupted where it was stopped, RecipeError for a destination that is not empty or a
+    format that is not known, UnsupportedModel for a source that is not compressed and for what the format cannot express.
     """
     settings, folder, destination = RunSettings(stop_after=stop_after), Path(out), Path(destination)
     run = Run(
-        command="export", out=destination, folder=destination, model=str(folder.resolve()), settings=settings, own={}
-    )
+        command="export", out=destination, folder=destination, model=str(folder.resolve()), settings=settings,
+        own={"to": check_format(to)},
+    )  # fmt: skip
     return resume_export(run, settings)
+
+
+def export_dense(out: str | Path, destination: str | Path, *, stop_after: float | str | None = None) -> Exported:
+    """`export` to the dense twin."""
+    return export(out, destination, to="dense", stop_after=stop_after)
+
+
+def check_format(to: str) -> str:
+    if to not in list(CONFIGS):
+        raise RecipeError(f"export to {shown(to)} is not known; wanted one of {', '.join(CONFIGS)}.")
+    return to
 
 
 def resume_export(run: Run, settings: RunSettings) -> Exported:
     """The export, from its next shard."""
     deadline, folder, destination = settings.deadline(), Path(run.model), run.out
+    to = exported_format(run)
     stream = ModelStream(folder)
     if not stream.rows:
         raise UnsupportedModel(
@@ -49,17 +69,42 @@ def resume_export(run: Run, settings: RunSettings) -> Exported:
     check_apart(folder, destination)
     companions(folder)
     check_destination(destination)
-    config = dense_config(stream)
+    layers = [{role: stream.form(index, role) for role in stream.family.roles} for index in range(stream.depth)]
+    config, parameters = CONFIGS[to](stream, layers), count_parameters(stream, stream.rows)
+    wanted: list[Forms] = [stream.natives(index) for index in range(stream.depth)] if to == "dense" else [*layers]
     itemsize = stream.source.info(f"{stream.family.embedding}.weight").dtype.itemsize
-    dense_bytes = itemsize * count_parameters(stream, stream.rows).total_before
-    needs = DiskNeeds(output_bytes=dense_bytes, what="the dense checkpoint")
-    marks = {"command": "export", **source_marks(stream)}
+    numbers = parameters.total_before if to == "dense" else parameters.total_after
+    needs = DiskNeeds(output_bytes=itemsize * numbers, what=f"the {to} checkpoint")
+    marks = {"command": "export", "to": to, **source_marks(stream)}
     with session(run, marks, needs, deadline, lambda: check_destination(destination)) as running:
-        write_shards(stream, destination, config, running)
+        write_shards(stream, running, to, wanted, config)
         copy_companions(folder, destination)
+        write_durably(destination / CARD_NAME, card_of(stream, to).encode())
+        if to == "nas":
+            write_nas(destination, write_durably)
         write_json(destination / "config.json", config)
     shards = shard_names(stream.depth)
     return {"shards": len(shards), "bytes": sum((destination / shard).stat().st_size for shard in shards)}
+
+
+def exported_format(run: Run) -> str:
+    """The format that an export was begun with. Raises ResumeMismatch where its journal has none."""
+    to = run.own.get("to")
+    if to not in list(CONFIGS):
+        raise ResumeMismatch(
+            f"{run.folder} was begun as an export to {shown(to)}; wanted one of {', '.join(CONFIGS)}. Delete it and give the "
+            "first command again."
+        )
+    return str(to)
+
+
+def card_of(stream: ModelStream, to: str) -> str:
+    """With what is known of the compressed folder."""
+    return model_card(
+        base=base_of(stream.folder), licence=licence_of(stream.folder), to=to, loader=loader_of(stream),
+        parameters=count_parameters(stream, stream.rows), cache=count_cache(stream, stream.rows),
+        made=f"Exported as {to} from a result of streamlap.",
+    )  # fmt: skip
 
 
 def check_destination(destination: Path) -> None:
@@ -69,13 +114,18 @@ def check_destination(destination: Path) -> None:
         raise RecipeError(f"destination {destination} is not empty ({min(entries)}, ...); wanted a new folder.")
 
 
-def write_shards(stream: ModelStream, destination: Path, config: Mapping[str, Any], running: Session) -> None:
+def write_shards(
+    stream: ModelStream, running: Session, to: str, wanted: Sequence[Forms], config: Mapping[str, Any]
+) -> None:
     """Every shard that the journal does not have, each with its line there once it is on the disk; then the index."""
-    sink, shards, journal = ShardFolder(destination), shard_names(stream.depth), running.journal
+    sink, shards, journal = ShardFolder(running.run.out), shard_names(stream.depth), running.journal
     first = journal.next_layer
     for place in range(first, len(shards)):
         if running.stops.due(moved=place > first):
             raise running.stops.stopped(f"at shard {place} of {len(shards)}")
-        entries = dense_layer(stream, place - 1, config) if place else stream.outer_tensors()
+        entries: Mapping[str, TensorEntry] = stream.outer_tensors()
+        if place:
+            index, forms = place - 1, wanted[place - 1]
+            entries = packed(to, stream.layer_name(index), forms, exported_layer(stream, index, forms, config))
         journal.append({"index": place, "sha256": sink.write(shards[place], entries)})
     sink.seal(shards)

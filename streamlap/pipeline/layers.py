@@ -16,6 +16,7 @@ import torch
 
 from streamlap.families.stream import ModelStream
 from streamlap.linalg.gram import Gram
+from streamlap.output.formats import packed
 from streamlap.output.report import LayerReport
 from streamlap.pipeline import one_pass, sublayers
 from streamlap.pipeline.hand import LayerEdits, LayerInHand
@@ -112,7 +113,9 @@ def compress_layer(job: Job, runner: LayerRunner, index: int, kwargs: Sequence[d
     trace = train(job, hand)
     with clock.phase("write"):
         shard = shard_names(job.stream.depth)[index + 1]
-        digest = runner.writer.submit(ShardFolder(job.out).write, shard, layer.tensors())
+        forms = layer.natives(layer.family.roles) | {edit.role: edit.form for edit in made.edits}
+        entries = packed(job.plan.recipe.format, layer.prefix, forms, layer.tensors())
+        digest = runner.writer.submit(ShardFolder(job.out).write, shard, entries)
     with clock.phase("propagate"):
         out_NL, inputs = propagate(hand, kwargs[1:], bool(job.plan.recipe.final), trained=trace is not None)
         out_NL |= made.out_NL

@@ -29,7 +29,7 @@ AGAIN = {
     "compress": "streamlap compress MODEL {out}, and the same options",
     "survey": "streamlap survey MODEL {out}, and the same options",
     "recover": "streamlap recover MODEL {out}, and the same options",
-    "export": "streamlap export MODEL {out} --to dense",
+    "export": "streamlap export MODEL {out} --to {to}",
 }
 """How a run goes on whose source has another place: what tells it is its contents."""
 
@@ -38,7 +38,7 @@ def resume(
     path: str | Path, *, max_ram: int | str | None = None, max_vram: int | str | None = None,
     stop_after: float | str | None = None,
 ) -> Report | Survey | Recovered | Exported:  # fmt: skip
-    """Go on with an interrupted `compress`, `survey`, `recover` or `export_dense`; gives what that command gives.
+    """Go on with an interrupted `compress`, `survey`, `recover` or `export`; gives what that command gives.
 
     Args: path, the output folder, or the file of a survey; what else is needed is known there. max_ram, max_vram, other caps
     than the run began with, as bytes or as text like 8GiB; stop_after, as for `compress`.
@@ -60,6 +60,6 @@ def resume(
         if Path(run.model).is_absolute() and not Path(run.model).is_dir():
             raise CheckpointError(
                 f"{run.model}, of which {run.out} is made, is not there; wanted the same checkpoint. Put it back, or give the "
-                f"first command again with the place where it is now: {AGAIN[run.command].format(out=run.out)}."
+                f"first command again with the place where it is now: {AGAIN[run.command].format(out=run.out, **run.own)}."
             ) from error
         raise

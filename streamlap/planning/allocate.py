@@ -14,6 +14,7 @@ from streamlap.families.stream import ModelStream
 from streamlap.linalg.allocation import Part, allocate, fit_curve
 from streamlap.planning.layouts import dense_parameters, uniform_parameters
 from streamlap.planning.survey_file import Survey
+from streamlap.planning.widths import in_steps
 from streamlap.recipe import Recipe
 
 LEAST_WIDTH = 0.1
@@ -24,7 +25,7 @@ def layer_parameters(stream: ModelStream, recipe: Recipe, survey: Survey | None)
     """What the sub-layers of every layer may store: all the same share, or so that a survey's losses are least. One that may
     store nothing is removed. Raises RecipeError where the shape cannot hold the ratio."""
     if recipe.shape != "free":
-        return whole_shares(stream, recipe, survey)
+        return in_steps(stream, recipe, whole_shares(stream, recipe, survey))
     if survey is None:
         return [uniform_parameters(stream, index, recipe.ratio) for index in range(stream.depth)]
     names = list(stream.family.sublayers)

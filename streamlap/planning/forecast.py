@@ -107,7 +107,7 @@ def shape_key(stream: ModelStream, index: int, layout: Layout) -> str:
 def forecast_layer(
     stream: ModelStream, recipe: Recipe, index: int, candidates: Candidates, layout: Layout, shape_NL: tuple[int, int]
 ) -> LayerPlan:
-    copied, made = planned_tensors(stream, index, layout)
+    copied, made = planned_tensors(stream, index, layout, recipe.format)
     natives, stored = stream.natives(index), stream.layer_tensors(index).values()
     trained = recipe.trained[0] if recipe.trained else None
     epochs = trained.epochs if trained else 0

@@ -14,6 +14,7 @@ from streamlap.loader.forms import Form
 from streamlap.loader.modules import carriers, disk_name
 from streamlap.methods.base import Cost, Layout, Layouts, Method, Natives, ParameterBudget
 from streamlap.methods.removed import Removal
+from streamlap.output.formats import packed
 from streamlap.recipe import Recipe
 from streamlap.store.header import TensorInfo
 from streamlap.store.sink import shard_bytes
@@ -81,7 +82,7 @@ def layer_candidates(stream: ModelStream, recipe: Recipe, index: int, parameters
             for found in planned[name]
             for layout in found.layouts.values()
         ]
-        spare = budget.parameters - max(stored) if stored else 0
+        spare = budget.parameters - max(stored) if stored and REMOVED not in methods else 0
     return planned
 
 
@@ -114,16 +115,19 @@ def largest_layout(stream: ModelStream, index: int, candidates: Candidates) -> L
     return merged
 
 
-def layer_entries(stream: ModelStream, index: int, layout: Layout) -> dict[str, TensorInfo | torch.Tensor]:
+def layer_entries(
+    stream: ModelStream, index: int, layout: Layout, to: str = "factored"
+) -> dict[str, TensorInfo | torch.Tensor]:
     """Every tensor of the layer's shard by name; see `planned_tensors`."""
-    copied, made = planned_tensors(stream, index, layout)
+    copied, made = planned_tensors(stream, index, layout, to)
     return {**copied, **made}
 
 
 def planned_tensors(
-    stream: ModelStream, index: int, layout: Layout
+    stream: ModelStream, index: int, layout: Layout, to: str = "factored"
 ) -> tuple[dict[str, TensorInfo], dict[str, torch.Tensor]]:
-    """What the layer's shard will hold, by name: places in the source that are copied, and tensors on meta that are made."""
+    """What the layer's shard will hold in the format `to`, by name: places in the source that are copied, and tensors on meta
+    that are made."""
     stored, prefix = stream.layer_tensors(index), stream.layer_name(index)
     module = copy.deepcopy(stream.layers[index])
     edited = {stream.family.path(role): form for role, form in layout.items()}
@@ -139,4 +143,6 @@ def planned_tensors(
         else:
             dtype = stored[f"{path}.weight"].dtype if tensor.is_floating_point() else tensor.dtype
             made[f"{prefix}.{disk_name(name, parts)}"] = tensor.to(dtype)
-    return copied, made
+    kept = packed(to, prefix, {**stream.natives(index), **layout}, {**copied, **made})
+    infos = {name: entry for name, entry in kept.items() if isinstance(entry, TensorInfo)}
+    return infos, {name: entry for name, entry in kept.items() if isinstance(entry, torch.Tensor)}

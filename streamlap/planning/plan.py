@@ -18,6 +18,7 @@ import torch
 
 from streamlap.errors import UnsupportedModel
 from streamlap.families.stream import ModelStream
+from streamlap.output.formats import CONFIGS
 from streamlap.planning.allocate import layer_parameters
 from streamlap.planning.disk import COMPANION_BYTES
 from streamlap.planning.figures import (
@@ -30,7 +31,7 @@ from streamlap.planning.figures import (
     redraw_flops,
 )
 from streamlap.planning.forecast import LayerPlan, compression_workload, forecast_layers, shape_key
-from streamlap.planning.layouts import Candidates, layer_candidates
+from streamlap.planning.layouts import Candidates, largest_layout, layer_candidates
 from streamlap.planning.machine import Machine, Rates
 from streamlap.planning.sample import fitted_inputs, redrawn_windows
 from streamlap.planning.schedule import Fit, Memory, advice, fit, require_fit
@@ -271,7 +272,16 @@ def decide(stream: ModelStream, recipe: Recipe, target: Target | None = None) ->
     # A survey that is still to be made moves shares between layers, and no total.
     survey = None if recipe.survey in (None, AUTO) else read_survey(stream, Path(str(recipe.survey)), recipe.shape)
     recipe = meet(stream, recipe, survey, target)
-    return Decided(recipe=recipe, candidates=all_candidates(stream, recipe, survey))
+    candidates = all_candidates(stream, recipe, survey)
+    check_format(stream, recipe, candidates)
+    return Decided(recipe=recipe, candidates=candidates)
+
+
+def check_format(stream: ModelStream, recipe: Recipe, candidates: Sequence[Candidates]) -> None:
+    """Raise UnsupportedModel where the format cannot hold what is planned."""
+    if recipe.format in CONFIGS:
+        layouts = (largest_layout(stream, index, found) for index, found in enumerate(candidates))
+        CONFIGS[recipe.format](stream, [{**stream.natives(index), **layout} for index, layout in enumerate(layouts)])
 
 
 def make_plan(

@@ -163,7 +163,7 @@ def meter(stream: ModelStream, recipe: Recipe, survey: Survey | None, target: Ta
 
     def counted(index: int, layout: Layout) -> int:
         cache = cache_bytes(stream, index, layout, target.context, target.batch) if target.context else 0
-        return target.count(layer_entries(stream, index, layout)) + cache
+        return target.count(layer_entries(stream, index, layout, recipe.format if layout else "factored")) + cache
 
     @functools.cache
     def total(step: int) -> int:

@@ -21,7 +21,7 @@ TEXT = {"calibration", "text-column", "samples", "length", "seed", "dtype"}
 CAPS = {"max-ram", "max-vram"}
 RUN = CAPS | {"device", "work", "overlap", "no-overlap", "trust-remote-code"}
 RECIPE = TEXT | {"ratio", "target-size", "target-params", "preset", "recipe", "refine", "survey"}
-RECIPE |= {"no-survey", "redraw", "no-redraw", "shape", "context", "batch"}
+RECIPE |= {"no-survey", "redraw", "no-redraw", "shape", "format", "multiple", "context", "batch"}
 
 OPTIONS: dict[str, set[str]] = {
     "compress": RECIPE | RUN | {"stop-after", "overwrite"},

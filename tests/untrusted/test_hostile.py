@@ -28,7 +28,8 @@ import streamlap
 from streamlap import cli
 from streamlap.errors import CheckpointError, RecipeError, ResumeMismatch, StreamlapError, UnsupportedModel, shown
 from streamlap.families.stream import ModelStream
-from streamlap.output.folder import companions, licence_of, model_card
+from streamlap.output.card import licence_of
+from streamlap.output.folder import card_of, companions
 from streamlap.output.report import KvCache, Parameters, Report
 from streamlap.pipeline.session import versions_mark
 from streamlap.planning.survey_file import Survey
@@ -717,17 +718,18 @@ def test_licence_fields_are_plain_words(tmp_path: Path, case: str) -> None:
 @pytest.mark.parametrize(
     "base", ["a\n---\ntags: [x]", '"\nx: y', "`x`<script>", "[a](javascript:b)", "# a", "org/name@v1", "é"]
 )
-def test_a_name_adds_nothing_to_the_card(base: str) -> None:
+def test_a_name_adds_nothing_to_the_card(base: str, tmp_path: Path) -> None:
     counts = Parameters(decoder_before=2, decoder_after=1, total_before=2, total_after=1)
     recipe = {"preset": "best", "ratio": 0.2}
     report = Report(out="o", recipe=recipe, parameters=counts, kv_cache=KvCache(before=1, after=1),
                     layers=(), shards={}, calibration_tokens=(1, 1),
                     calibration_inputs=1, seconds=0.0, kept_channels="k")  # fmt: skip
-    card = model_card(report, base, {"license": "a: b #"})
+    (tmp_path / "README.md").write_text("---\nlicense: mit\n---\n")
+    card = card_of(report, base, tmp_path)
     front = yaml.safe_load(card.split("---\n")[1])
     assert set(front) == {"base_model", "base_model_relation", "library_name", "license", "tags"}
     assert front["tags"] == ["streamlap", "low-rank", "pruned"]
-    assert front["license"] == "a: b #"
+    assert front["license"] == "mit"
     (heading,) = [line for line in card.split("\n") if line.startswith("# ")]
     assert heading == f"# {front['base_model']}, compressed by streamlap"
     assert not set('<>`[]"\n') & set(heading)

@@ -1,0 +1,112 @@
+"""The format nas: widths of their own for the FFNs and layers without attention, packaged as the public models of the
+architecture DeciLM are, so that engines which run those run this. See `loader.configuration_nas`.
+
+What an engine would get wrong without a word is not written: no FFN is removed alone, layer 0 keeps its attention, all layers
+have the same heads, and a width is given in one way only.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+
+from streamlap.errors import UnsupportedModel
+from streamlap.families.cache import window_of
+from streamlap.families.stream import ModelStream
+from streamlap.loader.configuration_nas import MULTIPLE, NAS
+from streamlap.loader.forms import Dense, Form, Removed
+from streamlap.loader.shim import NAS_MAP
+from streamlap.store.sink import TensorEntry
+
+FAMILIES = ("llama", "mistral", "qwen2")
+"""Those that are a llama by another name, where their attention sees all that went before."""
+
+KEPT_KEYS = (
+    "attention_dropout", "bos_token_id", "dtype", "eos_token_id", "head_dim", "hidden_act", "hidden_size", "initializer_range",
+    "intermediate_size", "max_position_embeddings", "mlp_bias", "num_attention_heads", "num_hidden_layers",
+    "num_key_value_heads", "pad_token_id", "pretraining_tp", "rms_norm_eps", "rope_scaling", "rope_theta",
+    "tie_word_embeddings", "torch_dtype", "transformers_version", "use_cache", "vocab_size",
+)  # fmt: skip
+"""Keys of a source's config.json that mean the same here."""
+
+
+def check_layers(stream: ModelStream, layers: Sequence[Mapping[str, Form]]) -> None:
+    """Raise UnsupportedModel for what the format cannot express."""
+    family, config = stream.family.model_type, stream.config
+    if family not in FAMILIES or any(window_of(stream, index) for index in range(stream.depth)):
+        windows = " with a sliding window" if family in FAMILIES else ""
+        raise UnsupportedModel(
+            f"the format nas is for {', '.join(FAMILIES)} without windows, and this is a {family}{windows}; wanted the format "
+            "stock or factored."
+        )
+    if config.hidden_act != "silu":
+        raise UnsupportedModel(
+            f"hidden_act is {config.hidden_act!r}; the format nas wants silu. Take the format factored."
+        )
+    for index, forms in enumerate(layers):
+        for role, form in forms.items():
+            gone = isinstance(form, Removed) and role in stream.family.sublayers["attention"].roles and index > 0
+            if not isinstance(form, Dense) and not gone:
+                raise UnsupportedModel(
+                    f"{stream.linear_name(index, role)} is {form.kind}; the format nas holds dense linears, and removes "
+                    "attention alone, in layers behind the first. Wanted the format factored."
+                )
+            if role in ("q", "k") and not gone and form.shape != layers[0][role].shape:
+                raise UnsupportedModel(
+                    f"{stream.linear_name(index, role)} is {list(form.shape)}, and that of layer 0 "
+                    f"{list(layers[0][role].shape)}; the format nas has the same heads in all layers. Wanted the format "
+                    "factored."
+                )
+
+
+def nas_config(stream: ModelStream, raw: Mapping[str, Any], layers: Sequence[Mapping[str, Form]]) -> dict[str, Any]:
+    """config.json for layers of these forms; `raw`, that of the source with the sizes of the first layer."""
+    biased = layers[0]["q"].bias
+    heads = raw["num_attention_heads"] // (raw.get("num_key_value_heads") or raw["num_attention_heads"])
+    rope = dict(getattr(stream.config, "rope_parameters", None) or {})
+    scaling = {key: value for key, value in rope.items() if key != "rope_theta"}
+    return {
+        "architectures": ["DeciLMForCausalLM"], "model_type": NAS, "auto_map": dict(NAS_MAP),
+        **{key: raw[key] for key in KEPT_KEYS if key in raw},
+        "head_dim": stream.head_dim, "attention_bias": biased,
+        # Some engines read the one, some the others, and take a default without a word where it is not there.
+        "rope_parameters": rope, "rope_theta": rope.get("rope_theta", 10_000.0),
+        **({"rope_scaling": scaling} if scaling.get("rope_type", "default") != "default" else {}),
+        "tie_word_embeddings": bool(raw.get("tie_word_embeddings", stream.tied)),
+        "block_configs": [block(forms, stream.width, heads, exact(layers)) for forms in layers],
+    }  # fmt: skip
+
+
+def exact(layers: Sequence[Mapping[str, Form]]) -> bool:
+    """Whether some width is no multiple of 256, so that all are given as numbers of channels. Fewer engines read that."""
+    return any(forms["down"].shape[1] % MULTIPLE for forms in layers)
+
+
+def block(forms: Mapping[str, Form], hidden: int, heads_in_group: int, exact: bool) -> dict[str, Any]:
+    gone, width = isinstance(forms["q"], Removed), forms["down"].shape[1]
+    # Rounded down: engines round the width that follows up to the next multiple.
+    size = {"intermediate_size": width} if exact else {"ffn_mult": math.floor(width * 1.5 / hidden * 1e6) / 1e6}
+    return {
+        "attention": {
+            "no_op": gone,
+            "n_heads_in_group": None if gone else heads_in_group,
+            "replace_with_linear": False,
+        },
+        "ffn": {"no_op": False, **size, "replace_with_linear": False},
+    }
+
+
+def nas_tensors(prefix: str, forms: Mapping[str, Form], entries: Mapping[str, TensorEntry]) -> dict[str, TensorEntry]:
+    """The tensors of the layer `prefix`: nothing of an attention that is gone, nor of its norm; and zeros for the bias of o
+    where q, k and v alone have one, since there is one flag for all four."""
+    if isinstance(forms["q"], Removed):
+        gone = (f"{prefix}.self_attn.", f"{prefix}.input_layernorm.")
+        return {name: entry for name, entry in entries.items() if not name.startswith(gone)}
+    bias, weight = f"{prefix}.self_attn.o_proj.bias", entries[f"{prefix}.self_attn.o_proj.weight"]
+    added = (
+        {bias: torch.zeros(forms["o"].shape[0], dtype=weight.dtype)} if forms["q"].bias and bias not in entries else {}
+    )
+    return {**entries, **added}
