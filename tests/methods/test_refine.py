@@ -22,7 +22,8 @@ import streamlap
 from streamlap.errors import RecipeError, ResumeMismatch
 from streamlap.families.stream import ModelStream
 from streamlap.methods.base import Training
-from streamlap.methods.trained.refine import Refine, Refining, distances
+from streamlap.methods.trained.refine import Refine, Refining
+from streamlap.methods.trained.steps import distances
 from streamlap.pipeline import train as training_loop
 from streamlap.planning.forecast import compression_workload, forecast_layers, forward_flops
 from streamlap.planning.plan import decide
