@@ -41,7 +41,7 @@ def importance(w_OI: torch.Tensor, at: Factors, gradient: Factors, scale: float)
 def line_importance(w_OI: torch.Tensor, at: Factors, gradient: Factors, scale: float, dim: int) -> torch.Tensor:
     """Sums of `importance` over each row [O] (`dim` 0) or each column [I] (`dim` 1), some rows at a time."""
     sums = []
-    for rows in torch.arange(len(w_OI), device=w_OI.device).split(BLOCK):
+    for rows in torch.split(torch.arange(len(w_OI), device=w_OI.device), BLOCK):
         part = Factors(at.a_RI, at.b_OR[rows]), Factors(gradient.a_RI, gradient.b_OR[rows])
         sums.append(importance(w_OI[rows], *part, scale).sum(dim=1 - dim))
     return torch.cat(sums) if dim == 0 else torch.stack(sums).sum(dim=0)
@@ -64,7 +64,7 @@ def group_scores(lines: Sequence[torch.Tensor], groups: int) -> torch.Tensor:
         )
     if not bool(scores_G.any()):
         raise NumericalError(
-            f"the importance of all {groups} groups is zero, so they would go by their place alone; wanted gradients. Where the "
+            f"the importance of all {groups} groups is zero, so they would go by their place alone; wanted gradients. Where a "
             "layer errs nowhere yet, as the first one does, they come from a noise above 0."
         )
     return scores_G

@@ -31,7 +31,7 @@ def check_whole(method: str, name: str, value: Any, least: int, most: int, what:
 def check_share(method: str, name: str, value: Any, least: float | None = None, most: float = 1.0) -> None:
     """Raise RecipeError where a knob is no number of at most `most` and above 0, or of at least `least`."""
     number = not isinstance(value, bool) and isinstance(value, int | float)
-    if not number or not (0 < value if least is None else least <= value) or not value <= most:
+    if not number or not (value > 0 if least is None else least <= value) or not value <= most:
         low = "above 0" if least is None else f"of at least {least:g}"
         raise RecipeError(f"{method}: {name} is {shown(value)}; wanted a number {low} and at most {most:g}.")
 
@@ -113,9 +113,7 @@ class HeldLoss:
 class Steps:
     """Masters in float32, each at a rate of its own; AdamW; and the losses on held-out tokens. See `base.Training`."""
 
-    def __init__(
-        self, pace: Pace, masters: Mapping[str, torch.Tensor], sizes: Mapping[str, float], steps: int
-    ) -> None:
+    def __init__(self, pace: Pace, masters: Mapping[str, torch.Tensor], sizes: Mapping[str, float], steps: int) -> None:
         self.pace, self.masters, self._steps = pace, dict(masters), steps
         # Each at a rate of its own: a step changes every tensor by the same share, whatever the scale of its numbers.
         groups = [{"params": [master], "size": sizes[name]} for name, master in self.masters.items()]
