@@ -26,7 +26,6 @@ from streamlap.families.layer import Edit, StreamLayer
 from streamlap.linalg.gram import Gram
 from streamlap.linalg.lora import group_scores, line_importance, lowest
 from streamlap.linalg.storage import as_stored
-from streamlap.loader.forms import Dense
 from streamlap.methods.base import Cost, Layout, Lesson, Natives, ParameterBudget, TrainingCost
 from streamlap.methods.trained.adapters import (
     MASTER,
@@ -38,6 +37,7 @@ from streamlap.methods.trained.adapters import (
     dense_numbers,
     random_factors,
 )
+from streamlap.methods.trained.groups import LAST, LINES, channels_within, heads_within
 from streamlap.methods.trained.steps import (
     HeldLoss,
     Pace,
@@ -50,10 +50,6 @@ from streamlap.methods.trained.steps import (
 )
 
 METRICS = ("lora", "magnitude", "random")
-LINES = {"q": 0, "k": 0, "v": 0, "o": 1, "gate": 0, "up": 0, "down": 1}
-"""Role -> whether its groups lie in its rows or in its columns."""
-LAST = {"attention": "o", "ffn": "down"}
-"""Sub-layer -> the role whose inputs are masked: of a group that goes nothing else is heard."""
 WORK = 4 * 4 * 1024
 """Bytes for each column of a matrix while the importance of some of its rows is made."""
 
@@ -99,7 +95,7 @@ class LoraPrune(Pace):
             raise RecipeError(f"loraprune: metric is {shown(self.metric)}; wanted one of {', '.join(METRICS)}.")
 
     def layout(self, sublayer: str, natives: Natives, budget: ParameterBudget) -> Layout:
-        return fewer_groups(natives, budget) if sublayer == "attention" else fewer_channels(natives, budget)
+        return heads_within(natives, budget) if sublayer == "attention" else channels_within(natives, budget)
 
     def cost(self, sublayer: str, natives: Natives, layout: Layout, budget: ParameterBudget) -> Cost:
         return Cost()
@@ -145,32 +141,6 @@ class LoraPrune(Pace):
         return step == self.closing(steps) or (step < self.closing(steps) and step % self.every == 0)
 
 
-def fewer_groups(natives: Natives, budget: ParameterBudget) -> dict[str, Dense]:
-    """Attention with as many KV heads as are nearest to its share; what that is more or less than its budget, the FFN has."""
-    heads, roles = natives["v"].shape[0] // budget.head_dim, ("q", "k", "v", "o")
-    dense = sum(natives[role].parameters(budget.itemsize) for role in roles)
-    kept = min(heads, max(1, round(heads * budget.parameters / dense)))
-    layout = {}
-    for role in roles if kept < heads else ():
-        rows, columns = natives[role].shape
-        shape = (rows, columns // heads * kept) if LINES[role] else (rows // heads * kept, columns)
-        layout[role] = Dense(shape, natives[role].bias)
-    return layout
-
-
-def fewer_channels(natives: Natives, budget: ParameterBudget) -> dict[str, Dense]:
-    """An FFN with as many channels as its budget holds."""
-    hidden, width = natives["down"].shape
-    each = sum(natives[role].shape[1] + natives[role].bias for role in ("gate", "up")) + hidden
-    kept = (budget.parameters - hidden * natives["down"].bias) // each
-    if kept < 1:
-        raise RecipeError(f"loraprune: {budget.parameters} parameters hold no channel of {each}; lower the ratio.")
-    if kept >= width:
-        return {}
-    inner = {role: Dense((kept, natives[role].shape[1]), natives[role].bias) for role in ("gate", "up")}
-    return inner | {"down": Dense((hidden, kept), natives["down"].bias)}
-
-
 class Pruning(Steps):
     """The training of one layer; see `base.DistillingLayer`."""
 
@@ -213,7 +183,7 @@ class Pruning(Steps):
         number = self.step_number(place)
         loss = mean(distances(self._noisy(target_BLD, number), self.adapted(x_BLD))) / self._update
         loss.backward()  # type: ignore[no-untyped-call]
-        self._observe(number)
+        self._observe()
         if self.knobs.looks(number, self.total):
             for name, most in self.most.items():
                 gone = self.knobs.removed(number, self.total, most)
@@ -229,21 +199,21 @@ class Pruning(Steps):
         return target_BLD.float() + self.knobs.noise * math.sqrt(self._update) * size_BL1 * noise_BLD
 
     @torch.no_grad()
-    def _observe(self, number: int) -> None:
+    def _observe(self) -> None:
         """Bring the running importance of every group up to date."""
         kept = self.knobs.smoothing
         for name, part in self.layer.family.sublayers.items():
             if not self.most[name]:
                 continue
             with located(f"{self.layer.prefix} {name}"):
-                scores_G = self.importance(part.roles, self.groups[name], number)
+                scores_G = self.importance(part.roles, self.groups[name])
             self.scores[name].mul_(kept).add_(scores_G, alpha=1 - kept)
 
-    def importance(self, roles: Sequence[str], groups: int, number: int) -> torch.Tensor:
+    def importance(self, roles: Sequence[str], groups: int) -> torch.Tensor:
         """[G], of this step."""
         adapters = {role: self.adapted.adapters[role] for role in roles}
         if self.knobs.metric == "random":
-            generator = torch.Generator().manual_seed((self.knobs.seed << 44) + (self._index << 28) + len(roles))
+            generator = torch.Generator().manual_seed((self.knobs.seed << 20) + self._index)
             return torch.rand(groups, generator=generator, dtype=torch.float64).to(self.scores["ffn"].device)
         if self.knobs.metric == "magnitude":
             lines = [self._merged(role).abs().sum(dim=1 - LINES[role]) for role in roles]
