@@ -25,10 +25,10 @@ import yaml
 from streamlap.errors import RecipeError, shown
 from streamlap.families.shell import parse_dtype
 from streamlap.families.table import Family
-from streamlap.methods import FINAL, FORMATS, PRESETS, SHAPES, TRAINED, AnyMethod
+from streamlap.methods import DISTILLED, FINAL, FORMATS, PRESETS, SHAPES, TRAINED, AnyMethod
 from streamlap.methods.anchored.ffn import FfnAnchored
 from streamlap.methods.anchored.groups import AttentionGroups
-from streamlap.methods.base import Method, Trained
+from streamlap.methods.base import Distilled, Method, Trained
 from streamlap.methods.final.gain import FinalGain
 from streamlap.methods.rows import (
     known_methods,
@@ -103,7 +103,8 @@ class Recipe:
     want, and 1 where that is factored."""
     methods: tuple[AnyMethod, ...] = PRESETS["best"]
     """Those of the preset and shape where none are given. For each sub-layer those that may compress it, which are all one-pass
-    or all anchored; after them any that train what these have made, and what comes after the last layer."""
+    or all anchored; after them any that train what these have made. Or one that compresses whole layers by training. Then what
+    comes after the last layer."""
     calibration: Calibration = field(default_factory=Calibration)
     dtype: str = "auto"
     """Compute dtype; auto is float32 on a CPU and the checkpoint's dtype on a GPU. Storage keeps the checkpoint's dtype.
@@ -121,13 +122,19 @@ class Recipe:
         if self.methods is PRESETS["best"] and self.preset != "custom":
             object.__setattr__(self, "methods", preset_methods(self.preset, self.shape))
         self._check_shape()
+        if self.distilled and (len(self.distilled) > 1 or self.solving or self.trained):
+            others = [method for method in self.methods if method is not self.distilled[0]]
+            raise RecipeError(
+                f"methods have {method_name(self.distilled[0])}, which makes whole layers, and beside it "
+                f"{', '.join(map(method_name, others))}; wanted it alone, or with final_gain, and no refine."
+            )
         if self.trained and not self.anchored:
             raise RecipeError(
                 f"methods have {method_name(self.trained[0])}, and preset {self.preset} does not keep the dense model's "
                 "stream, towards which a layer is trained; wanted anchored methods, as those of the preset best are, or no "
                 "training (refine 0)."
             )
-        if self.final and not self.anchored:
+        if self.final and not self.beside_dense:
             raise RecipeError(
                 f"methods have {method_name(self.final[0])}, which is fitted to the dense model's stream, and none that keeps "
                 "it; wanted anchored methods beside it, as those of the preset best are."
@@ -178,9 +185,15 @@ class Recipe:
     @property
     def solving(self) -> tuple[Method, ...]:
         """The methods that compress a sub-layer."""
-        others = (*TRAINED.values(), *FINAL.values())
+        others = (*DISTILLED.values(), *TRAINED.values(), *FINAL.values())
         found = (method for method in self.methods if not isinstance(method, others))
         return cast("tuple[Method, ...]", tuple(found))
+
+    @property
+    def distilled(self) -> tuple[Distilled, ...]:
+        """The one that compresses whole layers by training, if there is one."""
+        found = (method for method in self.methods if isinstance(method, tuple(DISTILLED.values())))
+        return cast("tuple[Distilled, ...]", tuple(found))
 
     @property
     def trained(self) -> tuple[Trained, ...]:
@@ -201,6 +214,15 @@ class Recipe:
     def anchored(self) -> bool:
         """Whether sub-layers are rebuilt beside the dense model."""
         return any(not method.needs for method in self.solving)
+
+    @property
+    def beside_dense(self) -> bool:
+        """Whether the dense model's stream is kept beside the compressed one."""
+        return self.anchored or bool(self.distilled)
+
+    def edited(self, family: Family) -> set[str]:
+        """The sub-layers that something is made of."""
+        return set(family.sublayers) if self.distilled else {method.sublayer for method in self.solving}
 
     def of_sublayer(self, sublayer: str) -> dict[str, Method]:
         """The methods that may compress a sub-layer, by a name that tells them apart."""

@@ -55,10 +55,10 @@ def in_layer(index: int, patch: pytest.MonkeyPatch, act: Callable[[], object]) -
     """`act` happens while the loop of a compression is at that layer, before it is edited."""
     edit_layer = layers.edit_layer
 
-    def edit(hand: LayerInHand, before: Future[Any]) -> LayerEdits:
+    def edit(hand: LayerInHand, before: Future[Any], job: layers.Job) -> LayerEdits:
         if hand.index == index:
             act()
-        return edit_layer(hand, before)
+        return edit_layer(hand, before, job)
 
     patch.setattr(layers, "edit_layer", edit)
 

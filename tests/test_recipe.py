@@ -12,7 +12,7 @@ import yaml
 
 from streamlap import recipe as module
 from streamlap.errors import RecipeError
-from streamlap.methods import FINAL, METHODS, PRESETS, TRAINED
+from streamlap.methods import DISTILLED, FINAL, METHODS, PRESETS, TRAINED
 from streamlap.methods.anchored.attention import AttentionAnchored
 from streamlap.methods.anchored.ffn import FfnAnchored
 from streamlap.methods.anchored.groups import AttentionGroups
@@ -34,6 +34,8 @@ RECIPES = {
     "lorap": FULL.override(preset="lorap"),
     "trained": FULL.override(refine=4),
     "by hand": TRAINED_TOO,
+    "loraprune": FULL.override(preset="loraprune"),
+    "pclora": FULL.override(preset="pclora"),
     "with a text column": FULL.override(text_column="body"),
 }
 
@@ -82,10 +84,10 @@ def test_every_knob_of_shares_and_training_is_visible_too() -> None:
 
 
 def test_every_method_has_a_name_of_its_own() -> None:
-    assert known_methods() == {**METHODS, **TRAINED, **FINAL}
-    assert len(set(known_methods().values())) == len(METHODS) + len(TRAINED) + len(FINAL)
+    assert known_methods() == {**METHODS, **DISTILLED, **TRAINED, **FINAL}
+    assert len(set(known_methods().values())) == sum(map(len, (METHODS, DISTILLED, TRAINED, FINAL)))
     for methods in PRESETS.values():
-        assert {type(method) for method in methods} <= {*METHODS.values(), *FINAL.values()}
+        assert {type(method) for method in methods} <= {*METHODS.values(), *DISTILLED.values(), *FINAL.values()}
 
 
 # --- training in short ---------------------------------------------------------------------------------------------------

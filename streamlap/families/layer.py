@@ -288,6 +288,25 @@ class StreamLayer:
         y_BLD: torch.Tensor = y[0] if isinstance(y, tuple) else y
         return y_BLD
 
+    def with_linears(
+        self, linears: Mapping[str, nn.Module], values: Mapping[str, torch.Tensor], x_BLD: torch.Tensor
+    ) -> torch.Tensor:
+        """The same with these modules in place of the linears of their roles; `values` are of all other parameters."""
+        with replaced(self.module, {self.family.path(role): module for role, module in linears.items()}):
+            return self.with_parameters(values, x_BLD)
+
+    @torch.no_grad()
+    def linear_outputs(self, roles: Iterable[str], x_BLD: torch.Tensor) -> dict[str, torch.Tensor]:
+        """What the linears of these roles give while the layer runs on x, of which no row is out."""
+        given: dict[str, torch.Tensor] = {}
+        hooks = [self.linear(role).register_forward_hook(_keep(given, role)) for role in roles]
+        try:
+            self._run(self._here(x_BLD))
+        finally:
+            for hook in hooks:
+                hook.remove()
+        return given
+
     def replace(self, values: Mapping[str, torch.Tensor]) -> None:
         """Other numbers, in the dtype in which they are stored, for parameters of the layer; they run next and are written."""
         for name, tensor in values.items():
@@ -316,6 +335,15 @@ class StreamLayer:
             for name, tensor in module.state_dict(prefix=path + ".").items():
                 entries[f"{self.prefix}.{disk_name(name, parts)}"] = tensor
         return entries
+
+
+def _keep(given: dict[str, torch.Tensor], role: str) -> Callable[[nn.Module, Any, torch.Tensor], None]:
+    """A hook that puts the output of a linear there."""
+
+    def keep(_: nn.Module, __: Any, y: torch.Tensor) -> None:
+        given[role] = y
+
+    return keep
 
 
 def _cast(value: Any, dtype: torch.dtype) -> Any:

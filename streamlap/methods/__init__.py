@@ -5,13 +5,15 @@ from __future__ import annotations
 from streamlap.methods.anchored.attention import AttentionAnchored
 from streamlap.methods.anchored.ffn import FfnAnchored
 from streamlap.methods.anchored.groups import AttentionGroups
-from streamlap.methods.base import Method, Trained
+from streamlap.methods.base import Distilled, Method, Trained
 from streamlap.methods.final.gain import FinalGain
 from streamlap.methods.lorap.attention import AttentionAwsvd
 from streamlap.methods.lorap.ffn import FfnLorap
+from streamlap.methods.trained.loraprune import LoraPrune
+from streamlap.methods.trained.pclora import PcLora
 from streamlap.methods.trained.refine import Refine
 
-AnyMethod = Method | Trained | FinalGain
+AnyMethod = Method | Distilled | Trained | FinalGain
 
 METHODS: dict[str, type[Method]] = {
     "attention_awsvd": AttentionAwsvd,
@@ -22,8 +24,11 @@ METHODS: dict[str, type[Method]] = {
 }
 """What compresses a sub-layer."""
 
+DISTILLED: dict[str, type[Distilled]] = {"loraprune": LoraPrune, "pclora": PcLora}
+"""What compresses a whole layer by training it."""
+
 TRAINED: dict[str, type[Trained]] = {"refine": Refine}
-"""What trains a layer that these have edited."""
+"""What trains a layer that methods for sub-layers have edited."""
 
 FINAL: dict[str, type[FinalGain]] = {"final_gain": FinalGain}
 """What comes after the last layer."""
@@ -31,6 +36,8 @@ FINAL: dict[str, type[FinalGain]] = {"final_gain": FinalGain}
 PRESETS: dict[str, tuple[AnyMethod, ...]] = {
     "best": (AttentionAnchored(), FfnAnchored(), FinalGain()),
     "lorap": (AttentionAwsvd(), FfnLorap()),
+    "loraprune": (LoraPrune(),),
+    "pclora": (PcLora(),),
 }
 
 WHOLE = (AttentionGroups(), FfnAnchored(shares=(1.0,)), FinalGain())
@@ -39,7 +46,7 @@ WHOLE = (AttentionGroups(), FfnAnchored(shares=(1.0,)), FinalGain())
 SHAPES: dict[str, dict[str, tuple[AnyMethod, ...]]] = {
     "free": PRESETS,
     "nas": {"best": WHOLE},
-    "stock": {"best": WHOLE},
+    "stock": {"best": WHOLE, "loraprune": PRESETS["loraprune"]},
 }
 """What a result may be made of -> preset -> its methods.
 

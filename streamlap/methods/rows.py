@@ -7,13 +7,13 @@ from dataclasses import asdict, fields, replace
 from typing import Any, cast
 
 from streamlap.errors import RecipeError, one_line, shown
-from streamlap.methods import FINAL, METHODS, PRESETS, SHAPES, TRAINED, AnyMethod
+from streamlap.methods import DISTILLED, FINAL, METHODS, PRESETS, SHAPES, TRAINED, AnyMethod
 from streamlap.methods.trained.refine import Refine
 
 
 def known_methods() -> dict[str, type[AnyMethod]]:
     """Every method by its name. Built when asked for: the tables may have got new rows."""
-    return {**METHODS, **TRAINED, **FINAL}
+    return {**METHODS, **DISTILLED, **TRAINED, **FINAL}
 
 
 def preset_methods(preset: str, shape: str) -> tuple[AnyMethod, ...]:

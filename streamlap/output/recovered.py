@@ -8,16 +8,16 @@ from typing import Any
 
 from streamlap.families.stream import ModelStream
 from streamlap.loader.shim import write_shim
+from streamlap.output.card import CARD_BYTES
 from streamlap.output.folder import (
-    CARD_BYTES,
     KEPT_NAME,
     RECIPE_NAME,
     REPORT_NAME,
     SURVEY_NAME,
     copy_companions,
-    source_config,
     write_json,
 )
+from streamlap.output.formats import source_config
 from streamlap.store.sink import write_durably
 from streamlap.untrusted.paths import read_bytes, read_object
 

@@ -132,7 +132,9 @@ def run_compression(run: Run, stream: ModelStream, plan: Plan, tokens_NL: torch.
         survey = Path(plan.recipe.survey) if plan.recipe.survey else None
         recipe = replace(recipe, survey=SURVEY_NAME if survey else None)  # the folder keeps a copy, wherever it may go
         seen_NL = with_redrawn(stream, plan, tokens_NL, running)
-        streams = open_streams(stream, seen_NL, plan.fit.schedule, running.run.hidden, recipe.anchored)
+        streams = open_streams(
+            stream, seen_NL, plan.fit.schedule, running.run.hidden, recipe.beside_dense, recipe.anchored
+        )
         job = Job(stream=stream, plan=plan, out=out, streams=streams, session=running)
         compress_layers(job)
         gain = write_outer(job)
@@ -165,7 +167,7 @@ def build_report(
         kv_cache=count_cache(stream, rows),
         shards=hashes, calibration_tokens=windows_of(tokens_NL), kept_channels=KEPT_NAME, loader=loader_of(stream),
         seconds=sum(sum(layer.seconds.values()) for layer in layers), final_gain=gain, redrawn=plan.redrawn,
-        calibration_inputs=fitted_inputs(stream, {method.sublayer for method in recipe.solving}),
+        calibration_inputs=fitted_inputs(stream, recipe.edited(stream.family)),
     )  # fmt: skip
 
 

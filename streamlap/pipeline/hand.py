@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 
@@ -43,6 +43,23 @@ class LayerInHand:
         """The same behind it."""
         return HiddenStates(bank=self.streams.compressed, generation=self.index + 1)
 
+    @property
+    def dense(self) -> HiddenStates:
+        """The dense model's stream before the layer, where it is kept."""
+        assert self.streams.dense is not None, "a run beside the dense model keeps its stream"
+        return HiddenStates(bank=self.streams.dense, generation=self.index)
+
+    @property
+    def next_dense(self) -> HiddenStates:
+        """The same behind it."""
+        return replace(self.dense, generation=self.index + 1)
+
+    @property
+    def between(self) -> HiddenStates:
+        """The compressed stream between the sub-layers, where they are rebuilt."""
+        assert self.streams.between is not None, "sub-layers are rebuilt one after another"
+        return HiddenStates(bank=self.streams.between, generation=self.index)
+
 
 @dataclass(frozen=True, kw_only=True)
 class LayerEdits:
@@ -54,6 +71,8 @@ class LayerEdits:
     errors: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
     """Sub-layer -> what was tried -> how far its output is from the target on held-out tokens."""
     notes: tuple[str, ...] = ()
+    trace: Mapping[str, float] | None = None
+    """Of a layer that was trained to them: its loss on held-out tokens at the start and at the end, and the epochs."""
 
 
 def refuse_overflow(layer: StreamLayer, edits: Iterable[Edit]) -> None:

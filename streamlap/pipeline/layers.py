@@ -19,6 +19,7 @@ from streamlap.linalg.gram import Gram
 from streamlap.output.formats import packed
 from streamlap.output.report import LayerReport
 from streamlap.pipeline import one_pass, sublayers
+from streamlap.pipeline.distil import distil_layer
 from streamlap.pipeline.hand import LayerEdits, LayerInHand
 from streamlap.pipeline.next_inputs import next_inputs
 from streamlap.pipeline.runner import LayerRunner, start_runner
@@ -109,8 +110,8 @@ def compress_layer(job: Job, runner: LayerRunner, index: int, kwargs: Sequence[d
     hand = LayerInHand(
         runner=runner, streams=job.streams, plan=job.plan.layers[index], layer=layer, clock=clock, inputs=before.inputs
     )
-    made = edit_layer(hand, before.commit)  # what runs next is what is saved
-    trace = train(job, hand)
+    made = edit_layer(hand, before.commit, job)  # what runs next is what is saved
+    trace = train(job, hand) or made.trace
     with clock.phase("write"):
         shard = shard_names(job.stream.depth)[index + 1]
         forms = layer.natives(layer.family.roles) | {edit.role: edit.form for edit in made.edits}
@@ -127,8 +128,11 @@ def compress_layer(job: Job, runner: LayerRunner, index: int, kwargs: Sequence[d
     return Left(commit=runner.writer.submit(commit_layer, job, report, digest, before.commit), inputs=inputs)
 
 
-def edit_layer(hand: LayerInHand, before: Future[Committed]) -> LayerEdits:
+def edit_layer(hand: LayerInHand, before: Future[Committed], job: Job) -> LayerEdits:
     """The layer's edits, applied. Before the first solve the layer before is on the disk, and out of memory."""
+    for method in job.plan.recipe.distilled:
+        wait(hand, before)
+        return distil_layer(hand, method, job.session)
     if hand.streams.dense is None:
         seen = one_pass.observe_layer(hand)
         wait(hand, before)
@@ -156,7 +160,7 @@ def propagate(
     `following` are the arguments of that one, where there is one."""
     out_NL, seen = torch.zeros(hand.streams.tokens_NL.shape, dtype=torch.bool), None
     if following or final:
-        if following and hand.streams.dense is not None:
+        if following and hand.streams.between is not None:
             seen = next_inputs(hand, following[0])
         watch = None if seen is None else seen.see
         if hand.streams.dense is None or trained:

@@ -65,9 +65,9 @@ class Streams:
     tokens_NL: torch.Tensor
     compressed: HiddenBank
     dense: HiddenBank | None = None
-    """The dense model's stream between layers, where sub-layers are rebuilt beside it; as durable as the compressed one."""
+    """The dense model's stream between layers, where layers are made beside it; as durable as the compressed one."""
     between: HiddenBank | None = None
-    """Then also the compressed stream between the sub-layers of the layer in hand."""
+    """The compressed stream between the sub-layers of the layer in hand, where they are rebuilt one after another."""
 
     @property
     def lasting(self) -> tuple[HiddenBank, ...]:
@@ -95,17 +95,19 @@ class Streams:
 
 
 def open_streams(
-    stream: ModelStream, tokens_NL: torch.Tensor, schedule: Schedule, folder: Path, beside_dense: bool
+    stream: ModelStream, tokens_NL: torch.Tensor, schedule: Schedule, folder: Path, beside_dense: bool, between: bool
 ) -> Streams:
-    """The banks in the memory that the schedule gives them. What lies between sub-layers is in `folder` only where no memory
-    is: a run that dies begins its layer anew."""
+    """The banks in the memory that the schedule gives them; of the dense stream, and of what lies between sub-layers, where these
+    are asked for. The latter is in `folder` only where no memory is: a run that dies begins its layer anew."""
     compressed = open_bank(stream, tokens_NL, schedule, folder)
     if not beside_dense:
         return Streams(tokens_NL=tokens_NL, compressed=compressed)
+    dense = open_bank(stream, tokens_NL, schedule, folder, "dense")
+    if not between:
+        return Streams(tokens_NL=tokens_NL, compressed=compressed, dense=dense)
     within = replace(schedule, tier=schedule.between or schedule.tier)
     return Streams(
-        tokens_NL=tokens_NL, compressed=compressed,
-        dense=open_bank(stream, tokens_NL, schedule, folder, "dense"),
+        tokens_NL=tokens_NL, compressed=compressed, dense=dense,
         between=open_bank(stream, tokens_NL, within, folder if within.tier == "disk" else None, "between"),
     )  # fmt: skip
 

@@ -23,7 +23,7 @@ from streamlap.linalg.solution import joined
 from streamlap.methods.base import Solved, finite_error
 from streamlap.pipeline.hand import LayerEdits, LayerInHand, refuse_overflow
 from streamlap.pipeline.observe import SublayerStatistics, dense_sizes
-from streamlap.pipeline.streams import HiddenStates, Source
+from streamlap.pipeline.streams import Source
 from streamlap.planning.layouts import Candidate
 
 ATTENTION, FFN = "attention", "ffn"
@@ -31,7 +31,7 @@ ATTENTION, FFN = "attention", "ffn"
 
 def rebuild_layer(hand: LayerInHand) -> LayerEdits:
     """Both sub-layers, rebuilt and applied. The dense stream is then behind the layer, the compressed one between them."""
-    layer, (dense, between, after) = hand.layer, places(hand)
+    layer, dense, after = hand.layer, hand.dense, hand.next_dense
     run, run_dense = (functools.partial(functools.partial, call) for call in (layer.run_sublayer, layer.run_dense))
     weight_NL = torch.ones(hand.streams.tokens_NL.shape)
     size_NL = dense_sizes(hand.runner, hand.clock, layer, hand.index, dense)
@@ -42,7 +42,7 @@ def rebuild_layer(hand: LayerInHand) -> LayerEdits:
         size_NL=size_NL.get(ATTENTION),
     ))  # fmt: skip
     hand.inputs.clear()
-    compressed = Source(states=hand.compressed, part=run(ATTENTION), keep=between)
+    compressed = Source(states=hand.compressed, part=run(ATTENTION), keep=hand.between)
     ffn = rebuild(hand, SublayerStatistics(
         runner=hand.runner, clock=hand.clock, layer=layer, index=hand.index, sublayer=FFN,
         dense=Source(states=dense, part=run_dense(ATTENTION)), target=Source(states=after), compressed=compressed,
@@ -57,20 +57,8 @@ def rebuild_layer(hand: LayerInHand) -> LayerEdits:
 
 def finish_layer(hand: LayerInHand, watch: Callable[[torch.Tensor], None] | None) -> torch.Tensor:
     """The compressed stream from between the sub-layers through the rebuilt FFN, into what the next layer begins with."""
-    _, between, _ = places(hand)
     part = functools.partial(hand.layer.run_sublayer, FFN)
-    return hand.runner.carry(part, hand.index, between, hand.next_compressed, watch)
-
-
-def places(hand: LayerInHand) -> tuple[HiddenStates, HiddenStates, HiddenStates]:
-    """The dense stream before the layer, the compressed one between its sub-layers, the dense one after it."""
-    streams, index = hand.streams, hand.index
-    assert streams.dense is not None, "a run beside the dense model keeps its stream"
-    assert streams.between is not None
-    return (
-        HiddenStates(bank=streams.dense, generation=index), HiddenStates(bank=streams.between, generation=index),
-        HiddenStates(bank=streams.dense, generation=index + 1),
-    )  # fmt: skip
+    return hand.runner.carry(part, hand.index, hand.between, hand.next_compressed, watch)
 
 
 def rebuild(hand: LayerInHand, statistics: SublayerStatistics) -> LayerEdits:

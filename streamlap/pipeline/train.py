@@ -1,27 +1,29 @@
-"""An edited layer trained: a method of `methods.trained` joined to the streams, the budget and the disk.
+"""A layer trained: a method of `methods.trained` joined to the streams, the budget and the disk.
 
-After each epoch all that the next one needs is on the disk. A run that dies edits the layer again, finds it, and goes on there.
+After each epoch all that the next one needs is on the disk. A run that dies comes to the same start again, finds it, and goes
+on there.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 from streamlap.errors import CheckpointError, NumericalError
-from streamlap.linalg.moments import held_sequences
-from streamlap.linalg.rows import paired
-from streamlap.methods.base import Pair, Trained, Training
+from streamlap.linalg.moments import fitted_sequences, held_sequences
+from streamlap.linalg.rows import any_out, blanked, paired
+from streamlap.methods.base import Lesson, Pair, Trained, Training
 from streamlap.pipeline.hand import LayerInHand
 from streamlap.pipeline.session import Session
-from streamlap.pipeline.sublayers import places
 from streamlap.store.sink import ShardFolder
 from streamlap.store.source import read_tensors
 
+T = TypeVar("T")
 Trace = dict[str, float]
-"""Loss on held-out tokens at the start and at the best, and the epochs that were done."""
+"""Loss on held-out tokens at the start, at the best or at the end, and the epochs that were done."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,22 +37,30 @@ class Lessons:
     @classmethod
     def of(cls, hand: LayerInHand) -> Lessons:
         sequences, length, _ = hand.streams.compressed.shape_NLD
-        held = held_sequences(sequences, length)
-        train = [number for number in range(sequences) if number not in set(held)] or held
-        return cls(hand=hand, held=held, train=train)
+        return cls(hand=hand, held=held_sequences(sequences, length), train=fitted_sequences(sequences, length))
 
     def pairs(self, numbers: Iterable[int]) -> Iterator[Pair]:
         """The sequences of these numbers, one by one: no result depends on how many fit into a forward. Tokens that are out of
         either stream are so in the target, and zero before the layer."""
         hand = self.hand
-        _, _, target = places(hand)
         move = hand.runner.stream.accelerator.move
         for number in numbers:
-            yield paired(*(move(states.pick(number)) for states in (hand.compressed, target)))
+            yield paired(*(move(states.pick(number)) for states in (hand.compressed, hand.next_dense)))
+
+    def triples(self, numbers: Iterable[int], reads_dense: bool) -> Iterator[Lesson]:
+        """The same with the dense stream before the layer, where that is asked for."""
+        move = self.hand.runner.stream.accelerator.move
+        numbers = list(numbers)
+        for number, (x_BLD, target_BLD) in zip(numbers, self.pairs(numbers), strict=True):
+            if reads_dense:
+                dense_BLD = move(self.hand.dense.pick(number))
+                yield x_BLD, target_BLD, blanked(dense_BLD, any_out(target_BLD))
+            else:
+                yield x_BLD, target_BLD, target_BLD[..., :0]
 
 
 def train_layer(hand: LayerInHand, method: Trained, session: Session) -> Trace:
-    """Train the layer, and put the best of it, if it is better than the start on held-out tokens, in the layer's place.
+    """Train an edited layer, and put the best of it, if it is better than the start on held-out tokens, in the layer's place.
 
     Raises Interrupted after an epoch where a stop is due.
     """
@@ -58,31 +68,40 @@ def train_layer(hand: LayerInHand, method: Trained, session: Session) -> Trace:
     with hand.clock.phase("refine"), hand.runner.claim("refine"):
         lessons, layer = Lessons.of(hand), hand.layer
         training = method.start(layer.stored_parameters(), layer.with_parameters, len(lessons.train))
-        path = state_path(session.state, hand.index)
-        training.begin(training.measure(lessons.pairs(lessons.held)))
-        if not math.isfinite(training.held[0]):
-            raise NumericalError(
-                f"{layer.prefix}: the loss on held-out tokens is {training.held[0]} before training; wanted a number. Take "
-                "more windows, or dtype float32."
-            )
-        take_up(training, path)
-        while not training.ends:
-            train_epoch(training, lessons, method.epochs)
-            training.close_epoch(training.measure(lessons.pairs(lessons.held)))
-            ShardFolder(path.parent).write(path.name, training.state())
-            if session.stops.due() and not training.ends:
-                raise session.stops.stopped(f"in layer {hand.index} after {training.epoch} of {method.epochs} epochs")
+        run_epochs(training, lessons, lessons.pairs, method.epochs, session)
         layer.replace(training.finish())
     return {"start": training.held[0], "best": min(training.held), "epochs": training.epoch}
 
 
-def train_epoch(training: Training, lessons: Lessons, epochs: int) -> None:
+def run_epochs(
+    training: Training[T], lessons: Lessons, take: Callable[[Iterable[int]], Iterator[T]], epochs: int, session: Session
+) -> None:
+    """All epochs, from where a run that died has left them; `take` gives what is taught of the sequences of these numbers."""
+    path = state_path(session.state, lessons.hand.index)
+    training.begin(training.measure(take(lessons.held)))
+    if not math.isfinite(training.held[0]):
+        raise NumericalError(
+            f"{lessons.hand.layer.prefix}: the loss on held-out tokens is {training.held[0]} before training; wanted a number. "
+            "Take more windows, or dtype float32."
+        )
+    take_up(training, path)
+    while not training.ends:
+        train_epoch(training, lessons, take, epochs)
+        training.close_epoch(training.measure(take(lessons.held)))
+        ShardFolder(path.parent).write(path.name, training.state())
+        if session.stops.due() and not training.ends:
+            raise session.stops.stopped(f"in layer {lessons.hand.index} after {training.epoch} of {epochs} epochs")
+
+
+def train_epoch(
+    training: Training[T], lessons: Lessons, take: Callable[[Iterable[int]], Iterator[T]], epochs: int
+) -> None:
     """Every training sequence once."""
     order = training.order(lessons.hand.index, lessons.train)
-    for place, pair in enumerate(lessons.pairs(order)):
+    for place, taught in enumerate(take(order)):
         done = training.epoch * len(order) + place
         lessons.hand.runner.progress.phase("refine", done, len(order) * epochs)
-        training.step(place, pair)
+        training.step(place, taught)
 
 
 def state_path(state: Path, index: int) -> Path:
@@ -90,7 +109,7 @@ def state_path(state: Path, index: int) -> Path:
     return state / f"refine-{index:05d}.safetensors"
 
 
-def take_up(training: Training, path: Path) -> None:
+def take_up(training: Training[T], path: Path) -> None:
     """Go on from the state of a run that died, where there is one and it began where this one does."""
     try:
         state = read_tensors(path)

@@ -16,7 +16,7 @@ from streamlap.families.stream import ModelStream
 from streamlap.linalg.moments import held_sequences
 from streamlap.loader.forms import Form
 from streamlap.methods.anchored.costs import input_sum_bytes
-from streamlap.methods.base import Cost, Layout, Natives
+from streamlap.methods.base import Cost, Layout, Natives, TrainingCost
 from streamlap.planning.layouts import Candidates, largest_layout, planned_tensors
 from streamlap.planning.workload import Workload, head_bytes, layer_workload
 from streamlap.recipe import Recipe
@@ -78,9 +78,13 @@ class LayerPlan:
     trained_bytes: int = 0
     """What training holds for them."""
     trained_state: int = 0
-    """What of that is on the disk between two epochs."""
+    """What is on the disk between two epochs."""
+    trained_token: int = 0
+    """What it holds for each token of a window, beside what a forward leaves for its gradients."""
     state_bytes: int = 0
     """What training writes after its epochs, all together."""
+    streams: int = 1
+    """Hidden states kept beside each other: the compressed stream; the dense model's; that between the sub-layers."""
 
 
 def forecast_layers(
@@ -109,37 +113,49 @@ def forecast_layer(
 ) -> LayerPlan:
     copied, made = planned_tensors(stream, index, layout, recipe.format)
     natives, stored = stream.natives(index), stream.layer_tensors(index).values()
-    trained = recipe.trained[0] if recipe.trained else None
-    epochs = trained.epochs if trained else 0
     costs = [found.cost for rivals in candidates.values() for found in rivals]
     dense_flops = forward_flops(natives, sum(info.numel for info in stored), shape_NL)
     kept = sum(info.numel for info in copied.values()) + sum(tensor.numel() for tensor in made.values())
-    after_flops = forward_flops(natives, kept, shape_NL)
-    after_flops *= (index + 1 < stream.depth and not recipe.anchored) + 3 * epochs  # gradients take two forwards
     copied_bytes, made_bytes = (sum(entry.nbytes for entry in part) for part in (copied.values(), made.values()))
-    if epochs:
+    if recipe.trained:
         copied_bytes, made_bytes = 0, copied_bytes + made_bytes
+    epochs, training = layer_training(stream, recipe, index, layout, kept, made_bytes)
     anchored, last = recipe.anchored, index + 1 == stream.depth and not recipe.final
+    onward = index + 1 < stream.depth and not anchored
+    steps = forward_flops(natives, kept, shape_NL) if recipe.trained else dense_flops
     read, between = anchored_reads(index, candidates, shape_NL, last) if anchored else (ONE_PASS_READS - last, 0)
     normed = anchored and bool(stream.family.normed)  # what norms divide by takes a pass of its own
+    streams_read = 2 + any(method.reads_dense for method in recipe.distilled)
     return LayerPlan(
         index=index, candidates=candidates, layout=layout, output_bytes=shard_bytes({**copied, **made}),
         copied_bytes=copied_bytes, edits_bytes=made_bytes,
-        trained=kept if trained else 0, trained_bytes=trained.held_bytes * kept if trained else 0,
-        trained_state=trained.state_bytes * kept if trained else 0,
-        state_bytes=epochs * (trained.state_bytes * kept + made_bytes) if trained else 0,
+        trained=training.parameters, trained_bytes=training.held_bytes, trained_state=training.state_bytes,
+        trained_token=training.token_bytes, state_bytes=epochs * training.state_bytes,
         source_bytes=sum(info.nbytes for info in stored), largest_bytes=max(info.nbytes for info in stored),
         solve_bytes=solve_bytes(stream, recipe, index, candidates, made),
-        capture_bytes=max((cost.capture_bytes for cost in costs), default=0) * anchored,
+        capture_bytes=max((cost.capture_bytes for cost in costs), default=0) * recipe.beside_dense,
         waiting_bytes=max((cost.waiting_bytes for cost in costs), default=0) * (stream.device.type != "cpu"),
-        generations_read=read + normed + 2 * epochs + (epochs > 0), between_read=between,
-        generations_written=ANCHORED_WRITES if anchored else ONE_PASS_WRITES,
-        generations_spilled=ANCHORED_SPILLS * anchored,
-        widest=widest(natives, {} if anchored else layout),
-        flops=(1 + normed) * dense_flops + after_flops
+        generations_read=read + normed + streams_read * epochs + (epochs > 0), between_read=between,
+        generations_written=ANCHORED_WRITES if recipe.beside_dense else ONE_PASS_WRITES,
+        generations_spilled=ANCHORED_SPILLS * anchored, streams=1 + recipe.beside_dense + anchored,
+        widest=widest(natives, {} if recipe.beside_dense else layout),
+        flops=(1 + normed) * dense_flops + forward_flops(natives, kept, shape_NL) * onward + training.forwards * epochs * steps
         + anchored * anchored_flops(stream, recipe, index, candidates, layout, shape_NL),
         **solve_flops(costs, math.prod(shape_NL)),
     )  # fmt: skip
+
+
+def layer_training(
+    stream: ModelStream, recipe: Recipe, index: int, layout: Layout, kept: int, made_bytes: int
+) -> tuple[int, TrainingCost]:
+    """Epochs, and what they take: of a layer as it was edited, whose best state is kept as it will be stored, or of one that is
+    trained from where it is dense."""
+    for method in recipe.trained:
+        state = method.state_bytes * kept + made_bytes
+        return method.epochs, TrainingCost(parameters=kept, held_bytes=method.held_bytes * kept, state_bytes=state)
+    for whole in recipe.distilled:
+        return whole.epochs, whole.training_cost(stream.natives(index), layout, stream.dtype.itemsize)
+    return 0, TrainingCost(parameters=0, held_bytes=0, state_bytes=0)
 
 
 def anchored_reads(index: int, candidates: Candidates, shape_NL: tuple[int, int], last: bool) -> tuple[float, float]:
@@ -223,7 +239,7 @@ def forward_flops(natives: Natives, parameters: int, shape_NL: tuple[int, int]) 
 def next_input_bytes(stream: ModelStream, layers: Sequence[LayerPlan]) -> int:
     """What summing the inputs of a layer takes while its stream is made, where it is rebuilt beside the dense model."""
     first = next(iter(stream.family.sublayers.values())).reads[0]
-    widths = [stream.native(layer.index, first).shape[1] for layer in layers if layer.capture_bytes]
+    widths = [stream.native(layer.index, first).shape[1] for layer in layers if layer.generations_spilled]
     return max(map(input_sum_bytes, widths), default=0)
 
 
@@ -236,11 +252,12 @@ def compression_workload(
         **layer_workload(stream, *shape_NL), **asked,
         edits=max(layer.edits_bytes for layer in layers), solve=max(layer.solve_bytes for layer in layers),
         inner_after=max(layer.widest for layer in layers),
-        streams=3 if layers[0].capture_bytes else 1, between=layers[0].generations_spilled,
+        streams=layers[0].streams, between=layers[0].generations_spilled,
         capture=max(layer.capture_bytes for layer in layers),
         waiting=max(layer.waiting_bytes for layer in layers), inputs=next_input_bytes(stream, layers),
         trained=max(layer.trained for layer in layers),
         trained_bytes=max(layer.trained_bytes for layer in layers),
         trained_state=max(layer.trained_state for layer in layers),
+        trained_token=max(layer.trained_token for layer in layers),
         copied=min(CHUNK_BYTES, max(layer.largest_bytes for layer in layers)),
     )  # fmt: skip

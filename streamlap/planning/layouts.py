@@ -12,8 +12,9 @@ import torch
 from streamlap.families.stream import ModelStream
 from streamlap.loader.forms import Form
 from streamlap.loader.modules import carriers, disk_name
-from streamlap.methods.base import Cost, Layout, Layouts, Method, Natives, ParameterBudget
+from streamlap.methods.base import Cost, Distilled, Layout, Layouts, Method, Natives, ParameterBudget
 from streamlap.methods.removed import Removal
+from streamlap.methods.rows import method_name
 from streamlap.output.formats import packed
 from streamlap.recipe import Recipe
 from streamlap.store.header import TensorInfo
@@ -25,9 +26,15 @@ class Candidate:
     """A method that may compress a sub-layer, with what it may make of it."""
 
     name: str
-    method: Method
     layouts: Layouts
     cost: Cost
+    solver: Method | None = None
+    """None where the layer is trained as a whole."""
+
+    @property
+    def method(self) -> Method:
+        assert self.solver is not None, "sub-layers are not solved where the layer is trained as a whole"
+        return self.solver
 
 
 Candidates = Mapping[str, Sequence[Candidate]]
@@ -74,6 +81,7 @@ def layer_candidates(stream: ModelStream, recipe: Recipe, index: int, parameters
         if recipe.shape == "nas" and not parameters[name]:
             methods = {REMOVED: Removal(sublayer=name, roles=stream.family.sublayers[name].roles)}
         planned[name] = [candidate(key, method, natives, budget) for key, method in methods.items()]
+        planned[name] += [distilled(method_name(method), method, name, natives, budget) for method in recipe.distilled]
         stored = [
             sum(
                 layout.get(role, natives[role]).parameters(budget.itemsize)
@@ -88,7 +96,12 @@ def layer_candidates(stream: ModelStream, recipe: Recipe, index: int, parameters
 
 def candidate(name: str, method: Method, natives: Natives, budget: ParameterBudget) -> Candidate:
     layouts = method.layouts(natives, budget)
-    return Candidate(name=name, method=method, layouts=layouts, cost=method.cost(natives, layouts, budget))
+    return Candidate(name=name, solver=method, layouts=layouts, cost=method.cost(natives, layouts, budget))
+
+
+def distilled(name: str, method: Distilled, sublayer: str, natives: Natives, budget: ParameterBudget) -> Candidate:
+    layout = method.layout(sublayer, natives, budget)
+    return Candidate(name=name, layouts={"": layout}, cost=method.cost(sublayer, natives, layout, budget))
 
 
 def possible_layouts(candidates: Candidates) -> Iterator[Layout]:

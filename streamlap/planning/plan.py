@@ -18,6 +18,7 @@ import torch
 
 from streamlap.errors import UnsupportedModel
 from streamlap.families.stream import ModelStream
+from streamlap.linalg.moments import fitted_sequences
 from streamlap.output.formats import CONFIGS
 from streamlap.planning.allocate import layer_parameters
 from streamlap.planning.disk import COMPANION_BYTES
@@ -293,6 +294,8 @@ def make_plan(
     """
     redrawn = redrawn_windows(decided.recipe, stream.has_head, shape_NL)
     windows_NL, shape_NL = shape_NL, (shape_NL[0] + redrawn, shape_NL[1])
+    for method in decided.recipe.distilled:
+        method.require_steps(method.epochs * len(fitted_sequences(*shape_NL)))
     layers = forecast_layers(stream, decided.recipe, decided.candidates, shape_NL)
     work = compression_workload(stream, layers, shape_NL, head=bool(decided.recipe.final or redrawn))
     choice = fit(work, settings.caps, settings.overlap, memory)
@@ -301,7 +304,7 @@ def make_plan(
         recipe=decided.recipe, layers=layers, fit=choice, caps=settings.caps, outer_bytes=shard_bytes(outer),
         first=first_traffic(stream, choice, layers[0], redrawn),
         first_flops=redraw_flops(stream, redrawn, shape_NL[1]), dtype=str(stream.dtype).removeprefix("torch."),
-        inputs=fitted_inputs(stream, {method.sublayer for method in decided.recipe.solving}), redrawn=redrawn,
+        inputs=fitted_inputs(stream, decided.recipe.edited(stream.family)), redrawn=redrawn,
         survey=forecast_survey(stream, decided.recipe, windows_NL, settings, memory),
     )  # fmt: skip
 

@@ -46,8 +46,8 @@ class Workload:
     head_stored: int = 0
     """The head as it is stored."""
     streams: int = 1
-    """Hidden states kept beside each other: one where layers are edited in one pass; three where they are rebuilt beside
-    the dense model: its stream and the compressed one, and that between the sub-layers."""
+    """Hidden states kept beside each other: one where layers are edited in one pass; two where they are trained from where
+    they are dense, beside the dense model's stream; three where sub-layers are rebuilt, with that between them."""
     between: int = 0
     """Of these, those that are nothing any more once a layer is done."""
     capture: int = 0
@@ -61,7 +61,9 @@ class Workload:
     trained_bytes: int = 0
     """What training holds for them."""
     trained_state: int = 0
-    """What of that is on the disk between two epochs."""
+    """What is on the disk between two epochs."""
+    trained_token: int = 0
+    """What training holds for each token of a window, beside what a forward leaves for its gradients."""
     copied: int = 0
     """The piece in which a tensor that stays as it is goes from the source to the shard."""
     disk: bool = True
@@ -79,16 +81,11 @@ class Workload:
     @property
     def disk_bytes(self) -> int:
         """What a run keeps on the disk beside its shards; a refinement's state stands twice while the new replaces the old."""
-        return self.disk_generations * self.generation + 2 * self.refinement_state
+        return self.disk_generations * self.generation + 2 * self.trained_state
 
     def batch(self, sequences: int) -> int:
         """Hidden states of so many sequences."""
         return min(sequences, self.sequences) * self.length * self.width * self.itemsize
-
-    @property
-    def refinement_state(self) -> int:
-        """What is kept on the disk after each epoch of a layer: masters and moments, and the best as it will be stored."""
-        return self.trained_state + self.edits if self.trained else 0
 
     @property
     def refinement(self) -> dict[str, int]:
@@ -96,8 +93,12 @@ class Workload:
         what the forward of one sequence leaves for its gradients."""
         if not self.trained:
             return {}
-        graph = 4 * self.length * (GRAPH_WIDTHS * self.width + GRAPH_HEADS * self.heads + GRAPH_INNER * self.inner)
-        return {"refinement": self.trained_bytes, "edits": 2 * self.edits, "activations": graph}
+        graph = 4 * (GRAPH_WIDTHS * self.width + GRAPH_HEADS * self.heads + GRAPH_INNER * self.inner)
+        return {
+            "refinement": self.trained_bytes,
+            "edits": 2 * self.edits,
+            "activations": self.length * (graph + self.trained_token),
+        }
 
     def activations(self, sequences: int, inner: int) -> int:
         """Most that one forward of a gated layer holds at a time beside its input: three FFN-wide tensors (act(gate), up, their

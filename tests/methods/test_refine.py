@@ -22,7 +22,8 @@ import streamlap
 from streamlap.errors import RecipeError, ResumeMismatch
 from streamlap.families.stream import ModelStream
 from streamlap.methods.base import Training
-from streamlap.methods.trained.refine import Refine, Refining, distances
+from streamlap.methods.trained.refine import Refine, Refining
+from streamlap.methods.trained.steps import distances
 from streamlap.pipeline import train as training_loop
 from streamlap.planning.forecast import compression_workload, forecast_layers, forward_flops
 from streamlap.planning.plan import decide
@@ -219,7 +220,7 @@ def test_a_plan_counts_memory_operations_and_bytes(source: Path) -> None:
     before, after = (compression_workload(stream, layers, SHAPE_NL) for layers in (without, within))
     layer = {name: tensor for name, tensor in stream.layer_tensors(0).items() if tensor.dtype.is_floating_point}
     assert 0 < after.trained < sum(tensor.numel for tensor in layer.values())
-    assert (before.trained, before.refinement, before.refinement_state) == (0, {}, 0)
+    assert (before.trained, before.refinement, before.trained_state) == (0, {}, 0)
     assert after.refinement["refinement"] == 16 * after.trained
     assert after.edits == within[0].edits_bytes > without[0].edits_bytes, "what was copied is now made"
     assert within[0].copied_bytes == 0

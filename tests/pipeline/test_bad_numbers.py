@@ -30,7 +30,7 @@ from streamlap.linalg.rows import MOST_OUT, any_out, blanked, carried, marked, p
 from streamlap.linalg.statistics import Energy
 from streamlap.methods import AttentionAnchored, FfnAnchored
 from streamlap.methods.base import Solved
-from streamlap.methods.trained.refine import distances
+from streamlap.methods.trained.steps import distances
 from streamlap.output.report import LayerReport
 from streamlap.pipeline.divergence import SCORED, divergence, mean_divergence
 from streamlap.pipeline.observe import SublayerStatistics

@@ -115,6 +115,26 @@ def input_sum_bytes(n: int) -> int:
     return _sums(n, 0)
 
 
+def low_rank_cost(cuts: Sequence[tuple[tuple[int, int], int]], held: int) -> Cost:
+    """Of the closed form alone: linears of these shapes cut to these ranks one by one, each on the Gram of its inputs.
+
+    Args: held, bytes of what was made of them and of all others.
+    """
+    small = [(shape, rank) for shape, rank in cuts if shape[1] <= LARGE]
+    large = [(shape, rank) for shape, rank in cuts if shape[1] > LARGE]
+    most = max(
+        _item(shape[1]) * shape[1] ** 2 + max(_finding(shape, rank), _refitting(shape, rank)) for shape, rank in cuts
+    )
+    sums = held + max(_sums(shape[1], 0) for shape, _ in cuts)
+    inputs = {shape[1] for shape, _ in cuts}
+    return Cost(
+        workspace_bytes=held + most, capture_bytes=sums, both_bytes=held + most,
+        flops=sum(_cut_flops(*cut) for cut in small), flops32=sum(_cut_flops(*cut) for cut in large),
+        flops_per_token=sum(width**2 for width in inputs),
+        decompositions=tuple(int(SINGLE * min(s)) if min(s) > LARGE else min(s) for s, _ in cuts),
+    )  # fmt: skip
+
+
 def _first_sums(n: int, f: int, prunes: bool) -> int:
     """Of the inputs of a sub-layer, and in the same pass of its last linear's."""
     return _sums(n, 0) + prunes * _sums(f, 0)
@@ -188,8 +208,12 @@ def _flops(shape: Shapes) -> int:
     takes from that."""
     (d, f), w = shape.last, shape.width
     cuts = [*shape.ranks, *([((d, w), shape.last_rank)] if shape.last_rank else [])]
-    cut = sum(
-        2 * min(each) ** 2 * (max(each) // 2 + 2 * min(each) + 3 * rank) + 4 * each[0] * each[1] * rank + 2 * each[0] * rank**2
-        for each, rank in cuts
-    )  # fmt: skip
+    cut = sum(_cut_flops(each, rank) for each, rank in cuts)
     return cut + w**3 // 3 + 2 * d * w * w + (f**3 + f * (f + 2 * d) * (f - w) if shape.prunes else 0)
+
+
+def _cut_flops(shape: tuple[int, int], rank: int) -> int:
+    """Of a linear cut to a rank."""
+    large, small = max(shape), min(shape)
+    found = 2 * small**2 * (large // 2 + 2 * small + 3 * rank)
+    return found + 4 * shape[0] * shape[1] * rank + 2 * shape[0] * rank**2
