@@ -157,6 +157,12 @@ class BeforeLayers:
         self._shell.set_submodule(family.norm, nn.Identity())  # its weights are on meta, and nobody asks for its output
         self._decoder: Any = self._shell.get_decoder()  # type: ignore[no-untyped-call]
         self._embedding: Any = self._shell.get_submodule(family.embedding)
+        inner, embedding = family.embedding.rpartition(".")[0], f"{family.embedding}.weight"
+        self.weights = [name for name in self._shell.state_dict() if name.startswith(f"{inner}.") and name != embedding]
+        """What it needs beside the embedding: learned positions, where there are some."""
+
+    def load(self, tensors: Mapping[str, torch.Tensor]) -> None:
+        self._shell.load_state_dict(tensors, strict=False, assign=True)
 
     def layer_kwargs(self, embedded_BLD: torch.Tensor) -> list[dict[str, Any]]:
         """What each layer is given beside the hidden states, for embeddings of this shape."""
@@ -201,7 +207,9 @@ def shell_of(model: PreTrainedModel, family: Family, stand_in: nn.Module, device
     computed = dict(shell.named_non_persistent_buffers())
     for name, buffer in computed.items():
         path, _, leaf = name.rpartition(".")
-        setattr(shell.get_submodule(path), leaf, torch.empty_like(buffer, device=device))
+        # A scale may have been rounded to the dtype of the checkpoint, which is not the one it is computed in.
+        dtype = torch.promote_types(buffer.dtype, torch.float32) if buffer.is_floating_point() else buffer.dtype
+        setattr(shell.get_submodule(path), leaf, torch.empty_like(buffer, device=device, dtype=dtype))
     for path in {name.rpartition(".")[0] for name in computed}:
         # As transformers fills them when it loads a model.
         shell._init_weights(shell.get_submodule(path))  # type: ignore[no-untyped-call]

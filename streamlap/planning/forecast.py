@@ -31,6 +31,10 @@ sub-layers, which is written once, where memory does not keep it, and read twice
 attention reads."""
 
 
+PARALLEL_READS = 1
+"""How many more of them a parallel layer reads, with nothing between its sub-layers: the dense stream goes through it first."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class LayerPlan:
     """One layer to come. Bytes and floating-point operations."""
@@ -121,6 +125,8 @@ def forecast_layer(
         copied_bytes, made_bytes = 0, copied_bytes + made_bytes
     anchored, last = recipe.anchored, index + 1 == stream.depth and not recipe.final
     read, between = anchored_reads(index, candidates, shape_NL, last) if anchored else (ONE_PASS_READS - last, 0)
+    if anchored and stream.parallel(index):
+        read, between = read + between + PARALLEL_READS, 0
     normed = anchored and bool(stream.family.normed)  # what norms divide by takes a pass of its own
     return LayerPlan(
         index=index, candidates=candidates, layout=layout, output_bytes=shard_bytes({**copied, **made}),
@@ -134,7 +140,7 @@ def forecast_layer(
         waiting_bytes=max((cost.waiting_bytes for cost in costs), default=0) * (stream.device.type != "cpu"),
         generations_read=read + normed + 2 * epochs + (epochs > 0), between_read=between,
         generations_written=ANCHORED_WRITES if anchored else ONE_PASS_WRITES,
-        generations_spilled=ANCHORED_SPILLS * anchored,
+        generations_spilled=ANCHORED_SPILLS * (anchored and not stream.parallel(index)),
         widest=widest(natives, {} if anchored else layout),
         flops=(1 + normed) * dense_flops + after_flops
         + anchored * anchored_flops(stream, recipe, index, candidates, layout, shape_NL),
