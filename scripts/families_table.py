@@ -28,6 +28,9 @@ Any other is refused before anything is read; [add-a-family.md](add-a-family.md)
   attention counts on the number in config.json, they all stay, and the FFN takes the whole cut.
 - **biases**: flags of config.json that give linears biases. They stay.
 
+A `phi3` (also Phi 4) is read as the llama that it is, or where it has a window as a mistral, with its fused matrices apart; so
+a result is a llama or a mistral. Refused are those whose heads are turned in part or with scaled positions.
+
 ## What is run
 
 The tests run each of these families, on a random model of three layers and a few thousand weights:

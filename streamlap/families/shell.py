@@ -19,6 +19,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from streamlap.errors import CheckpointError, RecipeError, UnsupportedModel, one_line, shown
+from streamlap.families.fused import as_stored_apart
 from streamlap.families.table import Family
 from streamlap.loader.linears import PivotedLinear
 from streamlap.loader.modules import swap_modules
@@ -38,11 +39,12 @@ STORED_DTYPES = {*COMPUTE_DTYPES.values(), torch.float64}
 
 
 def read_config(folder: Path) -> dict[str, Any]:
-    """config.json as transformers takes it: a mistral with `layer_types` is a ministral, whose layers heed them.
+    """config.json as transformers takes it: a mistral with `layer_types` is a ministral, whose layers heed them. A phi3 is what
+    it is but for its fused matrices, see `fused`.
 
     Raises CheckpointError when there is none or it is not a JSON object.
     """
-    raw = read_object(folder, "config.json", CONFIG_BYTES)
+    raw = as_stored_apart(read_object(folder, "config.json", CONFIG_BYTES))
     alternating = raw.get("model_type") == "mistral" and "layer_types" in raw
     return raw | {"model_type": "ministral"} if alternating else raw
 

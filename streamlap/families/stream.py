@@ -20,6 +20,7 @@ from torch import nn
 from streamlap.accelerator.devices import accelerator_of
 from streamlap.errors import CheckpointError, UnsupportedModel, few, shown
 from streamlap.families.bounds import check_roles, check_widths, described_by, native_config
+from streamlap.families.fused import StoredApart
 from streamlap.families.layer import StreamLayer, is_parallel
 from streamlap.families.names import ModelTensors, check_depth
 from streamlap.families.shell import (
@@ -102,7 +103,7 @@ class ModelStream:
         self.tied = bool(self.config.tie_word_embeddings)
         """Whether one matrix is embedding and head, unless two are stored."""
         check_roles(self.model, self.family, depth)
-        self.source = self._check_tensors(source)
+        self.source = self._check_tensors(StoredApart(source, self._rows()))
         self.dtype = self._resolve_dtype(dtype)
         for index in range(self.depth) if self.rows else ():
             forms = {role: self.form(index, role) for role in self.family.roles}
@@ -283,6 +284,10 @@ class ModelStream:
             fast = self.accelerator.away or (stored == torch.bfloat16 and self._bfloat16)
             return stored if fast else torch.float32
         return COMPUTE_DTYPES[name]
+
+    def _rows(self) -> dict[str, int]:
+        """Outputs of each linear before any edit, by its path in the layer."""
+        return {self.family.path(role): native.shape[0] for role, native in self.natives(0).items()}
 
     def _check_tensors(self, source: TensorSource) -> ModelTensors:
         """The source by the names of the model, each tensor of which was looked at."""

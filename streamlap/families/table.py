@@ -145,7 +145,7 @@ FAMILIES = {
 
 def find_family(config: Mapping[str, Any]) -> Family:
     """The row for a parsed config.json. Raises UnsupportedModel with what was found and what is known."""
-    found, known = config.get("model_type"), ", ".join(FAMILIES)
+    found, known = config.get("model_type"), ", ".join((*FAMILIES, "phi3"))
     if not isinstance(found, str) or found not in FAMILIES:
         raise UnsupportedModel(
             f"model_type {shown(found)} (architectures {shown(config.get('architectures'))}) is not known; known are {known}. "

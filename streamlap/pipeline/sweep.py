@@ -126,10 +126,10 @@ def carry_through(sweep: Sweep, runner: LayerRunner, layer: StreamLayer, index: 
 
     runner.carry(attention, index, before, between)
     errors = {"attention": perturb_sublayer(sweep, statistics("attention", before, between), whole)}
-    if layer.parallel:
-        between, ffn = before, whole
-    runner.carry(ffn, index, between, after)
-    return errors | {"ffn": perturb_sublayer(sweep, statistics("ffn", between, after), ffn)}
+    given = before if layer.parallel else between
+    rest: LayerPart = whole if layer.parallel else ffn
+    runner.carry(rest, index, given, after)
+    return errors | {"ffn": perturb_sublayer(sweep, statistics("ffn", given, after), rest)}
 
 
 def perturb_sublayer(sweep: Sweep, statistics: SublayerStatistics, rest: LayerPart) -> float:
