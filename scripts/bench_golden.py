@@ -34,7 +34,7 @@ def kept_from_golden(stream: ModelStream, golden: np.lib.npyio.NpzFile, index: i
     read = {p: stream.source.read(f"model.layers.{index}.mlp.{p}_proj.weight") for p in ("gate", "up", "down")}
     scale_in = scale(golden, f"{index}.scaler_row.mlp.gate_proj")
     scale_mid = scale(golden, f"{index}.scaler_row.mlp.down_proj")
-    score_F = lorap_scores(read["gate"], read["up"], read["down"], scale_in, scale_mid)
+    score_F = lorap_scores([read["gate"], read["up"]], read["down"], scale_in, scale_mid)
     return kept_channels(score_F, lorap_removal(len(score_F), ratio, 0.01)).tolist()
 
 

@@ -75,6 +75,14 @@ PICO_OF: dict[str, dict[str, Any]] = {
         "attention_multiplier": 0.2,
         "residual_multiplier": 0.22,
     },
+    "opt": {"ffn_dim": 48, "word_embed_proj_dim": 32},
+    "cohere": {"use_qk_norm": True, "logit_scale": 0.25},
+    "cohere2": {
+        "logit_scale": 0.25,
+        "sliding_window": 5,
+        "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+    },
+    "stablelm": {"use_parallel_residual": True, "qk_layernorm": True, "use_qkv_bias": True},
     "exaone4": {"sliding_window": 5, "layer_types": ["sliding_attention", "full_attention", "sliding_attention"]},
     "hunyuan_v1_dense": {"rope_parameters": ROPE | {"rope_type": "dynamic", "alpha": 1000.0}},
 }

@@ -30,6 +30,8 @@ class Layer(Protocol):
 
     def __call__(self, x_BLD: torch.Tensor) -> torch.Tensor: ...
 
+    def in_sequence(self, x_BLD: torch.Tensor) -> torch.Tensor: ...
+
     def run_sublayer(self, name: str, x_BLD: torch.Tensor) -> torch.Tensor: ...
 
     def sublayer_middle(self, name: str, x_BLD: torch.Tensor) -> torch.Tensor: ...
@@ -80,10 +82,7 @@ def check_layer(layer: Layer, x_BLD: torch.Tensor, writes: bool) -> None:
 
 def sequence_difference(layer: Layer, x_BLD: torch.Tensor) -> Difference | None:
     """Between the sub-layers one after another and the layer."""
-    y_BLD = x_BLD
-    for name in layer.family.sublayers:
-        y_BLD = layer.run_sublayer(name, y_BLD)
-    return difference(y_BLD, layer(x_BLD), x_BLD)
+    return difference(layer.in_sequence(x_BLD), layer(x_BLD), x_BLD)
 
 
 def sum_difference(layer: Layer, name: str, x_BLD: torch.Tensor) -> Difference | None:

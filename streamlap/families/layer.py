@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import itertools
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -55,6 +55,11 @@ class Edit:
         return form_of(self.module)
 
 
+def is_parallel(module: nn.Module, family: Family) -> bool:
+    """Whether all sub-layers of this layer read its input."""
+    return bool(getattr(module, family.parallel)) if isinstance(family.parallel, str) else family.parallel
+
+
 class StreamLayer:
     """A materialised decoder layer. Untouched tensors stay tied to their place in the source, edited ones replace them."""
 
@@ -74,6 +79,7 @@ class StreamLayer:
         self._replaced: dict[str, torch.Tensor] = {}
         self._out_BL: torch.Tensor | None = None
         """Rows of the batch in hand that are out."""
+        self._shape_BL = torch.Size()
 
     def linear(self, role: str) -> nn.Linear:
         linear = self.module.get_submodule(self.family.path(role))
@@ -141,7 +147,9 @@ class StreamLayer:
     @property
     def head_dim(self) -> int:
         """Numbers in one attention head."""
-        attention: Any = self.module.get_submodule(self.family.sublayers["attention"].module)
+        path = self.family.sublayers["attention"].module
+        assert path is not None, "attention is a module everywhere"
+        attention: Any = self.module.get_submodule(path)
         return int(attention.head_dim)
 
     def storage_dtype(self, role: str) -> torch.dtype:
@@ -155,15 +163,38 @@ class StreamLayer:
         `linalg.rows`.
         """
         x_BLD = self._here(x_BLD)
-        self._out_BL = any_out(x_BLD)
+        self._out_BL, self._shape_BL = any_out(x_BLD), x_BLD.shape[:2]
         return carried(self._run, x_BLD, self._out_BL)
+
+    @property
+    def parallel(self) -> bool:
+        """Whether all sub-layers read the input of the layer."""
+        return is_parallel(self.module, self.family)
 
     @torch.no_grad()
     def run_sublayer(self, name: str, x_BLD: torch.Tensor) -> torch.Tensor:
-        """x and what a sub-layer adds to it. All sub-layers in their order give what the layer gives; of rows that are out,
-        too."""
-        with replaced(self.module, self._silent(but=name)):
+        """x and what a sub-layer adds to it. Unless they are parallel, all sub-layers in their order give what the layer gives;
+        of rows that are out, too."""
+        with replaced(self.module, self._silent({name})):
             return self(x_BLD)
+
+    def base(self, name: str, x_BLD: torch.Tensor) -> torch.Tensor:
+        """To what a sub-layer adds, when it is given x: to x, and in a parallel layer to what those before it have added."""
+        names = list(self.family.sublayers)
+        before = set(names[: names.index(name)]) if self.parallel else set()
+        if not before:
+            return x_BLD
+        with replaced(self.module, self._silent(before)):
+            return self(x_BLD)
+
+    def in_sequence(self, x_BLD: torch.Tensor) -> torch.Tensor:
+        """x and what all sub-layers add to it, one after another."""
+        y_BLD = x_BLD
+        for name in self.family.sublayers:
+            given_BLD = x_BLD if self.parallel else y_BLD
+            made_BLD = self.run_sublayer(name, given_BLD)
+            y_BLD = y_BLD + (made_BLD - given_BLD) if self.parallel else made_BLD
+        return y_BLD
 
     def run_dense(self, name: str, x_BLD: torch.Tensor) -> torch.Tensor:
         """The same with the linears that were read, whatever is tried, as long as they are kept."""
@@ -173,27 +204,40 @@ class StreamLayer:
     @torch.no_grad()
     def sublayer_input(self, name: str, x_BLD: torch.Tensor) -> torch.Tensor:
         """What the linears that read the input of a sub-layer are given, when the sub-layer is given x."""
-        kept = silent(name, keeps=True)
-        with replaced(self.module, {**self._silent(but=name), self.family.sublayers[name].module: kept}):
+        stand_ins = self._stand_ins(name, keeps=True)
+        with replaced(self.module, self._silent({name}) | stand_ins):
             self._run(self._here(x_BLD))
-        return kept.given
+        return next(iter(stand_ins.values())).given.reshape(*x_BLD.shape[:2], -1)
 
     @torch.no_grad()
     def sublayer_middle(self, name: str, x_BLD: torch.Tensor) -> torch.Tensor:
         """What the linear at the end of a sub-layer (o, down) is given, when the sub-layer is given x."""
         role = self.family.sublayers[name].writes
         kept = silent_linear(self.native(role).shape[0])
-        with replaced(self.module, {**self._silent(but=name), self.family.path(role): kept}):
+        with replaced(self.module, {**self._silent({name}), self.family.path(role): kept}):
             self._run(self._here(x_BLD))
-        return kept.given
+        return kept.given.reshape(*x_BLD.shape[:2], -1)
 
-    def _silent(self, but: str) -> dict[str, StandIn]:
-        """Path -> what stands there to silence a sub-layer, for all but one."""
-        return {part.module: silent(name) for name, part in self.family.sublayers.items() if name != but}
+    def _silent(self, but: Collection[str]) -> dict[str, StandIn]:
+        """Path -> what stands there to silence a sub-layer, for all but these."""
+        others = (name for name in self.family.sublayers if name not in but)
+        return {path: part for name in others for path, part in self._stand_ins(name).items()}
+
+    def _stand_ins(self, name: str, keeps: bool = False) -> dict[str, StandIn]:
+        """What silences a sub-layer, by where it stands: in place of its module, or of its linears where it has none. With
+        `keeps` the first of them keeps what the sub-layer reads."""
+        part = self.family.sublayers[name]
+        if part.module is not None:
+            return {part.module: silent(name, keeps)}
+        return {self.family.path(role): silent_linear(self.linear_width(role)) for role in part.roles}
+
+    def linear_width(self, role: str) -> int:
+        """Outputs of a linear as it is now."""
+        return form_of(self.module.get_submodule(self.family.path(role))).shape[0]
 
     @torch.no_grad()
     def check_sublayers(self, x_BLD: torch.Tensor, writes: bool) -> None:
-        """Raise UnsupportedModel unless, on this batch, the sub-layers one after another are the layer.
+        """Raise UnsupportedModel unless, on this batch, `in_sequence` gives what the layer does.
 
         With `writes`, also unless each adds to x just what its last linear makes of `sublayer_middle`, behind the norm or
         multiplier that the family's row names: methods that fit this linear to what is missing in the hidden states rely on it.
@@ -231,7 +275,8 @@ class StreamLayer:
 
     def _feed(self, collector: Collector, careful: bool) -> Callable[[nn.Module, tuple[torch.Tensor, ...]], None]:
         def feed(_: nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
-            for place, x_LI in enumerate(inputs[0]):  # one after another, so that the sums do not depend on the batch
+            x_BLI = inputs[0].reshape(*self._shape_BL, -1)  # some layers put all tokens in one row
+            for place, x_LI in enumerate(x_BLI):  # one after another, so that the sums do not depend on the batch
                 if self._out_BL is not None:
                     x_LI = x_LI[~self._out_BL[place]]
                 collector.update(x_LI[finite_rows(x_LI)] if careful else x_LI)

@@ -2,7 +2,7 @@
 
 q k v    read the input of attention
 o        writes what attention adds to the hidden states
-gate up  read the input of the FFN
+gate up  read the input of the FFN; one without a gate has up alone
 down     writes what the FFN adds to the hidden states
 """
 
@@ -15,8 +15,8 @@ from dataclasses import dataclass, replace
 class Sublayer:
     """A part of a decoder layer that adds something to the hidden states: attention or the FFN."""
 
-    module: str
-    """Its path in the layer."""
+    module: str | None
+    """Its path in the layer; None where its linears are in the layer itself."""
     reads: tuple[str, ...]
     """Roles of the linears that read its input."""
     writes: str
@@ -57,3 +57,7 @@ POST_NORMED = {
 
 MULTIPLIED = {name: replace(part, multiplier="residual_multiplier") for name, part in SUBLAYERS.items()}
 """The same where the layer multiplies what each gives."""
+
+UNGATED = {role: path for role, path in ROLES.items() if role != "gate"}
+WITHOUT_GATE = SUBLAYERS | {"ffn": replace(SUBLAYERS["ffn"], reads=("up",))}
+"""Roles and sub-layers of a layer whose FFN has no gate."""

@@ -19,6 +19,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from streamlap.errors import CheckpointError, RecipeError, UnsupportedModel, one_line, shown
+from streamlap.families.fused import as_stored_apart
 from streamlap.families.table import Family
 from streamlap.loader.linears import PivotedLinear
 from streamlap.loader.modules import swap_modules
@@ -38,11 +39,12 @@ STORED_DTYPES = {*COMPUTE_DTYPES.values(), torch.float64}
 
 
 def read_config(folder: Path) -> dict[str, Any]:
-    """config.json as transformers takes it: a mistral with `layer_types` is a ministral, whose layers heed them.
+    """config.json as transformers takes it: a mistral with `layer_types` is a ministral, whose layers heed them. A phi3 is what
+    it is but for its fused matrices, see `fused`.
 
     Raises CheckpointError when there is none or it is not a JSON object.
     """
-    raw = read_object(folder, "config.json", CONFIG_BYTES)
+    raw = as_stored_apart(read_object(folder, "config.json", CONFIG_BYTES))
     alternating = raw.get("model_type") == "mistral" and "layer_types" in raw
     return raw | {"model_type": "ministral"} if alternating else raw
 
@@ -157,6 +159,12 @@ class BeforeLayers:
         self._shell.set_submodule(family.norm, nn.Identity())  # its weights are on meta, and nobody asks for its output
         self._decoder: Any = self._shell.get_decoder()  # type: ignore[no-untyped-call]
         self._embedding: Any = self._shell.get_submodule(family.embedding)
+        inner, embedding = family.embedding.rpartition(".")[0], f"{family.embedding}.weight"
+        self.weights = [name for name in self._shell.state_dict() if name.startswith(f"{inner}.") and name != embedding]
+        """What it needs beside the embedding: learned positions, where there are some."""
+
+    def load(self, tensors: Mapping[str, torch.Tensor]) -> None:
+        self._shell.load_state_dict(tensors, strict=False, assign=True)
 
     def layer_kwargs(self, embedded_BLD: torch.Tensor) -> list[dict[str, Any]]:
         """What each layer is given beside the hidden states, for embeddings of this shape."""
@@ -201,7 +209,9 @@ def shell_of(model: PreTrainedModel, family: Family, stand_in: nn.Module, device
     computed = dict(shell.named_non_persistent_buffers())
     for name, buffer in computed.items():
         path, _, leaf = name.rpartition(".")
-        setattr(shell.get_submodule(path), leaf, torch.empty_like(buffer, device=device))
+        # A scale may have been rounded to the dtype of the checkpoint, which is not the one it is computed in.
+        dtype = torch.promote_types(buffer.dtype, torch.float32) if buffer.is_floating_point() else buffer.dtype
+        setattr(shell.get_submodule(path), leaf, torch.empty_like(buffer, device=device, dtype=dtype))
     for path in {name.rpartition(".")[0] for name in computed}:
         # As transformers fills them when it loads a model.
         shell._init_weights(shell.get_submodule(path))  # type: ignore[no-untyped-call]

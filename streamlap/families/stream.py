@@ -20,7 +20,8 @@ from torch import nn
 from streamlap.accelerator.devices import accelerator_of
 from streamlap.errors import CheckpointError, UnsupportedModel, few, shown
 from streamlap.families.bounds import check_roles, check_widths, described_by, native_config
-from streamlap.families.layer import StreamLayer
+from streamlap.families.fused import StoredApart
+from streamlap.families.layer import StreamLayer, is_parallel
 from streamlap.families.names import ModelTensors, check_depth
 from streamlap.families.nas import as_llama, is_nas, unmark
 from streamlap.families.shell import (
@@ -108,7 +109,7 @@ class ModelStream:
         self.tied = bool(self.config.tie_word_embeddings)
         """Whether one matrix is embedding and head, unless two are stored."""
         check_roles(self.model, self.family, depth)
-        self.source = self._check_tensors(source)
+        self.source = self._check_tensors(StoredApart(source, self._rows()))
         self.dtype = self._resolve_dtype(dtype)
         for index in range(self.depth) if self.rows else ():
             forms = {role: self.form(index, role) for role in self.family.roles}
@@ -132,6 +133,10 @@ class ModelStream:
         left nothing, that of the embedding."""
         name = f"{self.linear_name(index, role)}.weight"
         return self.source.info(name if name in self.source else f"{self.family.embedding}.weight").dtype
+
+    def parallel(self, index: int) -> bool:
+        """Whether all sub-layers of a layer read its input."""
+        return is_parallel(self.layers[index], self.family)
 
     def layer_name(self, index: int) -> str:
         return f"{self.family.layers}.{index}"
@@ -176,18 +181,24 @@ class ModelStream:
         """
         embedded_BLD = torch.zeros(1, length, self.width, dtype=self.dtype, device=self.device)
         with described_by(self.folder):
-            return BeforeLayers(self.model, self.family, self.device).layer_kwargs(embedded_BLD)
+            return self._before().layer_kwargs(embedded_BLD)
 
     @torch.no_grad()
     def embed(self, tokens_NL: torch.Tensor) -> Iterator[torch.Tensor]:
         """Hidden states before the first layer, in batches x_BLD; rows that the compute dtype cannot hold are out, see
         `linalg.rows`. Of the table only the rows of a batch are in memory."""
         info = self.source.info(f"{self.family.embedding}.weight")
-        before = BeforeLayers(self.model, self.family, self.device)
+        before = self._before()
         for tokens_BL in torch.split(tokens_NL, batch_of(tokens_NL.shape[1])):
             ids, places_BL = torch.unique(tokens_BL, return_inverse=True)
             table_UD = read_rows(info, ids.tolist()).to(self.device, self.dtype)
             yield marked(before.embed(places_BL.to(self.device), table_UD))
+
+    def _before(self) -> BeforeLayers:
+        before = BeforeLayers(self.model, self.family, self.device)
+        tensors = ((name, self.source.read(name)) for name in before.weights)
+        before.load({name: tensor.to(self.device, self._computed(tensor)) for name, tensor in tensors})
+        return before
 
     def layer(self, index: int, kwargs: Mapping[str, Any], staging: Staging | None = None) -> StreamLayer:
         """Read one decoder layer into memory. The caller drops it before it asks for the next; the stream keeps nothing.
@@ -231,6 +242,11 @@ class ModelStream:
     def has_head(self) -> bool:
         """Whether this is a language model: a decoder alone, or one for another task, may have no output head."""
         return self.tied or f"{self.family.head}.weight" in self.source
+
+    @property
+    def caps_logits(self) -> bool:
+        """Whether logits are bent between bounds, so that a scale before that is no temperature."""
+        return getattr(self.config, "final_logit_softcapping", None) is not None
 
     def require_head(self) -> None:
         """Raise UnsupportedModel where there is no output head, and so no prediction to measure."""
@@ -279,6 +295,10 @@ class ModelStream:
             fast = self.accelerator.away or (stored == torch.bfloat16 and self._bfloat16)
             return stored if fast else torch.float32
         return COMPUTE_DTYPES[name]
+
+    def _rows(self) -> dict[str, int]:
+        """Outputs of each linear before any edit, by its path in the layer."""
+        return {self.family.path(role): native.shape[0] for role, native in self.natives(0).items()}
 
     def _check_tensors(self, source: TensorSource) -> ModelTensors:
         """The source by the names of the model, each tensor of which was looked at."""

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from streamlap.errors import UnsupportedModel, shown
-from streamlap.families.linears import MULTIPLIED, POST_NORMED, ROLES, SUBLAYERS, Sublayer
+from streamlap.families.linears import MULTIPLIED, POST_NORMED, ROLES, SUBLAYERS, UNGATED, WITHOUT_GATE, Sublayer
 from streamlap.loader.hf_plugin import READ_VERSIONS
 
 
@@ -31,8 +31,14 @@ class Family:
     """In their order. One after another they are the whole layer."""
     bias_flags: Mapping[str, str] = field(default_factory=dict)
     """Beginning of a path -> the flag in config.json that gives every linear under it a bias."""
+    parallel: bool | str = False
+    """Whether all sub-layers read the input of the layer, and what they give is added up; or the attribute of a layer that says
+    so."""
+    norm_offset: float = 0.0
+    """What the final norm adds to its stored weight."""
     heads_stay: bool = False
-    """Whether one norm spans all heads of q or k, so that none of them can go."""
+    """Whether no head can go: a norm behind q or k has numbers for all of them together, or attention counts on the number in
+    config.json."""
 
     @property
     def base(self) -> str:
@@ -101,20 +107,49 @@ FAMILIES = {
     "olmo3": Family(
         model_type="olmo3", sublayers=POST_NORMED, heads_stay=True, bias_flags={"self_attn.": "attention_bias"}
     ),
-    "gemma2": Family(model_type="gemma2", sublayers=POST_NORMED, bias_flags={"self_attn.": "attention_bias"}),
-    "gemma3_text": Family(model_type="gemma3_text", sublayers=POST_NORMED, bias_flags={"self_attn.": "attention_bias"}),
+    "gemma": Family(model_type="gemma", norm_offset=1.0, bias_flags={"self_attn.": "attention_bias"}),
+    "gemma2": Family(
+        model_type="gemma2", sublayers=POST_NORMED, norm_offset=1.0, bias_flags={"self_attn.": "attention_bias"}
+    ),
+    "gemma3_text": Family(
+        model_type="gemma3_text", sublayers=POST_NORMED, norm_offset=1.0, bias_flags={"self_attn.": "attention_bias"}
+    ),
     "granite": Family(model_type="granite", sublayers=MULTIPLIED, bias_flags=LLAMA_FLAGS),
+    "starcoder2": Family(
+        model_type="starcoder2",
+        roles=UNGATED | {"up": "mlp.c_fc", "down": "mlp.c_proj"},
+        sublayers=WITHOUT_GATE,
+        bias_flags={"": "use_bias"},
+    ),
+    "opt": Family(
+        model_type="opt",
+        layers="model.decoder.layers",
+        embedding="model.decoder.embed_tokens",
+        norm="model.decoder.final_layer_norm",
+        roles=UNGATED | {"o": "self_attn.out_proj", "up": "fc1", "down": "fc2"},
+        heads_stay=True,
+        sublayers=WITHOUT_GATE | {"ffn": Sublayer(module=None, reads=("up",), writes="down")},
+        bias_flags={"": "enable_bias"},
+    ),
+    "cohere": Family(model_type="cohere", parallel=True, heads_stay=True, bias_flags={"self_attn.": "attention_bias"}),
+    "cohere2": Family(model_type="cohere2", parallel=True, bias_flags={"self_attn.": "attention_bias"}),
+    "stablelm": Family(
+        model_type="stablelm",
+        parallel="use_parallel_residual",
+        heads_stay=True,
+        bias_flags=dict.fromkeys((ROLES["q"], ROLES["k"], ROLES["v"]), "use_qkv_bias"),
+    ),
     "exaone4": Family(model_type="exaone4", sublayers=POST_NORMED),
 }
 
 
 def find_family(config: Mapping[str, Any]) -> Family:
     """The row for a parsed config.json. Raises UnsupportedModel with what was found and what is known."""
-    found, known = config.get("model_type"), ", ".join(FAMILIES)
+    found, known = config.get("model_type"), ", ".join((*FAMILIES, "phi3"))
     if not isinstance(found, str) or found not in FAMILIES:
         raise UnsupportedModel(
             f"model_type {shown(found)} (architectures {shown(config.get('architectures'))}) is not known; known are {known}. "
-            "docs/add-a-family.md shows the row that a new one takes."
+            "docs/families.md has more of them, and docs/add-a-family.md the row that a new one takes."
         )
     quantization = config.get("quantization_config") or {}
     named = isinstance(quantization, Mapping)

@@ -5,6 +5,8 @@ Shape suffixes: F channels, I in (hidden size), O out (hidden size).
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 
 from streamlap.linalg.budget import Removal
@@ -19,28 +21,28 @@ def channel_bytes(hidden: int) -> int:
 
 
 def lorap_scores(
-    gate_FI: torch.Tensor,
-    up_FI: torch.Tensor,
+    rows: Sequence[torch.Tensor],
     down_OF: torch.Tensor,
     scale_in_I: torch.Tensor,
     scale_mid_F: torch.Tensor,
 ) -> torch.Tensor:
     """Importance of every channel, [F] float32 (LoRAP, Li, Tang & Zhang 2024, arXiv 2404.09695).
 
+    Args: rows, the matrices [F, I] that make the channels: gate and up, or up alone where there is no gate.
+
     ||gate_c * d_in|| + ||up_c * d_in|| + ||down_c|| d_mid: each matrix's weighted norm of the channel's row or column.
     """
-    scale_I, scale_F = scale_in_I.to(gate_FI.device).float(), scale_mid_F.to(gate_FI.device).float()
+    scale_I, scale_F = scale_in_I.to(down_OF.device).float(), scale_mid_F.to(down_OF.device).float()
     blocks = zip(
-        torch.split(gate_FI, BLOCK),
-        torch.split(up_FI, BLOCK),
+        zip(*(torch.split(w_FI, BLOCK) for w_FI in rows), strict=True),
         torch.split(down_OF, BLOCK, dim=1),
         torch.split(scale_F, BLOCK),
         strict=True,
     )
     return torch.cat(
         [
-            (gate.float() * scale_I).norm(dim=1) + (up.float() * scale_I).norm(dim=1) + down.float().norm(dim=0) * scale
-            for gate, up, down, scale in blocks
+            sum((w.float() * scale_I).norm(dim=1) for w in those) + down.float().norm(dim=0) * scale
+            for those, down, scale in blocks
         ]
     )
 

@@ -44,10 +44,11 @@ class Skipped:
 
 
 def skip_removed(root: nn.Module) -> None:
-    """Skip every module all of whose linears are removed; run again one that has others now."""
+    """Skip every module all of whose linears are removed, its own children all of them; run again one that has others now."""
     for module in root.modules():
-        linears = [part for part in module.children() if isinstance(part, nn.Linear | StoredLinear)]
-        gone = linears and all(isinstance(part, RemovedLinear) for part in linears)
+        linears = [part for part in module.modules() if isinstance(part, nn.Linear | StoredLinear)]
+        own = set(module.children()).issuperset(linears)
+        gone = linears and own and all(isinstance(part, RemovedLinear) for part in linears)
         skipped = isinstance(module.__dict__.get("forward"), Skipped)
         if gone and not skipped:
             attention = "attention_mask" in inspect.signature(module.forward).parameters

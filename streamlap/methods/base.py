@@ -31,6 +31,15 @@ from streamlap.loader.forms import Dense, Form
 
 Natives = Mapping[str, Dense]
 """Role -> the linear of the source."""
+READS_FFN = ("gate", "up")
+"""Roles that may read the input of an FFN; one without a gate has up alone."""
+
+
+def ffn_reads(natives: Natives) -> tuple[str, ...]:
+    """Those of them that there are."""
+    return tuple(role for role in READS_FFN if role in natives)
+
+
 Layout = Mapping[str, Form]
 """Role -> what its linear becomes. A linear whose form and width do not change is absent."""
 Layouts = Mapping[str, Layout]

@@ -28,7 +28,8 @@ def write_outer(job: Job) -> float:
     gain = found_gain(job) if job.plan.recipe.final and parts else 1.0
     for name in parts if gain != 1.0 else ():
         tensor = stream.source.read(name)
-        tensors[name] = (tensor.float() * gain).to(tensor.dtype)
+        offset = stream.family.norm_offset if name.endswith(".weight") else 0.0
+        tensors[name] = ((tensor.float() + offset) * gain - offset).to(tensor.dtype)
     ShardFolder(job.out).write(shard_names(stream.depth)[0], tensors)
     return gain
 

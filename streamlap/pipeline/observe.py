@@ -160,7 +160,7 @@ class SublayerStatistics:
         role = self._parts.writes
         bias_O, gain_O = self.layer.linear(role).bias, self.layer.gain(role)
         target_BLD = target_BLD.float()
-        missing_BLD, weight_BL1 = target_BLD - x_BLD, evenly(target_BLD)
+        missing_BLD, weight_BL1 = target_BLD - self.layer.base(self.sublayer, x_BLD), evenly(target_BLD)
         middle_BLI = self.layer.sublayer_middle(self.sublayer, x_BLD).float()
         size_BL1 = None if self.size_NL is None else self.size_NL[numbers, :, None].to(x_BLD.device)
         if bias_O is not None:

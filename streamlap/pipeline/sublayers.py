@@ -22,7 +22,7 @@ from streamlap.errors import NumericalError, located
 from streamlap.linalg.solution import joined
 from streamlap.methods.base import Solved, finite_error
 from streamlap.pipeline.hand import LayerEdits, LayerInHand, refuse_overflow
-from streamlap.pipeline.observe import SublayerStatistics, dense_sizes
+from streamlap.pipeline.observe import SublayerStatistics, dense_sizes, evenly
 from streamlap.pipeline.streams import Source
 from streamlap.planning.layouts import Candidate
 
@@ -30,6 +30,15 @@ ATTENTION, FFN = "attention", "ffn"
 
 
 def rebuild_layer(hand: LayerInHand) -> LayerEdits:
+    """Both sub-layers, rebuilt and applied."""
+    attention, ffn = rebuild_parallel(hand) if hand.layer.parallel else rebuild_in_sequence(hand)
+    return LayerEdits(
+        edits=[*attention.edits, *ffn.edits], errors={**attention.errors, **ffn.errors},
+        notes=joined(attention.notes, ffn.notes), out_NL=attention.out_NL | ffn.out_NL,
+    )  # fmt: skip
+
+
+def rebuild_in_sequence(hand: LayerInHand) -> tuple[LayerEdits, LayerEdits]:
     """Both sub-layers, rebuilt and applied. The dense stream is then behind the layer, the compressed one between them."""
     layer, dense, after = hand.layer, hand.dense, hand.next_dense
     run, run_dense = (functools.partial(functools.partial, call) for call in (layer.run_sublayer, layer.run_dense))
@@ -49,14 +58,38 @@ def rebuild_layer(hand: LayerInHand) -> LayerEdits:
         weight_NL=weight_NL, size_NL=size_NL.get(FFN),
     ))  # fmt: skip
     assert target.keep is compressed.keep is None, "methods look at all tokens"
-    return LayerEdits(
-        edits=[*attention.edits, *ffn.edits], errors={**attention.errors, **ffn.errors},
-        notes=joined(attention.notes, ffn.notes), out_NL=attention.out_NL | ffn.out_NL,
-    )  # fmt: skip
+    return attention, ffn
+
+
+def rebuild_parallel(hand: LayerInHand) -> tuple[LayerEdits, LayerEdits]:
+    """The same where both read the input of the layer. First the dense stream goes through the whole layer, since what lies
+    between the sub-layers does not lead on. The FFN then adds to what the new attention has made of the compressed stream."""
+    layer, (dense, _, after) = hand.layer, places(hand)
+    weights: list[torch.Tensor] = []
+
+    def weigh(x_BLD: torch.Tensor) -> None:
+        weights.append(evenly(x_BLD.float())[..., 0].nan_to_num().cpu())
+
+    hand.runner.carry(layer, hand.index, dense, after, weigh)
+    target = Source(states=dense, part=functools.partial(layer.run_dense, ATTENTION))
+    attention = rebuild(hand, SublayerStatistics(
+        runner=hand.runner, clock=hand.clock, layer=layer, index=hand.index, sublayer=ATTENTION,
+        dense=Source(states=dense), target=target, compressed=Source(states=hand.compressed), summed=hand.inputs,
+    ))  # fmt: skip
+    hand.inputs.clear()
+    ffn = rebuild(hand, SublayerStatistics(
+        runner=hand.runner, clock=hand.clock, layer=layer, index=hand.index, sublayer=FFN,
+        dense=Source(states=dense), target=Source(states=after), compressed=Source(states=hand.compressed),
+        weight_NL=torch.cat(weights),
+    ))  # fmt: skip
+    return attention, ffn
 
 
 def finish_layer(hand: LayerInHand, watch: Callable[[torch.Tensor], None] | None) -> torch.Tensor:
-    """The compressed stream from between the sub-layers through the rebuilt FFN, into what the next layer begins with."""
+    """The compressed stream from between the sub-layers through the rebuilt FFN, or from before a parallel layer through all of
+    it, into what the next layer begins with."""
+    if hand.layer.parallel:
+        return hand.runner.carry(hand.layer, hand.index, hand.compressed, hand.next_compressed, watch)
     part = functools.partial(hand.layer.run_sublayer, FFN)
     return hand.runner.carry(part, hand.index, hand.between, hand.next_compressed, watch)
 

@@ -104,7 +104,7 @@ def carry_through(sweep: Sweep, runner: LayerRunner, layer: StreamLayer, index: 
     attention, ffn = (functools.partial(layer.run_sublayer, name) for name in ("attention", "ffn"))
 
     def whole(x_BLD: torch.Tensor) -> torch.Tensor:
-        return ffn(attention(x_BLD))
+        return layer(x_BLD) if layer.parallel else ffn(attention(x_BLD))
 
     for perturbed, bank in sweep.copies.items():
         if perturbed.index < index:
@@ -126,8 +126,10 @@ def carry_through(sweep: Sweep, runner: LayerRunner, layer: StreamLayer, index: 
 
     runner.carry(attention, index, before, between)
     errors = {"attention": perturb_sublayer(sweep, statistics("attention", before, between), whole)}
-    runner.carry(ffn, index, between, after)
-    return errors | {"ffn": perturb_sublayer(sweep, statistics("ffn", between, after), ffn)}
+    given = before if layer.parallel else between
+    rest: LayerPart = whole if layer.parallel else ffn
+    runner.carry(rest, index, given, after)
+    return errors | {"ffn": perturb_sublayer(sweep, statistics("ffn", given, after), rest)}
 
 
 def perturb_sublayer(sweep: Sweep, statistics: SublayerStatistics, rest: LayerPart) -> float:

@@ -31,6 +31,10 @@ sub-layers, which is written once, where memory does not keep it, and read twice
 attention reads."""
 
 
+PARALLEL_READS = 1
+"""How many more of them a parallel layer reads, with nothing between its sub-layers: the dense stream goes through it first."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class LayerPlan:
     """One layer to come. Bytes and floating-point operations."""
@@ -124,6 +128,8 @@ def forecast_layer(
     onward = index + 1 < stream.depth and not anchored
     steps = forward_flops(natives, kept, shape_NL) if recipe.trained else dense_flops
     read, between = anchored_reads(index, candidates, shape_NL, last) if anchored else (ONE_PASS_READS - last, 0)
+    if anchored and stream.parallel(index):
+        read, between = read + between + PARALLEL_READS, 0
     normed = anchored and bool(stream.family.normed)  # what norms divide by takes a pass of its own
     streams_read = 2 + any(method.reads_dense for method in recipe.distilled)
     return LayerPlan(
@@ -137,7 +143,7 @@ def forecast_layer(
         waiting_bytes=max((cost.waiting_bytes for cost in costs), default=0) * (stream.device.type != "cpu"),
         generations_read=read + normed + streams_read * epochs + (epochs > 0), between_read=between,
         generations_written=ANCHORED_WRITES if recipe.beside_dense else ONE_PASS_WRITES,
-        generations_spilled=ANCHORED_SPILLS * anchored, streams=1 + recipe.beside_dense + anchored,
+        generations_spilled=ANCHORED_SPILLS * (anchored and not stream.parallel(index)), streams=1 + recipe.beside_dense + anchored,
         widest=widest(natives, {} if recipe.beside_dense else layout),
         flops=(1 + normed) * dense_flops + forward_flops(natives, kept, shape_NL) * onward + training.forwards * epochs * steps
         + anchored * anchored_flops(stream, recipe, index, candidates, layout, shape_NL),

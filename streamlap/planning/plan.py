@@ -268,7 +268,7 @@ def decide(stream: ModelStream, recipe: Recipe, target: Target | None = None) ->
     if stream.rows:
         raise UnsupportedModel(f"{stream.folder} is already compressed by streamlap; wanted the original checkpoint.")
     recipe.check_methods(stream.family)
-    if not stream.has_head:
+    if not stream.has_head or stream.caps_logits:
         recipe = recipe.without_final()
     # A survey that is still to be made moves shares between layers, and no total.
     survey = None if recipe.survey in (None, AUTO) else read_survey(stream, Path(str(recipe.survey)), recipe.shape)

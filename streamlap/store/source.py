@@ -106,12 +106,16 @@ class SafetensorsFolder(SafetensorsHeaders):
         super().__init__(str(folder), shards, headers)
 
     def read(self, name: str) -> torch.Tensor:
-        """The tensor in its stored dtype, in memory of its own. Non-finite numbers raise CheckpointError."""
-        info = self.info(name)
-        tensor = torch.empty(info.shape, dtype=info.dtype)
-        read_into(info, byte_view(tensor))
-        require_finite(tensor, name, info.path.name)
-        return tensor
+        """See `read_tensor`."""
+        return read_tensor(self.info(name))
+
+
+def read_tensor(info: TensorInfo) -> torch.Tensor:
+    """The tensor in its stored dtype, in memory of its own. Non-finite numbers raise CheckpointError."""
+    tensor = torch.empty(info.shape, dtype=info.dtype)
+    read_into(info, byte_view(tensor))
+    require_finite(tensor, info.name, info.path.name)
+    return tensor
 
 
 def require_finite(tensor: torch.Tensor, name: str, file: str) -> None:

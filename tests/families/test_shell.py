@@ -52,7 +52,7 @@ def test_layers_are_given_what_the_model_gives_them(pico: MakeModel, tokens: Pat
     found = ModelStream(folder, dtype="float32").layer_kwargs(tokens_NL.shape[1])
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     expected: list[dict[str, object]] = []
-    for layer in model.get_submodule("model.layers").children():
+    for layer in model.get_submodule(FAMILIES[family].layers).children():
         layer.register_forward_pre_hook(lambda _, __, kwargs: expected.append(kwargs), with_kwargs=True)
     with torch.no_grad():
         model(input_ids=tokens_NL[:1], use_cache=False)

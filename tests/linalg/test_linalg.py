@@ -160,7 +160,7 @@ def test_channel_scores_are_the_sum_of_three_weighted_norms() -> None:
         + sum(down_OF[o, c] ** 2 for o in range(4)) ** 0.5 * scale_F[c]
         for c in range(6)
     ]
-    torch.testing.assert_close(lorap_scores(gate_FI, up_FI, down_OF, scale_I, scale_F), torch.stack(expected))
+    torch.testing.assert_close(lorap_scores([gate_FI, up_FI], down_OF, scale_I, scale_F), torch.stack(expected))
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
@@ -181,10 +181,10 @@ def test_blocks_of_channels_give_the_same_scores(monkeypatch: pytest.MonkeyPatch
     gate_FI, scale_I = weights(23, 4)
     up_FI, _ = weights(23, 4, seed=1)
     down_OF, scale_F = weights(4, 23, seed=2)
-    scores = lorap_scores(gate_FI, up_FI, down_OF, scale_I, scale_F)
+    scores = lorap_scores([gate_FI, up_FI], down_OF, scale_I, scale_F)
     energy = removed_energy(down_OF, scale_F, torch.arange(11))
     monkeypatch.setattr(channels, "BLOCK", 7)
-    torch.testing.assert_close(lorap_scores(gate_FI, up_FI, down_OF, scale_I, scale_F), scores)
+    torch.testing.assert_close(lorap_scores([gate_FI, up_FI], down_OF, scale_I, scale_F), scores)
     assert removed_energy(down_OF, scale_F, torch.arange(11)) == pytest.approx(energy, rel=1e-12)
 
 
@@ -240,7 +240,7 @@ def test_nothing_that_is_only_looked_at_is_changed(dtype: torch.dtype) -> None:
     Energy().update(x_TI)
     awsvd(w_OI, scale_I, 4)
     awsvd(w_OI.T.contiguous(), torch.ones(24), 4)
-    lorap_scores(w_OI, w_OI, w_OI.T, scale_I, torch.ones(24))
+    lorap_scores([w_OI, w_OI], w_OI.T, scale_I, torch.ones(24))
     removed_energy(w_OI, scale_I, torch.arange(8))
     for tensor, old in zip((w_OI, x_TI, scale_I), before, strict=True):
         assert torch.equal(tensor, old)

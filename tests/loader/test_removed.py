@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 import streamlap
-from streamlap.loader.modules import Skipped
+from streamlap.loader.modules import Skipped, swap_modules
 from streamlap.pipeline.export import export_dense
 
 DEPTH = 4
@@ -139,3 +139,14 @@ def test_adapters_by_name_pass_it_by(folder: Path, ids_BL: torch.Tensor) -> None
     adapted.unmerge_adapter()
     merged = adapted.merge_and_unload()
     torch.testing.assert_close(merged(ids_BL).logits, model(ids_BL).logits)
+
+
+@torch.no_grad()
+def test_a_layer_whose_own_linears_are_gone_still_runs(pico: MakeModel, ids_BL: torch.Tensor) -> None:
+    """The FFN of OPT has no module of its own; with it gone the layer is its attention."""
+    model, lean = (AutoModelForCausalLM.from_pretrained(pico("opt")) for _ in range(2))
+    path = "model.decoder.layers.1"
+    for parameter in model.get_submodule(f"{path}.fc2").parameters():
+        parameter.zero_()
+    swap_modules(lean, {f"{path}.{name}": {"removed": 1} for name in ("fc1", "fc2")})
+    torch.testing.assert_close(lean(ids_BL).logits, model(ids_BL).logits)

@@ -61,6 +61,23 @@ def test_a_layer_reads_six_generations_and_the_first_one_more(
         assert planned.generations_read == pytest.approx(others + (planned.index == 0))
 
 
+@pytest.mark.parametrize(
+    ("family", "banks"), [("olmo2", {"dense", "hidden", "between"}), ("cohere2", {"dense", "hidden"})]
+)
+def test_the_plan_knows_what_norms_and_parallel_layers_read_more(
+    pico: MakeModel, tokens: Path, tmp_path: Path, reads: list[tuple[str, int, int]], family: str, banks: set[str]
+) -> None:
+    """The sizes that norms divide by; the dense stream through a parallel layer, between whose sub-layers nothing lies."""
+    streamlap.compress(pico(family), tmp_path / "out", files=(str(tokens),), redraw=False)
+    held = len(held_sequences(12, 16))
+    in_layers = [read for read in reads if read not in (("dense", LAYERS, held), ("hidden", LAYERS, held))]
+    in_layers += [("dense", LAYERS, held)] * DIVISIONS  # the last layer's, not those of the final gain
+    assert {name for name, _, _ in in_layers} == banks
+    plan = streamlap.plan(pico(family), files=(str(tokens),), redraw=False)
+    planned = sum(layer.generations_read + layer.between_read for layer in plan.layers)
+    assert sum((count or 12) / 12 for _, _, count in in_layers) == pytest.approx(planned)
+
+
 def test_inputs_that_are_summed_while_their_stream_is_made_are_those_of_a_pass_of_their_own(
     pico: MakeModel, tokens: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -78,7 +78,8 @@ def test_every_layer_is_edited_from_the_compressed_prefix(
                 linear.weight.data = mine.float()
         mlp = model.get_submodule(f"{base}.mlp")
         weights = (mlp.gate_proj.weight, mlp.up_proj.weight, mlp.down_proj.weight)
-        kept = kept_channels(lorap_scores(*weights, scales["gate"], scales["down"]), lorap_removal(48, 0.4, 0.01))
+        score_F = lorap_scores(weights[:2], weights[2], scales["gate"], scales["down"])
+        kept = kept_channels(score_F, lorap_removal(48, 0.4, 0.01))
         assert kept_of[f"{index}.mlp.down_proj"] == kept.tolist()
         gone = torch.ones(48, dtype=torch.bool).index_fill(0, kept, False)
         mlp.down_proj.weight.data[:, gone] = 0

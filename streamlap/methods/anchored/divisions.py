@@ -73,7 +73,7 @@ def compare(inputs: Inputs, layouts: Layouts) -> Solution[Divisions]:
     and the down that was fitted again for the lost channels, not yet for the ranks."""
     statistics, aims = inputs.statistics, inputs.aims
     counts = {name: width_of(layout, statistics.layer) for name, layout in layouts.items()}
-    ranks = {name: rank for name, layout in layouts.items() if (rank := _rank(layout, "gate"))}
+    ranks = {name: rank for name, layout in layouts.items() if (rank := _rank(layout, "up"))}
     kept, lasts, notes = shortened(inputs, layouts, counts)
     whole: list[Subspace] = []
     if ranks:

@@ -53,6 +53,7 @@ from streamlap.methods.base import (
     ParameterBudget,
     Solved,
     StreamStatistics,
+    ffn_reads,
     finite_error,
 )
 
@@ -82,28 +83,33 @@ class FfnAnchored(Knobs):
 
     def _layout(self, natives: Natives, budget: ParameterBudget, share: float) -> Layout:
         hidden, width = natives["down"].shape
-        biases = sum(natives[role].bias for role in ("gate", "up"))
+        reads = ffn_reads(natives)
+        biases = sum(natives[role].bias for role in reads)
         left = budget.parameters - hidden * natives["down"].bias
-        kept = _channels(left, width, hidden, biases, share)
+        kept = _channels(left, width, (len(reads) + 1) * hidden, biases, share)
         ranks: dict[str, int | None] = {}
-        inner, last = self._sites(kept, hidden, budget)
+        inner, last = self._sites(reads, kept, hidden, budget)
         if share < 1:
             ranks = self.ranks([inner], last, left - kept * biases)
         layout = {}
-        for role, site in (("gate", inner), ("up", inner), ("down", last)):
+        for role, site in (*((role, inner) for role in reads), ("down", last)):
             rank = ranks.get(site.name)
             if rank is not None or kept < width:
                 layout[role] = replace(site.at(rank), bias=natives[role].bias)
         return layout
 
-    def _sites(self, kept: int, hidden: int, budget: ParameterBudget) -> tuple[RankSite, RankSite]:
+    def _sites(
+        self, reads: Sequence[str], kept: int, hidden: int, budget: ParameterBudget
+    ) -> tuple[RankSite, RankSite]:
         """gate and up, whose order is folded into down; and down."""
         item, storage = budget.itemsize, self.storage
-        inner = RankSite(name="gate and up", shape=(kept, hidden), itemsize=item, storage=storage, groups=1, copies=2)
+        inner = RankSite(
+            name=" and ".join(reads), shape=(kept, hidden), itemsize=item, storage=storage, groups=1, copies=len(reads)
+        )  # fmt: skip
         return inner, RankSite(name="down", shape=(hidden, kept), itemsize=item, storage=storage)
 
     def cost(self, natives: Natives, layouts: Layouts, budget: ParameterBudget) -> Cost:
-        return anchored_cost(("gate", "up"), "down", natives, layouts, budget, self.moves_inputs)
+        return anchored_cost(ffn_reads(natives), "down", natives, layouts, budget, self.moves_inputs)
 
     def solve(self, statistics: StreamStatistics, layouts: Layouts) -> Solved:
         inputs = self._inputs(statistics, layouts)
@@ -123,7 +129,7 @@ class FfnAnchored(Knobs):
     def _inputs(self, statistics: StreamStatistics, layouts: Layouts) -> Inputs:
         width, layer = statistics.layer.native("down").shape[1], statistics.layer
         prunes = any(width_of(layout, layer) < width for layout in layouts.values())
-        return read_inputs(statistics, ("gate", "up"), self.input_step, prunes)
+        return read_inputs(statistics, layer.family.sublayers["ffn"].reads, self.input_step, prunes)
 
     def _division(self, inputs: Inputs, layout: Layout) -> Division:
         """Of one layout, the only one."""
@@ -145,12 +151,12 @@ class FfnAnchored(Knobs):
         return Solved(edits=[*edits, last], error=held_error(layer, last, seen), notes=notes)
 
 
-def _channels(parameters: int, width: int, hidden: int, biases: int, share: float) -> int:
-    """Channels that stay."""
-    most = parameters // (3 * hidden + biases)
-    kept = most if share == 1 else min(width, round(width * (parameters / (3 * hidden * width)) ** share))
+def _channels(parameters: int, width: int, each: int, biases: int, share: float) -> int:
+    """Channels that stay, of `each` so many weights."""
+    most = parameters // (each + biases)
+    kept = most if share == 1 else min(width, round(width * (parameters / (each * width)) ** share))
     if not most >= 1:
-        raise RecipeError(f"ffn_anchored: {parameters} parameters hold no channel of {3 * hidden}; lower the ratio.")
+        raise RecipeError(f"ffn_anchored: {parameters} parameters hold no channel of {each}; lower the ratio.")
     return min(kept, width)
 
 
@@ -166,7 +172,7 @@ def inner_edits(
     layer: StreamLayer, aims: Sequence[Aim], layout: Layout, division: Division
 ) -> tuple[list[Edit], torch.Tensor | None]:
     """gate and up; and which channel stands where in their common output, None where each is in its old place."""
-    form, kept = layout.get("gate"), division.kept
+    form, kept = layout.get("up"), division.kept
     left = list(aims) if kept is None else [narrowed(aim, kept) for aim in aims]
     if form is None or not form.rank:
         return [dense_edit(layer, aim, kept) for aim in left], kept

@@ -22,8 +22,8 @@ from streamlap.methods.base import Cost, Layouts, Natives, ParameterBudget, Solv
 
 @dataclass(frozen=True, kw_only=True)
 class AttentionGroups(Steps):
-    """Knobs of the method. Only whole KV heads go, so that a sub-layer may stay well below its budget; where one norm spans all
-    heads none goes, and the FFN takes the whole cut."""
+    """Knobs of the method. Only whole KV heads go, so that a sub-layer may stay well below its budget; where none can,
+    the FFN takes the whole cut."""
 
     sublayer: ClassVar[str] = "attention"
     needs: ClassVar[tuple[str, ...]] = ()

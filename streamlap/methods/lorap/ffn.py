@@ -13,7 +13,7 @@ from streamlap.families.layer import Edit, StreamLayer
 from streamlap.linalg.budget import Removal, lorap_removal, removal_keeping
 from streamlap.linalg.channels import channel_bytes, kept_channels, lorap_scores, removed_energy
 from streamlap.loader.forms import Dense
-from streamlap.methods.base import Cost, DenseStatistics, Layouts, Natives, ParameterBudget, Solved
+from streamlap.methods.base import Cost, DenseStatistics, Layouts, Natives, ParameterBudget, Solved, ffn_reads
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -21,7 +21,7 @@ class FfnLorap:
     """Knobs of the method. `Edit.error` is the share of the FFN output's energy that went, channels taken as uncorrelated."""
 
     sublayer: ClassVar[str] = "ffn"
-    needs: ClassVar[tuple[str, ...]] = ("gate", "down")
+    needs: ClassVar[tuple[str, ...]] = ("up", "down")
     moves_inputs: ClassVar[bool] = False
 
     protect: float = 0.01
@@ -48,23 +48,24 @@ class FfnLorap:
 
     def solve(self, statistics: DenseStatistics, layouts: Layouts) -> Solved:
         layer, scale_mid_F = statistics.layer, statistics.scale("down")
-        w_gate, w_up, w_down = (layer.linear(role).weight for role in ("gate", "up", "down"))
-        score_F = lorap_scores(w_gate, w_up, w_down, statistics.scale("gate"), scale_mid_F)
+        reads, w_down = layer.family.sublayers["ffn"].reads, layer.linear("down").weight
+        rows = [layer.linear(role).weight for role in reads]
+        score_F = lorap_scores(rows, w_down, statistics.scale("up"), scale_mid_F)
         removal = removal_keeping(w_down.shape[1], layouts[""]["down"].shape[1], self.protect)
         kept = kept_channels(score_F, removal)
         return Solved(edits=narrowed_ffn(layer, kept, removed_energy(w_down, scale_mid_F, kept)))
 
 
 def fewer_channels(natives: Natives, kept: int) -> dict[str, Dense]:
-    """The layout of a gated FFN that keeps so many channels."""
+    """The layout of an FFN that keeps so many channels."""
     hidden = natives["down"].shape[0]
-    inner = {role: Dense((kept, natives[role].shape[1]), natives[role].bias) for role in ("gate", "up")}
+    inner = {role: Dense((kept, natives[role].shape[1]), natives[role].bias) for role in ffn_reads(natives)}
     return inner | {"down": Dense((hidden, kept), natives["down"].bias)}
 
 
 def narrowed_ffn(layer: StreamLayer, kept: torch.Tensor, error: float) -> list[Edit]:
-    """The edits that keep the channels `kept` of a gated FFN: rows of gate and up, columns of down."""
-    return [narrow(layer, role, kept, int(role == "down"), error) for role in ("gate", "up", "down")]
+    """The edits that keep the channels `kept` of an FFN: rows of gate and up, columns of down."""
+    return [narrow(layer, role, kept, int(role == "down"), error) for role in layer.family.sublayers["ffn"].roles]
 
 
 def narrow(layer: StreamLayer, role: str, kept: torch.Tensor, dim: int, error: float) -> Edit:

@@ -1,0 +1,73 @@
+#!/usr/bin/env python
+"""docs/families.md, from the rows of `streamlap/families/table.py`: what is known of each family, and what its tests run.
+
+    python scripts/families_table.py > docs/families.md
+
+A test compares the page with what this prints.
+"""
+
+from __future__ import annotations
+
+from streamlap.families.linears import ROLES
+from streamlap.families.table import FAMILIES, Family
+
+PAGE = """# Model families
+
+Made by `scripts/families_table.py` from the rows in `streamlap/families/table.py`. A family is the `model_type` in config.json.
+Any other is refused before anything is read; [add-a-family.md](add-a-family.md) shows the row that a new one takes.
+
+{table}
+
+- **sub-layers**: in sequence, or parallel, where attention and FFN both read the input of the layer. A word in code is the
+  attribute of the layer that decides it.
+- **FFN**: its linears that read its input. All linears of a layer are compressed, and count; norms, embeddings and the head are
+  copied as bytes.
+- **behind o and down**: what the layer does to their output before it is added to the hidden states. The preset `best` fits
+  both linears to what is wanted behind it.
+- **heads**: whether `--shape stock` may remove heads. Where a norm behind q or k has numbers for all heads together, or
+  attention counts on the number in config.json, they all stay, and the FFN takes the whole cut.
+- **biases**: flags of config.json that give linears biases. They stay.
+
+A `phi3` (also Phi 4) is read as the llama that it is, or where it has a window as a mistral, with its fused matrices apart; so
+a result is a llama or a mistral. Refused are those whose heads are turned in part or with scaled positions.
+
+## What is run
+
+The tests run each of these families, on a random model of three layers and a few thousand weights:
+
+- the stream of the layers, one by one, gives bit for bit the hidden states and logits of transformers, in float32 and bfloat16;
+- the sub-layers are the layer: bit for bit in sequence, to one part in a million where they are parallel;
+- a compression that removes nothing gives the original model back, bit for bit;
+- `lorap` and `best`: the result loads in transformers with the logits of the stream, has the sizes that the plan says, is whole
+  by `verify`, generates, and `eval` gives the loss of transformers;
+- where nothing is lost, the last linear of each sub-layer is what `best` fits (families with a norm, a multiplier, parallel
+  sub-layers or no gate).
+
+A checkpoint whose layers are not what the row says is refused on the first window: before anything is written, the sub-layers
+are compared with the layer.
+"""
+
+COLUMNS = ("family", "sub-layers", "FFN", "behind o and down", "heads", "biases")
+
+
+def row(family: Family) -> tuple[str, ...]:
+    """The cells of a family."""
+    order = f"parallel if `{family.parallel}`" if isinstance(family.parallel, str) else "parallel" * family.parallel
+    parts = family.sublayers.values()
+    behind = {"norm" if part.norm else f"`{part.multiplier}`" if part.multiplier else "nothing" for part in parts}
+    reads = [role for role in ROLES if role in family.sublayers["ffn"].reads]
+    flags = dict.fromkeys(f"`{flag}`" for flag in family.bias_flags.values())
+    return (
+        f"`{family.model_type}`", order or "in sequence", ", ".join(reads), ", ".join(sorted(behind)),
+        "stay" if family.heads_stay else "may go", ", ".join(flags) or "none to switch",
+    )  # fmt: skip
+
+
+def page() -> str:
+    """The whole text."""
+    rows = [COLUMNS, ("---",) * len(COLUMNS), *map(row, FAMILIES.values())]
+    return PAGE.format(table="\n".join(f"| {' | '.join(cells)} |" for cells in rows))
+
+
+if __name__ == "__main__":
+    print(page(), end="")
