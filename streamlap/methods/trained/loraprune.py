@@ -69,7 +69,7 @@ class LoraPrune(Pace):
     """Share of the steps in which it rises to that."""
     seed: int = 0
     """Of the order of the sequences, of the adapters and of the noise."""
-    rank: int = 8
+    rank: int = 32
     """Of the adapters."""
     scale: float = 2.0
     """c, by which B A counts."""

@@ -61,7 +61,7 @@ class PcLora(Pace):
 
     epochs: int = 10
     """Times that every calibration sequence is seen."""
-    learning_rate: float = 1e-2
+    learning_rate: float = 3e-2
     """Highest, as a share of each factor's scale; from there it falls to nothing along a cosine."""
     warm_up: float = 0.1
     """Share of the steps in which it rises to that."""
