@@ -5,9 +5,10 @@ r"""What training a layer is worth beside closed forms: loss, seconds and peak m
         --out trained.json [--table] [--ways lorap best loraprune] [--epochs 10] [--samples 128]
 
 Ways: the presets in one shot; `best` with --refine; LoRAPrune, also by other importance with the same training; PC-LoRA from a
-random start, as published, and from the closed form. A way that cannot reach a ratio has its reason in place of numbers. Loss
-is ln(perplexity / dense perplexity), on windows as the text file has them. Every run is a process of its own. Peak memory is what
-the command reports, which is the highest that it held, Python and its libraries with it.
+random start, as published, and from the closed form. A way that cannot reach a ratio has its reason in place of numbers.
+
+Loss is ln(perplexity / dense perplexity), on windows as the text file has them. Every run is a process of its own. Peak memory
+is the highest that the command reports of itself, Python and its libraries with it.
 """
 
 from __future__ import annotations
