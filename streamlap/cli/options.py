@@ -182,7 +182,7 @@ class RecipeOptions(TextOptions):
         typer.Option(help="Tokens a sequence whose keys and values must fit into --target-size too.  [default: none]"),
     ] = None
     batch: Annotated[int | None, typer.Option(help="Sequences of --context tokens at a time.  [default: 1]")] = None
-    preset: Annotated[str | None, typer.Option(help="best or lorap.  [default: best]")] = None
+    preset: Annotated[str | None, typer.Option(help="best, lorap, loraprune or pclora.  [default: best]")] = None
     shape: Shape = None
     format: Format = None
     multiple: Annotated[

@@ -16,7 +16,7 @@ import torch
 
 from streamlap.errors import NumericalError
 
-BLOCK = 1024
+BLOCK = 256
 """Rows that are looked at together."""
 
 

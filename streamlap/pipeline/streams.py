@@ -97,8 +97,8 @@ class Streams:
 def open_streams(
     stream: ModelStream, tokens_NL: torch.Tensor, schedule: Schedule, folder: Path, beside_dense: bool, between: bool
 ) -> Streams:
-    """The banks in the memory that the schedule gives them; of the dense stream, and of what lies between sub-layers, where these
-    are asked for. The latter is in `folder` only where no memory is: a run that dies begins its layer anew."""
+    """The banks in the memory that the schedule gives them; of the dense stream, and of what lies between sub-layers, where
+    these are asked for. The latter is in `folder` only where no memory is: a run that dies begins its layer anew."""
     compressed = open_bank(stream, tokens_NL, schedule, folder)
     if not beside_dense:
         return Streams(tokens_NL=tokens_NL, compressed=compressed)

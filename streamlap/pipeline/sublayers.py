@@ -64,7 +64,7 @@ def rebuild_in_sequence(hand: LayerInHand) -> tuple[LayerEdits, LayerEdits]:
 def rebuild_parallel(hand: LayerInHand) -> tuple[LayerEdits, LayerEdits]:
     """The same where both read the input of the layer. First the dense stream goes through the whole layer, since what lies
     between the sub-layers does not lead on. The FFN then adds to what the new attention has made of the compressed stream."""
-    layer, (dense, _, after) = hand.layer, places(hand)
+    layer, dense, after = hand.layer, hand.dense, hand.next_dense
     weights: list[torch.Tensor] = []
 
     def weigh(x_BLD: torch.Tensor) -> None:

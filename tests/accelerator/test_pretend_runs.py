@@ -21,6 +21,8 @@ import streamlap
 from streamlap.errors import BudgetError, RecipeError
 from streamlap.families import stream as families_stream
 from streamlap.families.layer import StreamLayer
+from streamlap.methods.trained.loraprune import LoraPrune
+from streamlap.methods.trained.pclora import PcLora
 from streamlap.pipeline import layers, runner
 from streamlap.planning import schedule as scheduling
 from streamlap.planning.figures import layer_traffic
@@ -36,6 +38,7 @@ SCALED = {16: (512, 1792, 8, 1), 4: (2048, 7168, 16, 2)}
 
 KINDS: dict[str, dict[str, Any]] = {
     "lorap": {"preset": "lorap"}, "best": {"preset": "best"}, "refined": {"preset": "best", "refine": 1},
+    "loraprune": {"methods": (LoraPrune(epochs=1),)}, "pclora": {"methods": (PcLora(epochs=1),)},
 }  # fmt: skip
 TIERS = ("vram", "ram", "disk")
 PINNED = ("staging", "hidden states", "hidden batches")
@@ -156,17 +159,18 @@ def check(
         assert gpu.cap == 40 << 30
         assert gpu.calls["download"] > 0
         assert (gpu.calls["upload"] > 0) == (tier != "vram")
-        if kind != "refined":  # which moves sequences one by one
+        if kind in ("lorap", "best"):  # training moves sequences one by one
             (plan,) = watch.plans
             assert gpu.bytes == planned_bytes(plan, schedule), "what is copied is what the plan says"
 
     return run
 
 
+TRAINED = [("refined", "ram", True), ("refined", "disk", False), ("loraprune", "disk", False)]
 CASES = [(kind, tier, overlap) for kind in ("lorap", "best") for tier in TIERS for overlap in (True, False)]
 
 
-@pytest.mark.parametrize(("kind", "tier", "overlap"), [*CASES, ("refined", "ram", True), ("refined", "disk", False)])
+@pytest.mark.parametrize(("kind", "tier", "overlap"), [*CASES, *TRAINED])
 def test_a_run_on_a_gpu_gives_the_bytes_of_the_cpu_and_moves_them_in_time(
     check: Callable[..., None], kind: str, tier: str, overlap: bool
 ) -> None:
@@ -184,7 +188,13 @@ def test_what_lies_between_sub_layers_may_stay_in_the_slab_while_the_rest_is_on_
 @pytest.mark.timeout(1800)
 @pytest.mark.parametrize(
     ("kind", "tier", "overlap"),
-    [("lorap", "ram", True), ("best", "vram", True), ("best", "disk", False), ("refined", "ram", True)],
+    [
+        ("lorap", "ram", True),
+        ("best", "vram", True),
+        ("best", "disk", False),
+        ("refined", "ram", True),
+        ("pclora", "ram", True),
+    ],
 )
 def test_so_does_a_run_of_a_larger_layer(check: Callable[..., None], kind: str, tier: str, overlap: bool) -> None:
     check(kind, 4, tier, overlap)

@@ -1,4 +1,4 @@
-"""The gradient that adapters stand for is that of a step on their product, and groups are scored as the sum of their members."""
+"""The gradient that adapters stand for is that of a step on their product, and a group scores as the sum of its members."""
 
 from __future__ import annotations
 

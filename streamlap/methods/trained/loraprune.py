@@ -1,8 +1,9 @@
 """LoRAPrune: groups go while low-rank adapters are trained, by the importance that the adapters' gradients give them.
 
 Zhang et al. 2023, arXiv 2305.18403, a layer at a time. Groups are KV heads with their query heads, and channels of the FFN.
-Each step brings the running importance of every group up to date, and every few steps the least important ones are masked, along
-a cubic schedule, until just those are left that the budget holds. Then the adapters are merged, and what was masked is cut.
+Each step brings the running importance of every group up to date, and every few steps the least important ones are masked,
+along a cubic schedule, until just those are left that the budget holds. Then the adapters are merged, and what was masked is
+cut.
 
 The loss is that of the layer on the compressed stream against the dense model's stream. In the first layer both are the same,
 so that nothing is missed before something is cut, and every gradient is zero. So a little noise lies on the target: its
@@ -24,7 +25,7 @@ from torch import nn
 from streamlap.errors import NumericalError, RecipeError, located, shown
 from streamlap.families.layer import Edit, StreamLayer
 from streamlap.linalg.gram import Gram
-from streamlap.linalg.lora import group_scores, line_importance, lowest
+from streamlap.linalg.lora import BLOCK, group_scores, line_importance, lowest
 from streamlap.linalg.storage import as_stored
 from streamlap.methods.base import Cost, Layout, Lesson, Natives, ParameterBudget, TrainingCost
 from streamlap.methods.trained.adapters import (
@@ -50,7 +51,7 @@ from streamlap.methods.trained.steps import (
 )
 
 METRICS = ("lora", "magnitude", "random")
-WORK = 4 * 4 * 1024
+WORK = 4 * 4 * BLOCK
 """Bytes for each column of a matrix while the importance of some of its rows is made."""
 
 
@@ -68,7 +69,7 @@ class LoraPrune(Pace):
     """Share of the steps in which it rises to that."""
     seed: int = 0
     """Of the order of the sequences, of the adapters and of the noise."""
-    rank: int = 8
+    rank: int = 32
     """Of the adapters."""
     scale: float = 2.0
     """c, by which B A counts."""
@@ -108,7 +109,7 @@ class LoraPrune(Pace):
         groups = 8 * natives["down"].shape[1] + 8 * natives["v"].shape[0]
         return TrainingCost(
             parameters=numbers, held_bytes=MASTER * numbers + widened + work + 2 * groups,
-            state_bytes=STATE * numbers + groups, token_bytes=RUN * (masked + 2 * max(natives["up"].shape)),
+            state_bytes=STATE * numbers + groups, token_bytes=RUN * masked,
         )  # fmt: skip
 
     def require_steps(self, steps: int) -> None:

@@ -1,8 +1,8 @@
 """PC-LoRA: low-rank adapters learn what a dense weight does while it fades, and are all that is left of it.
 
 Hwang et al. 2024, arXiv 2406.09117, a layer at a time: y = lambda W x + B A x + c with lambda falling from 1 to 0 over the
-first part of the steps. What every linear gives is drawn to what it gives in the dense model on its own stream, and what the layer
-gives to the dense model's stream behind it.
+first part of the steps. What every linear gives is drawn to what it gives in the dense model on its own stream, and what the
+layer gives to the dense model's stream behind it.
 
 As published A begins at random and B at zero, so that the layer begins as the dense one. A warm start begins with the closed
 form of the nearest low-rank map on the inputs that there are (`linalg.subspace`), and brings it in as the weight goes out:
@@ -61,7 +61,7 @@ class PcLora(Pace):
 
     epochs: int = 10
     """Times that every calibration sequence is seen."""
-    learning_rate: float = 1e-2
+    learning_rate: float = 3e-2
     """Highest, as a share of each factor's scale; from there it falls to nothing along a cosine."""
     warm_up: float = 0.1
     """Share of the steps in which it rises to that."""
@@ -111,7 +111,7 @@ class PcLora(Pace):
         ranks = sum(form.rank for form in layout.values())
         return TrainingCost(
             parameters=numbers, held_bytes=(MASTER + RUN) * numbers + RUN * dense_numbers(natives) * (itemsize < RUN),
-            state_bytes=(STATE + RUN) * numbers, token_bytes=RUN * (3 * outputs + ranks), forwards=4,
+            state_bytes=(STATE + RUN) * numbers, token_bytes=RUN * (2 * outputs + ranks), forwards=4,
         )  # fmt: skip
 
     def require_steps(self, steps: int) -> None:
