@@ -216,14 +216,19 @@ def export(
         typer.Option(
             metavar="FORMAT",
             help="stock: a plain checkpoint, as small, where all layers have the same widths; nas: the same where they differ "
-            "or lack attention, as engines know it; dense: factors multiplied back, removed channels as zeros.",
+            "or lack attention, as engines know it; gguf: one new file, DEST, of a folder whose linears are dense; dense: "
+            "factors multiplied back, removed channels as zeros.",
         ),
     ],
+    type: Annotated[
+        str | None,
+        typer.Option(help="Of gguf: f32, f16, bf16 or q8_0.  [default: the checkpoint's dtype]"),
+    ] = None,
     stop_after: StopAfter = None,
     as_json: Json = False,
 ) -> None:
     """Write a compressed model in another format."""
-    result = streamlap.export(out, destination, to=to, stop_after=stop_after)
+    result = streamlap.export(out, destination, to=to, type=type, stop_after=stop_after)
     emit(as_json, result, describe_export(destination, result))
 
 

@@ -12,33 +12,42 @@ from streamlap.loader.shim import write_nas
 from streamlap.output.card import CARD_NAME, base_of, licence_of, model_card
 from streamlap.output.folder import companions, copy_companions, loader_of, write_json
 from streamlap.output.formats import CONFIGS, Forms, exported_layer, packed
+from streamlap.output.gguf import architecture, check_type, library, write_gguf
 from streamlap.output.inspect import count_cache, count_parameters
-from streamlap.pipeline.place import check_apart, contents
+from streamlap.pipeline.place import check_apart, check_place, contents
 from streamlap.pipeline.session import Run, Session, session, source_marks
 from streamlap.planning.disk import DiskNeeds
 from streamlap.settings import RunSettings
 from streamlap.store.journal import STATE_FOLDER, Journal
-from streamlap.store.sink import ShardFolder, TensorEntry, shard_names, write_durably
+from streamlap.store.sink import ShardFolder, TensorEntry, make_folder, shard_names, write_durably
+from streamlap.system.budget import require_disk
 
+GGUF = "gguf"
 Exported = dict[str, int]
 """{"shards", "bytes"} of what was written."""
 
 
 def export(
-    out: str | Path, destination: str | Path, *, to: str = "dense", stop_after: float | str | None = None
-) -> Exported:
+    out: str | Path, destination: str | Path, *, to: str = "dense", type: str | None = None,
+    stop_after: float | str | None = None,
+) -> Exported:  # fmt: skip
     """Write the output folder `out` as another format into the new folder `destination`, one layer at a time, or go on where a
     killed run stopped. After the time `stop_after` (seconds, or text like 3h50m) it ends at its next shard.
 
     Args: to, dense: every matrix multiplied back, removed channels as zeros, for comparison only: it has the size and the speed
     of the original and the quality of the compressed model; stock: a plain checkpoint that is as small, where nothing is lost
     by that: all linears dense, of the same widths in every layer; nas: the same with widths that differ and layers without
-    attention, packaged as engines know them.
+    attention, packaged as engines know them; gguf: one new file for llama.cpp, of any folder whose linears are dense,
+    begun anew where it was stopped. type, of that file: f32, f16, bf16 or q8_0, default the dtype of the checkpoint.
 
     Returns {"shards", "bytes"}. Raises Interrupted where it was stopped, RecipeError for a destination that is not empty or a
     format that is not known, UnsupportedModel for a source that is not compressed and for what the format cannot express.
     """
     settings, folder, destination = RunSettings(stop_after=stop_after), Path(out), Path(destination)
+    if to == GGUF:
+        return export_gguf(folder, destination, type)
+    if type is not None:
+        raise RecipeError(f"type is {shown(type)} and the format {shown(to)}; wanted a type with gguf alone.")
     run = Run(
         command="export", out=destination, folder=destination, model=str(folder.resolve()), settings=settings,
         own={"to": check_format(to)},
@@ -53,8 +62,29 @@ def export_dense(out: str | Path, destination: str | Path, *, stop_after: float 
 
 def check_format(to: str) -> str:
     if to not in list(CONFIGS):
-        raise RecipeError(f"export to {shown(to)} is not known; wanted one of {', '.join(CONFIGS)}.")
+        raise RecipeError(f"export to {shown(to)} is not known; wanted one of {', '.join((*CONFIGS, GGUF))}.")
     return to
+
+
+def export_gguf(folder: Path, destination: Path, type: str | None) -> Exported:
+    """One file, begun anew where it was stopped."""
+    if destination.suffix != f".{GGUF}" or destination.exists():
+        state = "is there already" if destination.exists() else f"does not end in .{GGUF}"
+        raise RecipeError(f"destination {destination} {state}; wanted a new file like model.{GGUF}.")
+    library()
+    check_place(destination.absolute().parent)
+    stream = ModelStream(folder)
+    kind, layers = check_type(type, stream), layers_of(stream)
+    architecture(stream, layers)
+    most = count_parameters(stream, stream.rows).total_after * (4 if kind == "f32" else 2)
+    require_disk(destination, most, "the GGUF file")
+    make_folder(destination.absolute().parent)
+    return {"shards": 1, "bytes": write_gguf(stream, layers, destination, kind, base_of(folder))}
+
+
+def layers_of(stream: ModelStream) -> list[Forms]:
+    """What the linears of every layer are in this checkpoint."""
+    return [{role: stream.form(index, role) for role in stream.family.roles} for index in range(stream.depth)]
 
 
 def resume_export(run: Run, settings: RunSettings) -> Exported:
@@ -69,7 +99,7 @@ def resume_export(run: Run, settings: RunSettings) -> Exported:
     check_apart(folder, destination)
     companions(folder)
     check_destination(destination)
-    layers = [{role: stream.form(index, role) for role in stream.family.roles} for index in range(stream.depth)]
+    layers = layers_of(stream)
     config, parameters = CONFIGS[to](stream, layers), count_parameters(stream, stream.rows)
     wanted: list[Forms] = [stream.natives(index) for index in range(stream.depth)] if to == "dense" else [*layers]
     itemsize = stream.source.info(f"{stream.family.embedding}.weight").dtype.itemsize

@@ -143,7 +143,8 @@ def forecast_layer(
         waiting_bytes=max((cost.waiting_bytes for cost in costs), default=0) * (stream.device.type != "cpu"),
         generations_read=read + normed + streams_read * epochs + (epochs > 0), between_read=between,
         generations_written=ANCHORED_WRITES if recipe.beside_dense else ONE_PASS_WRITES,
-        generations_spilled=ANCHORED_SPILLS * (anchored and not stream.parallel(index)), streams=1 + recipe.beside_dense + anchored,
+        generations_spilled=ANCHORED_SPILLS * (anchored and not stream.parallel(index)),
+        streams=1 + recipe.beside_dense + anchored,
         widest=widest(natives, {} if recipe.beside_dense else layout),
         flops=(1 + normed) * dense_flops + forward_flops(natives, kept, shape_NL) * onward + training.forwards * epochs * steps
         + anchored * anchored_flops(stream, recipe, index, candidates, layout, shape_NL),

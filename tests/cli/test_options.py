@@ -32,7 +32,7 @@ OPTIONS: dict[str, set[str]] = {
     "eval": RUN | {"text", "text-column", "length", "stride", "limit", "dtype"},
     "inspect": set(),
     "verify": set(),
-    "export": {"to", "stop-after"},
+    "export": {"to", "type", "stop-after"},
     "demo": {"ratio"},
 }
 """Beside --json, which all of them have. As in version 0.4, and --text-column and --machine."""

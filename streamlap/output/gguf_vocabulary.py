@@ -1,0 +1,136 @@
+"""The tokenizer of a folder in the words of GGUF: its tokens, what each is, merges or scores, and how text is split before.
+
+From tokenizer.json alone, by the library tokenizers. What would be read otherwise than it was meant is refused.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from tokenizers import Tokenizer
+
+from streamlap.errors import CheckpointError, UnsupportedModel, shown
+from streamlap.untrusted.json import parse_json
+from streamlap.untrusted.paths import CONFIG_BYTES, checked, read_bytes
+
+TOKENIZER, SETTINGS, TEMPLATE = "tokenizer.json", "tokenizer_config.json", "chat_template.jinja"
+MOST_BYTES = 256 << 20
+
+NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6
+"""Kinds of tokens, as GGUF numbers them."""
+BYTE_TOKEN = re.compile(r"<0x[0-9A-F]{2}>")
+
+LETTERS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|"
+REST = r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+SPLITS = {LETTERS + r"\p{N}{1,3}" + REST: "llama-bpe", LETTERS + r"\p{N}" + REST: "qwen2"}
+"""Pattern by which text is split before its bytes are merged -> what llama.cpp calls it."""
+
+
+def add_vocabulary(writer: Any, folder: Path, size: int) -> None:
+    """Args: size, rows of the embedding; those that no token has are marked as unused.
+
+    Raises CheckpointError where there is no tokenizer.json, UnsupportedModel for one that llama.cpp would read otherwise.
+    """
+    if not checked(folder, folder / TOKENIZER).is_file():
+        raise CheckpointError(
+            f"{folder} has no {TOKENIZER}, and a GGUF file holds the tokenizer; wanted one. Put it there."
+        )
+    text = read_bytes(folder, TOKENIZER, MOST_BYTES).decode("utf-8", errors="replace")
+    table, tokenizer = parse_json(text.encode()), Tokenizer.from_str(text)
+    model = table["model"]
+    if model.get("type") != "BPE":
+        raise UnsupportedModel(
+            f"{TOKENIZER} is of type {shown(model.get('type'))}; wanted BPE, which a GGUF file can hold."
+        )
+    tokens = {number: token for token, number in tokenizer.get_vocab(with_added_tokens=True).items()}
+    if max(tokens) >= size:
+        raise CheckpointError(
+            f"{TOKENIZER} has a token {max(tokens)}; wanted none above {size - 1}, the last of the embedding."
+        )
+    added = {token["id"]: token["special"] for token in table.get("added_tokens") or []}
+    kinds = [kind_of(number, tokens, added, model) for number in range(size)]
+    writer.add_token_list([tokens.get(number, f"[UNUSED{number}]") for number in range(size)])
+    writer.add_token_types(kinds)
+    merges = [pair if isinstance(pair, str) else " ".join(pair) for pair in model["merges"]]
+    if model.get("byte_fallback"):
+        writer.add_tokenizer_model("llama")
+        writer.add_tokenizer_pre("default")
+        writer.add_token_scores(scores(merges, tokens, size))
+        writer.add_add_space_prefix(adds_space(table))
+    else:
+        writer.add_tokenizer_model("gpt2")
+        writer.add_tokenizer_pre(split_of(table))
+        writer.add_token_merges(merges)
+    add_specials(writer, folder, tokenizer)
+
+
+def kind_of(number: int, tokens: Mapping[int, str], added: Mapping[int, bool], model: Mapping[str, Any]) -> int:
+    if number not in tokens:
+        return UNUSED
+    if tokens[number] == model.get("unk_token"):
+        return UNKNOWN
+    if number in added:
+        return CONTROL if added[number] else USER_DEFINED
+    return BYTE if model.get("byte_fallback") and BYTE_TOKEN.fullmatch(tokens[number]) else NORMAL
+
+
+def scores(merges: list[str], tokens: Mapping[int, str], size: int) -> list[float]:
+    """The higher, the earlier two pieces are merged: minus the place of the merge that makes the token."""
+    places: dict[str, int] = {}
+    for place, merge in enumerate(merges):
+        places.setdefault(merge.replace(" ", ""), place)
+    return [-float(places.get(tokens.get(number, ""), len(merges))) for number in range(size)]
+
+
+def adds_space(table: Mapping[str, Any]) -> bool:
+    """Whether a space goes before the text."""
+    parts = json.dumps([table.get("normalizer"), table.get("pre_tokenizer")])
+    return '"Prepend"' in parts or '"prepend_scheme": "first"' in parts or '"prepend_scheme": "always"' in parts
+
+
+def split_of(table: Mapping[str, Any]) -> str:
+    """What llama.cpp calls the way in which text is split before its bytes are merged."""
+    before = table.get("pre_tokenizer") or {}
+    parts = before.get("pretokenizers", [before])
+    kinds = [part.get("type") for part in parts]
+    patterns = [(part.get("pattern") or {}).get("Regex") for part in parts if part.get("type") == "Split"]
+    if kinds == ["ByteLevel"] and parts[0].get("use_regex", True):
+        return "gpt-2"
+    if kinds == ["Digits", "ByteLevel"] and parts[0].get("individual_digits") and parts[1].get("use_regex", True):
+        return "smollm"
+    if kinds == ["Split", "ByteLevel"] and patterns[0] in SPLITS and not parts[1].get("use_regex", True):
+        return SPLITS[patterns[0]]
+    raise UnsupportedModel(
+        f"{TOKENIZER} splits text by {shown(before)}, which has no name in GGUF that is known here; wanted the way of gpt-2, "
+        "smollm, llama 3 or qwen2. Write the format stock, and give that folder to llama.cpp's own converter."
+    )
+
+
+def add_specials(writer: Any, folder: Path, tokenizer: Tokenizer) -> None:
+    """Tokens with a meaning, the one before every text, and the template of chats."""
+    settings = table_of(folder, SETTINGS)
+    known = tokenizer.get_vocab(with_added_tokens=True)
+    names = {name: settings.get(f"{name}_token") for name in ("bos", "eos", "unk", "pad")}
+    found = {name: token.get("content") if isinstance(token, dict) else token for name, token in names.items()}
+    numbers = {name: known[token] for name, token in found.items() if isinstance(token, str) and token in known}
+    for name, number in numbers.items():
+        getattr(writer, f"add_{name}_token_id")(number)
+    encoded = tokenizer.encode("a").ids
+    writer.add_add_bos_token("bos" in numbers and encoded[:1] == [numbers["bos"]])
+    writer.add_add_eos_token("eos" in numbers and encoded[-1:] == [numbers["eos"]])
+    template = settings.get("chat_template")
+    if checked(folder, folder / TEMPLATE).is_file():
+        template = read_bytes(folder, TEMPLATE, CONFIG_BYTES).decode("utf-8", errors="replace")
+    if isinstance(template, str):
+        writer.add_chat_template(template)
+
+
+def table_of(folder: Path, name: str) -> dict[str, Any]:
+    if not checked(folder, folder / name).is_file():
+        return {}
+    table = parse_json(read_bytes(folder, name, CONFIG_BYTES))
+    return table if isinstance(table, dict) else {}
