@@ -36,6 +36,8 @@ class Family:
     so."""
     norm_offset: float = 0.0
     """What the final norm adds to its stored weight."""
+    width_key: str = "intermediate_size"
+    """Key of config.json that says how many channels an FFN has."""
     heads_stay: bool = False
     """Whether no head can go: a norm behind q or k has numbers for all of them together, or attention counts on the number in
     config.json."""
@@ -130,6 +132,7 @@ FAMILIES = {
         heads_stay=True,
         sublayers=WITHOUT_GATE | {"ffn": Sublayer(module=None, reads=("up",), writes="down")},
         bias_flags={"": "enable_bias"},
+        width_key="ffn_dim",
     ),
     "cohere": Family(model_type="cohere", parallel=True, heads_stay=True, bias_flags={"self_attn.": "attention_bias"}),
     "cohere2": Family(model_type="cohere2", parallel=True, bias_flags={"self_attn.": "attention_bias"}),

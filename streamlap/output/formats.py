@@ -90,8 +90,8 @@ def stock_config(stream: ModelStream, layers: Sequence[Forms]) -> Config:
 def stock_sizes(stream: ModelStream, forms: Forms) -> dict[str, int]:
     """Keys of config.json that the widths of a layer change."""
     sizes = {}
-    if (width := forms["gate"].shape[0]) != stream.config.intermediate_size:
-        sizes["intermediate_size"] = width
+    if (width := forms["up"].shape[0]) != getattr(stream.config, stream.family.width_key):
+        sizes[stream.family.width_key] = width
     heads, groups = (forms[role].shape[0] // stream.head_dim for role in ("q", "k"))
     if heads != stream.config.num_attention_heads:
         sizes |= {"num_attention_heads": heads, "num_key_value_heads": groups, "head_dim": stream.head_dim}

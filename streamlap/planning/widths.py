@@ -55,8 +55,6 @@ def in_steps(stream: ModelStream, recipe: Recipe, shares: Sequence[dict[str, int
 
 
 def channel_parameters(stream: ModelStream, index: int) -> int:
-    """What one channel of an FFN stores: a row of gate and of up, a column of down."""
-    forms = stream.natives(index)
-    return (
-        forms["gate"].shape[1] + forms["up"].shape[1] + forms["down"].shape[0] + forms["gate"].bias + forms["up"].bias
-    )
+    """What one channel of an FFN stores: a row of what reads its input, a column of down."""
+    forms, reads = stream.natives(index), stream.family.sublayers["ffn"].reads
+    return forms["down"].shape[0] + sum(forms[role].shape[1] + forms[role].bias for role in reads)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from streamlap.errors import RecipeError
 from streamlap.loader.forms import Dense
-from streamlap.methods.base import Layout, Natives, ParameterBudget
+from streamlap.methods.base import Layout, Natives, ParameterBudget, ffn_reads
 from streamlap.methods.lorap.ffn import fewer_channels
 
 LINES = {"q": 0, "k": 0, "v": 0, "o": 1, "gate": 0, "up": 0, "down": 1}
@@ -18,10 +18,10 @@ LAST = {"attention": "o", "ffn": "down"}
 
 def heads_within(natives: Natives, budget: ParameterBudget) -> Layout:
     """Attention with the number of KV heads that is nearest to its share. What it then has more or less than its budget, the
-    FFN has less or more."""
+    FFN has less or more; all of them where one norm spans them."""
     heads, roles = natives["v"].shape[0] // budget.head_dim, ("q", "k", "v", "o")
     dense = sum(natives[role].parameters(budget.itemsize) for role in roles)
-    kept = min(heads, max(1, round(heads * budget.parameters / dense)))
+    kept = heads if budget.heads_stay else min(heads, max(1, round(heads * budget.parameters / dense)))
     layout = {}
     for role in roles if kept < heads else ():
         rows, columns = natives[role].shape
@@ -33,7 +33,7 @@ def heads_within(natives: Natives, budget: ParameterBudget) -> Layout:
 def channels_within(natives: Natives, budget: ParameterBudget) -> Layout:
     """An FFN with as many channels as its budget holds."""
     hidden, width = natives["down"].shape
-    each = sum(natives[role].shape[1] + natives[role].bias for role in ("gate", "up")) + hidden
+    each = sum(natives[role].shape[1] + natives[role].bias for role in ffn_reads(natives)) + hidden
     kept = (budget.parameters - hidden * natives["down"].bias) // each
     if kept < 1:
         raise RecipeError(f"loraprune: {budget.parameters} parameters hold no channel of {each}; lower the ratio.")

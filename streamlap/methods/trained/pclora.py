@@ -88,7 +88,7 @@ class PcLora(Pace):
 
     def layout(self, sublayer: str, natives: Natives, budget: ParameterBudget) -> Layout:
         """Of all linears the same share, less a bias each."""
-        own = {role: natives[role] for role in SUBLAYERS[sublayer].roles}
+        own = {role: natives[role] for role in SUBLAYERS[sublayer].roles if role in natives}
         left = budget.parameters - sum(native.shape[0] for native in own.values())
         sites = [
             RankSite(name=role, shape=native.shape, itemsize=budget.itemsize, storage="factors")
@@ -100,7 +100,7 @@ class PcLora(Pace):
     def cost(self, sublayer: str, natives: Natives, layout: Layout, budget: ParameterBudget) -> Cost:
         if self.begin == "random":
             return Cost()
-        shapes = [(layout[role].shape, layout[role].rank) for role in SUBLAYERS[sublayer].roles]
+        shapes = [(layout[role].shape, layout[role].rank) for role in SUBLAYERS[sublayer].roles if role in layout]
         held = 2 * RUN * adapter_numbers(natives, {role: form.rank for role, form in layout.items()})
         return low_rank_cost(shapes, held)
 
