@@ -24,7 +24,7 @@ Any other is refused before anything is read; [add-a-family.md](add-a-family.md)
   copied as bytes.
 - **behind o and down**: what the layer does to their output before it is added to the hidden states. The preset `best` fits
   both linears to what is wanted behind it.
-- **heads**: whether `--shape stock` may remove heads. Where a norm behind q or k has numbers for all heads together, or
+- **heads**: whether `attention_groups` may remove some. Where a norm behind q or k has numbers for all heads together, or
   attention counts on the number in config.json, they all stay, and the FFN takes the whole cut.
 - **biases**: flags of config.json that give linears biases. They stay.
 
@@ -40,8 +40,8 @@ The tests run each of these families, on a random model of three layers and a fe
 - a compression that removes nothing gives the original model back, bit for bit;
 - `lorap` and `best`: the result loads in transformers with the logits of the stream, has the sizes that the plan says, is whole
   by `verify`, generates, and `eval` gives the loss of transformers;
-- where nothing is lost, the last linear of each sub-layer is what `best` fits (families with a norm, a multiplier, parallel
-  sub-layers or no gate).
+- where nothing is lost, the last linear of each sub-layer is what `best` fits (one family with norms behind its sub-layers, one
+  with a multiplier, one with parallel sub-layers, one without a gate).
 
 A checkpoint whose layers are not what the row says is refused on the first window: before anything is written, the sub-layers
 are compared with the layer.

@@ -18,11 +18,15 @@ from streamlap.families.table import FAMILIES
 from streamlap.linalg.gram import Gram
 from streamlap.loader.forms import Form, LowRank, Pivoted
 from streamlap.loader.linears import StoredLinear
+from streamlap.methods.anchored.ffn import FfnAnchored
 from streamlap.methods.anchored.fitting import Aim, low_rank_edit, map_error, output_aim, without
+from streamlap.methods.anchored.groups import AttentionGroups
 from streamlap.methods.base import Captured
 from streamlap.pipeline.observe import SublayerStatistics
 
-KINDS = [name for name, family in FAMILIES.items() if family.gained or family.parallel or "gate" not in family.roles]
+WHOLE = (AttentionGroups(), FfnAnchored(shares=(1.0,)))
+KINDS = ("olmo2", "gemma2", "granite", "cohere2", "starcoder2")
+"""One of each: norms behind the sub-layers, also with an offset; a multiplier; parallel sub-layers; biases and no gate."""
 
 
 def layer_of(folder: Path) -> StreamLayer:
@@ -86,7 +90,7 @@ def test_a_row_of_hardly_any_gain_stays(pico: MakeModel) -> None:
 def test_where_no_head_can_go_the_ffn_takes_the_whole_cut(
     pico: MakeModel, tokens: Path, tmp_path: Path, family: str
 ) -> None:
-    report = streamlap.compress(pico(family), tmp_path / "out", shape="stock", ratio=0.2, files=(str(tokens),))
+    report = streamlap.compress(pico(family), tmp_path / "out", methods=WHOLE, ratio=0.2, files=(str(tokens),))
     assert 0.2 - 1e-9 <= report.parameters.ratio_decoder < 0.24
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     q, down = (
@@ -98,7 +102,7 @@ def test_where_no_head_can_go_the_ffn_takes_the_whole_cut(
 
 @pytest.mark.parametrize("family", ["gemma2", "cohere2", "starcoder2"])
 def test_where_heads_can_go_the_rest_runs(pico: MakeModel, tokens: Path, tmp_path: Path, family: str) -> None:
-    streamlap.compress(pico(family), tmp_path / "out", shape="stock", ratio=0.5, files=(str(tokens),))
+    streamlap.compress(pico(family), tmp_path / "out", methods=WHOLE, ratio=0.5, files=(str(tokens),))
     model, ids_NL = (
         AutoModelForCausalLM.from_pretrained(tmp_path / "out"),
         torch.from_numpy(np.load(tokens).astype(int)),
