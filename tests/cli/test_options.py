@@ -28,7 +28,7 @@ OPTIONS: dict[str, set[str]] = {
     "plan": RECIPE | RUN | {"machine"},
     "survey": TEXT | RUN | {"shape", "stop-after", "overwrite"},
     "resume": CAPS | {"stop-after"},
-    "eval": RUN | {"text", "text-column", "length", "stride", "limit", "dtype"},
+    "eval": RUN | {"text", "tasks", "text-column", "length", "stride", "limit", "dtype"},
     "inspect": set(),
     "verify": set(),
     "export": {"to", "type", "stop-after"},
