@@ -18,6 +18,7 @@ from streamlap.pipeline.export import export, export_dense
 from streamlap.pipeline.recover import recover
 from streamlap.pipeline.resume import resume
 from streamlap.pipeline.survey import survey
+from streamlap.pipeline.tasks import evaluate_tasks
 from streamlap.planning.plan import Plan
 from streamlap.planning.preview import plan
 from streamlap.planning.survey_file import Survey
@@ -38,6 +39,7 @@ __all__ = [
     "__version__",
     "compress",
     "evaluate",
+    "evaluate_tasks",
     "export",
     "export_dense",
     "inspect",

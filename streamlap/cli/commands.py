@@ -41,6 +41,7 @@ from streamlap.cli.show import (
     describe_report,
     describe_sheets,
     describe_survey,
+    describe_tasks,
     emit,
 )
 from streamlap.demo import run_demo
@@ -165,18 +166,33 @@ def evaluate(
     model: Model,
     run: RunOptions,
     text: Annotated[list[str] | None, TEXT] = None,
+    tasks: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="FILE|NAME",
+            help="In place of a text: a task of lm-eval, a YAML file without code or a name that it knows; may be repeated.",
+        ),
+    ] = None,
     length: Length = None,
     stride: Annotated[
         int | None, typer.Option(help="Overlapping windows, each scoring its last STRIDE tokens.")
     ] = None,
     limit: Annotated[
-        int | None, typer.Option(help="Use at most this many tokens; what is behind them is not read.")
+        int | None,
+        typer.Option(help="Use at most this many tokens, or documents of a task; what is behind them is not read."),
     ] = None,
     text_column: TextColumn = None,
     dtype: Dtype = None,
     as_json: Json = False,
 ) -> None:
     """Streaming perplexity of any checkpoint, original or compressed; never more than one layer in memory."""
+    if tasks:
+        asked = {"text": text, "length": length, "stride": stride, "text_column": text_column}
+        if others := [name for name, value in asked.items() if value]:
+            raise typer.BadParameter(f"--{others[0]} is given too; wanted one of them", param_hint="--tasks")
+        found = streamlap.evaluate_tasks(model, tasks, limit=limit, dtype=dtype or "auto", **given(run))
+        emit(as_json, found, describe_tasks(found))
+        return
     result = streamlap.evaluate(
         model, text, length=length, stride=stride, limit=limit, text_column=text_column, dtype=dtype or "auto",
         **given(run),

@@ -53,6 +53,15 @@ def describe_evaluation(result: Evaluation) -> list[str]:
     ]
 
 
+def describe_tasks(found: dict[str, Any]) -> list[str]:
+    """A line for each metric of each task."""
+    rows = [(name, metric, value) for name, table in found["tasks"].items() for metric, value in table.items()]
+    return [
+        *[f"{name:<24}{metric:<16}{value:.4f}" for name, metric, value in rows],
+        f"{found['seconds']:.1f} s, peak RAM {show_size(found['peak_ram_bytes'])}",
+    ]
+
+
 def describe_site(site: dict[str, Any]) -> str:
     shape = " x ".join(map(str, site["shape"]))
     detail = f" rank {site['rank']}" if site["rank"] is not None else ""

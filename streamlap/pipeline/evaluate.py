@@ -3,7 +3,7 @@
 exp of the mean negative log-likelihood in nats over the predicted positions inside each window. No BOS is added; windows do not
 overlap unless a stride is given, and then each scores its last `stride` positions only.
 
-Shape suffixes: N windows, L length.
+Shape suffixes: N windows, L length, T tokens, V vocabulary.
 """
 
 from __future__ import annotations
@@ -120,12 +120,22 @@ def evaluate(
     )  # fmt: skip
 
 
-def token_losses(stream: ModelStream, tokens_NL: torch.Tensor, choice: Fit, work: Path | None = None) -> torch.Tensor:
-    """NLL of every predicted position, [N, L - 1] float32."""
+Score = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+"""Logits [T, V] and the tokens that come [T] -> what is wanted of each."""
+
+
+def nll(logits_TV: torch.Tensor, target_T: torch.Tensor) -> torch.Tensor:
+    return cross_entropy(logits_TV, target_T, reduction="none")
+
+
+def token_losses(
+    stream: ModelStream, tokens_NL: torch.Tensor, choice: Fit, work: Path | None = None, score: Score = nll
+) -> torch.Tensor:
+    """NLL of every predicted position, [N, L - 1] float32, or another score of it."""
     with scratch_bank(stream, tokens_NL, choice.schedule, work) as bank:
         stream_layers(stream, choice, bank, tokens_NL)
         with choice.ram.claim(choice.schedule.ram["head"]), choice.vram.claim(choice.schedule.vram.get("head", {})):
-            return head_losses(stream, bank.read(stream.depth), tokens_NL)
+            return head_losses(stream, bank.read(stream.depth), tokens_NL, score)
 
 
 def stream_layers(
@@ -158,13 +168,16 @@ def run_layer(runner: LayerRunner, bank: HiddenBank, index: int, kwargs: Mapping
 
 
 @torch.no_grad()
-def head_losses(stream: ModelStream, batches: Iterable[torch.Tensor], tokens_NL: torch.Tensor) -> torch.Tensor:
-    """NLL [N, L - 1] from the last hidden states, a piece of a sequence at a time: logits are as wide as the vocabulary."""
+def head_losses(
+    stream: ModelStream, batches: Iterable[torch.Tensor], tokens_NL: torch.Tensor, score: Score = nll
+) -> torch.Tensor:
+    """NLL [N, L - 1], or another score, from the last hidden states, a piece of a sequence at a time: logits are as wide as the
+    vocabulary."""
     head, rows = stream.head(), []
     sequences = (x_LD for x_BLD in batches for x_LD in x_BLD)
     for x_LD, tokens_L in zip(sequences, tokens_NL.to(stream.device), strict=True):
         pieces = zip(x_LD[:-1].split(HEAD_TOKENS), tokens_L[1:].split(HEAD_TOKENS), strict=True)
-        losses = [cross_entropy(head(x_TD).float(), target_T, reduction="none") for x_TD, target_T in pieces]
+        losses = [score(head(x_TD).float(), target_T) for x_TD, target_T in pieces]
         rows.append(torch.cat(losses).cpu())
     return torch.stack(rows)
 

@@ -29,7 +29,7 @@ OPTIONS: dict[str, set[str]] = {
     "survey": TEXT | RUN | {"shape", "stop-after", "overwrite"},
     "recover": RUN | (TEXT - {"calibration"}) | {"text", "dense", "epochs", "rank", "learning-rate", "stop-after"},
     "resume": CAPS | {"stop-after"},
-    "eval": RUN | {"text", "text-column", "length", "stride", "limit", "dtype"},
+    "eval": RUN | {"text", "tasks", "text-column", "length", "stride", "limit", "dtype"},
     "inspect": set(),
     "verify": set(),
     "export": {"to", "type", "stop-after"},

@@ -1,0 +1,100 @@
+"""Tasks of lm-eval on a checkpoint that streams through memory, one layer at a time."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from streamlap.data.tokenizer import load_tokenizer
+from streamlap.errors import RecipeError, StreamlapError, first_line, shown
+from streamlap.families.stream import ModelStream
+from streamlap.pipeline.evaluate import token_losses
+from streamlap.planning.schedule import fit, require_fit
+from streamlap.planning.workload import evaluation_workload
+from streamlap.settings import RunSettings, split_options
+from streamlap.store.hub import local_folder
+from streamlap.system.meters import peak_ram_bytes, peak_vram_bytes, reset_peaks
+from streamlap.untrusted.yaml import read_yaml
+
+
+def evaluate_tasks(
+    model: str | Path, tasks: Sequence[str | Path], *, limit: int | None = None, dtype: str = "auto", **options: Any
+) -> dict[str, Any]:
+    """Results of tasks by lm-eval, with never more than one layer of the checkpoint in memory.
+
+    Args: tasks, YAML files of single tasks, without code, or names that lm-eval knows, whose data it fetches; limit, documents
+    of each task at most; options, single fields of RunSettings.
+
+    Returns {"tasks": {name: {metric: value}}, "documents": {name: count}, "seconds", "peak_ram_bytes", "peak_vram_bytes"}.
+    Raises StreamlapError where lm-eval is not installed, RecipeError for a task that it does not know, and UnsupportedModel for
+    one that generates text.
+    """
+    try:
+        from lm_eval import simple_evaluate
+
+        from streamlap.pipeline.harness import StreamedModel, scored
+    except ImportError as error:
+        raise StreamlapError(
+            "lm-eval is not installed, and runs the tasks; run pip install 'streamlap[tasks]'."
+        ) from error
+    settings, others = split_options(options)
+    if others:
+        raise RecipeError(
+            f"evaluate_tasks has no options {', '.join(map(shown, others))}; wanted fields of RunSettings."
+        )
+    start, settings = time.perf_counter(), settings.settled()
+    reset_peaks()
+    folder = local_folder(str(model), settings.trust_remote_code)
+    dtype = "float32" if (settings.device, dtype) == ("cpu", "auto") else dtype
+    stream = ModelStream(folder, settings.device, dtype)
+    stream.require_head()
+    wanted = [task_of(task) for task in tasks]
+    tokenizer = load_tokenizer(folder, Path(str(tasks[0])), settings.trust_remote_code)
+    streamed = StreamedModel(
+        tokenizer, stream.context, lambda tokens_NL: pass_through(stream, settings, tokens_NL, scored)
+    )
+    try:
+        found = simple_evaluate(streamed, tasks=wanted, limit=limit, log_samples=False, bootstrap_iters=0)
+    except (KeyError, FileNotFoundError, ValueError) as error:
+        raise RecipeError(f"lm-eval cannot run {shown(list(map(str, tasks)))}: {first_line(error)}.") from error
+    return {
+        "tasks": {name: metrics_of(table) for name, table in found["results"].items()},
+        "documents": {name: counts["effective"] for name, counts in found["n-samples"].items()},
+        "seconds": time.perf_counter() - start, "peak_ram_bytes": peak_ram_bytes(), "peak_vram_bytes": peak_vram_bytes(),
+    }  # fmt: skip
+
+
+def task_of(task: str | Path) -> str | dict[str, Any]:
+    """A name, or the table in a file. Code that a file names is not run: it is no plain YAML."""
+    if not str(task).endswith((".yaml", ".yml")):
+        return str(task)
+    try:
+        table = read_yaml(Path(task))
+    except (OSError, ValueError) as error:
+        raise RecipeError(
+            f"task {task} cannot be read: {first_line(error)}; wanted a YAML file of plain values."
+        ) from error
+    if not isinstance(table, Mapping) or not isinstance(table.get("task"), str):
+        raise RecipeError(f"task {task} holds {shown(table)}; wanted a table with the key task, its name.")
+    return dict(table)
+
+
+def pass_through(stream: ModelStream, settings: RunSettings, tokens_NL: torch.Tensor, score: Any) -> torch.Tensor:
+    """One pass of all layers over these sequences."""
+    work = evaluation_workload(stream, *tokens_NL.shape, disk=settings.work is not None)
+    choice = fit(work, settings.caps, settings.overlap)
+    require_fit(choice, settings.caps)
+    return token_losses(stream, tokens_NL, choice, Path(settings.work) if settings.work else None, score)
+
+
+def metrics_of(table: Mapping[str, Any]) -> dict[str, float]:
+    """The numbers of a task's result, by the names of the metrics."""
+    plain = {
+        name.partition(",")[0]: value for name, value in table.items() if "stderr" not in name and name != "sample_len"
+    }
+    return {name: value for name, value in plain.items() if isinstance(value, int | float) and math.isfinite(value)}
