@@ -86,7 +86,8 @@ def task_of(task: str | Path) -> str | dict[str, Any]:
 
 def pass_through(stream: ModelStream, settings: RunSettings, tokens_NL: torch.Tensor, score: Any) -> torch.Tensor:
     """One pass of all layers over these sequences."""
-    work = evaluation_workload(stream, *tokens_NL.shape, disk=settings.work is not None)
+    sequences, length = tokens_NL.shape
+    work = evaluation_workload(stream, sequences, length, disk=settings.work is not None)
     choice = fit(work, settings.caps, settings.overlap)
     require_fit(choice, settings.caps)
     return token_losses(stream, tokens_NL, choice, Path(settings.work) if settings.work else None, score)
