@@ -414,7 +414,7 @@ def test_knobs_out_of_bounds_are_refused(knobs: dict[str, Any], words: str) -> N
 
 def test_what_makes_whole_layers_stands_alone() -> None:
     for name in RECIPES:
-        assert not Recipe(preset=name).survey
+        assert Recipe(preset=name, survey="auto").survey is None
         with pytest.raises(RecipeError, match=f"{name}, which makes whole layers, and beside it refine"):
             Recipe(preset=name).override(refine=2)
         with pytest.raises(RecipeError, match="and beside it attention_anchored"):
