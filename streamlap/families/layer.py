@@ -342,7 +342,8 @@ class StreamLayer:
 
     @torch.no_grad()
     def linear_outputs(self, roles: Iterable[str], x_BLD: torch.Tensor) -> dict[str, torch.Tensor]:
-        """What the linears of these roles give while the layer runs on x, of which no row is out."""
+        """What the linears of these roles give [B, L, O] while the layer runs on x, of which no row is out. Some layers put all
+        tokens in one row before a linear."""
         given: dict[str, torch.Tensor] = {}
         hooks = [self.linear(role).register_forward_hook(_keep(given, role)) for role in roles]
         try:
@@ -350,7 +351,7 @@ class StreamLayer:
         finally:
             for hook in hooks:
                 hook.remove()
-        return given
+        return {role: y.view(*x_BLD.shape[:-1], -1) for role, y in given.items()}
 
     def replace(self, values: Mapping[str, torch.Tensor]) -> None:
         """Other numbers, in the dtype in which they are stored, for parameters of the layer; they run next and are written."""

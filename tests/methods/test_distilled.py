@@ -207,10 +207,22 @@ def test_stock_leaves_attention_whole_and_gives_all_layers_one_width(
     assert {site[f"self_attn.{name}_proj"]["kind"] for site in sites for name in "qkvo"} == {"dense"}
 
 
+@pytest.mark.parametrize("name", RECIPES)
+def test_a_layer_without_a_gate_that_puts_all_tokens_in_one_row(
+    pico: MakeModel, name: str, tokens: Path, tmp_path: Path
+) -> None:
+    report = streamlap.compress(pico("opt"), tmp_path / "out", RECIPES[name], files=(str(tokens),), ratio=0.4)
+    assert report.parameters.ratio_decoder == pytest.approx(0.4, abs=0.02)
+    tokens_NL = torch.from_numpy(np.load(tokens).astype(np.int64))
+    with torch.no_grad():
+        loss = float(streamlap.load(tmp_path / "out")(tokens_NL, labels=tokens_NL).loss)
+    assert streamlap.evaluate(tmp_path / "out", str(tokens)).nll == pytest.approx(loss, abs=1e-5)
+
+
 # --- LoRAPrune -----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3"])
+@pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3", "starcoder2"])
 def test_masks_equal_removal(pico: MakeModel, family: str) -> None:
     """The masked layer is the layer with the groups cut out and the adapters merged."""
     training, x_BLD = pruning(pico(family), LoraPrune(rank=3))

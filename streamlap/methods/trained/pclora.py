@@ -201,7 +201,7 @@ class Fading(Steps):
         for role, adapter in adapters.items():
             assert adapter.given is not None
             wanted_BLO = taught[role].float().masked_fill(out_BL[..., None], torch.nan)
-            wide.append(mean(distances(wanted_BLO, adapter.given)))
+            wide.append(mean(distances(wanted_BLO, adapter.given.view(wanted_BLO.shape))))
             adapter.given, adapter.keeps = None, False
         return (1 - self.knobs.features) * block + self.knobs.features * torch.stack(wide).mean()
 
