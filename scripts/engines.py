@@ -85,7 +85,7 @@ def run_llama_cpp(work: Path, folder: Path, wanted: Found) -> Found:
         }
         answer: Any = server.handle_completions(asked)
         answer = json.loads(answer) if isinstance(answer, str) else answer
-        return list(answer["completion_probabilities"])
+        return list(answer["choices"][0]["logprobs"]["content"])
 
     tops = (ask(ids[: place + 1], 1)[0]["top_logprobs"] for place in range(PROMPT))
     top = [{str(row["id"]): row["logprob"] for row in rows} for rows in tops]

@@ -36,6 +36,7 @@ def evaluate_tasks(
     """
     try:
         from lm_eval import simple_evaluate
+        from lm_eval.tasks import TaskManager
 
         from streamlap.pipeline.harness import StreamedModel, scored
     except ImportError as error:
@@ -58,8 +59,12 @@ def evaluate_tasks(
     streamed = StreamedModel(
         tokenizer, stream.context, lambda tokens_NL: pass_through(stream, settings, tokens_NL, scored)
     )
+    named = any(isinstance(task, str) for task in wanted)  # to look through all that lm-eval has takes a while
+    manager = TaskManager(include_defaults=named)
     try:
-        found = simple_evaluate(streamed, tasks=wanted, limit=limit, log_samples=False, bootstrap_iters=0)
+        found = simple_evaluate(
+            streamed, tasks=wanted, limit=limit, task_manager=manager, log_samples=False, bootstrap_iters=0
+        )
     except (KeyError, FileNotFoundError, ValueError) as error:
         raise RecipeError(f"lm-eval cannot run {shown(list(map(str, tasks)))}: {first_line(error)}.") from error
     return {

@@ -57,9 +57,13 @@ def whole(source: Path, files: list[Path]) -> dict[str, Any]:
     """By lm-eval's own model."""
     from lm_eval import simple_evaluate
     from lm_eval.models.huggingface import HFLM
+    from lm_eval.tasks import TaskManager
 
+    manager = TaskManager(include_defaults=False)
     model = HFLM(pretrained=str(source), dtype="float32", device="cpu")
-    found = simple_evaluate(model, tasks=list(map(task_of, files)), log_samples=False, bootstrap_iters=0)
+    found = simple_evaluate(
+        model, tasks=list(map(task_of, files)), task_manager=manager, log_samples=False, bootstrap_iters=0
+    )
     return {name: {k.partition(",")[0]: v for k, v in table.items()} for name, table in found["results"].items()}
 
 
