@@ -62,7 +62,7 @@ NO_ROOMS = {"corpus", "scripts"}
 
 TALKERS = {"print", "input", "exit", "quit", "sys.exit", "os._exit", "logging.basicConfig", "typer.echo", "click.echo"}
 
-DISTRIBUTIONS = {"yaml": "pyyaml"}
+DISTRIBUTIONS = {"lm_eval": "lm-eval", "yaml": "pyyaml"}
 """Import name -> name in pyproject.toml where they differ."""
 
 
