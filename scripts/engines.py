@@ -11,6 +11,7 @@ in its cell.
 from __future__ import annotations
 
 import json
+import math
 import sys
 from collections.abc import Callable, Iterable
 from importlib import metadata
@@ -48,11 +49,12 @@ def run_transformers(work: Path, folder: Path) -> Found:
         goes_on = model.generate(torch.tensor([ids]), max_new_tokens=NEW, do_sample=False, pad_token_id=0)[0, PROMPT:]
     top = [row.topk(TOP) for row in logp_LV]
     file = gguf_of(work, folder)
-    if not file.exists():
-        try:
-            streamlap.export(folder, file, to="gguf", type="f32")
-        except streamlap.StreamlapError as error:
-            file.with_suffix(".txt").write_text(str(error))
+    for old in (file, file.with_suffix(".txt")):
+        old.unlink(missing_ok=True)
+    try:
+        streamlap.export(folder, file, to="gguf", type="f32")
+    except streamlap.StreamlapError as error:
+        file.with_suffix(".txt").write_text(str(error))
     return {
         "prompt": ids,
         "top": [dict(zip(map(str, row.indices.tolist()), row.values.tolist(), strict=True)) for row in top],
@@ -75,14 +77,7 @@ def run_llama_cpp(work: Path, folder: Path, wanted: Found) -> Found:
     server, ids = xllamacpp.Server(settings), wanted["prompt"]
 
     def ask(tokens: list[int], count: int) -> list[Any]:
-        asked = {
-            "prompt": tokens,
-            "n_predict": count,
-            "temperature": 0,
-            "n_probs": TOP,
-            "cache_prompt": False,
-            "ignore_eos": True,
-        }
+        asked = {"prompt": tokens, "n_predict": max(2, count), "temperature": 0, "n_probs": TOP}
         answer: Any = server.handle_completions(asked)
         answer = json.loads(answer) if isinstance(answer, str) else answer
         return list(answer["choices"][0]["logprobs"]["content"])
@@ -138,7 +133,8 @@ def cell(wanted: Found, found: Found) -> str:
     if "error" in found:
         return found["error"]
     pairs = list(zip(wanted["top"], found["top"], strict=True))
-    apart = max(abs(have[token] - value) for want, have in pairs for token, value in want.items() if token in have)
+    both = [abs(have[token] - value) for want, have in pairs for token, value in want.items() if token in have]
+    apart = max(both, default=math.inf)
     same = sum(max(want, key=want.__getitem__) == max(have, key=have.__getitem__) for want, have in pairs)
     greedy = sum(a == b for a, b in zip(wanted["greedy"], found["greedy"], strict=True))
     return f"{apart:.1e}, {same} of {len(pairs)}, {greedy} of {len(wanted['greedy'])}"

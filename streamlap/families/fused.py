@@ -18,6 +18,9 @@ from streamlap.store.header import TensorInfo
 from streamlap.store.source import TensorSource, read_tensor
 
 PHI3 = {
+    "vocab_size": 32064,
+    "hidden_size": 3072,
+    "intermediate_size": 8192,
     "rms_norm_eps": 1e-5,
     "max_position_embeddings": 4096,
     "bos_token_id": 1,
@@ -53,7 +56,9 @@ def as_stored_apart(raw: dict[str, Any]) -> dict[str, Any]:
             )
     kind = "llama" if raw.get("sliding_window") is None else "mistral"
     kept = {key: value for key, value in raw.items() if key not in LEFT_BEHIND}
-    return PHI3 | kept | {"model_type": kind, "architectures": [f"{kind.capitalize()}ForCausalLM"]}
+    named = raw.get("architectures") or ["Phi3ForCausalLM"]
+    classes = [str(name).replace("Phi3", kind.capitalize()) for name in named]
+    return PHI3 | kept | {"model_type": kind, "architectures": classes}
 
 
 class StoredApart:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import copy
 import logging
+import operator
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -108,6 +109,11 @@ class ModelStream:
         """Numbers in one attention head."""
         self.tied = bool(self.config.tie_word_embeddings)
         """Whether one matrix is embedding and head, unless two are stored."""
+        if not isinstance(operator.attrgetter(self.family.norm)(self.model), nn.Module):
+            raise UnsupportedModel(
+                f"{self.folder}: this {self.family.model_type} has no {self.family.norm} behind its last layer; wanted one, as "
+                "the others of its family have."
+            )
         check_roles(self.model, self.family, depth)
         self.source = self._check_tensors(StoredApart(source, self._rows()))
         self.dtype = self._resolve_dtype(dtype)

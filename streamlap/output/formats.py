@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from streamlap.errors import UnsupportedModel
+from streamlap.errors import CheckpointError, UnsupportedModel, one_line
 from streamlap.families.bounds import native_config
 from streamlap.families.shell import check_orders, meta_model
 from streamlap.families.stream import ModelStream
@@ -100,7 +100,13 @@ def stock_sizes(stream: ModelStream, forms: Forms) -> dict[str, int]:
 
 def check_sizes(stream: ModelStream, config: Config, layers: Sequence[Forms]) -> None:
     """Raise UnsupportedModel unless the native model of `config` has just the linears that are to be written."""
-    native = meta_model(native_config(config, stream.folder))
+    try:
+        native = meta_model(native_config(config, stream.folder))
+    except CheckpointError as error:  # transformers wants the hidden size to be a multiple of the heads
+        raise UnsupportedModel(
+            f"a {stream.family.model_type} of such sizes is none to transformers ({one_line(str(error))[:200]}); wanted "
+            f"{way_out(layers)}."
+        ) from error
     for index, forms in enumerate(layers):
         for role, form in forms.items():
             name = stream.linear_name(index, role)

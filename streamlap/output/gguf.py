@@ -210,8 +210,11 @@ def tensors(stream: ModelStream, layers: Sequence[Mapping[str, Form]], arch: str
     for own in stream.outer_tensors():
         if own != heads or not stream.tied or stream.two_heads():
             yield planned(own)
-    for index in range(len(layers)):
+    for index, forms in enumerate(layers):
+        gone = ("self_attn.", "input_layernorm.") if isinstance(forms["q"], Removed) else ()
         for part, own in stream.layer_names(index).items():
+            if part.startswith(gone):
+                continue
             rows = stream.source.info(own).shape[0] if part.startswith(turned) else 0
             yield planned(own, rows // stream.head_dim)
 

@@ -56,6 +56,7 @@ def add_vocabulary(writer: Any, folder: Path, size: int) -> None:
     writer.add_token_list([tokens.get(number, f"[UNUSED{number}]") for number in range(size)])
     writer.add_token_types(kinds)
     merges = [pair if isinstance(pair, str) else " ".join(pair) for pair in model["merges"]]
+    check_normalizer(table, ("Prepend", "Replace") if model.get("byte_fallback") else ("NFC",))
     if model.get("byte_fallback"):
         writer.add_tokenizer_model("llama")
         writer.add_tokenizer_pre("default")
@@ -92,18 +93,40 @@ def adds_space(table: Mapping[str, Any]) -> bool:
     return '"Prepend"' in parts or '"prepend_scheme": "first"' in parts or '"prepend_scheme": "always"' in parts
 
 
+def check_normalizer(table: Mapping[str, Any], known: tuple[str, ...]) -> None:
+    """Raise UnsupportedModel where text is changed in another way before it is split."""
+    whole = table.get("normalizer") or {}
+    parts = whole.get("normalizers", [whole] if whole else [])
+    other = [part.get("type") for part in parts if part.get("type") not in known]
+    if other:
+        raise UnsupportedModel(
+            f"{TOKENIZER} changes text by {shown(other[0])}, which a GGUF file cannot say; wanted none, or {', '.join(known)}. "
+            "Write the format stock, and give that folder to llama.cpp's own converter."
+        )
+
+
 def split_of(table: Mapping[str, Any]) -> str:
     """What llama.cpp calls the way in which text is split before its bytes are merged."""
     before = table.get("pre_tokenizer") or {}
     parts = before.get("pretokenizers", [before])
     kinds = [part.get("type") for part in parts]
+    merges_all = not (table.get("model") or {}).get("ignore_merges")
+    plain = merges_all and not any(part.get("add_prefix_space") for part in parts)
     patterns = [(part.get("pattern") or {}).get("Regex") for part in parts if part.get("type") == "Split"]
-    if kinds == ["ByteLevel"] and parts[0].get("use_regex", True):
+    if plain and kinds == ["ByteLevel"] and parts[0].get("use_regex", True):
         return "gpt-2"
-    if kinds == ["Digits", "ByteLevel"] and parts[0].get("individual_digits") and parts[1].get("use_regex", True):
+    if (
+        plain
+        and kinds == ["Digits", "ByteLevel"]
+        and parts[0].get("individual_digits")
+        and parts[1].get("use_regex", True)
+    ):
         return "smollm"
     if kinds == ["Split", "ByteLevel"] and patterns[0] in SPLITS and not parts[1].get("use_regex", True):
-        return SPLITS[patterns[0]]
+        # A token that is a whole word is taken without merging, or not: llama.cpp goes by the name of the split.
+        name = SPLITS[patterns[0]]
+        if merges_all is (name != "llama-bpe") and not parts[1].get("add_prefix_space"):
+            return name
     raise UnsupportedModel(
         f"{TOKENIZER} splits text by {shown(before)}, which has no name in GGUF that is known here; wanted the way of gpt-2, "
         "smollm, llama 3 or qwen2. Write the format stock, and give that folder to llama.cpp's own converter."
@@ -117,16 +140,33 @@ def add_specials(writer: Any, folder: Path, tokenizer: Tokenizer) -> None:
     names = {name: settings.get(f"{name}_token") for name in ("bos", "eos", "unk", "pad")}
     found = {name: token.get("content") if isinstance(token, dict) else token for name, token in names.items()}
     numbers = {name: known[token] for name, token in found.items() if isinstance(token, str) and token in known}
+    for name, number in special_ids(folder).items():
+        numbers.setdefault(name, number)
     for name, number in numbers.items():
         getattr(writer, f"add_{name}_token_id")(number)
-    encoded = tokenizer.encode("a").ids
-    writer.add_add_bos_token("bos" in numbers and encoded[:1] == [numbers["bos"]])
-    writer.add_add_eos_token("eos" in numbers and encoded[-1:] == [numbers["eos"]])
+    encoded, bare = tokenizer.encode("a").ids, tokenizer.encode("a", add_special_tokens=False).ids
+    before = [numbers["bos"]] if encoded[:1] == [numbers.get("bos")] else []
+    after = [numbers["eos"]] if encoded[-1:] == [numbers.get("eos")] else []
+    if encoded != [*before, *bare, *after]:
+        raise UnsupportedModel(
+            f"{TOKENIZER} makes {encoded} of a text that is {bare} without special tokens; wanted bos before, eos behind "
+            "and no others, as a GGUF file can say. Name them in tokenizer_config.json."
+        )
+    writer.add_add_bos_token(bool(before))
+    writer.add_add_eos_token(bool(after))
     template = settings.get("chat_template")
     if checked(folder, folder / TEMPLATE).is_file():
         template = read_bytes(folder, TEMPLATE, CONFIG_BYTES).decode("utf-8", errors="replace")
     if isinstance(template, str):
         writer.add_chat_template(template)
+
+
+def special_ids(folder: Path) -> dict[str, int]:
+    """Those that config.json names; of several the first."""
+    config = table_of(folder, "config.json")
+    found = {name: config.get(f"{name}_token_id") for name in ("bos", "eos", "pad")}
+    first = {name: value[0] if isinstance(value, list) and value else value for name, value in found.items()}
+    return {name: value for name, value in first.items() if type(value) is int and value >= 0}
 
 
 def table_of(folder: Path, name: str) -> dict[str, Any]:

@@ -31,6 +31,11 @@ KEPT_KEYS = (
     "tie_word_embeddings", "torch_dtype", "transformers_version", "use_cache", "vocab_size",
 )  # fmt: skip
 """Keys of a source's config.json that mean the same here."""
+SIZE_KEYS = (
+    "hidden_size", "max_position_embeddings", "num_attention_heads", "num_hidden_layers", "num_key_value_heads",
+    "rms_norm_eps", "vocab_size",
+)  # fmt: skip
+"""Those that have to be said: what config.json leaves out has the default of its own class, which may be another one here."""
 
 
 def check_layers(stream: ModelStream, layers: Sequence[Mapping[str, Form]]) -> None:
@@ -65,12 +70,13 @@ def check_layers(stream: ModelStream, layers: Sequence[Mapping[str, Form]]) -> N
 def nas_config(stream: ModelStream, raw: Mapping[str, Any], layers: Sequence[Mapping[str, Form]]) -> dict[str, Any]:
     """config.json for layers of these forms; `raw`, that of the source with the sizes of the first layer."""
     biased = layers[0]["q"].bias
-    heads = raw["num_attention_heads"] // (raw.get("num_key_value_heads") or raw["num_attention_heads"])
+    groups = raw.get("num_key_value_heads") or stream.config.num_key_value_heads
+    heads = raw["num_attention_heads"] // groups
     rope = dict(getattr(stream.config, "rope_parameters", None) or {})
     scaling = {key: value for key, value in rope.items() if key != "rope_theta"}
     return {
         "architectures": ["DeciLMForCausalLM"], "model_type": NAS, "auto_map": dict(NAS_MAP),
-        **{key: raw[key] for key in KEPT_KEYS if key in raw},
+        **{key: getattr(stream.config, key) for key in SIZE_KEYS}, **{key: raw[key] for key in KEPT_KEYS if key in raw},
         "head_dim": stream.head_dim, "attention_bias": biased,
         # Some engines read the one, some the others, and take a default without a word where it is not there.
         "rope_parameters": rope, "rope_theta": rope.get("rope_theta", 10_000.0),
@@ -105,8 +111,8 @@ def nas_tensors(prefix: str, forms: Mapping[str, Form], entries: Mapping[str, Te
     if isinstance(forms["q"], Removed):
         gone = (f"{prefix}.self_attn.", f"{prefix}.input_layernorm.")
         return {name: entry for name, entry in entries.items() if not name.startswith(gone)}
-    bias, weight = f"{prefix}.self_attn.o_proj.bias", entries[f"{prefix}.self_attn.o_proj.weight"]
-    added = (
-        {bias: torch.zeros(forms["o"].shape[0], dtype=weight.dtype)} if forms["q"].bias and bias not in entries else {}
-    )
-    return {**entries, **added}
+    bias = f"{prefix}.self_attn.o_proj.bias"
+    if not forms["q"].bias or bias in entries:
+        return dict(entries)
+    weight = entries[f"{prefix}.self_attn.o_proj.weight"]
+    return {**entries, bias: torch.zeros(forms["o"].shape[0], dtype=weight.dtype)}

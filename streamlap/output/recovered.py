@@ -6,8 +6,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from streamlap.families.shell import read_config
 from streamlap.families.stream import ModelStream
-from streamlap.loader.shim import write_shim
+from streamlap.loader.shim import write_nas, write_shim
 from streamlap.output.card import CARD_BYTES
 from streamlap.output.folder import (
     KEPT_NAME,
@@ -18,6 +19,7 @@ from streamlap.output.folder import (
     write_json,
 )
 from streamlap.output.formats import source_config
+from streamlap.store.shards import NAMING_KEY
 from streamlap.store.sink import write_durably
 from streamlap.untrusted.paths import read_bytes, read_object
 
@@ -40,9 +42,12 @@ def finish_recovered(out: Path, stream: ModelStream, recovery: Mapping[str, Any]
     if (source / "README.md").is_file():
         card = read_bytes(source, "README.md", CARD_BYTES).decode("utf-8", errors="replace")
         write_durably(out / "README.md", f"{card.rstrip()}\n\n{card_section(recovery)}\n".encode())
-    if stream.rows:
+    if not stream.marked:
+        write_nas(out, write_durably)
+    elif stream.rows:
         write_shim(out, write_durably)
-    write_json(out / "config.json", source_config(stream))
+    config = source_config(stream) if stream.marked else read_config(source)
+    write_json(out / "config.json", {key: value for key, value in config.items() if key != NAMING_KEY})
 
 
 def card_section(recovery: Mapping[str, Any]) -> str:

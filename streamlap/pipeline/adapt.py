@@ -24,6 +24,7 @@ from streamlap.methods.trained.recovery import Recovery, merged, prediction_loss
 from streamlap.output.load import load
 from streamlap.pipeline.session import Session
 from streamlap.pipeline.teacher import Teacher
+from streamlap.planning.recovery import RecoveryNeeds
 from streamlap.planning.schedule import Fit
 from streamlap.store.sink import ShardFolder
 from streamlap.store.source import read_tensors
@@ -33,6 +34,16 @@ BETAS = (0.9, 0.95)
 MOST_NORM = 1.0
 """Gradients longer than this are shortened to it."""
 
+NOISE = (
+    "p",
+    "dropout",
+    "attention_dropout",
+    "activation_dropout",
+    "residual_dropout",
+    "embedding_dropout",
+    "layerdrop",
+)
+"""Attributes of modules that make a forward random while it is trained."""
 TRAINING_NAME, BEST_NAME = "training.safetensors", "adapters.safetensors"
 MARKS = 10
 """Steps of the bar in an epoch."""
@@ -89,6 +100,7 @@ class RecoveryJob:
     teacher_fit: Fit | None
     knobs: Recovery
     tokens_NL: torch.Tensor
+    needs: RecoveryNeeds
     thrifty: bool
 
     @property
@@ -135,14 +147,17 @@ class Adapting:
         with torch.random.fork_rng(devices=[self.device] if self.device.type == "cuda" else []):
             torch.manual_seed(knobs.seed)
             peft.inject_adapter_in_model(config, self.model)
+        for module in self.model.modules():
+            if isinstance(module, peft.tuners.lora.LoraLayer):  # a step's share of a narrow number would round away
+                module.lora_A.float()
+                module.lora_B.float()
         self._modules: dict[str, Any] = {
             disk_name(f"{name}.weight", parts): self.model.get_submodule(name) for name in names
         }
         for module in self.model.modules():  # train() is for checkpointing alone: what is compressed has no noise in it
-            if isinstance(module, nn.Dropout):
-                module.p = 0.0
-            if hasattr(module, "attention_dropout"):
-                setattr(module, "attention_dropout", 0.0)  # noqa: B010 — no attribute of every module
+            for name in NOISE:
+                if isinstance(getattr(module, name, None), float):
+                    setattr(module, name, 0.0)
         if thrifty:
             older = "gradient_checkpointing_enable"  # its name in transformers before 5.23
             enable = getattr(self.model, "activation_checkpointing_enable", None) or getattr(self.model, older)
@@ -235,7 +250,7 @@ def train_adapters(job: RecoveryJob, teacher: Teacher | None, running: Session) 
     after = before
     if adapting.best:
         adapting.merge(adapting.best, job.stream)
-        after = adapting.measure(job.held, job.tokens_NL)
+        after = min(before, adapting.measure(job.held, job.tokens_NL))  # NaN is no less than anything
     if after < before:
         ShardFolder(running.state).write(BEST_NAME, adapting.best)
     length = job.tokens_NL.shape[1]

@@ -45,6 +45,10 @@ def export(
     """
     settings, folder, destination = RunSettings(stop_after=stop_after), Path(out), Path(destination)
     if to == GGUF:
+        if stop_after is not None:
+            raise RecipeError(
+                "stop_after is set and the format gguf, one file that is begun anew; wanted no stop_after."
+            )
         return export_gguf(folder, destination, type)
     if type is not None:
         raise RecipeError(f"type is {shown(type)} and the format {shown(to)}; wanted a type with gguf alone.")

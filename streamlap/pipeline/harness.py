@@ -62,15 +62,22 @@ class StreamedModel(TemplateLM):  # type: ignore[misc]  # lm-eval has no types
                 tokens_NL[number, : len(rows[place])] = torch.tensor(rows[place])
             for scored_L2, place in zip(self._score(tokens_NL), places, strict=True):
                 end = len(rows[place]) - 1
+                if len(requests[place][2]) > end:
+                    raise UnsupportedModel(
+                        f"the task has a continuation of {len(requests[place][2])} tokens, and the model a context of "
+                        f"{self._context}; wanted one that fits."
+                    )
                 own_T2 = scored_L2[end - len(requests[place][2]) : end]
                 found[place] = -float(own_T2[:, 0].double().sum()), bool(own_T2[:, 1].all())
         return [found[place] for place in range(len(rows))]
 
     def loglikelihood_rolling(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[float]:
-        """Of whole texts, in windows as long as the context."""
+        """Of whole texts, in windows that fill the context with the token before them."""
         prefix, context = self.prefix_token_id, self._context
         texts = (self.tok_encode(request.args[0]) for request in requests)
-        windows = [list(map(make_disjoint_window, get_rolling_token_windows(ids, prefix, context, 1))) for ids in texts]
+        windows = [
+            list(map(make_disjoint_window, get_rolling_token_windows(ids, prefix, context - 1, 1))) for ids in texts
+        ]
         each = iter(self._loglikelihood_tokens([(None, *window) for of_text in windows for window in of_text]))
         return [sum(next(each)[0] for _ in of_text) for of_text in windows]
 

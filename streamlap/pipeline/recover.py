@@ -15,10 +15,13 @@ from typing import Any
 
 import torch
 
-from streamlap.data.calibration import calibration_tokens
-from streamlap.errors import RecipeError, ResumeMismatch, first_line, shown
-from streamlap.families.shell import parse_dtype
+from streamlap.data.calibration import calibration_tokens, find_files
+from streamlap.data.text import is_ids
+from streamlap.data.windows import open_ids
+from streamlap.errors import RecipeError, ResumeMismatch, UnsupportedModel, first_line, shown
+from streamlap.families.shell import parse_dtype, read_config
 from streamlap.families.stream import ModelStream
+from streamlap.loader.configuration_nas import NAS
 from streamlap.methods.trained.recovery import Recovery, merged
 from streamlap.output.folder import companions
 from streamlap.output.recovered import finish_recovered
@@ -86,15 +89,21 @@ def recover(
     run = Run(command="recover", out=destination, folder=destination, model=model, settings=settings, own=own)
     stream = ModelStream(folder, settings.device, own["dtype"])
     files = (text,) if isinstance(text, str | Path) else tuple(text)
-    ready = samples is None and any(str(file).endswith(".npy") for file in files)
+    names = tuple(map(str, files))
+    rows = has_rows(names)
     calibration = Calibration(
-        files=tuple(map(str, files)), samples=None if ready else samples or SAMPLES, seed=knobs.seed, text_column=text_column,
-        length=length if ready or length else min(LENGTH, stream.context),
+        files=names, samples=samples or (None if rows and len(names) == 1 else SAMPLES), seed=knobs.seed,
+        length=length or (None if rows else min(LENGTH, stream.context)), text_column=text_column,
     )  # fmt: skip
     tokens_NL = calibration_tokens(
         calibration, folder, stream.vocabulary, stream.context, settings.trust_remote_code, settings.caps.ram
     )
     return run_recovery(run, checked_job(run, settings, stream, tokens_NL), deadline)
+
+
+def has_rows(files: tuple[str, ...]) -> bool:
+    """Whether some file is token ids in rows, which are windows already."""
+    return any(len(open_ids(path).shape) == 2 for path in find_files(files) if is_ids(path))
 
 
 def resume_recovery(run: Run, settings: RunSettings) -> Recovered:
@@ -118,6 +127,12 @@ def checked_job(run: Run, settings: RunSettings, stream: ModelStream, tokens_NL:
     check_apart(stream.folder, run.out)
     companions(stream.folder)
     check_destination(run.out)
+    found = read_config(stream.folder).get("model_type")
+    if found not in (stream.family.model_type, NAS):
+        raise UnsupportedModel(
+            f"{stream.folder} is a {found}, which is read as a {stream.family.model_type}; wanted a compressed model. Compress "
+            "it first."
+        )
     knobs, dense, teacher_fit = Recovery(**run.own["knobs"]), None, None
     (windows, length), name = tokens_NL.shape, run.own.get("dense")
     if windows < 2:
@@ -125,14 +140,14 @@ def checked_job(run: Run, settings: RunSettings, stream: ModelStream, tokens_NL:
             f"the text has one window of {length} tokens; wanted two, to train on one and judge by the other. Give more text, "
             "or a shorter --length."
         )
-    if name is not None:
+    if name is not None and knobs.distil:
         dense = ModelStream(local_folder(name), settings.device, run.own["dtype"])
         check_teacher(dense, stream)
         teacher_fit = fit(evaluation_workload(dense, windows, length), settings.caps, settings.overlap)
         require_fit(teacher_fit, settings.caps)
     needs = recovery_needs(stream, knobs, windows, length, dense is not None)
     return RecoveryJob(
-        stream=stream, dense=dense, teacher_fit=teacher_fit, knobs=knobs, tokens_NL=tokens_NL,
+        stream=stream, dense=dense, teacher_fit=teacher_fit, knobs=knobs, tokens_NL=tokens_NL, needs=needs,
         thrifty=is_thrifty(needs, stream, settings.caps),
     )  # fmt: skip
 
@@ -153,7 +168,7 @@ def run_recovery(run: Run, job: RecoveryJob, deadline: float) -> Recovered:
     stream = job.stream
     model_bytes = sum(header.file_bytes for header in stream.source.headers.values())
     hidden = job.teacher_fit.work.disk_bytes if job.teacher_fit else 0
-    needs = DiskNeeds(output_bytes=model_bytes + COMPANION_BYTES, hidden_bytes=hidden)
+    needs = DiskNeeds(output_bytes=model_bytes + COMPANION_BYTES + job.needs.on_disk, hidden_bytes=hidden)
     marks = fingerprint(job)
     with session(run, marks, needs, deadline, lambda: check_destination(run.out), job.tokens_NL) as running:
         outcome = running.state / OUTCOME_NAME
@@ -178,7 +193,7 @@ def fingerprint(job: RecoveryJob) -> dict[str, Any]:
     """All that the bytes of the output depend on."""
     marks = {f"recover {key}": value for key, value in asdict(job.knobs).items()}
     dense = {f"dense {key}": value for key, value in source_marks(job.dense).items()} if job.dense else {"dense": None}
-    return {**marks, **stream_marks(job.stream, job.tokens_NL), **dense}
+    return {**marks, **stream_marks(job.stream, job.tokens_NL), **dense, "peft": require_peft().__version__}
 
 
 def write_shards(job: RecoveryJob, running: Session) -> dict[str, str]:
@@ -186,7 +201,10 @@ def write_shards(job: RecoveryJob, running: Session) -> dict[str, str]:
     hashes."""
     stream, sink, journal = job.stream, ShardFolder(running.run.out), running.journal
     names, adapters = shard_names(stream.depth), read_tensors(running.state / BEST_NAME)
-    for place in range(journal.next_layer, len(names)):
+    first = journal.next_layer
+    for place in range(first, len(names)):
+        if running.stops.due(moved=place > first):
+            raise running.stops.stopped(f"at shard {place} of {len(names)}")
         entries: Mapping[str, TensorEntry]
         entries = trained_layer(stream, place - 1, adapters) if place else stream.outer_tensors()
         journal.append({"index": place, "sha256": sink.write(names[place], entries)})

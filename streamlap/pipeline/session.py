@@ -33,7 +33,7 @@ class Run:
     """A run as its journal knows it: what goes on where, and from what."""
 
     command: str
-    """compress, survey or export."""
+    """compress, survey, recover or export."""
     out: Path
     """The folder that is made, or the file of a survey."""
     folder: Path

@@ -48,6 +48,8 @@ def evaluate_tasks(
         raise RecipeError(
             f"evaluate_tasks has no options {', '.join(map(shown, others))}; wanted fields of RunSettings."
         )
+    if isinstance(tasks, str) or not tasks:
+        raise RecipeError(f"tasks is {shown(tasks)}; wanted a list of names or files, of at least one.")
     start, settings = time.perf_counter(), settings.settled()
     reset_peaks()
     folder = local_folder(str(model), settings.trust_remote_code)

@@ -35,6 +35,11 @@ class RecoveryNeeds:
     teacher: int
     """In RAM, whatever the device."""
 
+    @property
+    def on_disk(self) -> int:
+        """Beside the shards: predictions, what the next step needs, twice while it is replaced, and the adapters."""
+        return self.teacher + 2 * self.adapters
+
     def on_device(self, thrifty: bool) -> int:
         return self.model + self.adapters + self.logits + (self.thrifty_graph if thrifty else self.graph)
 

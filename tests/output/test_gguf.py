@@ -84,7 +84,8 @@ def test_layers_that_differ_are_a_deci(pico: MakeModel, tmp_path: Path) -> None:
     layers[1] |= {role: Removed(layers[1][role].shape) for role in "qkvo"}
     layers[2] |= {"down": Dense((32, 40)), "gate": Dense((40, 32)), "up": Dense((40, 32))}
     size = write_gguf(stream, layers, tmp_path / "m.gguf", "bf16", "a name")
-    fields, _ = read(tmp_path / "m.gguf")
+    fields, arrays = read(tmp_path / "m.gguf")
+    assert not [name for name in arrays if name.startswith("blk.1.attn")], "nothing of what is gone, nor its norm"
     assert size == (tmp_path / "m.gguf").stat().st_size
     assert not (tmp_path / "m.gguf.tmp").exists()
     assert (fields["general.architecture"], fields["general.name"]) == ("deci", "a name")
@@ -175,11 +176,17 @@ def test_merges_of_bytes(tmp_path: Path) -> None:
 
 
 def test_ways_to_split_have_names() -> None:
-    def split(pattern: str) -> dict[str, Any]:
+    def split(pattern: str, whole_words: bool = False) -> dict[str, Any]:
         parts = [{"type": "Split", "pattern": {"Regex": pattern}}, {"type": "ByteLevel", "use_regex": False}]
-        return {"pre_tokenizer": {"type": "Sequence", "pretokenizers": parts}}
+        before = {"pre_tokenizer": {"type": "Sequence", "pretokenizers": parts}}
+        return before | {"model": {"ignore_merges": whole_words}}
 
-    assert [split_of(split(pattern)) for pattern in SPLITS] == ["llama-bpe", "qwen2"]
+    names = {name: pattern for pattern, name in SPLITS.items()}
+    assert split_of(split(names["llama-bpe"], whole_words=True)) == "llama-bpe"
+    assert split_of(split(names["qwen2"])) == "qwen2"
+    for pattern, whole_words in ((names["llama-bpe"], False), (names["qwen2"], True)):
+        with pytest.raises(UnsupportedModel, match="which has no name in GGUF that is known here"):
+            split_of(split(pattern, whole_words))
     digits = [{"type": "Digits", "individual_digits": True}, {"type": "ByteLevel", "use_regex": True}]
     assert split_of({"pre_tokenizer": {"type": "Sequence", "pretokenizers": digits}}) == "smollm"
     with pytest.raises(UnsupportedModel, match="which has no name in GGUF that is known here"):

@@ -94,10 +94,14 @@ def test_ranks_and_widths_stay(small: Path, recovered: tuple[Path, Any]) -> None
 
 
 def make_job(source: Path, small: Path, lesson: Path, **knobs: Any) -> RecoveryJob:
-    tokens_NL = torch.from_numpy(np.load(lesson).astype(np.int64))
+    tokens_NL, stream, recovery = (
+        torch.from_numpy(np.load(lesson).astype(np.int64)),
+        ModelStream(small),
+        Recovery(**KNOBS | knobs),
+    )
     return RecoveryJob(
-        stream=ModelStream(small), dense=None, teacher_fit=None, knobs=Recovery(**KNOBS | knobs), tokens_NL=tokens_NL,
-        thrifty=False,
+        stream=stream, dense=None, teacher_fit=None, knobs=recovery, tokens_NL=tokens_NL, thrifty=False,
+        needs=recovery_needs(stream, recovery, *tokens_NL.shape, distilled=False),
     )  # fmt: skip
 
 
@@ -258,3 +262,30 @@ def test_the_needs_are_those_of_what_is_held(source: Path, small: Path, lesson: 
     stored = {name: tensor for name, tensor in adapting.model.state_dict().items() if "lora" not in name}
     assert needs.model == sum(tensor.numel() * 4 for tensor in stored.values())
     assert needs.teacher == 16 * 15 * 8 * 6
+
+
+def test_a_nas_folder_stays_one(pico: MakeModel, lesson: Path, tmp_path: Path) -> None:
+    streamlap.compress(
+        pico("llama", tokenizer=True), tmp_path / "nas", files=(str(lesson),), ratio=0.3, format="nas", multiple=4
+    )
+    found = streamlap.recover(tmp_path / "nas", tmp_path / "out", lesson, **KNOBS)
+    assert found.kept
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["model_type"] == "nemotron-nas"
+    assert found.after == pytest.approx(held_loss(tmp_path / "out", lesson), abs=1e-5)
+    assert streamlap.verify(tmp_path / "out")["ok"]
+
+
+def test_adapters_are_float32_and_no_forward_is_random(pico: MakeModel, lesson: Path) -> None:
+    source = pico("opt", dropout=0.3, attention_dropout=0.2, layerdrop=0.5)
+    job = make_job(source, source, lesson)
+    job = replace(job, stream=ModelStream(source, dtype="bfloat16"))
+    adapters = [trained(job, 2).adapters() for _ in range(2)]
+    assert {tensor.dtype for tensor in adapters[0].values()} == {torch.float32}
+    assert all(torch.equal(adapters[0][name], adapters[1][name]) for name in adapters[0])
+
+
+def test_rows_of_ids_are_windows_and_other_ids_are_cut(small: Path, lesson: Path, tmp_path: Path) -> None:
+    flat = tmp_path / "flat.npy"
+    np.save(flat, np.load(lesson).reshape(-1))
+    assert streamlap.recover(small, tmp_path / "rows", lesson, samples=8, **KNOBS).held_tokens == 16
+    assert streamlap.recover(small, tmp_path / "flat", flat, length=32, **KNOBS).held_tokens == 32
