@@ -18,6 +18,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+NOT_RUN = {"error": "not run"}
 PROMPT = 24
 """Tokens of the prompt, every one of them a prefix's end."""
 NEW = 16
@@ -124,8 +125,8 @@ def run(engine: str, work: Path, folders: Iterable[Path]) -> None:
             if engine == "transformers":
                 raise
             result[key(folder)] = {"error": f"{type(error).__name__}: {str(error).strip().splitlines()[-1][:300]}"}
-    name = "wanted" if engine == "transformers" else engine
-    (work / f"{name}.json").write_text(json.dumps(result))
+        name = "wanted" if engine == "transformers" else engine
+        (work / f"{name}.json").write_text(json.dumps(result))  # after each: some engines take minutes for one
 
 
 def cell(wanted: Found, found: Found) -> str:
@@ -148,7 +149,7 @@ def table(work: Path, folders: Iterable[Path]) -> None:
     print("| folder |" + "".join(f" {name} |" for name in found))
     print("|---|" + "---|" * len(found))
     for folder in folders:
-        cells = (cell(wanted[key(folder)], each[key(folder)]) for each in found.values())
+        cells = (cell(wanted[key(folder)], each.get(key(folder), NOT_RUN)) for each in found.values())
         print(f"| {folder.name} |" + "".join(f" {text} |" for text in cells))
 
 
