@@ -125,7 +125,7 @@ EMPTY = [
             "wanted one of auto, float32, float16, bfloat16, or short fp32, fp16, bf16",
         ),
         (["plan", str(bundled("model")), "--device", "gpu"], 2, "Did you mean cuda?"),
-        (["export", "a", "b", "--to", "gguf"], 2, "dense"),
+        (["export", "a", "b", "--to", "onnx"], 2, "dense"),
         (["eval", str(bundled("model")), "--dtype", "int8"], 2, "int8"),
         (["eval", str(bundled("model")), "--limit", "5"], 2, "limit is 5"),
         (["eval", "nowhere-at-all"], 3, "nowhere-at-all"),

@@ -170,7 +170,7 @@ def test_what_a_solve_looks_at_stays_as_it_was(dtype: torch.dtype) -> None:
     )
     given = (gate_FI, up_FI, down_OF, torch.rand(4) + 1, torch.rand(23) + 1)
     before = [tensor.clone() for tensor in given]
-    lorap_scores(*given)
+    lorap_scores(given[:2], *given[2:])
     removed_energy(down_OF, given[-1], torch.arange(11))
     awsvd(gate_FI, given[-2], 2)
     for tensor, old in zip(given, before, strict=True):

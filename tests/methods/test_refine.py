@@ -21,7 +21,6 @@ from transformers import AutoModelForCausalLM
 import streamlap
 from streamlap.errors import RecipeError, ResumeMismatch
 from streamlap.families.stream import ModelStream
-from streamlap.methods.base import Training
 from streamlap.methods.trained.refine import Refine, Refining
 from streamlap.methods.trained.steps import distances
 from streamlap.pipeline import train as training_loop
@@ -161,10 +160,10 @@ def test_a_run_that_dies_goes_on_with_the_next_epoch(
         with pytest.raises(Crash):
             compress(tmp_path / "out")
 
-    def count(training: Training, lessons: training_loop.Lessons, epochs: int) -> None:
+    def count(training: Any, lessons: training_loop.Lessons, take: Any, epochs: int) -> None:
         assert epochs == EPOCHS
         begun.append((lessons.hand.index, training.epoch))
-        train(training, lessons, epochs)
+        train(training, lessons, take, epochs)
 
     monkeypatch.setattr(training_loop, "train_epoch", count)
     assert (tmp_path / "out" / STATE / f"refine-{layer:05d}.safetensors").is_file()

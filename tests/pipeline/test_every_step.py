@@ -143,7 +143,7 @@ def read_from_disk(command: Command, monkeypatch: pytest.MonkeyPatch) -> Command
     return replace(command, run=lambda out: command.run(out, overlap=False))
 
 
-@pytest.mark.parametrize("begin", [1, 2, 3])
+@pytest.mark.parametrize("begin", [1, *(pytest.param(begin, marks=pytest.mark.nightly) for begin in (2, 3))])
 def test_death_at_every_step(commands: dict[str, Command], tmp_path: Path, begin: int) -> None:
     """A third of the steps each, which can run side by side. Most are in a thread beside the loop, and a death there is the
     death of the run."""
@@ -152,6 +152,7 @@ def test_death_at_every_step(commands: dict[str, Command], tmp_path: Path, begin
     assert 0 < ended < 4, "only tidying up comes after the journal is gone"
 
 
+@pytest.mark.nightly
 def test_death_at_steps_that_are_all_in_the_loop(
     commands: dict[str, Command], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import signal
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ import streamlap
 from streamlap.cli import app
 from streamlap.errors import BudgetError, CheckpointError, Interrupted, RecipeError, ResumeMismatch
 from streamlap.families.stream import ModelStream
+from streamlap.methods.trained.recovery import Recovery
 from streamlap.pipeline import session
 from streamlap.pipeline.resume import COMMANDS
 from streamlap.pipeline.survey import state_of
@@ -94,7 +96,7 @@ def test_an_export_writes_alone_and_into_a_new_folder(out: Path, tmp_path: Path)
     with OutputLock(tmp_path / "dense"), pytest.raises(ResumeMismatch, match="is being written by process"):
         streamlap.export_dense(out, tmp_path / "dense")
     streamlap.export_dense(out, tmp_path / "dense")
-    with pytest.raises(RecipeError, match=r"dense is not empty \(config.json, ...\); wanted a new folder"):
+    with pytest.raises(RecipeError, match=r"dense is not empty \(README.md, ...\); wanted a new folder"):
         streamlap.export_dense(out, tmp_path / "dense")
 
 
@@ -265,7 +267,8 @@ def test_what_the_last_death_leaves_is_a_finished_folder(
 OWN: dict[str, dict[str, Any]] = {
     "compress": {"recipe": Recipe().to_dict()},
     "survey": {"dtype": "auto", "shape": "free"},
-    "export": {},
+    "recover": {"knobs": asdict(Recovery()), "dtype": "auto", "dense": None},
+    "export": {"to": "dense"},
 }
 """What each command keeps of its own."""
 
@@ -353,7 +356,7 @@ def test_damaged_arguments_are_one_refusal(tmp_path: Path, command: str, case: s
 @pytest.mark.parametrize("name", ["rm -rf", "resume", "", "Compress"])
 def test_an_unknown_command_is_refused_by_name(tmp_path: Path, command: str, name: str) -> None:
     words = str(resume_once(begun(tmp_path, command, command=name)))
-    assert f"was begun by {name!r}; wanted one of compress, survey, export" in words
+    assert f"was begun by {name!r}; wanted one of compress, survey, recover, export" in words
 
 
 RECIPES: dict[str, Any] = {

@@ -77,6 +77,7 @@ def shown(script: ModuleType, folder: Path, monkeypatch: pytest.MonkeyPatch, cap
     return capsys.readouterr().out
 
 
+@pytest.mark.nightly
 def test_quality(
     pico: MakeModel, tokens: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -111,6 +112,7 @@ def test_quality(
     assert "| dense | 0.00% |" in shown(bench_quality, tmp_path, monkeypatch, capsys)
 
 
+@pytest.mark.nightly
 def test_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     words = [
         "--shape",
@@ -139,7 +141,7 @@ def test_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.
     assert "| compress, 2 layers | 2GiB |" in shown(bench_memory, tmp_path, monkeypatch, capsys)
 
 
-@pytest.mark.parametrize("preset", ["lorap", "best"])
+@pytest.mark.parametrize("preset", ["lorap", pytest.param("best", marks=pytest.mark.nightly)])
 def test_plan(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], preset: str) -> None:
     words = ["--case", "llama-3-8b:2,2GiB,4x32,float32", "--preset", preset, *SMALL]
     result = run(bench_plan, words, tmp_path, monkeypatch)
@@ -156,7 +158,7 @@ def test_plan(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Ca
     assert "- output within 0.1 %: yes" in table
 
 
-@pytest.mark.parametrize("preset", ["lorap", "best"])
+@pytest.mark.parametrize("preset", ["lorap", pytest.param("best", marks=pytest.mark.nightly)])
 def test_speed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], preset: str
 ) -> None:
@@ -187,6 +189,7 @@ def test_inference(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pyte
     assert "| bare | 0.5 |" in shown(bench_inference, tmp_path, monkeypatch, capsys)
 
 
+@pytest.mark.nightly
 def test_presets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     words = ["--tokens", "4x32", "--layers", "2", "--scale-down", "32", "--ratios", "0.3"]
     result = run(bench_presets, words, tmp_path, monkeypatch)
@@ -202,6 +205,7 @@ def test_presets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest
     assert f"| {over:.2f} |" in shown(bench_presets, tmp_path, monkeypatch, capsys)
 
 
+@pytest.mark.nightly
 def test_gpu_script_without_a_gpu(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

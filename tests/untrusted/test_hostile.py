@@ -612,7 +612,7 @@ def begun(**changes: Any) -> dict[str, Any]:
 ARGUMENTS: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
     "none": ({}, ("does not say how it was begun (command is None, model None, settings None)",)),
     "command is a list": (begun(command=["compress"]), ("how it was begun", "command is ['compress']")),
-    "command of another": (begun(command="a\nb"), ("was begun by 'a\\nb'", "one of compress, survey, export")),
+    "command of another": (begun(command="a\nb"), ("was begun by 'a\\nb'", "one of compress, survey, recover, export")),
     "command is dunder": (begun(command="__init__"), ("was begun by '__init__'",)),
     "model is a number": (begun(model=5), ("how it was begun", "model 5")),
     "settings are a list": (begun(settings=[1] * 10**5), ("how it was begun", "settings [1, 1")),
