@@ -481,6 +481,7 @@ for method in (LoraPrune(epochs=3, every=1, hold=0.0), PcLora(epochs=3, begin="r
 """
 
 
+@pytest.mark.nightly
 def test_what_is_counted_is_what_a_medium_layer_takes(pico: MakeModel) -> None:
     medium = {"hidden_size": 512, "intermediate_size": 1408, "num_attention_heads": 8, "num_key_value_heads": 2}
     settings = {"num_hidden_layers": 1, "head_dim": 64, "max_position_embeddings": 1024}

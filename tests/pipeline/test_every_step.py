@@ -160,7 +160,7 @@ def test_death_at_steps_that_are_all_in_the_loop(
     assert die_at_every(command, tmp_path / "out", kinds=STEPS, stride=5)[0] > 100
 
 
-@pytest.mark.parametrize("name", ["lorap", "refined", "survey", "export"])
+@pytest.mark.parametrize("name", ["lorap", pytest.param("refined", marks=pytest.mark.nightly), "survey", "export"])
 def test_death_at_some_steps(commands: dict[str, Command], tmp_path: Path, name: str) -> None:
     """Writes among them, of which half is done."""
     steps, _ = die_at_every(commands[name], tmp_path / "out", stride=11, begin=3, kinds=CHANGES, half=True)

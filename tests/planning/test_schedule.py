@@ -407,6 +407,7 @@ def measured(pico: MakeModel) -> dict[str, Any]:
     return result
 
 
+@pytest.mark.nightly
 @pytest.mark.parametrize("what", ["forward bfloat16", "forward float32", "solve"])
 def test_what_is_counted_is_what_a_medium_layer_takes(measured: dict[str, Any], what: str) -> None:
     rows = {name: row for name, row in measured.items() if name.startswith(what)}
