@@ -19,7 +19,6 @@ from streamlap.errors import CheckpointError, NumericalError, RecipeError
 from streamlap.families.stream import ModelStream
 from streamlap.linalg.moments import fitted_sequences, held_sequences
 from streamlap.loader.modules import carriers, disk_name
-from streamlap.methods.trained.rates import warm_cosine
 from streamlap.methods.trained.recovery import Recovery, merged, prediction_losses
 from streamlap.output.load import load
 from streamlap.pipeline.session import Session
@@ -177,7 +176,7 @@ class Adapting:
             (self._losses(number, tokens_NL).mean() / len(numbers)).backward()  # type: ignore[no-untyped-call]
         torch.nn.utils.clip_grad_norm_(self._parameters.values(), MOST_NORM)
         for group in self._adam.param_groups:
-            group["lr"] = self.knobs.learning_rate * warm_cosine(self.done, self._steps, self.knobs.warm_up)
+            group["lr"] = self.knobs.rate(self.done, self._steps)
         self._adam.step()
         self.done += 1
 

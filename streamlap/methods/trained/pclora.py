@@ -42,7 +42,7 @@ from streamlap.methods.trained.adapters import (
     dense_numbers,
     random_factors,
 )
-from streamlap.methods.trained.steps import HeldLoss, Pace, Steps, check_pace, check_share, distances, mean
+from streamlap.methods.trained.steps import BestSteps, HeldLoss, Pace, check_pace, check_share, distances, mean
 
 STARTS = ("warm", "random")
 DECAYS: dict[str, Callable[[float], float]] = {
@@ -154,14 +154,12 @@ def closed_form(layer: StreamLayer, role: str, gram: Gram, rank: int) -> Factors
     return Factors(down_RI.contiguous(), up_OR.contiguous())
 
 
-class Fading(Steps):
+class Fading(BestSteps):
     """The training of one layer; see `base.DistillingLayer`."""
 
     def __init__(self, knobs: PcLora, adapted: Adapted, steps: int) -> None:
         super().__init__(knobs, adapted.masters, adapted.sizes, steps)
         self.knobs, self.adapted, self.layer = knobs, adapted, adapted.layer
-        self.best: dict[str, torch.Tensor] = {}
-        """What served held-out tokens best without the weight; empty while that is the start."""
 
     @property
     def ends(self) -> bool:
@@ -204,19 +202,6 @@ class Fading(Steps):
             wide.append(mean(distances(wanted_BLO, adapter.given.view(wanted_BLO.shape))))
             adapter.given, adapter.keeps = None, False
         return (1 - self.knobs.features) * block + self.knobs.features * torch.stack(wide).mean()
-
-    def close_epoch(self, loss: float) -> None:
-        if loss < min(self.held):
-            self.best = {name: master.detach().clone() for name, master in self.masters.items()}
-        self.held.append(loss)
-
-    def parts(self) -> dict[str, Mapping[str, torch.Tensor]]:
-        return {**super().parts(), "best": self.best}
-
-    def take(self, state: Mapping[str, torch.Tensor]) -> None:
-        super().take(state)
-        best = {name: state.get(f"best {name}") for name in self.masters}
-        self.best = {name: tensor.to(self.masters[name].device) for name, tensor in best.items() if tensor is not None}
 
     @torch.no_grad()
     def finish(self) -> list[Edit]:

@@ -14,15 +14,14 @@ from dataclasses import dataclass
 
 import torch
 
-from streamlap.errors import RecipeError, shown
+from streamlap.methods.trained.steps import Pace, check_pace, check_share, check_whole
 
-MOST_EPOCHS = 1_000
 LEAST_REST = 1e-6
 """Probability that the words which are not kept have at least, so that it has a logarithm."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class Recovery:
+class Recovery(Pace):
     """Knobs of the training."""
 
     epochs: int = 2
@@ -30,7 +29,7 @@ class Recovery:
     rank: int = 32
     """Of each adapter."""
     learning_rate: float = 1e-3
-    """Highest; see `rates.warm_cosine`."""
+    """Highest; from there it falls to nothing along a cosine."""
     warm_up: float = 0.1
     """Share of the steps in which it rises to that."""
     batch: int = 4
@@ -42,17 +41,10 @@ class Recovery:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        for name, least, most in (("epochs", 1, MOST_EPOCHS), ("rank", 1, 4096), ("batch", 1, 4096), ("top", 1, 4096),
-                                  ("seed", 0, 2**31)):  # fmt: skip
-            value = getattr(self, name)
-            if type(value) is not int or not least <= value <= most:
-                raise RecipeError(f"recover: {name} is {shown(value)}; wanted a whole number, {least} to {most:,}.")
-        for name, least_share in (("learning_rate", False), ("warm_up", False), ("distil", True)):
-            value = getattr(self, name)
-            wanted = not isinstance(value, bool) and isinstance(value, int | float)
-            if not wanted or not (0 < value <= 1 or (least_share and value == 0)):
-                low = "from 0" if least_share else "above 0"
-                raise RecipeError(f"recover: {name} is {shown(value)}; wanted a number {low} and at most 1.")
+        check_pace("recover", self)
+        for name in ("rank", "batch", "top"):
+            check_whole("recover", name, getattr(self, name), 1, 4096)
+        check_share("recover", "distil", self.distil, least=0)
 
 
 @dataclass(frozen=True, kw_only=True)

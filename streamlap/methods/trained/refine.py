@@ -9,7 +9,7 @@ Shape suffixes: B batch, L length, D hidden.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -17,7 +17,7 @@ import torch
 
 from streamlap.linalg.statistics import all_finite
 from streamlap.methods.base import Pair, RunLayer
-from streamlap.methods.trained.steps import HeldLoss, Pace, Steps, check_pace, check_share, distances, mean, scale
+from streamlap.methods.trained.steps import BestSteps, HeldLoss, Pace, check_pace, check_share, distances, mean, scale
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,7 +46,7 @@ class Refine(Pace):
         return Refining(self, parameters, run, steps)
 
 
-class Refining(Steps):
+class Refining(BestSteps):
     """The training of one layer: its float32 masters, AdamW, and the best that came of it; see `base.Training`."""
 
     def __init__(self, knobs: Refine, start: Iterable[tuple[str, torch.Tensor]], run: RunLayer, steps: int) -> None:
@@ -57,8 +57,6 @@ class Refining(Steps):
             self.dtypes[name] = tensor.dtype
             masters[name] = tensor.detach().to(torch.float32, copy=True).requires_grad_()
         super().__init__(knobs, masters, {name: scale(master) for name, master in masters.items()}, steps)
-        self.best: dict[str, torch.Tensor] = {}
-        """Parameters in their storage dtype; empty while nothing is better than the start."""
 
     @property
     def ends(self) -> bool:
@@ -91,20 +89,6 @@ class Refining(Steps):
         loss.backward()  # type: ignore[no-untyped-call]
         self.move(place)
 
-    def close_epoch(self, loss: float) -> None:
-        """Take down the loss after an epoch, and the parameters where it is the least so far."""
-        if loss < min(self.held):
-            self.best = {name: tensor.clone() for name, tensor in self.rounded.items()}
-        self.held.append(loss)
-
     def finish(self) -> dict[str, torch.Tensor]:
         """The best, in the storage dtype; nothing where the start was never bettered, or where the best is not finite."""
         return self.best if all(map(all_finite, self.best.values())) else {}
-
-    def parts(self) -> dict[str, Mapping[str, torch.Tensor]]:
-        return {**super().parts(), "best": self.best}
-
-    def take(self, state: Mapping[str, torch.Tensor]) -> None:
-        super().take(state)
-        best = {name: state.get(f"best {name}") for name in self.masters}
-        self.best = {name: tensor.to(self.masters[name].device) for name, tensor in best.items() if tensor is not None}

@@ -14,7 +14,6 @@ import torch
 
 from streamlap.errors import RecipeError, shown
 from streamlap.linalg.rows import rows_out
-from streamlap.methods.trained.rates import warm_cosine
 
 MOST_EPOCHS = 10_000
 
@@ -49,8 +48,11 @@ class Pace:
     seed: int
 
     def rate(self, step: int, steps: int) -> float:
-        """The learning rate of a step of so many."""
-        return self.learning_rate * warm_cosine(step, steps, self.warm_up)
+        """The learning rate of a step of so many: it rises in a line, and falls to nothing along a cosine."""
+        rising = max(1, round(self.warm_up * steps))
+        if step < rising:
+            return self.learning_rate * (step + 1) / rising
+        return self.learning_rate * (1 + math.cos(math.pi * (step - rising) / max(1, steps - rising))) / 2
 
 
 def check_pace(method: str, knobs: Any) -> None:
@@ -183,3 +185,33 @@ class Steps:
             moments = {part: state[f"{part} {name}"].to(master.device) for part in MOMENTS}
             done = torch.tensor(float(self.epoch * self._steps), device=master.device)
             self._adam.state[master] = {"step": done, **moments}
+
+
+class BestSteps(Steps):
+    """The same, with what served held-out tokens best."""
+
+    best: dict[str, torch.Tensor]
+    """Empty while nothing is better than the start."""
+
+    def __init__(self, pace: Pace, masters: Mapping[str, torch.Tensor], sizes: Mapping[str, float], steps: int) -> None:
+        super().__init__(pace, masters, sizes, steps)
+        self.best = {}
+
+    @property
+    def rounded(self) -> dict[str, torch.Tensor]:
+        """The masters as they are kept."""
+        return {name: master.detach() for name, master in self.masters.items()}
+
+    def close_epoch(self, loss: float) -> None:
+        """Take down the loss after an epoch, and the masters where it is the least so far."""
+        if loss < min(self.held):
+            self.best = {name: tensor.clone() for name, tensor in self.rounded.items()}
+        self.held.append(loss)
+
+    def parts(self) -> dict[str, Mapping[str, torch.Tensor]]:
+        return {**super().parts(), "best": self.best}
+
+    def take(self, state: Mapping[str, torch.Tensor]) -> None:
+        super().take(state)
+        best = {name: state.get(f"best {name}") for name in self.masters}
+        self.best = {name: tensor.to(self.masters[name].device) for name, tensor in best.items() if tensor is not None}
