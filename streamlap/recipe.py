@@ -28,7 +28,7 @@ from streamlap.families.table import Family
 from streamlap.methods import DISTILLED, FINAL, FORMATS, PRESETS, SHAPES, TRAINED, AnyMethod
 from streamlap.methods.anchored.ffn import FfnAnchored
 from streamlap.methods.anchored.groups import AttentionGroups
-from streamlap.methods.base import Distilled, Method, Trained
+from streamlap.methods.base import Method
 from streamlap.methods.final.gain import FinalGain
 from streamlap.methods.rows import (
     known_methods,
@@ -39,6 +39,7 @@ from streamlap.methods.rows import (
     refuse_unknown,
     with_refinement,
 )
+from streamlap.methods.trained.base import Distilled, Trained
 from streamlap.system.amounts import parse_ratio
 from streamlap.untrusted.yaml import read_yaml
 

@@ -24,9 +24,6 @@ from streamlap.loader.modules import carriers, disk_name, skip_removed
 from streamlap.store.header import TensorInfo
 from streamlap.store.sink import TensorEntry
 
-LEAST = 1e-12
-"""By less than that no token is divided."""
-
 
 class Collector(Protocol):
     """What may look at the inputs of a linear: it is shown x_TI, batch after batch."""
@@ -105,7 +102,7 @@ class StreamLayer:
 
     def gain(self, role: str) -> torch.Tensor | None:
         """[O], what each output of a linear is multiplied by on its way to the hidden states: a multiplier, or the gain of a
-        norm. By what such a norm divides each token is in `sizes`. None where the layer does nothing to it."""
+        norm. By what such a norm divides each token, `watch` measures. None where the layer does nothing to it."""
         for name, part in self.family.sublayers.items():
             if part.writes == role and (part.norm or part.multiplier):
                 weight = next(self.module.parameters())
@@ -116,33 +113,6 @@ class StreamLayer:
         """The weight [O, I] of a linear as it acts on the hidden states: its rows times their gain."""
         weight_OI, gain_O = self.linear(role).weight, self.gain(role)
         return weight_OI if gain_O is None else weight_OI * gain_O[:, None].to(weight_OI.dtype)
-
-    @torch.no_grad()
-    def sizes(self, x_BLD: torch.Tensor) -> dict[str, torch.Tensor]:
-        """By what the norm behind a sub-layer divides each token, [B, L], when the layer is given x; for all that have one.
-
-        Measured, not computed: such a norm makes gain * z / size of z, whatever it adds to the square of the size.
-        """
-        found: dict[str, torch.Tensor] = {}
-
-        def note(name: str, gain_D: torch.Tensor) -> Callable[..., None]:
-            def look(_: nn.Module, inputs: tuple[torch.Tensor, ...], made_BLD: torch.Tensor) -> None:
-                scaled_BLD = inputs[0].float() * gain_D
-                power_BL = scaled_BLD.square().sum(dim=-1)
-                found[name] = power_BL / (scaled_BLD * made_BLD.float()).sum(dim=-1).clamp_min(LEAST)
-
-            return look
-
-        with contextlib.ExitStack() as hooks:
-            for name in self.family.normed:
-                part = self.family.sublayers[name]
-                gain_D = self.gain(part.writes)
-                assert part.norm is not None
-                assert gain_D is not None
-                hook = self.module.get_submodule(part.norm).register_forward_hook(note(name, gain_D))
-                hooks.callback(hook.remove)
-            self(x_BLD)
-        return {name: size_BL.clamp_min(LEAST) for name, size_BL in found.items()}
 
     @property
     def head_dim(self) -> int:
@@ -340,19 +310,6 @@ class StreamLayer:
         with replaced(self.module, {self.family.path(role): module for role, module in linears.items()}):
             return self.with_parameters(values, x_BLD)
 
-    @torch.no_grad()
-    def linear_outputs(self, roles: Iterable[str], x_BLD: torch.Tensor) -> dict[str, torch.Tensor]:
-        """What the linears of these roles give [B, L, O] while the layer runs on x, of which no row is out. Some layers put all
-        tokens in one row before a linear."""
-        given: dict[str, torch.Tensor] = {}
-        hooks = [self.linear(role).register_forward_hook(_keep(given, role)) for role in roles]
-        try:
-            self._run(self._here(x_BLD))
-        finally:
-            for hook in hooks:
-                hook.remove()
-        return {role: y.view(*x_BLD.shape[:-1], -1) for role, y in given.items()}
-
     def replace(self, values: Mapping[str, torch.Tensor]) -> None:
         """Other numbers, in the dtype in which they are stored, for parameters of the layer; they run next and are written."""
         for name, tensor in values.items():
@@ -381,15 +338,6 @@ class StreamLayer:
             for name, tensor in module.state_dict(prefix=path + ".").items():
                 entries[f"{self.prefix}.{disk_name(name, parts)}"] = tensor
         return entries
-
-
-def _keep(given: dict[str, torch.Tensor], role: str) -> Callable[[nn.Module, Any, torch.Tensor], None]:
-    """A hook that puts the output of a linear there."""
-
-    def keep(_: nn.Module, __: Any, y: torch.Tensor) -> None:
-        given[role] = y
-
-    return keep
 
 
 def _cast(value: Any, dtype: torch.dtype) -> Any:

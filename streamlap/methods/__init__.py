@@ -5,10 +5,11 @@ from __future__ import annotations
 from streamlap.methods.anchored.attention import AttentionAnchored
 from streamlap.methods.anchored.ffn import FfnAnchored
 from streamlap.methods.anchored.groups import AttentionGroups
-from streamlap.methods.base import Distilled, Method, Trained
+from streamlap.methods.base import Method
 from streamlap.methods.final.gain import FinalGain
 from streamlap.methods.lorap.attention import AttentionAwsvd
 from streamlap.methods.lorap.ffn import FfnLorap
+from streamlap.methods.trained.base import Distilled, Trained
 from streamlap.methods.trained.loraprune import LoraPrune
 from streamlap.methods.trained.pclora import PcLora
 from streamlap.methods.trained.refine import Refine

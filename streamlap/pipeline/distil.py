@@ -17,7 +17,7 @@ from streamlap.families.layer import StreamLayer
 from streamlap.linalg.gram import Gram
 from streamlap.linalg.moments import Moments
 from streamlap.linalg.solution import joined
-from streamlap.methods.base import Distilled
+from streamlap.methods.trained.base import Distilled
 from streamlap.methods.trained.steps import HeldLoss
 from streamlap.pipeline.hand import LayerEdits, LayerInHand, refuse_overflow
 from streamlap.pipeline.session import Session

@@ -21,7 +21,7 @@ from streamlap.linalg.moments import HELD_TOKENS, Moments, Sample, held_sequence
 from streamlap.linalg.rows import any_out, blanked, finite_rows
 from streamlap.methods.base import Captured
 from streamlap.pipeline.runner import LayerRunner
-from streamlap.pipeline.streams import HiddenStates, Source
+from streamlap.pipeline.streams import Source
 from streamlap.system.meters import PhaseClock
 
 Rows = tuple[torch.Tensor, torch.Tensor]
@@ -280,28 +280,6 @@ class SublayerStatistics:
                     into.held.update(x_BLI[place][good], anchor_BLA[place][good])
                 if number not in held or alone:
                     into.moments.update(x_BLI[place][good], anchor_BLA[place][good])
-
-
-def dense_sizes(
-    runner: LayerRunner, clock: PhaseClock, layer: StreamLayer, index: int, dense: HiddenStates
-) -> dict[str, torch.Tensor]:
-    """Sub-layer -> by what the norm behind it divides each token [N, L] of the dense stream, for those that have one. The layer
-    is as it was read."""
-    if not layer.family.normed:
-        return {}
-
-    def measure() -> dict[str, torch.Tensor]:
-        parts = [
-            layer.sizes(part)
-            for (x_BLD,) in runner.together([dense], "capture")
-            for part in torch.split(x_BLD, runner.ladder.micro)
-        ]
-        return {
-            name: torch.cat([sizes[name] for sizes in parts]).nan_to_num(nan=1.0).cpu() for name in layer.family.normed
-        }
-
-    with clock.phase("dense"):
-        return runner.run("capture", index, measure)
 
 
 def evenly(target_BLD: torch.Tensor) -> torch.Tensor:

@@ -22,7 +22,8 @@ from streamlap.errors import NumericalError, located
 from streamlap.linalg.solution import joined
 from streamlap.methods.base import Solved, finite_error
 from streamlap.pipeline.hand import LayerEdits, LayerInHand, refuse_overflow
-from streamlap.pipeline.observe import SublayerStatistics, dense_sizes, evenly
+from streamlap.pipeline.observe import SublayerStatistics, evenly
+from streamlap.pipeline.sizes import dense_sizes
 from streamlap.pipeline.streams import Source
 from streamlap.planning.layouts import Candidate
 

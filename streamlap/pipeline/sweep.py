@@ -19,9 +19,10 @@ from streamlap.families.layer import StreamLayer
 from streamlap.families.stream import ModelStream
 from streamlap.methods.base import finite_error
 from streamlap.pipeline.divergence import mean_divergence
-from streamlap.pipeline.observe import SublayerStatistics, dense_sizes
+from streamlap.pipeline.observe import SublayerStatistics
 from streamlap.pipeline.runner import LayerRunner, start_runner
 from streamlap.pipeline.session import Session
+from streamlap.pipeline.sizes import dense_sizes
 from streamlap.pipeline.streams import HiddenStates, LayerPart, Source, open_bank
 from streamlap.planning.survey import Perturbation, SurveyPlan
 from streamlap.planning.survey_file import Point

@@ -15,7 +15,7 @@ from typing import TypeVar
 from streamlap.errors import CheckpointError, NumericalError
 from streamlap.linalg.moments import fitted_sequences, held_sequences
 from streamlap.linalg.rows import any_out, blanked, paired
-from streamlap.methods.base import Lesson, Pair, Trained, Training
+from streamlap.methods.trained.base import Lesson, Pair, Trained, Training
 from streamlap.pipeline.hand import LayerInHand
 from streamlap.pipeline.session import Session
 from streamlap.store.sink import ShardFolder

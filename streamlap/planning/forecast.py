@@ -16,7 +16,8 @@ from streamlap.families.stream import ModelStream
 from streamlap.linalg.moments import held_sequences
 from streamlap.loader.forms import Form
 from streamlap.methods.anchored.costs import input_sum_bytes
-from streamlap.methods.base import Cost, Layout, Natives, TrainingCost
+from streamlap.methods.base import Cost, Layout, Natives
+from streamlap.methods.trained.base import TrainingCost
 from streamlap.planning.layouts import Candidates, largest_layout, planned_tensors
 from streamlap.planning.workload import Workload, head_bytes, layer_workload
 from streamlap.recipe import Recipe

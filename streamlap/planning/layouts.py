@@ -12,9 +12,10 @@ import torch
 from streamlap.families.stream import ModelStream
 from streamlap.loader.forms import Form
 from streamlap.loader.modules import carriers, disk_name
-from streamlap.methods.base import Cost, Distilled, Layout, Layouts, Method, Natives, ParameterBudget
+from streamlap.methods.base import Cost, Layout, Layouts, Method, Natives, ParameterBudget
 from streamlap.methods.removed import Removal
 from streamlap.methods.rows import method_name
+from streamlap.methods.trained.base import Distilled
 from streamlap.output.formats import packed
 from streamlap.recipe import Recipe
 from streamlap.store.header import TensorInfo

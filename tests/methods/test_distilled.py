@@ -22,6 +22,7 @@ import streamlap
 from streamlap.errors import NumericalError, RecipeError
 from streamlap.families.layer import StreamLayer
 from streamlap.families.stream import ModelStream
+from streamlap.families.watch import linear_outputs
 from streamlap.linalg.gram import Gram
 from streamlap.linalg.moments import Moments
 from streamlap.loader.forms import LowRank, read_row
@@ -306,7 +307,7 @@ def test_at_the_start_the_layer_is_the_dense_one_bit_by_bit(source: Path) -> Non
     training.fade_to(1.0)
     dense_BLD = training.layer(x_BLD)
     assert torch.equal(training.adapted(x_BLD), dense_BLD)
-    taught = training.layer.linear_outputs(training.adapted.adapters, x_BLD)
+    taught = linear_outputs(training.layer, training.adapted.adapters, x_BLD)
     assert float(training.loss(x_BLD, dense_BLD, taught).detach()) == 0.0
 
 

@@ -27,7 +27,7 @@ from streamlap.families.layer import Edit, StreamLayer
 from streamlap.linalg.gram import Gram
 from streamlap.linalg.lora import BLOCK, group_scores, line_importance, lowest
 from streamlap.linalg.storage import as_stored
-from streamlap.methods.base import Cost, Layout, Lesson, Natives, ParameterBudget, TrainingCost
+from streamlap.methods.base import Cost, Layout, Natives, ParameterBudget
 from streamlap.methods.trained.adapters import (
     MASTER,
     RUN,
@@ -38,6 +38,7 @@ from streamlap.methods.trained.adapters import (
     dense_numbers,
     random_factors,
 )
+from streamlap.methods.trained.base import Lesson, TrainingCost
 from streamlap.methods.trained.groups import LAST, LINES, channels_within, heads_within
 from streamlap.methods.trained.steps import (
     HeldLoss,
@@ -143,7 +144,7 @@ class LoraPrune(Pace):
 
 
 class Pruning(Steps):
-    """The training of one layer; see `base.DistillingLayer`."""
+    """The training of one layer; see `trained.base.DistillingLayer`."""
 
     def __init__(self, knobs: LoraPrune, adapted: Adapted, index: int, layout: Layout, steps: int) -> None:
         super().__init__(knobs, adapted.masters, adapted.sizes, steps)

@@ -23,6 +23,7 @@ import torch
 from streamlap.errors import NumericalError, RecipeError, located, shown
 from streamlap.families.layer import Edit, StreamLayer
 from streamlap.families.linears import SUBLAYERS
+from streamlap.families.watch import linear_outputs
 from streamlap.linalg.gram import Gram
 from streamlap.linalg.lora import Factors
 from streamlap.linalg.storage import as_stored, balanced
@@ -31,7 +32,7 @@ from streamlap.loader.forms import LowRank
 from streamlap.loader.linears import LowRankLinear
 from streamlap.methods.anchored.costs import low_rank_cost
 from streamlap.methods.anchored.ranks import RankSite, share_ranks
-from streamlap.methods.base import Cost, Layout, Lesson, Natives, ParameterBudget, TrainingCost
+from streamlap.methods.base import Cost, Layout, Natives, ParameterBudget
 from streamlap.methods.trained.adapters import (
     MASTER,
     RUN,
@@ -42,6 +43,7 @@ from streamlap.methods.trained.adapters import (
     dense_numbers,
     random_factors,
 )
+from streamlap.methods.trained.base import Lesson, TrainingCost
 from streamlap.methods.trained.steps import BestSteps, HeldLoss, Pace, check_pace, check_share, distances, mean
 
 STARTS = ("warm", "random")
@@ -155,7 +157,7 @@ def closed_form(layer: StreamLayer, role: str, gram: Gram, rank: int) -> Factors
 
 
 class Fading(BestSteps):
-    """The training of one layer; see `base.DistillingLayer`."""
+    """The training of one layer; see `trained.base.DistillingLayer`."""
 
     def __init__(self, knobs: PcLora, adapted: Adapted, steps: int) -> None:
         super().__init__(knobs, adapted.masters, adapted.sizes, steps)
@@ -184,7 +186,7 @@ class Fading(BestSteps):
         x_BLD, target_BLD, dense_BLD = lesson
         self._adam.zero_grad()
         self.fade_to(self.knobs.lambda_at(self.step_number(place), self.total))
-        loss = self.loss(x_BLD, target_BLD, self.layer.linear_outputs(self.adapted.adapters, dense_BLD))
+        loss = self.loss(x_BLD, target_BLD, linear_outputs(self.layer, self.adapted.adapters, dense_BLD))
         loss.backward()  # type: ignore[no-untyped-call]
         self.move(place)
 

@@ -16,7 +16,7 @@ from typing import ClassVar
 import torch
 
 from streamlap.linalg.statistics import all_finite
-from streamlap.methods.base import Pair, RunLayer
+from streamlap.methods.trained.base import Pair, RunLayer
 from streamlap.methods.trained.steps import BestSteps, HeldLoss, Pace, check_pace, check_share, distances, mean, scale
 
 
@@ -47,7 +47,7 @@ class Refine(Pace):
 
 
 class Refining(BestSteps):
-    """The training of one layer: its float32 masters, AdamW, and the best that came of it; see `base.Training`."""
+    """The training of one layer: its float32 masters, AdamW, and the best that came of it; see `trained.base.Training`."""
 
     def __init__(self, knobs: Refine, start: Iterable[tuple[str, torch.Tensor]], run: RunLayer, steps: int) -> None:
         self.knobs, self._run = knobs, run

@@ -111,7 +111,7 @@ class HeldLoss:
 
 
 class Steps:
-    """Masters in float32, each at a rate of its own; AdamW; and the losses on held-out tokens. See `base.Training`."""
+    """Masters in float32, each at a rate of its own; AdamW; and the losses on held-out tokens. See `trained.base.Training`."""
 
     def __init__(self, pace: Pace, masters: Mapping[str, torch.Tensor], sizes: Mapping[str, float], steps: int) -> None:
         self.pace, self.masters, self._steps = pace, dict(masters), steps
