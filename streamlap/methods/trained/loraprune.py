@@ -62,14 +62,6 @@ class LoraPrune(Pace):
 
     reads_dense: ClassVar[bool] = False
 
-    epochs: int = 10
-    """Times that every calibration sequence is seen."""
-    learning_rate: float = 1e-2
-    """Highest, as a share of each factor's scale; from there it falls to nothing along a cosine."""
-    warm_up: float = 0.1
-    """Share of the steps in which it rises to that."""
-    seed: int = 0
-    """Of the order of the sequences, of the adapters and of the noise."""
     rank: int = 32
     """Of the adapters."""
     scale: float = 2.0

@@ -61,14 +61,7 @@ class PcLora(Pace):
 
     reads_dense: ClassVar[bool] = True
 
-    epochs: int = 10
-    """Times that every calibration sequence is seen."""
     learning_rate: float = 3e-2
-    """Highest, as a share of each factor's scale; from there it falls to nothing along a cosine."""
-    warm_up: float = 0.1
-    """Share of the steps in which it rises to that."""
-    seed: int = 0
-    """Of the order of the sequences and of a random start."""
     begin: str = "warm"
     """warm: with the closed form; random: as published."""
     decay: str = "sine"

@@ -25,20 +25,16 @@ class Recovery(Pace):
     """Knobs of the training."""
 
     epochs: int = 2
-    """Times that every training window is seen."""
     rank: int = 32
     """Of each adapter."""
     learning_rate: float = 1e-3
     """Highest; from there it falls to nothing along a cosine."""
-    warm_up: float = 0.1
-    """Share of the steps in which it rises to that."""
     batch: int = 4
     """Windows a step."""
     distil: float = 0.5
     """Share of the loss that is the divergence from the dense model, where there is one; the rest is cross-entropy."""
     top: int = 64
     """Words of the dense model's predictions that are kept at each place."""
-    seed: int = 0
 
     def __post_init__(self) -> None:
         check_pace("recover", self)

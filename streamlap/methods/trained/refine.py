@@ -28,15 +28,8 @@ class Refine(Pace):
     state_bytes: ClassVar[int] = 12
 
     epochs: int = 25
-    """Times that every calibration sequence is seen, at most."""
-    learning_rate: float = 1e-2
-    """Highest, as a share of each tensor's root mean square; from there it falls to nothing along a cosine."""
-    warm_up: float = 0.1
-    """Share of the steps in which it rises to that."""
     patience: float = 0.5
     """Share of the epochs without a gain on held-out tokens, over those before, after which it ends."""
-    seed: int = 0
-    """Of the order of the sequences."""
 
     def __post_init__(self) -> None:
         check_pace("refine", self)

@@ -40,12 +40,14 @@ def check_share(method: str, name: str, value: Any, least: float | None = None, 
 class Pace:
     """How long a layer is trained, and how fast."""
 
-    epochs: int
-    learning_rate: float
+    epochs: int = 10
+    """Times that every window is seen, at most."""
+    learning_rate: float = 1e-2
     """Highest, as a share of each tensor's scale; from there it falls to nothing along a cosine."""
-    warm_up: float
+    warm_up: float = 0.1
     """Share of the steps in which it rises to that."""
-    seed: int
+    seed: int = 0
+    """Of the order of the windows, and of what else is drawn."""
 
     def rate(self, step: int, steps: int) -> float:
         """The learning rate of a step of so many: it rises in a line, and falls to nothing along a cosine."""
