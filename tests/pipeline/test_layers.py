@@ -41,9 +41,8 @@ def test_a_file_is_on_the_disk_before_it_gets_its_name(
     monkeypatch.setattr(os, "fsync", note_fsync)
     monkeypatch.setattr(os, "replace", note_replace)
     compress(tmp_path / "out", overlap=overlap)
-    assert len(events) == (3 if overlap else 1), (
-        "threads that write: of the draws and of the loop one each, and this one"
-    )
+    # Of the draws and of the loop one each, of which the second may have the number of the first, and this one.
+    assert len(events) in ((2, 3) if overlap else (1,)), "threads that write"
     renames = [(seen, place) for seen in events.values() for place, (kind, _) in enumerate(seen) if kind == "replace"]
     assert len(renames) > 10
     for seen, place in renames:

@@ -210,7 +210,7 @@ def fail(*_: Any) -> None:
 
 def test_what_gains_nothing_is_not_written(small: Path, lesson: Path, tmp_path: Path) -> None:
     runner, out = CliRunner(), tmp_path / "out"
-    command = ["recover", str(small), str(out), "--text", str(lesson), "--learning-rate", "1.0", "--epochs", "8"]
+    command = ["recover", str(small), str(out), "--text", str(lesson), "--learning-rate", "1e-12", "--epochs", "1"]
     result = runner.invoke(app, command)
     assert result.exit_code == 0
     assert "nothing is written" in result.stdout
