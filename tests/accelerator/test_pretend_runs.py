@@ -168,16 +168,21 @@ def check(
 
 TRAINED = [("refined", "ram", True), ("refined", "disk", False), ("loraprune", "disk", False)]
 CASES = [(kind, tier, overlap) for kind in ("lorap", "best") for tier in TIERS for overlap in (True, False)]
+SLOW = {("best", "ram", True), ("best", "vram", False), ("best", "disk", True), ("refined", "disk", False)}
+"""Nightly: each has one beside it that differs in the tier or in what runs beside the loop alone."""
 
 
-@pytest.mark.parametrize(("kind", "tier", "overlap"), [*CASES, *TRAINED])
+@pytest.mark.parametrize(
+    ("kind", "tier", "overlap"),
+    [pytest.param(*case, marks=[pytest.mark.nightly] * (case in SLOW)) for case in (*CASES, *TRAINED)],
+)
 def test_a_run_on_a_gpu_gives_the_bytes_of_the_cpu_and_moves_them_in_time(
     check: Callable[..., None], kind: str, tier: str, overlap: bool
 ) -> None:
     check(kind, 16, tier, overlap)
 
 
-@pytest.mark.parametrize("overlap", [True, False])
+@pytest.mark.parametrize("overlap", [True, pytest.param(False, marks=pytest.mark.nightly)])
 def test_what_lies_between_sub_layers_may_stay_in_the_slab_while_the_rest_is_on_the_disk(
     check: Callable[..., None], overlap: bool
 ) -> None:

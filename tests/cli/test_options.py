@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import typer
+from typer.testing import CliRunner
 
 import streamlap
 from streamlap.cli import app
@@ -107,10 +108,7 @@ def test_the_program_says_its_version(call: str) -> None:
 
 @pytest.mark.parametrize("words", [(), ("compress",), ("demo",)])
 def test_h_is_help(words: tuple[str, ...]) -> None:
-    short, long = (
-        subprocess.run([*CALLS["the package"], *words, flag], capture_output=True, text=True)
-        for flag in ("-h", "--help")
-    )
-    assert (short.returncode, short.stdout, short.stderr) == (0, long.stdout, "")
+    short, long = (CliRunner().invoke(app, [*words, flag], prog_name="streamlap") for flag in ("-h", "--help"))
+    assert (short.exit_code, short.stdout, short.stderr) == (0, long.stdout, "")
     assert short.stdout.startswith(f"Usage: streamlap {' '.join(words)}".rstrip())
     assert all(f"--{name}" in short.stdout for name in (OPTIONS[words[0]] if words else {"version"}))

@@ -274,6 +274,7 @@ print(sum(work.refinement.values()) - work.edits, seen)
 """
 
 
+@pytest.mark.nightly
 def test_what_is_counted_is_what_a_medium_layer_takes(pico: MakeModel) -> None:
     medium = {"hidden_size": 1024, "intermediate_size": 2816, "num_attention_heads": 16, "num_key_value_heads": 4}
     settings = {"num_hidden_layers": 1, "head_dim": 64, "max_position_embeddings": 1024}

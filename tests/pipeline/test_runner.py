@@ -413,7 +413,7 @@ def test_the_next_layer_is_read_while_this_one_is_computed(
 
 
 @pytest.mark.parametrize("preset", ["lorap", "best"])
-@pytest.mark.parametrize("done", [0, 1])
+@pytest.mark.parametrize("done", [0, pytest.param(1, marks=pytest.mark.nightly)])
 def test_before_its_first_solve_the_layer_before_is_committed(
     compress: Compress, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, preset: str, done: int
 ) -> None:
@@ -764,7 +764,7 @@ print(json.dumps(rows))
 """
 
 
-@pytest.mark.parametrize(("preset", "hidden"), [("lorap", 1280), ("best", 640)])
+@pytest.mark.parametrize(("preset", "hidden"), [pytest.param("lorap", 1280, marks=pytest.mark.nightly), ("best", 640)])
 def test_a_real_process_stays_under_the_least_cap_that_is_named(
     pico: MakeModel, tmp_path: Path, preset: str, hidden: int
 ) -> None:

@@ -158,7 +158,8 @@ def test_plan(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Ca
     assert "- output within 0.1 %: yes" in table
 
 
-@pytest.mark.parametrize("preset", ["lorap", pytest.param("best", marks=pytest.mark.nightly)])
+@pytest.mark.nightly
+@pytest.mark.parametrize("preset", ["lorap", "best"])
 def test_speed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], preset: str
 ) -> None:

@@ -5,9 +5,12 @@ from __future__ import annotations
 import importlib.util
 from pathlib import Path
 
+import pytest
+
 from streamlap.system.meters import PhaseClock, peak_ram_bytes, reset_peaks
 
 
+@pytest.mark.nightly
 def test_three_times_the_layers_take_less_than_one_layer_more() -> None:
     """In processes of their own, for compression and for evaluation: 9 layers against 3."""
     path = Path(__file__).parents[2] / "scripts" / "bench_memory.py"
