@@ -82,7 +82,7 @@ def layer_bytes(hidden: int) -> int:
 
 
 def bench_small(args: argparse.Namespace, work: Path) -> Result:
-    rows = [measure(depth, args.hidden, args.windows, args.threads) for depth in args.depths]
+    rows = [measure(depth, args.hidden, args.windows, args.threads, args.preset) for depth in args.depths]
     spread = {what: max(r[what] for r in rows) - min(r[what] for r in rows) for what in ("compress", "evaluate")}
     return {"rows": rows, "layer_bytes": layer_bytes(args.hidden), "spread": spread}
 

@@ -48,13 +48,18 @@ POLL_SECONDS = 0.0005
 LAYERS = 3
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
 MODELS = {family + "-tied" * tied: (family, tied) for family in FAMILIES for tied in (False, True)}
-RECIPES: dict[str, dict[str, Any]] = {"lorap": {"preset": "lorap"}, "best": {}, "best --refine 2": {"refine": 2}}
+RECIPES: dict[str, dict[str, Any]] = {
+    "lorap": {"preset": "lorap"}, "best": {}, "best --refine 2": {"refine": 2}, "loraprune": {"preset": "loraprune"},
+    "pclora": {"preset": "pclora", "ratio": 0.5},
+}  # fmt: skip
+OF_BEST = ("export", "recover")
+"""Commands on what `best` has made."""
 PROCESSES = multiprocessing.get_context("forkserver")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Case:
-    """One command, which is a recipe, survey or export, on one model."""
+    """One command, which is a recipe, survey, export or recover, on one model."""
 
     model: str
     command: str
@@ -70,6 +75,8 @@ class Case:
             streamlap.survey(source, out, files=files)
         elif self.command == "export":
             streamlap.export_dense(self.folder / f"{self.model}, best", out)
+        elif self.command == "recover":
+            streamlap.recover(self.folder / f"{self.model}, best", out, files, dense=source, rank=4, epochs=4)
         else:
             streamlap.compress(source, out, files=files, **RECIPES[self.command])
 
@@ -192,7 +199,7 @@ def try_case(case: Case, moments: int, chance: random.Random) -> Result:
     seconds = working_seconds(case, whole_out)
     whole, out = contents(whole_out), case.folder / "out"
     row = {"case": case.name, "kills": 0, "of resumed runs": 0, "unfinished": 0, "differing_bytes": 0}
-    steps = LAYERS + (case.command == "export")
+    steps = LAYERS + (case.command in OF_BEST)
     for number in range(moments + steps):
         moment = chance.uniform(0, seconds)
         after = number - moments + 1  # commits; at a random moment where there are none to wait for
@@ -215,9 +222,9 @@ def try_case(case: Case, moments: int, chance: random.Random) -> Result:
 
 def bench(folder: Path, kills: int, seed: int, only: list[str]) -> Result:
     models = [name for name in MODELS if not only or name in only] or list(MODELS)
-    commands = [name for name in (*RECIPES, "survey", "export") if not only or name in only] or [*RECIPES]
-    if "export" in commands and "best" not in commands:
-        commands.insert(0, "best")  # there must be something to export
+    commands = [name for name in (*RECIPES, "survey", *OF_BEST) if not only or name in only] or [*RECIPES]
+    if "best" not in commands and not {*OF_BEST}.isdisjoint(commands):
+        commands.insert(0, "best")  # there must be something to work on
     make_sources(folder, models)
     cases = [Case(model=model, command=command, folder=folder) for model in models for command in commands]
     chance, begin = random.Random(seed), time.perf_counter()
