@@ -66,9 +66,9 @@ def native_config(raw: Mapping[str, Any], folder: Path) -> PreTrainedConfig:
     for layers that differ.
     """
     text = text_of(raw)
-    if text.get("per_layer_config"):
+    if own := text.get("per_layer_config"):
         raise UnsupportedModel(
-            f"{folder / 'config.json'} has per_layer_config {shown(text['per_layer_config'])}; wanted layers that are all alike."
+            f"{folder / 'config.json'} has per_layer_config {shown(own)}; wanted layers that are all alike."
         )
     check_sizes(text.get, folder, text)
     _check_lists(text, folder)

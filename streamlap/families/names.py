@@ -67,7 +67,8 @@ def name_in_model(stored: str, wanted: Collection[str], family: Family) -> str |
     """What the model calls the tensor that is `stored` on disk; None where it has no place for it. The heads of other tasks
     keep their names: the model does not run them, and transformers has classes that do. So do the other parts of a wrapper."""
     short, long = stored.removeprefix(f"{family.base}."), f"{family.base}.{stored}"
-    for name in (short, long, stored, *(names_inside(stored) if family.wraps else ())):
+    names: list[str] = [short, long, stored, *(names_inside(stored) if family.wraps else ())]
+    for name in names:
         if name in wanted:
             return name
     beside = family.wraps and not stored.endswith(family.ignored) and not family.layer_pattern.match(stored)

@@ -179,7 +179,7 @@ def find_family(config: Mapping[str, Any]) -> Family:
             f"quantization_config has format_version {shown(quantization.get('format_version'))}; this streamlap reads "
             f"{' and '.join(map(str, READ_VERSIONS))}. Update streamlap."
         )
-    return wrapped(found, text["model_type"]) if is_wrapper(config) else FAMILIES[found]
+    return wrapped(str(found), text["model_type"]) if is_wrapper(config) else FAMILIES[str(found)]
 
 
 def wrapped(wrapper: str, text: str) -> Family:

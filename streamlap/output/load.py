@@ -36,7 +36,9 @@ def load(model: str | Path, **options: Any) -> PreTrainedModel:
 
 def check_config(folder: Path) -> None:
     """Raise CheckpointError where config.json would have transformers fetch kernels, or an adapter lies beside it."""
-    for key, value in read_config(folder).items():
+    raw = read_config(folder)
+    parts = [raw, *(part for part in raw.values() if isinstance(part, dict))]
+    for key, value in ((key, value) for part in parts for key, value in part.items()):
         if key.endswith("_implementation") and "/" in str(value):
             raise CheckpointError(
                 f"config.json has {shown(key)[1:-1]} {shown(value)}, code on a hub; wanted none. Take the key out, and name an "
