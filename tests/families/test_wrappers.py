@@ -192,10 +192,10 @@ def test_a_result_is_the_whole_model(
     torch.testing.assert_close(told(opened(tmp_path / "dense"), kind), prompted, rtol=1e-4, atol=1e-4)
 
 
-def test_what_else_reads_a_folder(wrapper: MakeWrapper, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    pytest.importorskip("peft")
-    rule_NL = (np.random.default_rng(0).integers(0, 290, (16, 1)) + 3 * np.arange(16)) % 290  # something to learn
-    np.save(tmp_path / "text.npy", rule_NL)
+def test_a_killed_run_goes_on_and_is_measured(
+    wrapper: MakeWrapper, tokens: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    np.save(tmp_path / "text.npy", rows(tokens))
     settings: dict[str, Any] = {"ratio": 0.4, "files": (str(tmp_path / "text.npy"),)}
     source, out = wrapper("gemma3", True), tmp_path / "out"
     crash_after(1, monkeypatch, lambda: streamlap.compress(source, out, **settings))
@@ -205,15 +205,21 @@ def test_what_else_reads_a_folder(wrapper: MakeWrapper, tmp_path: Path, monkeypa
 
     with torch.no_grad():
         model: Any = opened(out)
-        losses = [model(input_ids=row[None], labels=row[None]).loss.item() for row in torch.from_numpy(rule_NL)]
+        losses = [model(input_ids=row[None], labels=row[None]).loss.item() for row in rows(tokens)]
     assert streamlap.evaluate(out, tmp_path / "text.npy").nll == pytest.approx(np.mean(losses), rel=1e-6)
 
-    options = {"dense": source, "epochs": 4, "rank": 3, "learning_rate": 0.001, "batch": 4, "top": 8}
-    assert streamlap.recover(out, tmp_path / "better", tmp_path / "text.npy", **options).kept
-    assert streamlap.verify(tmp_path / "better")["ok"]
-    better = opened(tmp_path / "better")
-    assert torch.equal(seen(better, "gemma3")[0], seen(model, "gemma3")[0])
-    assert not torch.equal(told(better, "gemma3"), told(model, "gemma3"))
+
+def test_recovery(wrapper: MakeWrapper, tokens: Path, tmp_path: Path) -> None:
+    pytest.importorskip("peft")
+    source, out, better = wrapper("gemma3", True), tmp_path / "out", tmp_path / "better"
+    streamlap.compress(source, out, ratio=0.6, preset="lorap", files=(str(tokens),))
+    knobs: dict[str, Any] = {"distil": 1.0, "epochs": 2, "rank": 3, "learning_rate": 3e-3, "batch": 4, "top": 64}
+    assert streamlap.recover(out, better, tokens, dense=source, **knobs).kept
+    assert streamlap.verify(better)["ok"]
+    assert config_of(better) == config_of(out)
+    before, after = opened(out), opened(better)
+    assert torch.equal(seen(after, "gemma3")[0], seen(before, "gemma3")[0])
+    assert not torch.equal(told(after, "gemma3"), told(before, "gemma3"))
 
 
 @pytest.mark.parametrize("kind", ["mistral3", "qwen3_vl"])
