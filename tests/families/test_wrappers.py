@@ -209,8 +209,10 @@ def test_a_killed_run_goes_on_and_is_measured(
     assert streamlap.evaluate(out, tmp_path / "text.npy").nll == pytest.approx(np.mean(losses), rel=1e-6)
 
 
-def test_recovery(wrapper: MakeWrapper, tokens: Path, tmp_path: Path) -> None:
+def test_recovery(wrapper: MakeWrapper, tmp_path: Path) -> None:
     pytest.importorskip("peft")
+    tokens = tmp_path / "lesson.npy"  # each id is three more than the one before
+    np.save(tokens, (np.random.default_rng(0).integers(0, 290, (16, 1)) + 3 * np.arange(16)) % 290)
     source, out, better = wrapper("gemma3", True), tmp_path / "out", tmp_path / "better"
     streamlap.compress(source, out, ratio=0.6, preset="lorap", files=(str(tokens),))
     knobs: dict[str, Any] = {"distil": 1.0, "epochs": 2, "rank": 3, "learning_rate": 3e-3, "batch": 4, "top": 64}
