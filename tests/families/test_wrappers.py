@@ -17,6 +17,7 @@ import torch
 from conftest import PICO, VOCABULARY
 from crashes import crash_after
 from outputs import contents
+from safetensors.torch import load_file, save_file
 from test_stream import run_stream
 from transformers import AutoConfig, AutoModelForImageTextToText, PreTrainedModel
 
@@ -272,6 +273,33 @@ def test_a_language_model_of_another_kind(wrapper: MakeWrapper, tmp_path: Path) 
     code = with_config(source, tmp_path / "code", vision_config={"attn_implementation": "some/kernel"})
     with pytest.raises(CheckpointError, match="attn_implementation 'some/kernel', code on a hub"):
         streamlap.load(code)
+
+
+@pytest.mark.nightly
+def test_other_names_and_spellings(wrapper: MakeWrapper, tokens: Path, tmp_path: Path) -> None:
+    """A tower whose tensors have the names of the hub; sizes beside it, with the old words for mrope; layers of ministral3."""
+    named = Path(shutil.copytree(wrapper("gemma3"), tmp_path / "gemma3"))
+    stored = load_file(named / "model.safetensors")
+    hub = {name.replace("vision_tower.", "vision_tower.vision_model."): tensor for name, tensor in stored.items()}
+    save_file(hub, named / "model.safetensors", metadata={"format": "pt"})
+
+    text = {**config_of(wrapper("qwen2_5_vl"))["text_config"], "rope_parameters": None, "model_type": "qwen2_5_vl"}
+    text |= {"rope_theta": 10_000.0, "rope_scaling": {"type": "mrope", "mrope_section": [1, 1, 2]}}
+    flat = with_config(wrapper("qwen2_5_vl"), tmp_path / "qwen2_5_vl", text_config=None, **text)
+
+    rope = {"rope_type": "yarn", "rope_theta": 10_000.0, "factor": 4.0, "original_max_position_embeddings": 8}
+    text = config_of(wrapper("mistral3"))["text_config"] | {"model_type": "ministral3"}
+    text |= {"rope_parameters": rope | {"llama_4_scaling_beta": 0.1}}
+    other = with_config(wrapper("mistral3"), tmp_path / "mistral3", text_config=text)
+
+    for source in (named, flat, other):
+        out, kind = tmp_path / f"{source.name}-out", source.name
+        streamlap.compress(source, out, files=(str(tokens),))
+        model: Any = opened(out)
+        assert torch.equal(seen(model, kind)[0], seen(opened(wrapper(kind)), kind)[0])
+        with torch.no_grad():
+            logits_NLV = model(input_ids=rows(tokens)).logits
+        torch.testing.assert_close(run_stream(out, rows(tokens))[1], logits_NLV, rtol=1e-5, atol=1e-5)
 
 
 OUTSIDE = """
