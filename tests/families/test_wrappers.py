@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import PICO, VOCABULARY
+from conftest import PICO, VOCABULARY, make_tokenizer
 from crashes import crash_after
 from outputs import contents
 from safetensors.torch import load_file, save_file
@@ -78,6 +78,7 @@ def wrapper(tmp_path_factory: pytest.TempPathFactory) -> MakeWrapper:
             model.tie_weights()
             made[kind, tied] = tmp_path_factory.mktemp(kind)
             model.save_pretrained(made[kind, tied])
+            make_tokenizer().save_pretrained(made[kind, tied])
             (made[kind, tied] / "preprocessor_config.json").write_text('{"image_mean": [0.5]}')
         return made[kind, tied]
 
@@ -194,10 +195,10 @@ def test_a_result_is_the_whole_model(
 
 
 def test_a_killed_run_goes_on_and_is_measured(
-    wrapper: MakeWrapper, tokens: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    wrapper: MakeWrapper, text: Path, tokens: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     np.save(tmp_path / "text.npy", rows(tokens))
-    settings: dict[str, Any] = {"ratio": 0.4, "files": (str(tmp_path / "text.npy"),)}
+    settings: dict[str, Any] = {"ratio": 0.4, "files": (str(text),), "length": 16, "samples": 12}
     source, out = wrapper("gemma3", True), tmp_path / "out"
     crash_after(1, monkeypatch, lambda: streamlap.compress(source, out, **settings))
     streamlap.resume(out)
