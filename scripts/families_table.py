@@ -8,8 +8,11 @@ A test compares the page with what this prints.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 from streamlap.families.linears import ROLES
 from streamlap.families.table import FAMILIES, Family
+from streamlap.families.wrappers import WRAPPERS
 
 PAGE = """# Model families
 
@@ -31,6 +34,20 @@ Any other is refused before anything is read; [add-a-family.md](add-a-family.md)
 A `phi3` (also Phi 4) is read as the llama that it is, or where it has a window as a mistral, with its fused matrices apart; so
 a result is a llama or a mistral. Refused are those whose heads are turned in part or with scaled positions.
 
+## Models with a vision tower
+
+{wrappers}
+
+Of these the language model is compressed: its layers are those of the family beside it, config.json describes them under
+`text_config` (of a `qwen2_5_vl` also beside the other keys), and calibration is text. Everything else, such as the vision tower
+and the projector, is copied as bytes under its own names, with the settings of the image processor. It is not built, and only
+its headers and its numbers being finite are checked. Ratio and decoder parameters count the language model; parameters of the
+whole model and bytes count all.
+
+The tensors of the language model are written as `model.language_model.*`, whatever they were called, and transformers
+opens the result as it opens the original: by `AutoModelForImageTextToText`. The formats `factored` and `stock`, and the export
+`dense`, hold such a model; `nas` and GGUF are refused.
+
 ## What is run
 
 The tests run each of these families, on a random model of three layers and a few thousand weights:
@@ -42,6 +59,10 @@ The tests run each of these families, on a random model of three layers and a fe
   by `verify`, generates, and `eval` gives the loss of transformers;
 - where nothing is lost, the last linear of each sub-layer is what `best` fits (one family with norms behind its sub-layers, one
   with a multiplier, one with parallel sub-layers, one without a gate).
+
+Of each model with a vision tower, also on a small random one: the stream gives bit for bit the hidden states and logits of the
+whole model on text; the result of both presets is whole, gives the same features of an image bit for bit and, on text, the
+logits of the stream; saved again and exported as `dense`, it answers a prompt with an image alike.
 
 A checkpoint whose layers are not what the row says is refused on the first window: before anything is written, the sub-layers
 are compared with the layer.
@@ -66,7 +87,14 @@ def row(family: Family) -> tuple[str, ...]:
 def page() -> str:
     """The whole text."""
     rows = [COLUMNS, ("---",) * len(COLUMNS), *map(row, FAMILIES.values())]
-    return PAGE.format(table="\n".join(f"| {' | '.join(cells)} |" for cells in rows))
+    wrappers = [("model", "layers of"), ("---", "---")]
+    wrappers += [(f"`{kind}`", " or ".join(f"`{row}`" for row in texts.values())) for kind, texts in WRAPPERS.items()]
+    return PAGE.format(table=lines(rows), wrappers=lines(wrappers))
+
+
+def lines(rows: Iterable[Iterable[str]]) -> str:
+    """A table in Markdown."""
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in rows)
 
 
 if __name__ == "__main__":

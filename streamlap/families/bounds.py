@@ -15,6 +15,7 @@ from transformers import CONFIG_MAPPING, PreTrainedConfig
 
 from streamlap.errors import CheckpointError, StreamlapError, UnsupportedModel, shown, whole
 from streamlap.families.table import Family
+from streamlap.families.wrappers import TEXT, is_wrapper, text_of
 from streamlap.loader.forms import Dense, Form
 from streamlap.loader.linears import StoredLinear
 
@@ -41,6 +42,8 @@ UNUSED = {
 """Keys that transformers would act on, by running code, fetching kernels, reading other files, filling tables or giving tuples,
 and that say nothing of the architecture."""
 DTYPES = {"float32", "float16", "bfloat16"}
+OUTER = {"tie_word_embeddings", "dtype", "torch_dtype"}
+"""What is taken from the config of a wrapper beside that of its language model. The rest of it is not run."""
 
 
 @contextlib.contextmanager
@@ -62,21 +65,31 @@ def native_config(raw: Mapping[str, Any], folder: Path) -> PreTrainedConfig:
     Raises CheckpointError for sizes out of bounds, and with transformers' reason for what it does not take; UnsupportedModel
     for layers that differ.
     """
-    if raw.get("per_layer_config"):
+    text = text_of(raw)
+    if own := text.get("per_layer_config"):
         raise UnsupportedModel(
-            f"{folder / 'config.json'} has per_layer_config {shown(raw['per_layer_config'])}; wanted layers that are all alike."
+            f"{folder / 'config.json'} has per_layer_config {shown(own)}; wanted layers that are all alike."
         )
-    check_sizes(raw.get, folder, raw)
-    _check_lists(raw, folder)
+    check_sizes(text.get, folder, text)
+    _check_lists(text, folder)
     for key in ROPE_KEYS:
-        _check_rope(raw.get(key), key, folder)
-    kept = {key: value for key, value in raw.items() if key not in UNUSED and not key.startswith("_")}
-    kept = {k: v for k, v in kept.items() if k not in ("dtype", "torch_dtype") or (isinstance(v, str) and v in DTYPES)}
+        _check_rope(text.get(key), key, folder)
+    kept = _kept(text)
+    if is_wrapper(raw):
+        outer = {key: value for key, value in _kept(raw).items() if key in OUTER}
+        kept = outer | {TEXT: kept, "vision_config": {"num_hidden_layers": 1}}
     with described_by(folder):
         config: PreTrainedConfig = CONFIG_MAPPING[raw["model_type"]].from_dict(copy.deepcopy(kept))
         config.name_or_path = str(folder)
-    check_sizes(lambda key: getattr(config, key, None), folder, SIZES)  # the defaults of what config.json leaves out
+    language = config.get_text_config()
+    check_sizes(lambda key: getattr(language, key, None), folder, SIZES)  # the defaults of what config.json leaves out
     return config
+
+
+def _kept(raw: Mapping[str, Any]) -> dict[str, Any]:
+    """What says something of the architecture."""
+    kept = {key: value for key, value in raw.items() if key not in UNUSED and not key.startswith("_")}
+    return {k: v for k, v in kept.items() if k not in ("dtype", "torch_dtype") or (isinstance(v, str) and v in DTYPES)}
 
 
 def check_sizes(value_of: Callable[[str], Any], folder: Path, given: Iterable[str]) -> None:

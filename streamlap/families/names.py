@@ -1,7 +1,8 @@
 """Names on disk -> names in the model, by the rule of transformers' own loader.
 
 A checkpoint may be saved from the bare decoder (`layers.0...`, without `model.` in front), or hold tensors that the model has
-no place for. From here on every tensor goes by the name that the whole model has for it, and so it is written.
+no place for. From here on every tensor goes by the name that the whole model has for it, and so it is written. The parts of a
+wrapper that are not its language model go by their names on disk.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import torch
 
 from streamlap.errors import CheckpointError
 from streamlap.families.table import Family
+from streamlap.families.wrappers import names_inside
 from streamlap.store.header import TensorInfo
 from streamlap.store.source import TensorSource
 
@@ -63,12 +65,14 @@ class ModelTensors:
 
 def name_in_model(stored: str, wanted: Collection[str], family: Family) -> str | None:
     """What the model calls the tensor that is `stored` on disk; None where it has no place for it. The heads of other tasks
-    keep their names: the model does not run them, and transformers has classes that do."""
+    keep their names: the model does not run them, and transformers has classes that do. So do the other parts of a wrapper."""
     short, long = stored.removeprefix(f"{family.base}."), f"{family.base}.{stored}"
-    for name in (short, long, stored):
+    names: list[str] = [short, long, stored, *(names_inside(stored) if family.wraps else ())]
+    for name in names:
         if name in wanted:
             return name
-    return stored if stored.startswith(f"{family.task_head}.") else None
+    beside = family.wraps and not stored.endswith(family.ignored) and not family.layer_pattern.match(stored)
+    return stored if beside or stored.startswith(f"{family.task_head}.") else None
 
 
 def check_depth(depth: int, source: TensorSource, family: Family, folder: Path) -> None:

@@ -16,11 +16,12 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, PreTrainedConfig, PreTrainedModel
 
 from streamlap.errors import CheckpointError, RecipeError, UnsupportedModel, one_line, shown
 from streamlap.families.fused import as_stored_apart
 from streamlap.families.table import Family
+from streamlap.families.wrappers import DECODER, WRAPPERS
 from streamlap.loader.linears import PivotedLinear
 from streamlap.loader.modules import swap_modules
 from streamlap.store.foreign import ADAPTER
@@ -58,12 +59,17 @@ def check_alone(folder: Path) -> None:
 
 
 def meta_model(config: PreTrainedConfig) -> PreTrainedModel:
-    """The model of `config`, without weights, of transformers' own classes."""
+    """The model of `config`, without weights, of transformers' own classes; of a wrapper only what text goes through."""
+    wrapper = config.model_type in WRAPPERS
+    classes: Any = AutoModelForImageTextToText if wrapper else AutoModelForCausalLM
     with torch.device("meta"):
-        model: PreTrainedModel = AutoModelForCausalLM.from_config(  # type: ignore[no-untyped-call]
-            config, trust_remote_code=False
-        )
+        model: PreTrainedModel = classes.from_config(config, trust_remote_code=False)
     model.eval()  # type: ignore[no-untyped-call]
+    if wrapper:
+        base, _, decoder = DECODER.partition(".")
+        whole = model.get_submodule(base)
+        for name in [name for name, _ in whole.named_children() if name != decoder]:
+            delattr(whole, name)
     return model
 
 

@@ -93,11 +93,11 @@ class ModelStream:
 
     def _open(self, source: TensorSource, dtype: str) -> None:
         config: Any = native_config(self.raw_config, self.folder)
-        depth = int(config.num_hidden_layers)
+        depth = int(config.get_text_config().num_hidden_layers)
         check_depth(depth, source, self.family, self.folder)
         self.rows = module_table(self.raw_config, self.family, depth)
         self.model = meta_model(config)
-        self.config: Any = self.model.config
+        self.config: Any = self.model.config.get_text_config()
         self._dense = swapped(self.model, self.rows)  # the linears that an earlier compression replaced, by path
         if not self.marked:
             unmark(self.model.get_submodule(self.family.layers))
@@ -107,7 +107,7 @@ class ModelStream:
         """The longest sequence the model was made for."""
         self.head_dim = int(getattr(self.config, "head_dim", None) or self.width // self.config.num_attention_heads)
         """Numbers in one attention head."""
-        self.tied = bool(self.config.tie_word_embeddings)
+        self.tied = bool(self.model.config.tie_word_embeddings)
         """Whether one matrix is embedding and head, unless two are stored."""
         if not isinstance(operator.attrgetter(self.family.norm)(self.model), nn.Module):
             raise UnsupportedModel(

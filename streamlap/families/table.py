@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from streamlap.errors import UnsupportedModel, shown
 from streamlap.families.linears import MULTIPLIED, POST_NORMED, ROLES, SUBLAYERS, UNGATED, WITHOUT_GATE, Sublayer
+from streamlap.families.wrappers import DECODER, WRAPPERS, is_wrapper, text_of
 from streamlap.loader.hf_plugin import READ_VERSIONS
 
 
@@ -42,6 +43,9 @@ class Family:
     """Whether no head can go: a norm behind q or k has numbers for all of them together, or attention counts on the number in
     config.json."""
 
+    wraps: bool = False
+    """Whether the decoder is one part of the model, see `wrappers`."""
+
     @property
     def base(self) -> str:
         """Where the decoder is in the whole model; a checkpoint of the decoder alone leaves it out of its names."""
@@ -50,6 +54,8 @@ class Family:
     @property
     def layer_pattern(self) -> re.Pattern[str]:
         """Beginning of the name on disk of a layer's tensor; its group is the number of the layer."""
+        if self.wraps:
+            return re.compile(r"(?:(?:model|language_model)\.){0,2}layers\.(\d{1,9})\.")
         base, inner = map(re.escape, (self.base, self.layers.removeprefix(f"{self.base}.")))
         return re.compile(rf"(?:{base}\.){{0,2}}{inner}\.(\d{{1,9}})\.")
 
@@ -146,15 +152,20 @@ FAMILIES = {
 }
 
 
+HEADED = ("ForCausalLM", "ForConditionalGeneration")
+"""Endings of the classes of transformers that have an output head."""
+
+
 def find_family(config: Mapping[str, Any]) -> Family:
     """The row for a parsed config.json. Raises UnsupportedModel with what was found and what is known."""
-    found, known = config.get("model_type"), ", ".join((*FAMILIES, "phi3"))
-    if not isinstance(found, str) or found not in FAMILIES:
+    found, known = config.get("model_type"), ", ".join((*FAMILIES, *WRAPPERS, "phi3"))
+    if not is_wrapper(config) and (not isinstance(found, str) or found not in FAMILIES):
         raise UnsupportedModel(
             f"model_type {shown(found)} (architectures {shown(config.get('architectures'))}) is not known; known are {known}. "
             "docs/families.md has more of them, and docs/add-a-family.md the row that a new one takes."
         )
-    quantization = config.get("quantization_config") or {}
+    text = text_of(config)
+    quantization = config.get("quantization_config") or text.get("quantization_config") or {}
     named = isinstance(quantization, Mapping)
     method = quantization.get("quant_method") if named else quantization
     if quantization and not (named and method == "streamlap"):
@@ -168,10 +179,17 @@ def find_family(config: Mapping[str, Any]) -> Family:
             f"quantization_config has format_version {shown(quantization.get('format_version'))}; this streamlap reads "
             f"{' and '.join(map(str, READ_VERSIONS))}. Update streamlap."
         )
-    return FAMILIES[found]
+    return wrapped(str(found), text["model_type"]) if is_wrapper(config) else FAMILIES[str(found)]
+
+
+def wrapped(wrapper: str, text: str) -> Family:
+    """The row of a wrapper whose language model has the model_type `text`."""
+    row = FAMILIES[WRAPPERS[wrapper][text]]
+    paths = {part: getattr(row, part).replace(row.base, DECODER, 1) for part in ("layers", "embedding", "norm")}
+    return replace(row, model_type=wrapper, wraps=True, **paths)
 
 
 def is_language_model(config: Mapping[str, Any]) -> bool:
     """Whether a parsed config.json describes a model with an output head, as one does that names no architecture."""
     names = config.get("architectures")
-    return not isinstance(names, list) or not names or any(str(name).endswith("ForCausalLM") for name in names)
+    return not isinstance(names, list) or not names or any(str(name).endswith(HEADED) for name in names)

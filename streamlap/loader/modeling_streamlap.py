@@ -1,14 +1,20 @@
 """What `auto_map` in a streamlap folder names: `trust_remote_code=True` loads it where streamlap is not installed.
 
-Neither class is ever instantiated. Importing hf_plugin registers the loader; after that the native classes do the work,
+No class here is ever instantiated. Importing hf_plugin registers the loader; after that the native classes do the work,
 so what comes out is the config and the model of transformers itself. Copied as it is into every output folder.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
 
 # For what their import does. All are named here: older transformers copy only the files that this very one imports.
 from .forms import Form  # noqa: F401
@@ -36,12 +42,14 @@ class StreamlapAutoConfig:
 class StreamlapAutoModelForCausalLM:
     """Stands where transformers expects a model class."""
 
+    native: ClassVar[Any] = AutoModelForCausalLM
+
     @classmethod
     def from_pretrained(cls, folder: str, /, *args: Any, **kwargs: Any) -> PreTrainedModel:
         # Asked for an adapter, transformers gives its base model here, and the adapter under this name: begin with that one.
         adapter = dict(kwargs.get("adapter_kwargs") or {})
         folder = adapter.pop("_adapter_model_path", folder)
-        model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
+        model: PreTrainedModel = cls.native.from_pretrained(
             folder, *args, **{**kwargs, "adapter_kwargs": adapter, "trust_remote_code": False}
         )
         return model
@@ -49,9 +57,15 @@ class StreamlapAutoModelForCausalLM:
     @classmethod
     def _from_config(cls, config: PreTrainedConfig, **kwargs: Any) -> PreTrainedModel:
         kwargs["trust_remote_code"] = False
-        model: PreTrainedModel = AutoModelForCausalLM.from_config(config, **kwargs)  # type: ignore[no-untyped-call]
+        model: PreTrainedModel = cls.native.from_config(config, **kwargs)
         return model
 
     @classmethod
     def register_for_auto_class(cls, auto_class: str = "AutoModelForCausalLM") -> None:
         """Nothing to do, as above."""
+
+
+class StreamlapAutoModelForImageTextToText(StreamlapAutoModelForCausalLM):
+    """The same for a model that has a language model beside others."""
+
+    native = AutoModelForImageTextToText

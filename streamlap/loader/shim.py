@@ -24,11 +24,15 @@ def write_nas(folder: Path, write: Callable[[Path, bytes], object] = Path.write_
         write(folder / name, (Path(__file__).parent / name).read_bytes())
 
 
-def write_shim(folder: Path, write: Callable[[Path, bytes], object] = Path.write_bytes) -> dict[str, str]:
-    """Copy the loader's files into `folder`; gives back the `auto_map` for its config.json."""
+def write_shim(
+    folder: Path, write: Callable[[Path, bytes], object] = Path.write_bytes, wraps: bool = False
+) -> dict[str, str]:
+    """Copy the loader's files into `folder`; gives back the `auto_map` for its config.json, of a model that has a language
+    model beside others where it `wraps` one."""
     for name in SHIM_FILES:
         write(folder / name, (Path(__file__).parent / name).read_bytes())
+    model = "AutoModelForImageTextToText" if wraps else "AutoModelForCausalLM"
     return {
         "AutoConfig": "modeling_streamlap.StreamlapAutoConfig",
-        "AutoModelForCausalLM": "modeling_streamlap.StreamlapAutoModelForCausalLM",
+        model: f"modeling_streamlap.Streamlap{model}",
     }

@@ -27,7 +27,8 @@ SURVEY_NAME = "streamlap_survey.json"
 
 COPIED = (
     "tokenizer*", "vocab.*", "merges.txt", "special_tokens_map.json", "added_tokens.json", "*.model", "spiece.*",
-    "chat_template.*", "additional_chat_templates/*", "generation_config.json", "LICENSE*", "NOTICE*", "USE_POLICY*",
+    "chat_template.*", "additional_chat_templates/*", "generation_config.json", "preprocessor_config.json",
+    "processor_config.json", "video_preprocessor_config.json", "LICENSE*", "NOTICE*", "USE_POLICY*",
 )  # fmt: skip
 """What is carried over from the source folder as it stands."""
 NOT_COPIED = {".py", ".so", *PICKLE_SUFFIXES}
@@ -105,13 +106,14 @@ def result_config(out: Path, stream: ModelStream, report: Report) -> dict[str, A
     if report.format in CONFIGS:
         return CONFIGS[report.format](stream, forms_after(stream, module_rows(report.layers, stream.family.layers)))
     table = quantization_config(report, stream.family.layers)
-    return source_config(stream) | {"auto_map": write_shim(out, write_durably), "quantization_config": table}
+    places = write_shim(out, write_durably, wraps=stream.family.wraps)
+    return source_config(stream) | {"auto_map": places, "quantization_config": table}
 
 
 def loader_of(stream: ModelStream) -> str:
     """The class of transformers that loads the result of a checkpoint: that of its task."""
     if is_language_model(stream.raw_config):
-        return "AutoModelForCausalLM"
+        return "AutoModelForImageTextToText" if stream.family.wraps else "AutoModelForCausalLM"
     task = re.fullmatch(r"\w+For(Sequence|Token)Classification", str(stream.raw_config["architectures"][0]))
     return f"AutoModelFor{task[1]}Classification" if task else "AutoModel"
 

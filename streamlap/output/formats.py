@@ -20,6 +20,7 @@ from streamlap.errors import CheckpointError, UnsupportedModel, one_line
 from streamlap.families.bounds import native_config
 from streamlap.families.shell import check_orders, meta_model
 from streamlap.families.stream import ModelStream
+from streamlap.families.wrappers import text_of, with_text
 from streamlap.loader.forms import Dense, Form, Removed, kind_of, read_row
 from streamlap.loader.modules import dense_linear
 from streamlap.output.nas import check_layers, nas_config, nas_tensors
@@ -38,7 +39,8 @@ def source_config(stream: ModelStream) -> Config:
     """config.json of a checkpoint as it holds for its tensors in another folder: the files have other names there, and a head
     that is not the embedding is said not to be."""
     raw = {key: value for key, value in stream.raw_config.items() if key != NAMING_KEY}
-    return raw | {"tie_word_embeddings": False} if stream.two_heads() else raw
+    apart = {"tie_word_embeddings": False}
+    return with_text(raw | apart, apart) if stream.two_heads() else raw
 
 
 def forms_after(stream: ModelStream, rows: Mapping[str, Mapping[str, int]]) -> list[dict[str, Form]]:
@@ -64,7 +66,7 @@ def dense_config(stream: ModelStream, layers: Sequence[Forms]) -> Config:
     for index, forms in enumerate(layers):
         for role, form in forms.items():
             if form.bias and not stream.native(index, role).bias:
-                raw[bias_flag(stream, index, role)] = True
+                raw = with_text(raw, {bias_flag(stream, index, role): True})
     return raw
 
 
@@ -82,7 +84,7 @@ def stock_config(stream: ModelStream, layers: Sequence[Forms]) -> Config:
                     f"{name} is {list(form.shape)}, and that of layer 0 {list(layers[0][role].shape)}: the format stock has "
                     f"the same widths in every layer; wanted {way_out(layers)}."
                 )
-    raw = dense_config(stream, layers) | stock_sizes(stream, layers[0])
+    raw = with_text(dense_config(stream, layers), stock_sizes(stream, layers[0]))
     check_sizes(stream, raw, layers)
     return raw
 
@@ -177,7 +179,7 @@ def exported_layer(stream: ModelStream, index: int, wanted: Forms, config: Mappi
             dtype = stream.storage_dtype(index, role)
             entries |= {f"{base}.{n}": t for n, t in dense_linear(module, native, dtype).state_dict().items()}
         flags = [flag for start, flag in stream.family.bias_flags.items() if path.startswith(start)]
-        if f"{base}.bias" not in entries and any(config.get(flag) for flag in flags):
+        if f"{base}.bias" not in entries and any(text_of(config).get(flag) for flag in flags):
             entries[f"{base}.bias"] = torch.zeros(wanted[role].shape[0], dtype=stream.storage_dtype(index, role))
     norm = f"{prefix}.input_layernorm.weight"
     if not stream.marked and norm not in entries:

@@ -5,10 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, PreTrainedModel
 
 from streamlap.errors import CheckpointError, shown
 from streamlap.families.shell import SHORT_DTYPES, check_alone, read_config
+from streamlap.families.wrappers import is_wrapper
 from streamlap.loader import hf_plugin as hf_plugin
 from streamlap.loader import modeling_nas as modeling_nas
 from streamlap.store.hub import local_folder
@@ -16,8 +17,8 @@ from streamlap.untrusted.paths import check_folder
 
 
 def load(model: str | Path, **options: Any) -> PreTrainedModel:
-    """`AutoModelForCausalLM.from_pretrained` with the loader registered; `options` are passed on (dtype, device_map, ...).
-    A dtype may be short, like bf16.
+    """`AutoModelForCausalLM.from_pretrained` with the loader registered, or `AutoModelForImageTextToText` where the model has a
+    language model beside others; `options` are passed on (dtype, device_map, ...). A dtype may be short, like bf16.
 
     Unless they say otherwise, no code of the folder runs and no pickle is opened. Raises CheckpointError for links out of the
     folder.
@@ -28,13 +29,16 @@ def load(model: str | Path, **options: Any) -> PreTrainedModel:
     safe = {"trust_remote_code": False, "use_safetensors": True}
     if isinstance(dtype := options.get("dtype"), str):
         options["dtype"] = SHORT_DTYPES.get(dtype.lower(), dtype)
-    loaded: PreTrainedModel = AutoModelForCausalLM.from_pretrained(folder, **(safe | options))
+    classes: Any = AutoModelForImageTextToText if is_wrapper(read_config(folder)) else AutoModelForCausalLM
+    loaded: PreTrainedModel = classes.from_pretrained(folder, **(safe | options))
     return loaded
 
 
 def check_config(folder: Path) -> None:
     """Raise CheckpointError where config.json would have transformers fetch kernels, or an adapter lies beside it."""
-    for key, value in read_config(folder).items():
+    raw = read_config(folder)
+    parts = [raw, *(part for part in raw.values() if isinstance(part, dict))]
+    for key, value in ((key, value) for part in parts for key, value in part.items()):
         if key.endswith("_implementation") and "/" in str(value):
             raise CheckpointError(
                 f"config.json has {shown(key)[1:-1]} {shown(value)}, code on a hub; wanted none. Take the key out, and name an "
