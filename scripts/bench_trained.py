@@ -41,6 +41,7 @@ WAYS: dict[str, Recipe] = {
     "best": Recipe(),
     "best --refine": Recipe().override(refine=25),
     "loraprune": Recipe(preset="loraprune"),
+    "loraprune model": Recipe(preset="custom", methods=(LoraPrune(importance="model"),)),
     "loraprune magnitude": Recipe(preset="custom", methods=(LoraPrune(metric="magnitude"),)),
     "loraprune random": Recipe(preset="custom", methods=(LoraPrune(metric="random"),)),
     "pclora random": Recipe(preset="custom", methods=(PcLora(begin="random", learning_rate=0.1),)),

@@ -221,6 +221,11 @@ class Recipe:
         """Whether the dense model's stream is kept beside the compressed one."""
         return self.anchored or bool(self.distilled)
 
+    @property
+    def reads_gradient(self) -> bool:
+        """Whether the gradient of the dense model's language-model loss is kept behind each layer."""
+        return any(method.reads_gradient for method in self.distilled)
+
     def edited(self, family: Family) -> set[str]:
         """The sub-layers that something is made of."""
         return set(family.sublayers) if self.distilled else {method.sublayer for method in self.solving}

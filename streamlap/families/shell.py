@@ -197,10 +197,11 @@ class AfterLayers:
 
     def load(self, tensors: Mapping[str, torch.Tensor]) -> None:
         self._shell.load_state_dict(tensors, strict=False, assign=True)
+        self._shell.requires_grad_(False)
 
-    @torch.no_grad()
     def logits(self, x_TD: torch.Tensor) -> torch.Tensor:
-        """x_TD behind the last layer -> logits_TV. No token hears of another here, so each is a sequence of its own."""
+        """x_TD behind the last layer -> logits_TV, through which gradients go where x_TD asks for them. No token hears of
+        another here, so each is a sequence of its own."""
         self._injector.x_BLD = x_TD[:, None]
         logits_T1V: torch.Tensor = self._shell(inputs_embeds=x_TD[:, None], use_cache=False).logits
         del self._injector.x_BLD

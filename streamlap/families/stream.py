@@ -206,10 +206,13 @@ class ModelStream:
         before.load({name: tensor.to(self.device, self._computed(tensor)) for name, tensor in tensors})
         return before
 
-    def layer(self, index: int, kwargs: Mapping[str, Any], staging: Staging | None = None) -> StreamLayer:
+    def layer(
+        self, index: int, kwargs: Mapping[str, Any], staging: Staging | None = None, back: bool = False
+    ) -> StreamLayer:
         """Read one decoder layer into memory. The caller drops it before it asks for the next; the stream keeps nothing.
 
-        With `staging` the next layer is read ahead while this one is in use.
+        With `staging` the next layer is read ahead while this one is in use: the one before it on the way `back`, which ends
+        behind the first.
         """
         stored = self.layer_tensors(index)
         if staging is None:
@@ -220,8 +223,9 @@ class ModelStream:
                 tensors = {name: tensor.to(self._computed(tensor), copy=True) for name, tensor in tensors.items()}
         module = self._materialise(self.layers[index], tensors)
         check_orders(module, self.layer_name(index))
-        if staging is not None and index + 1 < self.depth:
-            staging.prefetch(self.layer_tensors(index + 1))
+        following = index - 1 if back else index + 1
+        if staging is not None and 0 < following < self.depth:
+            staging.prefetch(self.layer_tensors(following))
         return StreamLayer(module, self.layer_name(index), self.family, kwargs, stored, self.natives(index))
 
     def frame(self, index: int, kwargs: Mapping[str, Any]) -> StreamLayer:

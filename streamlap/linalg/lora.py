@@ -65,7 +65,7 @@ def group_scores(lines: Sequence[torch.Tensor], groups: int) -> torch.Tensor:
     if not bool(scores_G.any()):
         raise NumericalError(
             f"the importance of all {groups} groups is zero, so they would go by their place alone; wanted gradients. Where a "
-            "layer errs nowhere yet, as the first one does, they come from a noise above 0."
+            "layer errs nowhere yet, as the first one does, they come from a noise above 0, or with importance model."
         )
     return scores_G
 

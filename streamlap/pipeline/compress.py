@@ -25,6 +25,7 @@ from streamlap.output.folder import (
 from streamlap.output.inspect import count_cache, count_parameters
 from streamlap.output.report import LayerReport, Parameters, Report
 from streamlap.pipeline.final_gain import write_outer
+from streamlap.pipeline.gradients import loss_gradients
 from streamlap.pipeline.layers import Job, compress_layers
 from streamlap.pipeline.place import check_apart, check_places, contents
 from streamlap.pipeline.redraw import with_redrawn
@@ -135,6 +136,7 @@ def run_compression(run: Run, stream: ModelStream, plan: Plan, tokens_NL: torch.
         streams = open_streams(
             stream, seen_NL, plan.fit.schedule, running.run.hidden, recipe.beside_dense, recipe.anchored
         )
+        streams = replace(streams, gradients=loss_gradients(stream, plan, seen_NL, running))
         job = Job(stream=stream, plan=plan, out=out, streams=streams, session=running)
         compress_layers(job)
         gain = write_outer(job)

@@ -3,6 +3,7 @@
 x        the dense layer on x, which leaves the next x
 x^       the Gram of what each linear reads, where the method begins with a closed form
 x^, next x, x    all epochs: towards the next x, and towards what the dense layer's linears give on x
+x, gradient      in the same steps, where importance goes by the dense model's language-model loss
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ def distil_layer(hand: LayerInHand, method: Distilled, session: Session) -> Laye
     with hand.clock.phase("solve"), hand.runner.claim("solve"):
         gram = functools.partial(input_gram, hand)
         training = method.start(layer, hand.index, hand.plan.layout, gram, len(lessons.train))
-    take = functools.partial(lessons.triples, reads_dense=method.reads_dense)
+    take = functools.partial(lessons.lessons, reads_dense=method.reads_dense, reads_gradient=method.reads_gradient)
     with hand.clock.phase("refine"), hand.runner.claim("refine"), located(layer.prefix):
         run_epochs(training, lessons, take, method.epochs, session)
         edits = training.finish()

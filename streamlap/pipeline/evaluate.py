@@ -140,30 +140,33 @@ def token_losses(
 
 def stream_layers(
     stream: ModelStream, choice: Fit, bank: HiddenBank, tokens_NL: torch.Tensor, *, name: str = "evaluate",
-    most_out: float = 0.0, before: Callable[[int], None] = lambda index: None,
+    most_out: float = 0.0, before: Callable[[int], None] = lambda index: None, first: int = 0, keeps: bool = False,
 ) -> None:  # fmt: skip
     """Every layer in turn. All that the loop needed is free again at the end.
 
     Args: name, what the bar says; most_out, the share of the tokens that may go bad, before NumericalError: a perplexity over
-    part of them would be another one; before, called with the number of each layer before it is read.
+    part of them would be another one; before, called with the number of each layer before it is read; first, the layer to go on
+    with; keeps, whether what each layer reads stays on the disk.
     """
     kwargs = stream.layer_kwargs(tokens_NL.shape[1])
-    with start_runner(stream, choice, [bank], Progress(name, stream.depth), most_out) as runner:
-        runner.enter(bank, tokens_NL)
-        for index in range(stream.depth):
+    with start_runner(stream, choice, [bank], Progress(name, stream.depth, first), most_out) as runner:
+        if not first:
+            runner.enter(bank, tokens_NL)
+        for index in range(first, stream.depth):
             before(index)
-            run_layer(runner, bank, index, kwargs[index])
+            run_layer(runner, bank, index, kwargs[index], keeps)
             runner.require_baseline(index)
 
 
-def run_layer(runner: LayerRunner, bank: HiddenBank, index: int, kwargs: Mapping[str, Any]) -> None:
+def run_layer(runner: LayerRunner, bank: HiddenBank, index: int, kwargs: Mapping[str, Any], keeps: bool) -> None:
     """One layer; a function of its own, so that nothing holds this layer while the next one is read."""
     runner.progress.phase("read")
     layer = runner.layer(index, kwargs)
     before, after = (HiddenStates(bank=bank, generation=generation) for generation in (index, index + 1))
     runner.carry(layer, index, before, after)
     bank.settle()
-    bank.drop(index)
+    if not keeps:
+        bank.drop(index)
     runner.progress.next()
 
 

@@ -55,6 +55,12 @@ class LayerInHand:
         return replace(self.dense, generation=self.index + 1)
 
     @property
+    def gradient(self) -> HiddenStates:
+        """That of the dense model's language-model loss behind the layer, where it is asked for."""
+        assert self.streams.gradients is not None, "a run whose importance goes by that loss keeps them"
+        return HiddenStates(bank=self.streams.gradients, generation=self.index + 1)
+
+    @property
     def between(self) -> HiddenStates:
         """The compressed stream between the sub-layers, where they are rebuilt."""
         assert self.streams.between is not None, "sub-layers are rebuilt one after another"

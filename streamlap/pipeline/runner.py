@@ -54,9 +54,10 @@ class LayerRunner:
     most_out: float = MOST_OUT
     """Share of the tokens that may be out; see `linalg.rows`."""
 
-    def layer(self, index: int, kwargs: Mapping[str, Any]) -> StreamLayer:
-        """The layer, read ahead where that overlaps. It must be dropped before the next is asked for."""
-        return self.stream.layer(index, kwargs, self.staging)
+    def layer(self, index: int, kwargs: Mapping[str, Any], back: bool = False) -> StreamLayer:
+        """The layer, read ahead where that overlaps. It must be dropped before the next is asked for, which on the way `back`
+        is the one before it."""
+        return self.stream.layer(index, kwargs, self.staging, back)
 
     def require_few(self, where: str, out_NL: torch.Tensor) -> torch.Tensor:
         """The same, where they are few enough. Raises NumericalError."""

@@ -68,6 +68,8 @@ class Streams:
     """The dense model's stream between layers, where layers are made beside it; as durable as the compressed one."""
     between: HiddenBank | None = None
     """The compressed stream between the sub-layers of the layer in hand, where they are rebuilt one after another."""
+    gradients: HiddenBank | None = None
+    """Those of the dense model's language-model loss, where they are asked for, on the disk alone; see `gradients`."""
 
     @property
     def lasting(self) -> tuple[HiddenBank, ...]:
@@ -76,7 +78,8 @@ class Streams:
 
     @property
     def banks(self) -> tuple[HiddenBank, ...]:
-        return self.lasting if self.between is None else (*self.lasting, self.between)
+        others = (bank for bank in (self.between, self.gradients) if bank is not None)
+        return (*self.lasting, *others)
 
     def settle(self) -> None:
         """Wait until what the next layer begins with is on the disk."""
@@ -84,9 +87,11 @@ class Streams:
             bank.settle()
 
     def drop(self, generation: int) -> None:
-        """A generation that no layer begins with any more."""
+        """A generation that no layer begins with any more, and the gradient behind its layer."""
         for bank in self.lasting:
             bank.drop(generation)
+        if self.gradients is not None:
+            self.gradients.drop(generation + 1)
 
     def drop_between(self, index: int) -> None:
         """What lies between the sub-layers of a layer that is done."""

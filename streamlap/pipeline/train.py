@@ -47,16 +47,18 @@ class Lessons:
         for number in numbers:
             yield paired(*(move(states.pick(number)) for states in (hand.compressed, hand.next_dense)))
 
-    def triples(self, numbers: Iterable[int], reads_dense: bool) -> Iterator[Lesson]:
-        """The same with the dense stream before the layer, where that is asked for."""
+    def lessons(self, numbers: Iterable[int], reads_dense: bool, reads_gradient: bool) -> Iterator[Lesson]:
+        """The same with the dense stream before the layer, and the gradient behind it, where these are asked for."""
         move = self.hand.runner.stream.accelerator.move
         numbers = list(numbers)
         for number, (x_BLD, target_BLD) in zip(numbers, self.pairs(numbers), strict=True):
+            dense_BLD = gradient_BLD = target_BLD[..., :0]
             if reads_dense:
-                dense_BLD = move(self.hand.dense.pick(number))
-                yield x_BLD, target_BLD, blanked(dense_BLD, any_out(target_BLD))
-            else:
-                yield x_BLD, target_BLD, target_BLD[..., :0]
+                dense_BLD = blanked(move(self.hand.dense.pick(number)), any_out(target_BLD))
+            if reads_gradient:
+                gradient_BLD = move(self.hand.gradient.pick(number))
+                gradient_BLD = blanked(gradient_BLD, any_out(target_BLD, gradient_BLD))
+            yield x_BLD, target_BLD, dense_BLD, gradient_BLD
 
 
 def train_layer(hand: LayerInHand, method: Trained, session: Session) -> Trace:

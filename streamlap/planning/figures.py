@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 from streamlap.families.stream import ModelStream
 from streamlap.planning.forecast import LayerPlan, forward_flops
@@ -33,6 +33,11 @@ class Traffic:
     def up(self) -> int:
         return self.weights_up + self.states_up
 
+    def __add__(self, other: Traffic) -> Traffic:
+        return Traffic(
+            **{entry.name: getattr(self, entry.name) + getattr(other, entry.name) for entry in fields(Traffic)}
+        )
+
 
 @dataclass(frozen=True, kw_only=True)
 class LayerFigures:
@@ -53,7 +58,7 @@ def generations_moved(layer: LayerPlan, schedule: Schedule) -> tuple[float, int]
     on_disk = schedule.tier == "disk"
     spilled = on_disk and not schedule.between
     read = layer.generations_read * on_disk + layer.between_read * spilled
-    return read, layer.generations_written + layer.generations_spilled * spilled
+    return read + layer.gradients_read, layer.generations_written + layer.generations_spilled * spilled
 
 
 def layer_traffic(layer: LayerPlan, work: Workload, schedule: Schedule, last: bool) -> Traffic:
@@ -65,7 +70,10 @@ def layer_traffic(layer: LayerPlan, work: Workload, schedule: Schedule, last: bo
         read=layer.source_bytes + layer.copied_bytes + round(read * work.generation),
         written=layer.output_bytes + layer.state_bytes + (written - last) * work.generation,
         weights_up=layer.source_bytes * away,
-        states_up=round((layer.generations_read + layer.between_read) * work.generation) * outside * away,
+        states_up=round(
+            ((layer.generations_read + layer.between_read) * outside + layer.gradients_read) * work.generation
+        )
+        * away,
         down=(layer.edits_bytes + layer.state_bytes + down * work.generation) * away,
     )
 
@@ -83,6 +91,30 @@ def first_traffic(stream: ModelStream, choice: Fit, layer: LayerPlan, redrawn: i
         written=shard_bytes(outer) + states + passing, weights_up=weights * away,
         states_up=(rows + passing * (choice.schedule.tier != "vram")) * away, down=(states + passing) * away,
     )  # fmt: skip
+
+
+def gradient_traffic(stream: ModelStream, choice: Fit) -> Traffic:
+    """Of the sweeps of `pipeline.gradients`: forward through all layers and the head, and back through all but the first. What
+    a layer read is on the disk by then, and so is what each sweep begins with."""
+    states, away, back = choice.work.generation, choice.work.device.type != "cpu", stream.depth - 1
+    layers = (info.nbytes for index in range(1, stream.depth) for info in stream.layer_tensors(index).values())
+    weights, passed, again = redraw_bytes(stream) + sum(layers), stream.depth + back, back + 2
+    on_disk, outside = choice.schedule.tier == "disk", choice.schedule.tier != "vram"
+    return Traffic(
+        read=weights + (again + passed * on_disk) * states, written=(2 * stream.depth + 1) * states,
+        weights_up=weights * away, states_up=(again + passed * outside) * states * away,
+        down=(2 * stream.depth + 1) * states * away,
+    )  # fmt: skip
+
+
+def gradient_flops(stream: ModelStream, shape_NL: tuple[int, int]) -> int:
+    """Of the same: on the way back each layer runs again, and its gradient takes as much once more; so does the head's."""
+    head = stream.source.info(stream.head_name).numel
+    layers = (
+        forward_flops(stream.natives(index), sum(info.numel for info in stream.layer_tensors(index).values()), shape_NL)
+        for index in range(1, stream.depth)
+    )
+    return redraw_flops(stream, *shape_NL) + 2 * sum(layers) + 2 * math.prod(shape_NL) * head
 
 
 def redraw_bytes(stream: ModelStream) -> int:

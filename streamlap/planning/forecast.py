@@ -32,6 +32,10 @@ sub-layers, which is written once, where memory does not keep it, and read twice
 attention reads."""
 
 
+HEAD_COPIES, GRADIENT_COPIES = 6, 4
+"""Of the logits in float32 where predictions are compared, and where their loss is differentiated: with what a bend of the
+logits leaves for that."""
+
 PARALLEL_READS = 1
 """How many more of them a parallel layer reads, with nothing between its sub-layers: the dense stream goes through it first."""
 
@@ -74,6 +78,8 @@ class LayerPlan:
     """How often hidden states are read, where they are on the disk."""
     between_read: float = 0
     """How often what lies between sub-layers is read."""
+    gradients_read: int = 0
+    """How often the gradient behind it is read, which is on the disk in any case."""
     generations_written: int = ONE_PASS_WRITES
     """How often they are written to the disk in any case."""
     generations_spilled: int = 0
@@ -143,6 +149,7 @@ def forecast_layer(
         capture_bytes=max((cost.capture_bytes for cost in costs), default=0) * recipe.beside_dense,
         waiting_bytes=max((cost.waiting_bytes for cost in costs), default=0) * (stream.device.type != "cpu"),
         generations_read=read + normed + streams_read * epochs + (epochs > 0), between_read=between,
+        gradients_read=epochs * recipe.reads_gradient,
         generations_written=ANCHORED_WRITES if recipe.beside_dense else ONE_PASS_WRITES,
         generations_spilled=ANCHORED_SPILLS * (anchored and not stream.parallel(index)),
         streams=1 + recipe.beside_dense + anchored,
@@ -252,12 +259,16 @@ def next_input_bytes(stream: ModelStream, layers: Sequence[LayerPlan]) -> int:
 
 
 def compression_workload(
-    stream: ModelStream, layers: Sequence[LayerPlan], shape_NL: tuple[int, int], head: bool = False
-) -> Workload:
-    """Sizes of `compress`; `head`, whether predictions are asked for."""
-    asked = head_bytes(stream, math.prod(shape_NL), 6) if head else {}
+    stream: ModelStream, layers: Sequence[LayerPlan], shape_NL: tuple[int, int], head: bool = False, gradient: bool = False,
+) -> Workload:  # fmt: skip
+    """Sizes of `compress`; `head`, whether predictions are asked for; `gradient`, whether that of their loss is."""
+    asked = (
+        head_bytes(stream, math.prod(shape_NL), GRADIENT_COPIES if gradient else HEAD_COPIES)
+        if head or gradient
+        else {}
+    )
     return Workload(
-        **layer_workload(stream, *shape_NL), **asked,
+        **layer_workload(stream, *shape_NL), **asked, gradients=stream.depth * gradient,
         edits=max(layer.edits_bytes for layer in layers), solve=max(layer.solve_bytes for layer in layers),
         inner_after=max(layer.widest for layer in layers),
         streams=layers[0].streams, between=layers[0].generations_spilled,

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from streamlap.errors import UnsupportedModel
+from streamlap.errors import RecipeError, UnsupportedModel
 from streamlap.families.stream import ModelStream
 from streamlap.linalg.moments import fitted_sequences
 from streamlap.output.formats import CONFIGS
@@ -28,6 +28,8 @@ from streamlap.planning.figures import (
     first_traffic,
     flops_by_dtype,
     generations_moved,
+    gradient_flops,
+    gradient_traffic,
     layer_traffic,
     redraw_flops,
 )
@@ -268,6 +270,11 @@ def decide(stream: ModelStream, recipe: Recipe, target: Target | None = None) ->
     if stream.rows:
         raise UnsupportedModel(f"{stream.folder} is already compressed by streamlap; wanted the original checkpoint.")
     recipe.check_methods(stream.family)
+    if recipe.reads_gradient and not stream.has_head:
+        raise RecipeError(
+            f"loraprune: importance is model, and {stream.folder} has no language-model head, so no such loss; wanted "
+            "importance block."
+        )
     if not stream.has_head or stream.caps_logits:
         recipe = recipe.without_final()
     # A survey that is still to be made moves shares between layers, and no total.
@@ -297,13 +304,16 @@ def make_plan(
     for method in decided.recipe.distilled:
         method.require_steps(method.epochs * len(fitted_sequences(*shape_NL)))
     layers = forecast_layers(stream, decided.recipe, decided.candidates, shape_NL)
-    work = compression_workload(stream, layers, shape_NL, head=bool(decided.recipe.final or redrawn))
+    gradient = decided.recipe.reads_gradient
+    work = compression_workload(stream, layers, shape_NL, bool(decided.recipe.final or redrawn), gradient)
     choice = fit(work, settings.caps, settings.overlap, memory)
-    outer = stream.outer_tensors()
+    outer, first = stream.outer_tensors(), first_traffic(stream, choice, layers[0], redrawn)
+    first_flops = redraw_flops(stream, redrawn, shape_NL[1])
+    if gradient:
+        first, first_flops = first + gradient_traffic(stream, choice), first_flops + gradient_flops(stream, shape_NL)
     return Plan(
         recipe=decided.recipe, layers=layers, fit=choice, caps=settings.caps, outer_bytes=shard_bytes(outer),
-        first=first_traffic(stream, choice, layers[0], redrawn),
-        first_flops=redraw_flops(stream, redrawn, shape_NL[1]), dtype=str(stream.dtype).removeprefix("torch."),
+        first=first, first_flops=first_flops, dtype=str(stream.dtype).removeprefix("torch."),
         inputs=fitted_inputs(stream, decided.recipe.edited(stream.family)), redrawn=redrawn,
         survey=forecast_survey(stream, decided.recipe, windows_NL, settings, memory),
     )  # fmt: skip

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from streamlap.errors import BudgetError
 from streamlap.families.stream import ModelStream
 from streamlap.methods.trained.recovery import Recovery
-from streamlap.planning.workload import GRAPH_HEADS, GRAPH_INNER, GRAPH_WIDTHS
+from streamlap.planning.workload import GRAPH_HEADS, GRAPH_INNER, GRAPH_SCORES, GRAPH_WIDTHS, whole_scores
 from streamlap.settings import Caps
 from streamlap.system.budget import free_ram, show_size, vram_state
 from streamlap.system.meters import ram_bytes
@@ -51,7 +51,8 @@ def recovery_needs(stream: ModelStream, knobs: Recovery, windows: int, length: i
     added = sum(knobs.rank * (shape[0] + shape[1]) for shape in shapes if len(shape) == 2)
     inner = max(max(shape) for shape in shapes if len(shape) == 2)
     heads = max(stream.native(index, "q").shape[0] for index in range(stream.depth))
-    layer = 4 * length * (GRAPH_WIDTHS * stream.width + GRAPH_HEADS * heads + GRAPH_INNER * inner)
+    scores = GRAPH_SCORES * whole_scores(stream, length)
+    layer = 4 * length * (GRAPH_WIDTHS * stream.width + GRAPH_HEADS * heads + GRAPH_INNER * inner + scores)
     return RecoveryNeeds(
         model=sum(math.prod(info.shape) * stream.dtype.itemsize for info in infos),
         adapters=added * ADAPTER_BYTES,

@@ -11,8 +11,11 @@ from streamlap.families.stream import HEAD_TOKENS, ModelStream
 from streamlap.store.header import TensorInfo
 from streamlap.store.staging import staged_bytes
 
-GRAPH_WIDTHS, GRAPH_HEADS, GRAPH_INNER = 8, 4, 6
-"""Numbers that a forward leaves for its gradients, a token: so many times the stream, the query heads, the widest linear."""
+GRAPH_WIDTHS, GRAPH_HEADS, GRAPH_INNER, GRAPH_SCORES = 8, 4, 6, 4
+"""Numbers that a forward leaves for its gradients, a token: so many times the stream, the query heads, the widest linear, and
+the attention scores where they are made whole."""
+SCORE_BYTES = 12
+"""Of such a score in a forward: itself, bent or masked, and its share in float32."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,6 +40,8 @@ class Workload:
     itemsize: int
     sequences: int
     length: int
+    scores: int = 0
+    """Attention scores a token, see `whole_scores`."""
     edits: int = 0
     """The edited linears of a layer, as stored."""
     solve: int = 0
@@ -64,6 +69,8 @@ class Workload:
     """What is on the disk between two epochs."""
     trained_token: int = 0
     """What training holds for each token of a window, beside what a forward leaves for its gradients."""
+    gradients: int = 0
+    """Generations of gradients, each as large as one of hidden states, that wait on the disk in any case."""
     copied: int = 0
     """The piece in which a tensor that stays as it is goes from the source to the shard."""
     disk: bool = True
@@ -75,8 +82,9 @@ class Workload:
 
     @property
     def disk_generations(self) -> int:
-        """Generations on the disk while a layer is done, where the disk keeps them: what was there and what is coming."""
-        return self.streams + min(self.streams, 2)
+        """Generations on the disk while a layer is done, where the disk keeps them: what was there and what is coming, and the
+        gradients. The sweeps that make these have never more of them and of their inputs than one beyond their number."""
+        return self.streams + min(self.streams, 2) + self.gradients
 
     @property
     def disk_bytes(self) -> int:
@@ -93,7 +101,9 @@ class Workload:
         what the forward of one sequence leaves for its gradients."""
         if not self.trained:
             return {}
-        graph = 4 * (GRAPH_WIDTHS * self.width + GRAPH_HEADS * self.heads + GRAPH_INNER * self.inner)
+        graph = 4 * (
+            GRAPH_WIDTHS * self.width + GRAPH_HEADS * self.heads + GRAPH_INNER * self.inner + GRAPH_SCORES * self.scores
+        )
         return {
             "refinement": self.trained_bytes,
             "edits": 2 * self.edits,
@@ -105,7 +115,7 @@ class Workload:
         product) or the rotated queries and keys in attention, with the residual, and a normed copy with its float32 work."""
         tokens = min(sequences, self.sequences) * self.length
         ffn = 3 * inner * self.itemsize + 2 * self.width * self.itemsize
-        attention = 6 * self.heads * self.itemsize + 3 * self.width * self.itemsize
+        attention = (6 * self.heads + 3 * self.width) * self.itemsize + SCORE_BYTES * self.scores
         norm = 2 * self.width * 4 + 2 * self.width * self.itemsize
         return tokens * max(ffn, attention, norm)
 
@@ -121,7 +131,15 @@ def layer_workload(stream: ModelStream, sequences: int, length: int) -> dict[str
         "converts": any(info.dtype.is_floating_point and info.dtype != stream.dtype for table in tables for info in table),
         "inner": max(map(max, shapes)),
         "heads": max(stream.native(index, "q").shape[0] for index in range(stream.depth)),
+        "scores": whole_scores(stream, length),
     }  # fmt: skip
+
+
+def whole_scores(stream: ModelStream, length: int) -> int:
+    """Attention scores that a token of a window has in all heads, where attention makes those of the window at once, as
+    transformers has it for scores that are bent; else none."""
+    eager = getattr(stream.config, "_attn_implementation", None) == "eager"
+    return eager * length * int(stream.config.num_attention_heads)
 
 
 def computed_bytes(info: TensorInfo, dtype: torch.dtype) -> int:

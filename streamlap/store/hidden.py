@@ -106,9 +106,9 @@ class HiddenBank:
     def write(self, generation: int, batches: Iterable[torch.Tensor], writer: Worker = INLINE) -> None:
         """Take in a generation. Its file is whole once `writer` has come to the end of what it was given here.
 
-        A batch may be computed from the same batch of the generation before, which it replaces in the cache.
+        A batch may be computed from the same batch of the generation before or behind it, which it replaces in the cache.
         """
-        same_place = self._kept_generation == generation - 1
+        same_place = abs(self._kept_generation - generation) == 1
         if not same_place:
             self._kept = []
         file = self._file = writer.submit(self._create, generation).result() if self.folder is not None else None
@@ -148,6 +148,10 @@ class HiddenBank:
         self._room = plain_room
         if self._file is not None:
             self._file.discard()
+
+    def has(self, generation: int) -> bool:
+        """Whether a generation is on the disk."""
+        return self.folder is not None and self._path(generation).exists()
 
     def drop(self, generation: int) -> None:
         if generation == self._kept_generation:

@@ -28,6 +28,7 @@ from streamlap.linalg.moments import Moments
 from streamlap.loader.forms import LowRank, read_row
 from streamlap.methods import PRESETS
 from streamlap.methods.base import Layout
+from streamlap.methods.trained.base import Lesson
 from streamlap.methods.trained.loraprune import LoraPrune, Pruning
 from streamlap.methods.trained.pclora import DECAYS, Fading, PcLora, closed_form
 from streamlap.methods.trained.steps import distances
@@ -100,8 +101,8 @@ def no_gram(_: str) -> Gram:
     raise AssertionError("nothing is fitted")
 
 
-def lesson(x_BLD: torch.Tensor, target_BLD: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    return x_BLD, target_BLD, x_BLD
+def lesson(x_BLD: torch.Tensor, target_BLD: torch.Tensor) -> Lesson:
+    return x_BLD, target_BLD, x_BLD, x_BLD
 
 
 # --- what comes out ------------------------------------------------------------------------------------------------------
@@ -456,7 +457,7 @@ steady_heap()
 stream = ModelStream(Path(sys.argv[1]), dtype="float32")
 layer = stream.layer(0, stream.layer_kwargs(1024)[0])
 natives = stream.natives(0)
-lesson = tuple(torch.randn(1, 1024, 512) for _ in range(3))
+lesson = tuple(torch.randn(1, 1024, 512) for _ in range(4))
 for method in (LoraPrune(epochs=3, every=1, hold=0.0), PcLora(epochs=3, begin="random", fade=0.5)):
     layout = {}
     for name, part in stream.family.sublayers.items():

@@ -16,9 +16,9 @@ from streamlap.methods.base import Cost, Layout, Natives, ParameterBudget
 
 Pair = tuple[torch.Tensor, torch.Tensor]
 """x_BLD, the compressed stream before a layer, and target_BLD, the dense one after it; see `linalg.rows.paired`."""
-Lesson = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
-"""The same, and dense_BLD, the dense stream before the layer, blank where the target is out; of no width where it is not asked
-for."""
+Lesson = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
+"""The same; dense_BLD, the dense stream before the layer; and gradient_BLD, that of the dense model's language-model loss
+behind it, see `pipeline.gradients`. Both are blank where the target is out, and of no width where they are not asked for."""
 RunLayer = Callable[[Mapping[str, torch.Tensor], torch.Tensor], torch.Tensor]
 """A layer as a function of its parameters by name, in float32, and of x_BLD."""
 Taught = TypeVar("Taught", contravariant=True)
@@ -122,8 +122,15 @@ class Trained(Protocol):
 class Distilled(Protocol):
     """What compresses a whole layer by training it from where it is dense, towards the dense model's stream."""
 
-    reads_dense: ClassVar[bool]
-    """Whether a step looks at the dense stream before the layer."""
+    @property
+    def reads_dense(self) -> bool:
+        """Whether a step looks at the dense stream before the layer."""
+        ...
+
+    @property
+    def reads_gradient(self) -> bool:
+        """Whether it looks at the gradient of the dense model's language-model loss behind the layer."""
+        ...
 
     @property
     def epochs(self) -> int:

@@ -9,6 +9,10 @@ The loss is that of the layer on the compressed stream against the dense model's
 so that nothing is missed before something is cut, and every gradient is zero. So a little noise lies on the target: its
 gradients tell how far the output moves with a weight, which is what a cut does.
 
+Importance may go by the dense model's language-model loss instead, as published. Its gradient behind the layer is known, see
+`pipeline.gradients`, so that of its first-order change <gradient, layer(x)> in the adapters is that of the loss itself, with
+the layer on the dense stream x. The adapters are trained by the layer's own loss in any case.
+
 Shape suffixes: B batch, L length, D hidden, G groups, O out, I in.
 """
 
@@ -17,7 +21,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
 from torch import nn
@@ -52,15 +55,18 @@ from streamlap.methods.trained.steps import (
 )
 
 METRICS = ("lora", "magnitude", "random")
+LOSSES = ("block", "model")
 WORK = 4 * 4 * BLOCK
 """Bytes for each column of a matrix while the importance of some of its rows is made."""
+GRADIENT_WIDTHS = 3
+"""Hidden states that importance by the model's loss looks at: the dense stream, the gradient, and their product."""
+STEP_FORWARDS = 3
+"""What a forward with its gradients costs."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class LoraPrune(Pace):
     """Knobs of the method. `Edit.error` is the share of a linear's squared weights that went."""
-
-    reads_dense: ClassVar[bool] = False
 
     rank: int = 32
     """Of the adapters."""
@@ -76,6 +82,8 @@ class LoraPrune(Pace):
     """On the target, as a share of what the layer adds; see above."""
     metric: str = "lora"
     """What importance is: lora; to compare with, magnitude, of the merged weights alone, or random."""
+    importance: str = "block"
+    """Whose loss it goes by: block, the layer's own, or model, the dense model's language-model loss."""
 
     def __post_init__(self) -> None:
         check_pace("loraprune", self)
@@ -87,6 +95,21 @@ class LoraPrune(Pace):
         check_share("loraprune", "noise", self.noise, least=0, most=10)
         if self.metric not in METRICS:
             raise RecipeError(f"loraprune: metric is {shown(self.metric)}; wanted one of {', '.join(METRICS)}.")
+        if self.importance not in LOSSES:
+            raise RecipeError(f"loraprune: importance is {shown(self.importance)}; wanted one of {', '.join(LOSSES)}.")
+        if self.reads_gradient and self.metric != "lora":
+            raise RecipeError(
+                f"loraprune: importance is model and metric {self.metric}, which asks for no gradient; wanted metric lora, or "
+                "importance block."
+            )
+
+    @property
+    def reads_gradient(self) -> bool:
+        return self.importance == "model"
+
+    @property
+    def reads_dense(self) -> bool:
+        return self.reads_gradient
 
     def layout(self, sublayer: str, natives: Natives, budget: ParameterBudget) -> Layout:
         return heads_within(natives, budget) if sublayer == "attention" else channels_within(natives, budget)
@@ -100,9 +123,11 @@ class LoraPrune(Pace):
         work = WORK * max(native.shape[1] for native in natives.values())
         masked = sum(natives[role].shape[1] for role in LAST.values())
         groups = 8 * natives["down"].shape[1] + 8 * natives["v"].shape[0]
+        seen = GRADIENT_WIDTHS * natives["q"].shape[1] if self.reads_gradient else 0
         return TrainingCost(
             parameters=numbers, held_bytes=MASTER * numbers + widened + work + 2 * groups,
-            state_bytes=STATE * numbers + groups, token_bytes=RUN * masked,
+            state_bytes=STATE * numbers + groups, token_bytes=RUN * (masked + seen),
+            forwards=STEP_FORWARDS * (1 + self.reads_gradient),
         )  # fmt: skip
 
     def require_steps(self, steps: int) -> None:
@@ -167,17 +192,25 @@ class Pruning(Steps):
         """Loss on held-out tokens with what is left so far."""
         self._adam.zero_grad()
         found = HeldLoss()
-        for x_BLD, target_BLD, _ in held:
+        for x_BLD, target_BLD, *_ in held:
             found.update(x_BLD, target_BLD, self.adapted(x_BLD))
         return self.noted(found)
 
     def step(self, place: int, lesson: Lesson) -> None:
-        x_BLD, target_BLD, _ = lesson
-        self._adam.zero_grad()
+        x_BLD, target_BLD, dense_BLD, gradient_BLD = lesson
         number = self.step_number(place)
+        looking = number <= self.knobs.closing(self.total)  # no group goes later
+        if looking and self.knobs.reads_gradient:
+            self._adam.zero_grad()
+            # The mean over the tokens that are predicted, as of a language model's loss.
+            change = (gradient_BLD.float() * self.adapted(dense_BLD)).sum() / (gradient_BLD.shape[1] - 1)
+            change.backward()  # type: ignore[no-untyped-call]
+            self._observe()
+        self._adam.zero_grad()
         loss = mean(distances(self._noisy(target_BLD, number), self.adapted(x_BLD))) / self._update
         loss.backward()  # type: ignore[no-untyped-call]
-        self._observe()
+        if looking and not self.knobs.reads_gradient:
+            self._observe()
         if self.knobs.looks(number, self.total):
             for name, most in self.most.items():
                 gone = self.knobs.removed(number, self.total, most)

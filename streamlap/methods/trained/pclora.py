@@ -60,6 +60,7 @@ class PcLora(Pace):
     """Knobs of the method. `Edit.error` is the share of a linear's squared weights that its factors differ by."""
 
     reads_dense: ClassVar[bool] = True
+    reads_gradient: ClassVar[bool] = False
 
     learning_rate: float = 3e-2
     begin: str = "warm"
@@ -171,12 +172,12 @@ class Fading(BestSteps):
         self._adam.zero_grad()
         self.fade_to(0.0)
         found = HeldLoss()
-        for x_BLD, target_BLD, _ in held:
+        for x_BLD, target_BLD, *_ in held:
             found.update(x_BLD, target_BLD, self.adapted(x_BLD))
         return self.noted(found)
 
     def step(self, place: int, lesson: Lesson) -> None:
-        x_BLD, target_BLD, dense_BLD = lesson
+        x_BLD, target_BLD, dense_BLD, _ = lesson
         self._adam.zero_grad()
         self.fade_to(self.knobs.lambda_at(self.step_number(place), self.total))
         loss = self.loss(x_BLD, target_BLD, linear_outputs(self.layer, self.adapted.adapters, dense_BLD))
