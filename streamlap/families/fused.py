@@ -1,4 +1,4 @@
-"""Checkpoints that are of a known architecture but for how they store it.
+"""Linears that a checkpoint stores together, as rows of one matrix. They are read apart.
 
 A phi3 is a llama, or where it has a window a mistral, whose q, k, v are the rows of one matrix and whose gate, up are those of
 another. It is read as what it is: config.json says llama, and each part of a matrix is a tensor of its own, at its place in the
@@ -7,8 +7,8 @@ file. So a result has no fused matrix, and opens wherever a llama does.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from dataclasses import replace
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -29,7 +29,7 @@ PHI3 = {
 }
 """What config.json of a phi3 may leave out, where a llama has another default."""
 LEFT_BEHIND = ("auto_map", "architectures", "original_max_position_embeddings", "partial_rotary_factor", "rope_scaling")
-PARTS = {
+PHI3_PARTS = {
     "self_attn.qkv_proj": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
     "mlp.gate_up_proj": ("mlp.gate_proj", "mlp.up_proj"),
 }
@@ -61,36 +61,59 @@ def as_stored_apart(raw: dict[str, Any]) -> dict[str, Any]:
     return PHI3 | kept | {"model_type": kind, "architectures": classes}
 
 
-class StoredApart:
-    """A source in which parts of fused matrices are tensors of their own: rows of a matrix are bytes in one piece.
+@dataclass(frozen=True, kw_only=True)
+class Together:
+    """A matrix on the disk that holds several linears."""
 
-    Args: rows, outputs of a linear by its path in the layer. Raises CheckpointError where a matrix has not as many.
+    path: str
+    """In the layer."""
+    parts: Mapping[str, int]
+    """Path of each linear -> its rows, in their order."""
+    head_dim: int | None = None
+    """In turns of so many rows; None where one linear follows the other."""
+    marked: bool = False
+    """Whether its own name stays, for a mark of one number, see `loader.linears.JoinedLinear`."""
+
+
+class StoredApart:
+    """A source in which linears that are stored together are tensors of their own, at their places in the file.
+
+    Raises CheckpointError where a matrix has not as many rows.
     """
 
-    def __init__(self, source: TensorSource, rows: Mapping[str, int]) -> None:
+    def __init__(self, source: TensorSource, matrices: Sequence[Together]) -> None:
         self._source, self.headers = source, source.headers
         self._parts: dict[str, TensorInfo] = {}
         self._names: list[str] = []
         for name in source.names():
-            path = next((path for path in PARTS if f"{path}." in name), None)
-            if path is None:
+            matrix = next((matrix for matrix in matrices if f"{matrix.path}." in name), None)
+            if matrix is None:
                 self._names.append(name)
             else:
-                self._split(name, path, rows)
+                self._split(name, matrix)
 
-    def _split(self, name: str, path: str, rows: Mapping[str, int]) -> None:
-        info, wanted = self._source.info(name), [rows[part] for part in PARTS[path]]
-        if not info.shape or info.shape[0] != sum(wanted):
+    def _split(self, name: str, matrix: Together) -> None:
+        info, counts = self._source.info(name), matrix.parts.values()
+        if not info.shape or info.shape[0] != sum(counts):
             raise CheckpointError(
                 f"tensor {name!r} in {info.path.name} has shape {list(info.shape)}; config.json wants "
-                f"{' + '.join(map(str, wanted))} rows."
+                f"{' + '.join(map(str, counts))} rows."
             )
         width, begin = info.nbytes // info.shape[0], info.begin
-        for part, count in zip(PARTS[path], wanted, strict=True):
-            apart, end = name.replace(path, part), begin + count * width
-            self._parts[apart] = replace(info, name=apart, shape=(count, *info.shape[1:]), begin=begin, end=end)
-            self._names.append(apart)
-            begin = end
+        for part, count in matrix.parts.items():
+            run = (matrix.head_dim or count) * width
+            step = 0 if matrix.head_dim is None else len(matrix.parts) * run
+            end = begin + (count * width // run - 1) * step + run
+            shape = count, *info.shape[1:]
+            apart = name.replace(matrix.path, part)
+            self._add(replace(info, name=apart, shape=shape, begin=begin, end=end, run=run, step=step))
+            begin += run
+        if matrix.marked and name.endswith(".weight"):
+            self._add(replace(info, shape=(1, 1), end=info.begin + info.dtype.itemsize))
+
+    def _add(self, part: TensorInfo) -> None:
+        self._parts[part.name] = part
+        self._names.append(part.name)
 
     def names(self) -> Iterable[str]:
         return self._names

@@ -1,7 +1,8 @@
 """Names on disk -> names in the model, by the rule of transformers' own loader.
 
 A checkpoint may be saved from the bare decoder (`layers.0...`, without `model.` in front), or hold tensors that the model has
-no place for. From here on every tensor goes by the name that the whole model has for it, and so it is written.
+no place for. From here on every tensor goes by the name that the whole model has for it, and so it is written, but for a head
+that checkpoints call otherwise.
 """
 
 from __future__ import annotations
@@ -65,6 +66,8 @@ def name_in_model(stored: str, wanted: Collection[str], family: Family) -> str |
     """What the model calls the tensor that is `stored` on disk; None where it has no place for it. The heads of other tasks
     keep their names: the model does not run them, and transformers has classes that do."""
     short, long = stored.removeprefix(f"{family.base}."), f"{family.base}.{stored}"
+    if family.stored_head is not None and stored == f"{family.stored_head}.weight":
+        return f"{family.head}.weight"
     for name in (short, long, stored):
         if name in wanted:
             return name

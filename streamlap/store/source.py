@@ -9,7 +9,6 @@ import hashlib
 import logging
 import os
 from collections.abc import Iterable, Iterator
-from dataclasses import replace
 from pathlib import Path
 from typing import Protocol
 
@@ -128,11 +127,12 @@ def require_finite(tensor: torch.Tensor, name: str, file: str) -> None:
         )
 
 
-def read_into(info: TensorInfo, view: memoryview) -> None:
-    """Fill `view` with the tensor's bytes, by positioned reads; the pages read are dropped from the page cache."""
+def read_into(info: TensorInfo, view: memoryview, first: int = 0) -> None:
+    """Fill `view` with the tensor's bytes from number `first`, by positioned reads; the pages read are dropped from the page
+    cache."""
     handle = _open(info)
     try:
-        _read_all(handle, info, view, drop=True)
+        _read_all(handle, info, view, drop=True, first=first)
     except OSError as error:
         raise CheckpointError(f"{info.path.name}: {error.strerror} while reading tensor {info.name!r}.") from error
     finally:
@@ -148,15 +148,17 @@ def read_tensors(path: Path) -> dict[str, torch.Tensor]:
     return tensors
 
 
-def _read_all(handle: int, info: TensorInfo, view: memoryview, drop: bool = False) -> None:
-    """Fill `view` with the bytes of `info`, however few come at a time; `drop` them from the page cache as they come."""
+def _read_all(handle: int, info: TensorInfo, view: memoryview, drop: bool = False, first: int = 0) -> None:
+    """Fill `view` with the bytes of `info` from number `first`, however few come at a time; `drop` them from the page cache as
+    they come."""
     done = 0
-    while done < info.nbytes:
-        count = os.preadv(handle, [view[done : done + CHUNK_BYTES]], info.begin + done)
+    while done < len(view):
+        begin, left = info.place(first + done)
+        count = os.preadv(handle, [view[done : done + min(left, CHUNK_BYTES)]], begin)
         if not count:
             raise CheckpointError(f"{info.path.name} ended inside tensor {info.name!r}: it was cut while in use.")
         if drop:
-            forget(handle, info.begin + done, count)
+            forget(handle, begin, count)
         done += count
 
 
@@ -175,9 +177,7 @@ def read_rows(info: TensorInfo, rows: list[int]) -> torch.Tensor:
         first = 0
         for place in range(1, len(rows) + 1):
             if place == len(rows) or rows[place] != rows[place - 1] + 1:
-                begin = info.begin + rows[first] * width
-                piece = replace(info, begin=begin, end=begin + (place - first) * width)
-                _read_all(handle, piece, view[first * width : place * width])
+                _read_all(handle, info, view[first * width : place * width], first=rows[first] * width)
                 first = place
     except OSError as error:
         raise CheckpointError(f"{info.path.name}: {error.strerror} while reading tensor {info.name!r}.") from error
@@ -190,10 +190,10 @@ def read_rows(info: TensorInfo, rows: list[int]) -> torch.Tensor:
 def read_chunks(info: TensorInfo) -> Iterator[torch.Tensor]:
     """The tensor's bytes in pieces of at most `CHUNK_BYTES`, uint8, in one buffer that the next piece overwrites."""
     buffer = torch.empty(min(CHUNK_BYTES, info.nbytes), dtype=torch.uint8)
-    for begin in range(info.begin, info.end, CHUNK_BYTES):
-        piece = replace(info, begin=begin, end=min(begin + CHUNK_BYTES, info.end))
-        read_into(piece, byte_view(buffer)[: piece.nbytes])
-        yield buffer[: piece.nbytes]
+    for begin in range(0, info.nbytes, CHUNK_BYTES):
+        piece = buffer[: min(CHUNK_BYTES, info.nbytes - begin)]
+        read_into(info, byte_view(piece), begin)
+        yield piece
 
 
 def equal_numbers(first: TensorInfo, second: TensorInfo) -> bool:
@@ -210,10 +210,8 @@ def equal_numbers(first: TensorInfo, second: TensorInfo) -> bool:
 
 def _numbers(info: TensorInfo, begin: int, end: int) -> torch.Tensor:
     """Some of the numbers of a tensor, in their order, as float32."""
-    size = info.dtype.itemsize
-    piece = replace(info, begin=info.begin + begin * size, end=info.begin + end * size)
     numbers = torch.empty(end - begin, dtype=info.dtype)
-    read_into(piece, byte_view(numbers))
+    read_into(info, byte_view(numbers), begin * info.dtype.itemsize)
     return numbers.float()
 
 
