@@ -178,7 +178,8 @@ class StreamlapQuantizer(HfQuantizer):
             for parameter in model.parameters():
                 parameter.data = parameter.data.to(wanted)
         without = [path for path, native in self.natives.items() if not native.bias]
-        added = [path for path in without if model.get_submodule(_path_in(model, path)).bias is not None]
+        modules = dict(model.named_modules())  # without the parts of what was one matrix
+        added = [path for path in without if getattr(modules.get(_path_in(model, path)), "bias", None) is not None]
         if added:
             logger.warning("%s and %d more have a bias that a saved native model leaves out", added[0], len(added) - 1)
         return model

@@ -27,7 +27,6 @@ STATE_FOLDER = ".streamlap"
 """Where a run keeps what it needs to go on, in its output."""
 
 
-
 @dataclass(frozen=True)
 class Joined:
     """Tensors that are written as one, row by row: one after the other, or in turns of `run` rows of each."""
