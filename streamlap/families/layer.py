@@ -16,8 +16,8 @@ import torch
 from torch import nn
 
 from streamlap.families.checks import check_layer
-from streamlap.families.standins import StandIn, replaced, silent, silent_linear
 from streamlap.families.shell import head_dim_of
+from streamlap.families.standins import StandIn, replaced, silent, silent_linear
 from streamlap.families.table import Family
 from streamlap.linalg.rows import any_out, carried, finite_rows
 from streamlap.loader.forms import Dense, Form, Removed, form_of

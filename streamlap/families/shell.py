@@ -40,7 +40,7 @@ STORED_DTYPES = {*COMPUTE_DTYPES.values(), torch.float64}
 
 def read_config(folder: Path) -> dict[str, Any]:
     """config.json as transformers takes it: a mistral with `layer_types` is a ministral, whose layers heed them. A phi3 is what
-    it is but for its fused matrices, see `fused`.
+    it is but for its fused matrices, and a gpt2 is an opt, see `fused`.
 
     Raises CheckpointError when there is none or it is not a JSON object.
     """
@@ -85,8 +85,8 @@ def joined_table(model: nn.Module, family: Family) -> dict[str, dict[str, int]]:
 def module_table(
     raw: Mapping[str, Any], family: Family, depth: int, joined: Mapping[str, Mapping[str, int]]
 ) -> dict[str, dict[str, int]]:
-    """quantization_config.modules of a folder that streamlap wrote, else nothing; linears of decoder layers alone, and either all
-    matrices of `joined` or none."""
+    """quantization_config.modules of a folder that streamlap wrote, else nothing; linears of decoder layers alone, and either
+    all matrices of `joined` or none."""
     rows = (raw.get("quantization_config") or {}).get("modules", {})
     known = {f"{family.layers}.{index}.{path}" for index in range(depth) for path in family.paths} | joined.keys()
     faulty = [path for path in rows if path not in known or not isinstance(rows[path], dict)] if rows else []

@@ -21,7 +21,7 @@ from torch import nn
 from streamlap.accelerator.devices import accelerator_of
 from streamlap.errors import CheckpointError, UnsupportedModel, few, shown
 from streamlap.families.bounds import check_roles, check_widths, described_by, native_config
-from streamlap.families.fused import PHI3_PARTS, StoredApart, Together
+from streamlap.families.fused import PHI3_PARTS, StoredApart, Together, read_as
 from streamlap.families.layer import StreamLayer, is_parallel
 from streamlap.families.names import ModelTensors, check_depth
 from streamlap.families.nas import as_llama, is_nas, unmark
@@ -88,7 +88,7 @@ class ModelStream:
         """Whether what is gone has left a mark in its place, as in the factored format."""
         self.raw_config = raw if self.marked else as_llama(raw, folder)
         self.family = find_family(self.raw_config)
-        source = source or SafetensorsFolder(folder)
+        source = read_as(source or SafetensorsFolder(folder), self.family)
         with described_by(folder):
             self._open(source, dtype)
 

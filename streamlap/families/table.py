@@ -30,8 +30,8 @@ class Family:
     sublayers: Mapping[str, Sublayer] = field(default_factory=lambda: SUBLAYERS)
     """In their order. One after another they are the whole layer."""
     joined: Mapping[str, bool] = field(default_factory=dict)
-    """Path of a matrix in the layer that holds several linears, whose paths begin with it -> whether they take turns in it, head
-    by head, or follow one another."""
+    """Path of a matrix in the layer that holds several linears, whose paths begin with it -> whether they take turns in it,
+    head by head, or follow one another."""
     stored_head: str | None = None
     """What checkpoints call the output layer, where that is not its path."""
     bias_flags: Mapping[str, str] = field(default_factory=dict)
@@ -183,7 +183,7 @@ FAMILIES = {
 
 def find_family(config: Mapping[str, Any]) -> Family:
     """The row for a parsed config.json. Raises UnsupportedModel with what was found and what is known."""
-    found, known = config.get("model_type"), ", ".join((*FAMILIES, "phi3"))
+    found, known = config.get("model_type"), ", ".join((*FAMILIES, "phi3", "gpt2"))
     if not isinstance(found, str) or found not in FAMILIES:
         raise UnsupportedModel(
             f"model_type {shown(found)} (architectures {shown(config.get('architectures'))}) is not known; known are {known}. "

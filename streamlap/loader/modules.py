@@ -163,9 +163,10 @@ def _joined(path: str, row: Mapping[str, int], whole: nn.Linear) -> JoinedLinear
     """What a row with "parts" makes of a matrix, on its device and dtype. Raises ValueError for a row that does not fit it."""
     parts, head_dim, out = row["parts"], row.get("head_dim"), whole.out_features
     if row.keys() - {"parts", "head_dim"} or type(parts) is not int or parts not in PARTS or out % parts:
+        known = ", ".join(map(str, PARTS))
         raise ValueError(
-            f"streamlap module {short(path)}: seen {short(dict(row))}; wanted 'parts', one of {', '.join(map(str, PARTS))} that "
-            f"divides the {out} rows, and perhaps 'head_dim'"
+            f"streamlap module {short(path)}: seen {short(dict(row))}; wanted 'parts', one of {known} that divides the {out} "
+            "rows, and perhaps 'head_dim'"
         )
     if "head_dim" in row:
         check_size(path, "head_dim", row["head_dim"], out // parts)

@@ -9,6 +9,7 @@ import hashlib
 import logging
 import os
 from collections.abc import Iterable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Protocol
 
@@ -22,6 +23,8 @@ from streamlap.untrusted.paths import checked
 
 CHUNK_BYTES = 1 << 26
 """Bytes in one read; a multiple of every item size."""
+TURNED_BYTES = 1 << 22
+"""Of a matrix that is stored by its columns, what is turned at a time."""
 SAMPLES, SAMPLE_BYTES = 64, 4096
 """Pieces of a shard that stand for all of its data, and their size."""
 
@@ -151,7 +154,11 @@ def read_tensors(path: Path) -> dict[str, torch.Tensor]:
 def _read_all(handle: int, info: TensorInfo, view: memoryview, drop: bool = False, first: int = 0) -> None:
     """Fill `view` with the bytes of `info` from number `first`, however few come at a time; `drop` them from the page cache as
     they come."""
-    done = 0
+    if info.transposed:
+        _read_transposed(handle, info, view, first)
+        return
+    done = min(max(info.blank - first, 0), len(view))
+    view[:done] = bytes(done)
     while done < len(view):
         begin, left = info.place(first + done)
         count = os.preadv(handle, [view[done : done + min(left, CHUNK_BYTES)]], begin)
@@ -160,6 +167,20 @@ def _read_all(handle: int, info: TensorInfo, view: memoryview, drop: bool = Fals
         if drop:
             forget(handle, begin, count)
         done += count
+
+
+def _read_transposed(handle: int, info: TensorInfo, view: memoryview, first: int) -> None:
+    """The same of a matrix that is stored by its columns: blocks of rows, whose numbers are in pieces in the file."""
+    (rows, columns), size, done = info.shape, info.dtype.itemsize, 0
+    while done < len(view):
+        row, inside = divmod(first + done, columns * size)
+        count = min(max(1, TURNED_BYTES // (columns * size)), rows - row)
+        place = replace(info, shape=(columns, count), begin=info.begin + row * size, run=count * size, transposed=False)
+        block = torch.empty(columns, count, dtype=info.dtype)
+        _read_all(handle, place, byte_view(block))
+        piece = byte_view(block.t().contiguous())[inside : inside + len(view) - done]
+        view[done : done + len(piece)] = piece
+        done += len(piece)
 
 
 def read_rows(info: TensorInfo, rows: list[int]) -> torch.Tensor:
