@@ -90,6 +90,7 @@ def module_table(
     rows = (raw.get("quantization_config") or {}).get("modules", {})
     known = {f"{family.layers}.{index}.{path}" for index in range(depth) for path in family.paths} | joined.keys()
     faulty = [path for path in rows if path not in known or not isinstance(rows[path], dict)] if rows else []
+    faulty = faulty or [path for path in rows if "parts" in rows[path] and path not in joined]
     if isinstance(rows, dict) and not faulty and (given := rows.keys() & joined.keys()):
         faulty = [path for path in given if rows[path] != joined[path]]
         if lacking := sorted(joined.keys() - rows.keys()):

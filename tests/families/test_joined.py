@@ -17,6 +17,7 @@ from outputs import contents
 from safetensors.torch import load_file, save_file
 from test_stream import load_tokens, run_stream
 from transformers import AutoModelForCausalLM
+from transformers.distributed import DistributedConfig
 
 import streamlap
 from streamlap.errors import CheckpointError, UnsupportedModel
@@ -69,6 +70,10 @@ def test_a_compressed_one_is_saved_made_plain_and_recovered(
     wanted_NLV = logits(model, tokens)
     model.save_pretrained(tmp_path / "saved")
     assert torch.equal(logits(tmp_path / "saved", tokens), wanted_NLV)
+    path = next(iter(ModelStream(source).joined))
+    model.config.distributed_config = DistributedConfig(tp_size=2)
+    with pytest.raises(ValueError, match=rf"'{path}': seen linears that are joined under .* 'colwise"):
+        model.hf_quantizer.update_parallel_plan(model, {path.replace(".0.", ".*."): "colwise"})
     streamlap.export(out, tmp_path / "dense")
     model.dequantize()
     assert not any(isinstance(module, JoinedLinear) for module in model.modules())
@@ -139,6 +144,14 @@ def test_a_matrix_of_other_rows_is_refused(source: Path, tmp_path: Path) -> None
     ("edit", "words"),
     [
         (lambda rows, path: rows.pop(path), "has no row for .*; wanted {.*'parts': "),
+        (
+            lambda rows, path: rows.update({f"{path.rpartition('.')[0]}.no": {"parts": 2}}),
+            "has .*no': {'parts': 2}; wanted",
+        ),
+        (
+            lambda rows, path: rows.update({f"{path}.{'q' if 'key' in path else 'up'}": {"parts": 2}}),
+            "'parts': 2}; wanted",
+        ),
         (lambda rows, path: rows.update({path: {"parts": 4}}), "has .*: {'parts': 4}; wanted linears of"),
         (lambda rows, path: rows.update({path: {"parts": 2, "head_dim": 5}}), "has .*'head_dim': 5.*; wanted"),
     ],
