@@ -34,6 +34,13 @@ Any other is refused before anything is read; [add-a-family.md](add-a-family.md)
 A `phi3` (also Phi 4) is read as the llama that it is, or where it has a window as a mistral, with its fused matrices apart; so
 a result is a llama or a mistral. Refused are those whose heads are turned in part or with scaled positions.
 
+A `gpt2` is read as the opt that it is by other names, with q, k and v apart and its matrices the other way round; so a result
+is an opt, whose table of positions has two more rows, of zeros. Refused are those with `add_cross_attention`, other than the
+usual scales of attention, or another `layer_norm_epsilon` than 1e-5.
+
+In `glm4` gate and up are one matrix, in `gpt_neox` q, k and v. They are compressed each on its own. A result in the factored
+format has them apart; `--format stock` and `export --to dense` or `stock` write one matrix again.
+
 ## Models with a vision tower
 
 {wrappers}

@@ -84,6 +84,8 @@ PICO_OF: dict[str, dict[str, Any]] = {
     },
     "stablelm": {"use_parallel_residual": True, "qk_layernorm": True, "use_qkv_bias": True},
     "exaone4": {"sliding_window": 5, "layer_types": ["sliding_attention", "full_attention", "sliding_attention"]},
+    "gpt2": {"n_inner": 48},
+    "gpt_neox": {"rotary_pct": 0.5},
     "hunyuan_v1_dense": {"rope_parameters": ROPE | {"rope_type": "dynamic", "alpha": 1000.0}},
 }
 """Model type -> what shows, in three layers of 64 tokens, what its layers do and others do not."""

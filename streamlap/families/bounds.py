@@ -31,7 +31,7 @@ SIZES = {
 }
 """Key -> the most that it may be; no known model has a tenth of it."""
 MAY_BE_NULL = {"num_key_value_heads", "head_dim"}
-ROPE_KEYS = ("rope_parameters", "rope_scaling", "rope_theta", "partial_rotary_factor")
+ROPE_KEYS = ("rope_parameters", "rope_scaling", "rope_theta", "partial_rotary_factor", "rotary_pct", "rotary_emb_base")
 ROPE_MOST = 1e15
 
 UNUSED = {

@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from streamlap.families.checks import check_layer
+from streamlap.families.shell import head_dim_of
 from streamlap.families.standins import StandIn, replaced, silent, silent_linear
 from streamlap.families.table import Family
 from streamlap.linalg.rows import any_out, carried, finite_rows
@@ -119,8 +120,7 @@ class StreamLayer:
         """Numbers in one attention head."""
         path = self.family.sublayers["attention"].module
         assert path is not None, "attention is a module everywhere"
-        attention: Any = self.module.get_submodule(path)
-        return int(attention.head_dim)
+        return head_dim_of(self.module.get_submodule(path))
 
     def storage_dtype(self, role: str) -> torch.dtype:
         return self._stored[f"{self.family.path(role)}.weight"].dtype

@@ -1,8 +1,8 @@
 """Names on disk -> names in the model, by the rule of transformers' own loader.
 
 A checkpoint may be saved from the bare decoder (`layers.0...`, without `model.` in front), or hold tensors that the model has
-no place for. From here on every tensor goes by the name that the whole model has for it, and so it is written. The parts of a
-wrapper that are not its language model go by their names on disk.
+no place for. From here on every tensor goes by the name that the whole model has for it, and so it is written, but for a head
+that checkpoints call otherwise. The parts of a wrapper that are not its language model go by their names on disk.
 """
 
 from __future__ import annotations
@@ -67,6 +67,8 @@ def name_in_model(stored: str, wanted: Collection[str], family: Family) -> str |
     """What the model calls the tensor that is `stored` on disk; None where it has no place for it. The heads of other tasks
     keep their names: the model does not run them, and transformers has classes that do. So do the other parts of a wrapper."""
     short, long = stored.removeprefix(f"{family.base}."), f"{family.base}.{stored}"
+    if family.stored_head is not None and stored == f"{family.stored_head}.weight":
+        return f"{family.head}.weight"
     names: list[str] = [short, long, stored, *(names_inside(stored) if family.wraps else ())]
     for name in names:
         if name in wanted:

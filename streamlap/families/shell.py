@@ -41,7 +41,7 @@ STORED_DTYPES = {*COMPUTE_DTYPES.values(), torch.float64}
 
 def read_config(folder: Path) -> dict[str, Any]:
     """config.json as transformers takes it: a mistral with `layer_types` is a ministral, whose layers heed them. A phi3 is what
-    it is but for its fused matrices, see `fused`.
+    it is but for its fused matrices, and a gpt2 is an opt, see `fused`.
 
     Raises CheckpointError when there is none or it is not a JSON object.
     """
@@ -73,11 +73,37 @@ def meta_model(config: PreTrainedConfig) -> PreTrainedModel:
     return model
 
 
-def module_table(raw: Mapping[str, Any], family: Family, depth: int) -> dict[str, dict[str, int]]:
-    """quantization_config.modules of a folder that streamlap wrote, else nothing; linears of decoder layers alone."""
+def head_dim_of(attention: Any) -> int:
+    """Numbers in one head of an attention module."""
+    return int(getattr(attention, "head_dim", None) or attention.head_size)
+
+
+def joined_table(model: nn.Module, family: Family) -> dict[str, dict[str, int]]:
+    """Path in the model of each matrix that holds several linears -> its row, see `loader.modules`."""
+    table, attention = {}, family.sublayers["attention"].module
+    for index, layer in enumerate(model.get_submodule(family.layers).children()):
+        for path, row in family.joined_rows.items():
+            turns = {"head_dim": head_dim_of(layer.get_submodule(str(attention)))} if family.joined[path] else {}
+            table[f"{family.layers}.{index}.{path}"] = row | turns
+    return table
+
+
+def module_table(
+    raw: Mapping[str, Any], family: Family, depth: int, joined: Mapping[str, Mapping[str, int]]
+) -> dict[str, dict[str, int]]:
+    """quantization_config.modules of a folder that streamlap wrote, else nothing; linears of decoder layers alone, and either
+    all matrices of `joined` or none."""
     rows = (raw.get("quantization_config") or {}).get("modules", {})
-    known = {f"{family.layers}.{index}.{path}" for index in range(depth) for path in family.paths}
+    known = {f"{family.layers}.{index}.{path}" for index in range(depth) for path in family.paths} | joined.keys()
     faulty = [path for path in rows if path not in known or not isinstance(rows[path], dict)] if rows else []
+    faulty = faulty or [path for path in rows if "parts" in rows[path] and path not in joined]
+    if isinstance(rows, dict) and not faulty and (given := rows.keys() & joined.keys()):
+        faulty = [path for path in given if rows[path] != joined[path]]
+        if lacking := sorted(joined.keys() - rows.keys()):
+            raise CheckpointError(
+                f"quantization_config.modules in config.json has no row for {lacking[0]}; wanted "
+                f"{shown(dict(joined[lacking[0]]))} there, as for {min(given)}."
+            )
     if not isinstance(rows, dict) or faulty:
         row = f" {shown(faulty[0])}: {shown(rows[faulty[0]])}" if isinstance(rows, dict) else f": {shown(rows)}"
         raise CheckpointError(

@@ -21,7 +21,7 @@ from torch import nn
 from streamlap.accelerator.devices import accelerator_of
 from streamlap.errors import CheckpointError, UnsupportedModel, few, shown
 from streamlap.families.bounds import check_roles, check_widths, described_by, native_config
-from streamlap.families.fused import StoredApart
+from streamlap.families.fused import PHI3_PARTS, StoredApart, Together, read_as
 from streamlap.families.layer import StreamLayer, is_parallel
 from streamlap.families.names import ModelTensors, check_depth
 from streamlap.families.nas import as_llama, is_nas, unmark
@@ -32,6 +32,7 @@ from streamlap.families.shell import (
     check_alone,
     check_orders,
     check_tensor,
+    joined_table,
     meta_model,
     module_table,
     parse_dtype,
@@ -87,7 +88,7 @@ class ModelStream:
         """Whether what is gone has left a mark in its place, as in the factored format."""
         self.raw_config = raw if self.marked else as_llama(raw, folder)
         self.family = find_family(self.raw_config)
-        source = source or SafetensorsFolder(folder)
+        source = read_as(source or SafetensorsFolder(folder), self.family)
         with described_by(folder):
             self._open(source, dtype)
 
@@ -95,10 +96,15 @@ class ModelStream:
         config: Any = native_config(self.raw_config, self.folder)
         depth = int(config.get_text_config().num_hidden_layers)
         check_depth(depth, source, self.family, self.folder)
-        self.rows = module_table(self.raw_config, self.family, depth)
         self.model = meta_model(config)
         self.config: Any = self.model.config.get_text_config()
-        self._dense = swapped(self.model, self.rows)  # the linears that an earlier compression replaced, by path
+        self.joined = joined_table(self.model, self.family)
+        """Path of each matrix that holds several linears -> its row. In memory they are always apart."""
+        rows = module_table(self.raw_config, self.family, depth, self.joined)
+        self.apart = bool(rows.keys() & self.joined.keys())
+        """Whether they are apart on the disk too, as in the factored format."""
+        self.rows = {path: row for path, row in rows.items() if path not in self.joined}
+        self._dense = swapped(self.model, self.joined | rows)  # what stood there before, by path
         if not self.marked:
             unmark(self.model.get_submodule(self.family.layers))
         self.layers = list(self.model.get_submodule(self.family.layers).children())
@@ -115,7 +121,7 @@ class ModelStream:
                 "the others of its family have."
             )
         check_roles(self.model, self.family, depth)
-        self.source = self._check_tensors(StoredApart(source, self._rows()))
+        self.source = self._check_tensors(StoredApart(source, self._stored_together()))
         self.dtype = self._resolve_dtype(dtype)
         for index in range(self.depth) if self.rows else ():
             forms = {role: self.form(index, role) for role in self.family.roles}
@@ -129,6 +135,11 @@ class ModelStream:
     @property
     def depth(self) -> int:
         return len(self.layers)
+
+    @property
+    def compressed(self) -> bool:
+        """Whether streamlap's loader is needed to open it."""
+        return bool(self.rows) or self.apart
 
     def storage_itemsize(self, index: int) -> int:
         """Bytes of a weight of a layer's linears; of the widest where they differ."""
@@ -165,9 +176,11 @@ class ModelStream:
         return form_of(self.model.get_submodule(self.linear_name(index, role)))
 
     def outer_tensors(self) -> dict[str, TensorInfo]:
-        """Everything outside the decoder layers, by name: embeddings, final norm, heads."""
+        """Everything outside the decoder layers, by name on disk: embeddings, final norm, heads."""
         names = [name for name in self.source.names() if not name.startswith(self.family.layers + ".")]
-        return {name: self.source.info(name) for name in sorted(names)}
+        head, stored = self.family.head, self.family.stored_head or self.family.head
+        called = {f"{head}.weight": f"{stored}.weight"}
+        return {called.get(name, name): self.source.info(name) for name in sorted(names)}
 
     def layer_names(self, index: int) -> dict[str, str]:
         """Module state name -> name in the source, for one decoder layer."""
@@ -306,9 +319,22 @@ class ModelStream:
             return stored if fast else torch.float32
         return COMPUTE_DTYPES[name]
 
-    def _rows(self) -> dict[str, int]:
-        """Outputs of each linear before any edit, by its path in the layer."""
-        return {self.family.path(role): native.shape[0] for role, native in self.natives(0).items()}
+    def _stored_together(self) -> list[Together]:
+        """Matrices of a layer on the disk that hold several linears."""
+        rows = {self.family.path(role): native.shape[0] for role, native in self.natives(0).items()}
+        if not self.family.joined:
+            known = [(path, parts) for path, parts in PHI3_PARTS.items() if rows.keys() >= set(parts)]
+            return [Together(path=path, parts={part: rows[part] for part in parts}) for path, parts in known]
+        row = {path: self.joined[f"{self.layer_name(0)}.{path}"] for path in self.family.joined}
+        return [
+            Together(
+                path=path,
+                parts={part: count for part, count in rows.items() if part.startswith(f"{path}.")},
+                head_dim=row[path].get("head_dim"),
+                marked=True,
+            )
+            for path in (() if self.apart else self.family.joined)
+        ]
 
     def _check_tensors(self, source: TensorSource) -> ModelTensors:
         """The source by the names of the model, each tensor of which was looked at."""

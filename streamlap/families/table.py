@@ -30,6 +30,11 @@ class Family:
     """Role of a linear -> its path in the layer."""
     sublayers: Mapping[str, Sublayer] = field(default_factory=lambda: SUBLAYERS)
     """In their order. One after another they are the whole layer."""
+    joined: Mapping[str, bool] = field(default_factory=dict)
+    """Path of a matrix in the layer that holds several linears, whose paths begin with it -> whether they take turns in it,
+    head by head, or follow one another."""
+    stored_head: str | None = None
+    """What checkpoints call the output layer, where that is not its path."""
     bias_flags: Mapping[str, str] = field(default_factory=dict)
     """Beginning of a path -> the flag in config.json that gives every linear under it a bias."""
     parallel: bool | str = False
@@ -70,6 +75,11 @@ class Family:
         return any(part.norm or part.multiplier for part in self.sublayers.values())
 
     @property
+    def joined_rows(self) -> dict[str, dict[str, int]]:
+        """Path of a matrix that holds several linears -> how many, as `loader.modules` takes it."""
+        return {path: {"parts": sum(part.startswith(f"{path}.") for part in self.paths)} for path in self.joined}
+
+    @property
     def paths(self) -> tuple[str, ...]:
         """Paths in the layer of all linears that count as decoder parameters, in order."""
         return tuple(self.roles.values())
@@ -91,9 +101,11 @@ class Family:
         return f"{count} dead input{'s' * (count > 1)} of {', '.join(map(self.path, self.readers(role)))}"
 
 
+QKV_BIAS = dict.fromkeys((ROLES["q"], ROLES["k"], ROLES["v"]), "attention_bias")
+NEOX = {part: f"attention.query_key_value.{part}" for part in ("q", "k", "v")}
 LLAMA_FLAGS = {"self_attn.": "attention_bias", "mlp.": "mlp_bias"}
 SEED_FLAGS = {
-    **dict.fromkeys((ROLES["q"], ROLES["k"], ROLES["v"]), "attention_bias"),
+    **QKV_BIAS,
     ROLES["o"]: "attention_out_bias",
     "mlp.": "mlp_bias",
 }
@@ -149,6 +161,29 @@ FAMILIES = {
         bias_flags=dict.fromkeys((ROLES["q"], ROLES["k"], ROLES["v"]), "use_qkv_bias"),
     ),
     "exaone4": Family(model_type="exaone4", sublayers=POST_NORMED),
+    "glm4": Family(
+        model_type="glm4",
+        roles=ROLES | {"gate": "mlp.gate_up_proj.gate", "up": "mlp.gate_up_proj.up"},
+        joined={"mlp.gate_up_proj": False},
+        sublayers={
+            "attention": replace(SUBLAYERS["attention"], norm="post_self_attn_layernorm"),
+            "ffn": replace(SUBLAYERS["ffn"], norm="post_mlp_layernorm"),
+        },
+        bias_flags=QKV_BIAS,
+    ),
+    "gpt_neox": Family(
+        model_type="gpt_neox",
+        layers="gpt_neox.layers",
+        embedding="gpt_neox.embed_in",
+        norm="gpt_neox.final_layer_norm",
+        stored_head="embed_out",
+        ignored=("rotary_emb.inv_freq", "attention.bias", "attention.masked_bias"),
+        roles=NEOX | {"o": "attention.dense", "up": "mlp.dense_h_to_4h", "down": "mlp.dense_4h_to_h"},
+        joined={"attention.query_key_value": True},
+        sublayers=WITHOUT_GATE | {"attention": replace(SUBLAYERS["attention"], module="attention")},
+        parallel="use_parallel_residual",
+        bias_flags={"attention.": "attention_bias"},
+    ),
 }
 
 
@@ -158,7 +193,7 @@ HEADED = ("ForCausalLM", "ForConditionalGeneration")
 
 def find_family(config: Mapping[str, Any]) -> Family:
     """The row for a parsed config.json. Raises UnsupportedModel with what was found and what is known."""
-    found, known = config.get("model_type"), ", ".join((*FAMILIES, *WRAPPERS, "phi3"))
+    found, known = config.get("model_type"), ", ".join((*FAMILIES, *WRAPPERS, "phi3", "gpt2"))
     if not is_wrapper(config) and (not isinstance(found, str) or found not in FAMILIES):
         raise UnsupportedModel(
             f"model_type {shown(found)} (architectures {shown(config.get('architectures'))}) is not known; known are {known}. "

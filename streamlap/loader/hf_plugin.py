@@ -5,6 +5,8 @@ A folder keeps its native `model_type`; `quantization_config` in config.json lis
     {"quant_method": "streamlap", "format_version": 2,
      "modules": {"model.layers.0.self_attn.q_proj": {"rank": 7}, "model.layers.0.mlp.down_proj": {"in": 96}}}
 
+A matrix that holds several linears is there with {"parts": 3}, and each of these under its path, as in "PATH.q".
+
 transformers builds the native model on the meta device; the quantizer below puts the listed modules in, and the weights
 are read into them. This file is copied as it is into every output folder, next to modules.py, forms.py, linears.py and
 adapters.py, so that `trust_remote_code=True` works where streamlap is not installed; it therefore imports nothing else of the
@@ -34,7 +36,7 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from .forms import Dense, form_of, short
-from .linears import LowRankLinear, PivotedLinear, RemovedLinear, StoredLinear
+from .linears import JoinedLinear, LowRankLinear, PivotedLinear, RemovedLinear, StoredLinear
 from .modules import carriers, check_loaded, merge_modules, swap_modules, unhook
 
 QUANT_METHOD = "streamlap"
@@ -134,6 +136,11 @@ class StreamlapQuantizer(HfQuantizer):
         split = getattr(getattr(model.config, "distributed_config", None), "tp_size", None) or 1
         for path, module in model.named_modules():
             key = re.sub(r"\.\d+(?=\.|$)", ".*", path)
+            if isinstance(module, JoinedLinear) and key in plan and split > 1:
+                raise ValueError(
+                    f"streamlap module {path!r}: seen linears that are joined under the tensor-parallel plan {plan[key]!r}; "
+                    "wanted no such plan. Load this folder without tensor parallelism, or dequantize it."
+                )
             if not isinstance(module, StoredLinear) or key not in plan:
                 continue
             columns = plan[key].startswith("colwise")
@@ -171,7 +178,8 @@ class StreamlapQuantizer(HfQuantizer):
             for parameter in model.parameters():
                 parameter.data = parameter.data.to(wanted)
         without = [path for path, native in self.natives.items() if not native.bias]
-        added = [path for path in without if model.get_submodule(_path_in(model, path)).bias is not None]
+        modules = dict(model.named_modules())  # without the parts of what was one matrix
+        added = [path for path in without if getattr(modules.get(_path_in(model, path)), "bias", None) is not None]
         if added:
             logger.warning("%s and %d more have a bias that a saved native model leaves out", added[0], len(added) - 1)
         return model

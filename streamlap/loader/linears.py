@@ -9,6 +9,7 @@ Shape suffixes: O out, I in, R rank, N = O - R; leading dimensions of activation
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -241,6 +242,42 @@ class RemovedLinear(StoredLinear):
         return torch.zeros(
             self.out_features, self.in_features, device=self.weight.device, dtype=dtype or self.weight.dtype
         )
+
+
+PARTS = {2: ("gate", "up"), 3: ("q", "k", "v")}
+"""Linears in a joined matrix -> their names."""
+
+
+class JoinedLinear(nn.Module):
+    """One matrix of the native layer as the linears that it holds, each of which may have a form of its own.
+
+    y is what they give, side by side; with a `head_dim` they take turns, that many numbers of each.
+    """
+
+    weight: torch.Tensor
+
+    def __init__(
+        self, in_features: int, out_features: int, parts: int, bias: bool = False, head_dim: int | None = None,
+        device: Device = None, dtype: Dtype = None,
+    ) -> None:  # fmt: skip
+        """`out_features` of the whole matrix, of which each part has the same share."""
+        super().__init__()
+        self.head_dim = head_dim
+        for name in PARTS[parts]:
+            self.add_module(name, nn.Linear(in_features, out_features // parts, bias, device, dtype))
+        # Not read. On disk it has the name of the whole matrix and another shape, so that nothing else loads in its place.
+        self.register_buffer("weight", torch.zeros(1, 1, device=device, dtype=dtype))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """x [..., I] -> [..., O]."""
+        return joined([part(x) for part in self.children()], self.head_dim, x.dim() - 1)
+
+
+def joined(parts: Sequence[torch.Tensor], head_dim: int | None, dim: int) -> torch.Tensor:
+    """Tensors side by side along `dim`, or in turns of `head_dim` of each."""
+    if head_dim is None:
+        return torch.cat(list(parts), dim)
+    return torch.cat([torch.unflatten(part, dim, (-1, head_dim)) for part in parts], dim + 1).flatten(dim, dim + 1)
 
 
 def _spanning_rows(w_NS: torch.Tensor, least: float) -> tuple[torch.Tensor, torch.Tensor]:

@@ -12,18 +12,27 @@ from typing import Any
 import torch
 from torch import nn
 
-from .forms import Dense, read_row, short
-from .linears import PivotedLinear, RemovedLinear, StoredLinear
+from .forms import Dense, check_size, read_row, short
+from .linears import PARTS, JoinedLinear, PivotedLinear, RemovedLinear, StoredLinear, joined
 
 
 def swap_modules(root: nn.Module, modules: Mapping[str, Mapping[str, int]]) -> dict[str, nn.Linear]:
     """Put the module that each row of `modules` describes in place of the `nn.Linear` at its path, on its device and dtype.
+    A row with "parts" makes it a `JoinedLinear`, whose parts may have rows too.
 
     Shapes are read, never computed. Gives back the modules that were replaced, by path. Raises ValueError for a path that is
     not an `nn.Linear` or a row that does not fit it, before anything is replaced.
     """
-    replaced = {path: _linear_at(root, path) for path in modules}
-    forms = {path: read_row(path, row, Dense.from_module(replaced[path])) for path, row in modules.items()}
+    wholes = {path: _linear_at(root, path) for path, row in modules.items() if "parts" in row}
+    taken_apart = {path: _joined(path, modules[path], whole) for path, whole in wholes.items()}
+    replaced = wholes | {path: _linear_at(root, path, taken_apart) for path in modules if path not in wholes}
+    forms = {
+        path: read_row(path, row, Dense.from_module(replaced[path]))
+        for path, row in modules.items()
+        if path not in wholes
+    }
+    for path, module in taken_apart.items():
+        root.set_submodule(path, module)
     for path, form in forms.items():
         old = replaced[path].weight
         root.set_submodule(path, form.build(old.device, old.dtype))
@@ -46,8 +55,11 @@ class Skipped:
 def skip_removed(root: nn.Module) -> None:
     """Skip every module all of whose linears are removed, its own children all of them; run again one that has others now."""
     for module in root.modules():
+        if isinstance(module, JoinedLinear):
+            continue
         linears = [part for part in module.modules() if isinstance(part, nn.Linear | StoredLinear)]
-        own = set(module.children()).issuperset(linears)
+        matrices = [part for part in module.children() if isinstance(part, JoinedLinear)]
+        own = {*module.children(), *(part for matrix in matrices for part in matrix.children())}.issuperset(linears)
         gone = linears and own and all(isinstance(part, RemovedLinear) for part in linears)
         skipped = isinstance(module.__dict__.get("forward"), Skipped)
         if gone and not skipped:
@@ -63,8 +75,12 @@ def merge_modules(root: nn.Module, natives: Mapping[str, Dense], dtype: torch.dt
     Missing channels become zeros: a gate and an up row of zeros give an activation of zero, and the zero column of down reads
     nothing, so the layer computes the same function. A bias stays, also where the native model knows none.
     """
-    for path, native in natives.items():
-        root.set_submodule(path, dense_linear(root.get_submodule(path), native, dtype))
+    for path in sorted(natives, key=lambda path: -path.count(".")):  # the parts of a matrix before the matrix
+        module, native = root.get_submodule(path), natives[path]
+        if isinstance(module, JoinedLinear):
+            root.set_submodule(path, _put_together(module, dtype))
+        else:
+            root.set_submodule(path, dense_linear(module, native, dtype))
     skip_removed(root)
 
 
@@ -82,6 +98,20 @@ def dense_linear(module: nn.Module, native: Dense, dtype: torch.dtype | None = N
             new.bias.zero_()
         if bias_o is not None:
             new.bias[: bias_o.shape[0]] = bias_o
+    return new
+
+
+def _put_together(matrix: JoinedLinear, dtype: torch.dtype | None) -> nn.Linear:
+    """The one `nn.Linear` that computes what its parts do, all of them dense."""
+    parts = [part for part in matrix.children() if isinstance(part, nn.Linear)]
+    weight_oi = joined([part.weight for part in parts], matrix.head_dim, 0)
+    biased = any(part.bias is not None for part in parts)
+    new = nn.Linear(weight_oi.shape[1], weight_oi.shape[0], biased, weight_oi.device, dtype or weight_oi.dtype)
+    with torch.no_grad():
+        new.weight.copy_(weight_oi)
+        if biased:
+            biases = [part.weight.new_zeros(len(part.weight)) if part.bias is None else part.bias for part in parts]
+            new.bias.copy_(joined(biases, matrix.head_dim, 0))
     return new
 
 
@@ -129,9 +159,32 @@ def disk_name(name: str, carriers: Mapping[str, str]) -> str:
     return f"{path}.{leaf}" if part and carriers.get(path) == part else name
 
 
-def _linear_at(root: nn.Module, path: str) -> nn.Linear:
+def _joined(path: str, row: Mapping[str, int], whole: nn.Linear) -> JoinedLinear:
+    """What a row with "parts" makes of a matrix, on its device and dtype. Raises ValueError for a row that does not fit it."""
+    parts, head_dim, out = row["parts"], row.get("head_dim"), whole.out_features
+    if row.keys() - {"parts", "head_dim"} or type(parts) is not int or parts not in PARTS or out % parts:
+        known = ", ".join(map(str, PARTS))
+        raise ValueError(
+            f"streamlap module {short(path)}: seen {short(dict(row))}; wanted 'parts', one of {known} that divides the {out} "
+            "rows, and perhaps 'head_dim'"
+        )
+    if "head_dim" in row:
+        check_size(path, "head_dim", row["head_dim"], out // parts)
+        if out // parts % row["head_dim"]:
+            raise ValueError(
+                f"streamlap module {short(path)}: seen head_dim = {head_dim}; wanted a divisor of {out // parts}"
+            )
+    weight = whole.weight
+    biased = whole.bias is not None
+    return JoinedLinear(whole.in_features, out, parts, biased, head_dim, weight.device, weight.dtype)
+
+
+def _linear_at(root: nn.Module, path: str, taken_apart: Mapping[str, nn.Module] | None = None) -> nn.Linear:
+    """The linear at `path`, which may be a part of a matrix that is not yet in `root`."""
+    parent, _, leaf = path.rpartition(".")
+    matrix = (taken_apart or {}).get(parent)
     try:
-        module = root.get_submodule(path)
+        module = root.get_submodule(path) if matrix is None else matrix.get_submodule(leaf)
     except AttributeError as error:
         raise ValueError(
             f"streamlap module {short(path)}: seen no such module in {type(root).__name__}; wanted the path of a Linear"

@@ -105,7 +105,7 @@ def result_config(out: Path, stream: ModelStream, report: Report) -> dict[str, A
         write_nas(out, write_durably)
     if report.format in CONFIGS:
         return CONFIGS[report.format](stream, forms_after(stream, module_rows(report.layers, stream.family.layers)))
-    table = quantization_config(report, stream.family.layers)
+    table = quantization_config(report, stream)
     places = write_shim(out, write_durably, wraps=stream.family.wraps)
     return source_config(stream) | {"auto_map": places, "quantization_config": table}
 
@@ -118,12 +118,12 @@ def loader_of(stream: ModelStream) -> str:
     return f"AutoModelFor{task[1]}Classification" if task else "AutoModel"
 
 
-def quantization_config(report: Report, layers_path: str) -> dict[str, Any]:
+def quantization_config(report: Report, stream: ModelStream) -> dict[str, Any]:
     """The object in config.json that tells a loader which modules to put where."""
     return {
         "quant_method": "streamlap",
         "format_version": FORMAT_VERSION,
-        "modules": module_rows(report.layers, layers_path),
+        "modules": stream.joined | module_rows(report.layers, stream.family.layers),
     }
 
 

@@ -18,14 +18,15 @@ import torch
 
 from streamlap.errors import CheckpointError, UnsupportedModel, one_line
 from streamlap.families.bounds import native_config
-from streamlap.families.shell import check_orders, meta_model
+from streamlap.families.shell import check_orders, joined_table, meta_model, swapped
 from streamlap.families.stream import ModelStream
 from streamlap.families.wrappers import text_of, with_text
 from streamlap.loader.forms import Dense, Form, Removed, kind_of, read_row
+from streamlap.loader.linears import PARTS
 from streamlap.loader.modules import dense_linear
 from streamlap.output.nas import check_layers, nas_config, nas_tensors
 from streamlap.store.shards import NAMING_KEY
-from streamlap.store.sink import TensorEntry
+from streamlap.store.sink import Joined, TensorEntry
 
 Forms = Mapping[str, Form]
 """Role -> what its linear is in the result."""
@@ -104,6 +105,7 @@ def check_sizes(stream: ModelStream, config: Config, layers: Sequence[Forms]) ->
     """Raise UnsupportedModel unless the native model of `config` has just the linears that are to be written."""
     try:
         native = meta_model(native_config(config, stream.folder))
+        swapped(native, joined_table(native, stream.family))
     except CheckpointError as error:  # transformers wants the hidden size to be a multiple of the heads
         raise UnsupportedModel(
             f"a {stream.family.model_type} of such sizes is none to transformers ({one_line(str(error))[:200]}); wanted "
@@ -157,9 +159,30 @@ express. That of the format factored is in `folder`: it goes by the rows of the 
 # --- tensors -----------------------------------------------------------------------------------------------------------
 
 
-def packed(to: str, prefix: str, forms: Forms, entries: Mapping[str, TensorEntry]) -> Mapping[str, TensorEntry]:
-    """The tensors of the layer `prefix` as the format has them."""
-    return nas_tensors(prefix, forms, entries) if to == "nas" else entries
+def packed(
+    to: str, prefix: str, forms: Forms, entries: Mapping[str, TensorEntry], matrices: Mapping[str, Mapping[str, int]]
+) -> Mapping[str, TensorEntry]:
+    """The tensors of the layer `prefix` as the format has them; `matrices` are those that hold several linears, see
+    `ModelStream.joined`."""
+    if to == "nas":
+        return nas_tensors(prefix, forms, entries)
+    return entries if to == "factored" else joined_tensors(prefix, entries, matrices)
+
+
+def joined_tensors(
+    prefix: str, entries: Mapping[str, TensorEntry], matrices: Mapping[str, Mapping[str, int]]
+) -> dict[str, TensorEntry]:
+    """The same with each matrix in the place of its parts and its mark."""
+    whole = dict(entries)
+    for path, row in matrices.items():
+        if not path.startswith(f"{prefix}."):
+            continue
+        for leaf in ("weight", "bias"):
+            names = [f"{path}.{part}.{leaf}" for part in PARTS[row["parts"]]]
+            parts = [part for name in names if not isinstance(part := whole.pop(name, None), Joined | None)]
+            if parts:
+                whole[f"{path}.{leaf}"] = Joined(tuple(parts), row.get("head_dim"))
+    return whole
 
 
 def exported_layer(stream: ModelStream, index: int, wanted: Forms, config: Mapping[str, Any]) -> dict[str, TensorEntry]:

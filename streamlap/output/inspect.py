@@ -80,8 +80,9 @@ def _numbers(form: Form, itemsize: int, marked: bool) -> int:
 
 
 def _stored(stream: ModelStream, index: int) -> int:
-    """Parameters of a layer as its tensors tell."""
-    tensors = stream.layer_tensors(index)
+    """Parameters of a layer as its tensors tell; the mark of a matrix that is stored apart is none."""
+    marks = {f"{path}.weight" for path in stream.family.joined}
+    tensors = {name: info for name, info in stream.layer_tensors(index).items() if name not in marks}
     indices = {name: info for name, info in tensors.items() if not info.dtype.is_floating_point}
     weights = sum(info.numel for name, info in tensors.items() if name not in indices)
     return weights + sum(

@@ -44,7 +44,7 @@ def finish_recovered(out: Path, stream: ModelStream, recovery: Mapping[str, Any]
         write_durably(out / "README.md", f"{card.rstrip()}\n\n{card_section(recovery)}\n".encode())
     if not stream.marked:
         write_nas(out, write_durably)
-    elif stream.rows:
+    elif stream.compressed:
         write_shim(out, write_durably)
     config = source_config(stream) if stream.marked else read_config(source)
     write_json(out / "config.json", {key: value for key, value in config.items() if key != NAMING_KEY})

@@ -96,7 +96,7 @@ def resume_export(run: Run, settings: RunSettings) -> Exported:
     deadline, folder, destination = settings.deadline(), Path(run.model), run.out
     to = exported_format(run)
     stream = ModelStream(folder)
-    if not stream.rows:
+    if not stream.compressed:
         raise UnsupportedModel(
             f"{folder} is not compressed by streamlap; wanted an output folder. It is dense already."
         )
@@ -160,6 +160,7 @@ def write_shards(
         entries: Mapping[str, TensorEntry] = stream.outer_tensors()
         if place:
             index, forms = place - 1, wanted[place - 1]
-            entries = packed(to, stream.layer_name(index), forms, exported_layer(stream, index, forms, config))
+            tensors = exported_layer(stream, index, forms, config)
+            entries = packed(to, stream.layer_name(index), forms, tensors, stream.joined)
         journal.append({"index": place, "sha256": sink.write(shards[place], entries)})
     sink.seal(shards)

@@ -115,7 +115,7 @@ def compress_layer(job: Job, runner: LayerRunner, index: int, kwargs: Sequence[d
     with clock.phase("write"):
         shard = shard_names(job.stream.depth)[index + 1]
         forms = layer.natives(layer.family.roles) | {edit.role: edit.form for edit in made.edits}
-        entries = packed(job.plan.recipe.format, layer.prefix, forms, layer.tensors())
+        entries = packed(job.plan.recipe.format, layer.prefix, forms, layer.tensors(), job.stream.joined)
         digest = runner.writer.submit(ShardFolder(job.out).write, shard, entries)
     with clock.phase("propagate"):
         out_NL, inputs = propagate(hand, kwargs[1:], bool(job.plan.recipe.final), trained=trace is not None)

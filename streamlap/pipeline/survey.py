@@ -103,7 +103,7 @@ def survey(
     reset_peaks()
     stream = ModelStream(folder, settings.device, dtype)
     stream.require_head()
-    if stream.rows:
+    if stream.compressed:
         raise UnsupportedModel(f"{folder} is already compressed by streamlap; wanted the original checkpoint.")
     wanted = Calibration(files=files, samples=samples, length=length, seed=seed, text_column=text_column)
     tokens_NL = survey_windows(stream, wanted, settings)

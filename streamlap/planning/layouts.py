@@ -157,6 +157,7 @@ def planned_tensors(
         else:
             dtype = stored[f"{path}.weight"].dtype if tensor.is_floating_point() else tensor.dtype
             made[f"{prefix}.{disk_name(name, parts)}"] = tensor.to(dtype)
-    kept = packed(to, prefix, {**stream.natives(index), **layout}, {**copied, **made})
+    kept = packed(to, prefix, {**stream.natives(index), **layout}, {**copied, **made}, stream.joined)
     infos = {name: entry for name, entry in kept.items() if isinstance(entry, TensorInfo)}
-    return infos, {name: entry for name, entry in kept.items() if isinstance(entry, torch.Tensor)}
+    others = {name: entry for name, entry in kept.items() if not isinstance(entry, TensorInfo)}
+    return infos, {name: torch.empty(e.shape, dtype=e.dtype, device="meta") for name, e in others.items()}

@@ -267,7 +267,7 @@ class Decided:
 
 def decide(stream: ModelStream, recipe: Recipe, target: Target | None = None) -> Decided:
     """Raises RecipeError and UnsupportedModel for all in recipe and target that could stop a run later on."""
-    if stream.rows:
+    if stream.compressed:
         raise UnsupportedModel(f"{stream.folder} is already compressed by streamlap; wanted the original checkpoint.")
     recipe.check_methods(stream.family)
     if recipe.reads_gradient and not stream.has_head:

@@ -38,6 +38,9 @@ class Workload:
     heads: int
     """Numbers a token in the output of the query projection."""
     itemsize: int
+    ffn_tensors: int = 3
+    """Tensors as wide as the FFN that a forward holds at a time: act(gate), up, their product; gate as well, where it is one
+    tensor with up."""
     sequences: int
     length: int
     scores: int = 0
@@ -111,10 +114,10 @@ class Workload:
         }
 
     def activations(self, sequences: int, inner: int) -> int:
-        """Most that one forward of a gated layer holds at a time beside its input: three FFN-wide tensors (act(gate), up, their
-        product) or the rotated queries and keys in attention, with the residual, and a normed copy with its float32 work."""
+        """Most that one forward of a gated layer holds at a time beside its input: the FFN-wide tensors or the rotated queries
+        and keys in attention, with the residual, and a normed copy with its float32 work."""
         tokens = min(sequences, self.sequences) * self.length
-        ffn = 3 * inner * self.itemsize + 2 * self.width * self.itemsize
+        ffn = self.ffn_tensors * inner * self.itemsize + 2 * self.width * self.itemsize
         attention = (6 * self.heads + 3 * self.width) * self.itemsize + SCORE_BYTES * self.scores
         norm = 2 * self.width * 4 + 2 * self.width * self.itemsize
         return tokens * max(ffn, attention, norm)
@@ -123,13 +126,14 @@ class Workload:
 def layer_workload(stream: ModelStream, sequences: int, length: int) -> dict[str, Any]:
     """The sizes that compressing and evaluating share, as keywords of Workload."""
     tables = [stream.layer_tensors(index).values() for index in range(stream.depth)]
+    joined = [place for place in stream.family.paths if place.rpartition(".")[0] in stream.family.joined]
     shapes = [stream.form(index, role).shape for index in range(stream.depth) for role in stream.family.roles]
     return {
         "device": stream.accelerator.label, "itemsize": stream.dtype.itemsize, "sequences": sequences, "length": length,
         "staged": max(map(staged_bytes, tables)), "width": stream.width,
         "computed": max(sum(computed_bytes(info, stream.dtype) for info in table) for table in tables),
         "converts": any(info.dtype.is_floating_point and info.dtype != stream.dtype for table in tables for info in table),
-        "inner": max(map(max, shapes)),
+        "inner": max(map(max, shapes)), "ffn_tensors": 3 + any(place.endswith(".gate") for place in joined),
         "heads": max(stream.native(index, "q").shape[0] for index in range(stream.depth)),
         "scores": whole_scores(stream, length),
     }  # fmt: skip

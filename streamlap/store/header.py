@@ -58,7 +58,11 @@ def byte_view(tensor: torch.Tensor) -> memoryview:
 
 @dataclass(frozen=True, kw_only=True)
 class TensorInfo:
-    """Where one tensor lies: `[begin, end)` are byte offsets from the start of the file."""
+    """Where one tensor lies: `[begin, end)` are byte offsets from the start of the file.
+
+    With a `step` it is in runs of `run` bytes, each of which begins so many bytes behind the one before; where it is
+    `transposed`, these are its columns. `blank` bytes of zeros, which no file has, come first.
+    """
 
     name: str
     path: Path
@@ -66,12 +70,25 @@ class TensorInfo:
     shape: tuple[int, ...]
     begin: int
     end: int
+    run: int = 0
+    step: int = 0
+    transposed: bool = False
+    blank: int = 0
     stamp: tuple[int, int] | None = None
     """Bytes and time of change of the file when its header was read, by which `source` sees that it was changed since."""
 
     @property
     def nbytes(self) -> int:
-        return self.end - self.begin
+        return self.numel * self.dtype.itemsize
+
+    def place(self, offset: int) -> tuple[int, int]:
+        """Where in the file the byte `offset` of the tensor is, and how many of it follow there with that one. Not of one that
+        is transposed."""
+        offset -= self.blank
+        if not self.step:
+            return self.begin + offset, self.end - self.begin - offset
+        number, inside = divmod(offset, self.run)
+        return self.begin + number * self.step + inside, self.run - inside
 
     @property
     def numel(self) -> int:

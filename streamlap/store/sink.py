@@ -13,6 +13,7 @@ import itertools
 import json
 import os
 from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -25,8 +26,47 @@ from streamlap.store.source import CHUNK_BYTES, forget, read_chunks, require_fin
 STATE_FOLDER = ".streamlap"
 """Where a run keeps what it needs to go on, in its output."""
 
-TensorEntry = torch.Tensor | TensorInfo
-"""What can be written: a tensor, or the place of one in another file, which is copied as bytes."""
+
+@dataclass(frozen=True)
+class Joined:
+    """Tensors that are written as one, row by row: one after the other, or in turns of `run` rows of each."""
+
+    parts: tuple[torch.Tensor | TensorInfo, ...]
+    run: int | None = None
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.parts[0].dtype
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return sum(part.shape[0] for part in self.parts), *self.parts[0].shape[1:]
+
+    @property
+    def nbytes(self) -> int:
+        return sum(part.nbytes for part in self.parts)
+
+    def runs(self) -> Iterator[torch.Tensor | TensorInfo]:
+        """What is written, in its order."""
+        if self.run is None:
+            yield from self.parts
+            return
+        for first in range(0, self.parts[0].shape[0], self.run):
+            for part in self.parts:
+                yield rows_of(part, first, self.run)
+
+
+def rows_of(entry: torch.Tensor | TensorInfo, first: int, count: int) -> torch.Tensor | TensorInfo:
+    """Some rows of what can be written, which lie together where they are on the disk."""
+    if isinstance(entry, torch.Tensor):
+        return entry[first : first + count]
+    width = entry.nbytes // entry.shape[0]
+    begin = entry.place(first * width)[0]
+    return replace(entry, shape=(count, *entry.shape[1:]), begin=begin, end=begin + count * width, run=0, step=0)
+
+
+TensorEntry = torch.Tensor | TensorInfo | Joined
+"""What can be written: a tensor, the place of one in another file, which is copied as bytes, or several of them as one."""
 
 
 def shard_names(depth: int) -> list[str]:
@@ -205,7 +245,10 @@ def _build_header(tensors: Mapping[str, TensorEntry]) -> tuple[bytes, list[str]]
 
 def _pieces(entry: TensorEntry) -> Iterator[memoryview]:
     """The entry's bytes; a generator, so that nothing is read or copied before its turn. Copies are checked on the way."""
-    if isinstance(entry, TensorInfo):
+    if isinstance(entry, Joined):
+        for run in entry.runs():
+            yield from _pieces(run)
+    elif isinstance(entry, TensorInfo):
         for piece in read_chunks(entry):
             require_finite(piece.view(entry.dtype), entry.name, entry.path.name)
             yield byte_view(piece)

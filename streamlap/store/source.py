@@ -23,6 +23,8 @@ from streamlap.untrusted.paths import checked
 
 CHUNK_BYTES = 1 << 26
 """Bytes in one read; a multiple of every item size."""
+TURNED_BYTES = 1 << 22
+"""Of a matrix that is stored by its columns, what is turned at a time."""
 SAMPLES, SAMPLE_BYTES = 64, 4096
 """Pieces of a shard that stand for all of its data, and their size."""
 
@@ -128,11 +130,12 @@ def require_finite(tensor: torch.Tensor, name: str, file: str) -> None:
         )
 
 
-def read_into(info: TensorInfo, view: memoryview) -> None:
-    """Fill `view` with the tensor's bytes, by positioned reads; the pages read are dropped from the page cache."""
+def read_into(info: TensorInfo, view: memoryview, first: int = 0) -> None:
+    """Fill `view` with the tensor's bytes from number `first`, by positioned reads; the pages read are dropped from the page
+    cache."""
     handle = _open(info)
     try:
-        _read_all(handle, info, view, drop=True)
+        _read_all(handle, info, view, drop=True, first=first)
     except OSError as error:
         raise CheckpointError(f"{info.path.name}: {error.strerror} while reading tensor {info.name!r}.") from error
     finally:
@@ -148,16 +151,36 @@ def read_tensors(path: Path) -> dict[str, torch.Tensor]:
     return tensors
 
 
-def _read_all(handle: int, info: TensorInfo, view: memoryview, drop: bool = False) -> None:
-    """Fill `view` with the bytes of `info`, however few come at a time; `drop` them from the page cache as they come."""
-    done = 0
-    while done < info.nbytes:
-        count = os.preadv(handle, [view[done : done + CHUNK_BYTES]], info.begin + done)
+def _read_all(handle: int, info: TensorInfo, view: memoryview, drop: bool = False, first: int = 0) -> None:
+    """Fill `view` with the bytes of `info` from number `first`, however few come at a time; `drop` them from the page cache as
+    they come."""
+    if info.transposed:
+        _read_transposed(handle, info, view, first)
+        return
+    done = min(max(info.blank - first, 0), len(view))
+    view[:done] = bytes(done)
+    while done < len(view):
+        begin, left = info.place(first + done)
+        count = os.preadv(handle, [view[done : done + min(left, CHUNK_BYTES)]], begin)
         if not count:
             raise CheckpointError(f"{info.path.name} ended inside tensor {info.name!r}: it was cut while in use.")
         if drop:
-            forget(handle, info.begin + done, count)
+            forget(handle, begin, count)
         done += count
+
+
+def _read_transposed(handle: int, info: TensorInfo, view: memoryview, first: int) -> None:
+    """The same of a matrix that is stored by its columns: blocks of rows, whose numbers are in pieces in the file."""
+    (rows, columns), size, done = info.shape, info.dtype.itemsize, 0
+    while done < len(view):
+        row, inside = divmod(first + done, columns * size)
+        count = min(max(1, TURNED_BYTES // (columns * size)), rows - row)
+        place = replace(info, shape=(columns, count), begin=info.begin + row * size, run=count * size, transposed=False)
+        block = torch.empty(columns, count, dtype=info.dtype)
+        _read_all(handle, place, byte_view(block))
+        piece = byte_view(block.t().contiguous())[inside : inside + len(view) - done]
+        view[done : done + len(piece)] = piece
+        done += len(piece)
 
 
 def read_rows(info: TensorInfo, rows: list[int]) -> torch.Tensor:
@@ -175,9 +198,7 @@ def read_rows(info: TensorInfo, rows: list[int]) -> torch.Tensor:
         first = 0
         for place in range(1, len(rows) + 1):
             if place == len(rows) or rows[place] != rows[place - 1] + 1:
-                begin = info.begin + rows[first] * width
-                piece = replace(info, begin=begin, end=begin + (place - first) * width)
-                _read_all(handle, piece, view[first * width : place * width])
+                _read_all(handle, info, view[first * width : place * width], first=rows[first] * width)
                 first = place
     except OSError as error:
         raise CheckpointError(f"{info.path.name}: {error.strerror} while reading tensor {info.name!r}.") from error
@@ -190,10 +211,10 @@ def read_rows(info: TensorInfo, rows: list[int]) -> torch.Tensor:
 def read_chunks(info: TensorInfo) -> Iterator[torch.Tensor]:
     """The tensor's bytes in pieces of at most `CHUNK_BYTES`, uint8, in one buffer that the next piece overwrites."""
     buffer = torch.empty(min(CHUNK_BYTES, info.nbytes), dtype=torch.uint8)
-    for begin in range(info.begin, info.end, CHUNK_BYTES):
-        piece = replace(info, begin=begin, end=min(begin + CHUNK_BYTES, info.end))
-        read_into(piece, byte_view(buffer)[: piece.nbytes])
-        yield buffer[: piece.nbytes]
+    for begin in range(0, info.nbytes, CHUNK_BYTES):
+        piece = buffer[: min(CHUNK_BYTES, info.nbytes - begin)]
+        read_into(info, byte_view(piece), begin)
+        yield piece
 
 
 def equal_numbers(first: TensorInfo, second: TensorInfo) -> bool:
@@ -210,10 +231,8 @@ def equal_numbers(first: TensorInfo, second: TensorInfo) -> bool:
 
 def _numbers(info: TensorInfo, begin: int, end: int) -> torch.Tensor:
     """Some of the numbers of a tensor, in their order, as float32."""
-    size = info.dtype.itemsize
-    piece = replace(info, begin=info.begin + begin * size, end=info.begin + end * size)
     numbers = torch.empty(end - begin, dtype=info.dtype)
-    read_into(piece, byte_view(numbers))
+    read_into(info, byte_view(numbers), begin * info.dtype.itemsize)
     return numbers.float()
 
 

@@ -12,8 +12,8 @@ from safetensors.torch import load_file, save_file
 
 from streamlap.errors import CheckpointError
 from streamlap.store.header import DTYPES, read_header
-from streamlap.store.sink import ShardFolder, durable
-from streamlap.store.source import SafetensorsFolder, read_rows
+from streamlap.store.sink import Joined, ShardFolder, durable, shard_bytes
+from streamlap.store.source import SafetensorsFolder, read_rows, read_tensor
 
 TENSORS = {
     "half": torch.randn(3, 5).half(),
@@ -137,3 +137,25 @@ def test_what_has_no_name_yet_lies_in_the_state_of_its_run(tmp_path: Path, name:
         assert [path.relative_to(tmp_path) for path in tmp_path.rglob("*.tmp")] == [Path(state) / f"{name}.tmp"]
     assert (tmp_path / name).read_bytes() == b"whole"
     assert not list(tmp_path.rglob("*.tmp"))
+
+
+def test_a_tensor_in_runs_is_read_and_copied_as_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every other two of twelve rows; and back into their places between the others."""
+    monkeypatch.setattr("streamlap.store.source.CHUNK_BYTES", 20)  # less than a run, and no divisor of it
+    whole = torch.randn(12, 3)
+    save_file({"w": whole}, tmp_path / "model.safetensors")
+    info = read_header(tmp_path / "model.safetensors").tensors["w"]
+    parts = [
+        replace(info, shape=(6, 3), begin=begin, end=begin + 5 * 24, run=24, step=48)
+        for begin in (info.begin, info.begin + 24)
+    ]
+    wanted = [whole.reshape(3, 2, 2, 3)[:, part].reshape(6, 3) for part in (0, 1)]
+    assert all(map(torch.equal, map(read_tensor, parts), wanted))
+    assert torch.equal(read_rows(parts[1], [4, 1, 2]), wanted[1][[4, 1, 2]])
+    entries = {"part": parts[0], "again": Joined((wanted[0], parts[1]), 2), "after": Joined((parts[1], wanted[0]))}
+    ShardFolder(tmp_path).write("shard.safetensors", entries)
+    copied = load_file(tmp_path / "shard.safetensors")
+    assert torch.equal(copied["part"], wanted[0])
+    assert torch.equal(copied["again"], whole)
+    assert torch.equal(copied["after"], torch.cat((wanted[1], wanted[0])))
+    assert shard_bytes(entries) == (tmp_path / "shard.safetensors").stat().st_size
