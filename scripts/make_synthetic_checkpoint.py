@@ -13,7 +13,8 @@ block of rows at a time and go straight to the disk:
 The noise is a window of one random pool with the signs of its columns flipped at random, so that it costs no new random
 numbers. The low-rank part makes the singular values fall. Rows and columns have scales of their own; those of the residual
 stream are the same in every matrix that writes to it, with a few outlier channels, and those of an FFN channel are the same
-in gate, up and down. Matrices that write to the residual stream are the smaller the deeper the published model is.
+in gate, up and down. Matrices that write to the residual stream are the smaller the deeper the published model is; where a
+norm comes behind them, that norm's gain is.
 
 The same shape, seed, dtype and --scale-down give the same weights for a layer whatever --layers says. --scale-down K divides
 the widths by about K, for tests. An OUT that this command has already finished is left as it is.
@@ -50,13 +51,13 @@ Shapes = dict[str, tuple[int, ...]]
 
 COMMON: Config = {
     "attention_dropout": 0.0,
-    "hidden_act": "silu",
     "initializer_range": 0.02,
     "rms_norm_eps": 1e-5,
     "tie_word_embeddings": False,
     "use_cache": True,
 }
-LLAMA: Config = {
+SILU: Config = {"hidden_act": "silu"}
+LLAMA: Config = SILU | {
     "architectures": ["LlamaForCausalLM"],
     "model_type": "llama",
     "attention_bias": False,
@@ -77,7 +78,7 @@ LLAMA_3 = LLAMA | {
     "bos_token_id": 128000,
     "eos_token_id": 128001,
 }
-QWEN_25 = {
+QWEN_25 = SILU | {
     "architectures": ["Qwen2ForCausalLM"],
     "model_type": "qwen2",
     "vocab_size": 152064,
@@ -88,6 +89,83 @@ QWEN_25 = {
     "use_sliding_window": False,
     "bos_token_id": 151643,
     "eos_token_id": 151643,
+}
+QWEN_3 = SILU | {
+    "architectures": ["Qwen3ForCausalLM"],
+    "model_type": "qwen3",
+    "attention_bias": False,
+    "head_dim": 128,
+    "vocab_size": 151936,
+    "max_position_embeddings": 40960,
+    "max_window_layers": 64,
+    "rms_norm_eps": 1e-6,
+    "rope_scaling": None,
+    "rope_theta": 1000000.0,
+    "sliding_window": None,
+    "use_sliding_window": False,
+    "bos_token_id": 151643,
+    "eos_token_id": 151645,
+}
+GEMMA_3: Config = {
+    "architectures": ["Gemma3ForCausalLM"],
+    "model_type": "gemma3_text",
+    "attention_bias": False,
+    "attn_logit_softcapping": None,
+    "final_logit_softcapping": None,
+    "head_dim": 128,
+    "hidden_activation": "gelu_pytorch_tanh",
+    "vocab_size": 262208,
+    "max_position_embeddings": 131072,
+    "query_pre_attn_scalar": 168,
+    "rms_norm_eps": 1e-6,
+    "rope_local_base_freq": 10000.0,
+    "rope_scaling": {"factor": 8.0, "rope_type": "linear"},
+    "rope_theta": 1000000.0,
+    "sliding_window": 1024,
+    "sliding_window_pattern": 6,
+    "tie_word_embeddings": True,
+    "bos_token_id": 2,
+    "eos_token_id": 1,
+    "pad_token_id": 0,
+}
+PHI_4 = SILU | {
+    "architectures": ["Phi3ForCausalLM"],
+    "model_type": "phi3",
+    "attention_bias": False,
+    "embd_pdrop": 0.0,
+    "resid_pdrop": 0.0,
+    "vocab_size": 100352,
+    "max_position_embeddings": 16384,
+    "original_max_position_embeddings": 16384,
+    "rope_scaling": None,
+    "rope_theta": 250000.0,
+    "sliding_window": None,
+    "bos_token_id": 100257,
+    "eos_token_id": 100265,
+    "pad_token_id": 100349,
+}
+OLMO_2 = SILU | {
+    "architectures": ["Olmo2ForCausalLM"],
+    "model_type": "olmo2",
+    "attention_bias": False,
+    "vocab_size": 100352,
+    "max_position_embeddings": 4096,
+    "rms_norm_eps": 1e-6,
+    "rope_scaling": None,
+    "rope_theta": 500000.0,
+    "eos_token_id": 100257,
+    "pad_token_id": 100277,
+}
+MISTRAL_SMALL_3 = SILU | {
+    "architectures": ["MistralForCausalLM"],
+    "model_type": "mistral",
+    "head_dim": 128,
+    "vocab_size": 131072,
+    "max_position_embeddings": 32768,
+    "rope_theta": 100000000.0,
+    "sliding_window": None,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
 }
 
 
@@ -105,11 +183,16 @@ SHAPES: dict[str, Config] = {
     "llama-2-7b": COMMON | LLAMA_2 | _sizes(4096, 11008, 32, 32, 32),
     "llama-3-8b": COMMON | LLAMA_3 | _sizes(4096, 14336, 32, 32, 8),
     "llama-2-13b": COMMON | LLAMA_2 | _sizes(5120, 13824, 40, 40, 40),
+    "phi-4": COMMON | PHI_4 | _sizes(5120, 17920, 40, 40, 10),
+    "mistral-small-3": COMMON | MISTRAL_SMALL_3 | _sizes(5120, 32768, 40, 32, 8),
+    "gemma-3-27b": COMMON | GEMMA_3 | _sizes(5376, 21504, 62, 32, 16),
+    "olmo-2-32b": COMMON | OLMO_2 | _sizes(5120, 27648, 64, 40, 8),
     "qwen2.5-32b": COMMON | QWEN_25 | _sizes(5120, 27648, 64, 40, 8),
+    "qwen3-32b": COMMON | QWEN_3 | _sizes(5120, 25600, 64, 64, 8),
     "llama-3-70b": COMMON | LLAMA_3 | _sizes(8192, 28672, 80, 64, 8),
     "llama-3-405b": COMMON | LLAMA_3 | _sizes(16384, 53248, 126, 128, 8),
 }
-"""config.json as published, less torch_dtype and transformers_version."""
+"""config.json as published, less torch_dtype and transformers_version; of gemma-3-27b that of its language model."""
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 SIZE_UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 1 << 10, "MIB": 1 << 20, "GIB": 1 << 30}
@@ -155,12 +238,25 @@ KINDS = {
 }
 WRITERS = ("o_proj", "down_proj")
 GATES = ("gate_proj", "up_proj")
+FUSED = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": GATES}
+"""A matrix of phi3 -> those whose rows it holds, in order."""
+TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")
+
+POST_NORMS = ("post_attention_layernorm", "post_feedforward_layernorm")
+NORMS = {
+    "gemma3_text": ("input_layernorm", POST_NORMS[0], "pre_feedforward_layernorm", POST_NORMS[1]),
+    "olmo2": POST_NORMS,
+}
+"""model_type -> norms of a layer, where there are norms behind its sub-layers."""
+PRE_NORMS = ("input_layernorm", "post_attention_layernorm")
+"""Those of all others."""
 
 
 def scaled_down(config: Config, factor: int) -> Config:
     """The same architecture with widths divided by about `factor`: fewer heads of 128, then narrower ones, never below 8.
 
-    Queries per key stay, and so do two key-value heads.
+    Queries per key stay, and so do two key-value heads. A head_dim of its own follows the width that a head has of the hidden
+    states.
     """
     if factor == 1:
         return config
@@ -168,15 +264,21 @@ def scaled_down(config: Config, factor: int) -> Config:
     kv_heads = max(2, config["num_key_value_heads"] // factor)
     heads = kv_heads * group
     vocabulary = max(64, config["vocab_size"] // factor)
-    return config | {
-        "hidden_size": heads * _eights(config["hidden_size"] // factor // heads),
+    before, width = config["hidden_size"] // config["num_attention_heads"], _eights(config["hidden_size"] // factor // heads)
+    small = {
+        "hidden_size": heads * width,
         "intermediate_size": _eights(config["intermediate_size"] // factor),
         "num_attention_heads": heads,
         "num_key_value_heads": kv_heads,
         "vocab_size": vocabulary,
-        "bos_token_id": min(config["bos_token_id"], vocabulary - 2),
-        "eos_token_id": min(config["eos_token_id"], vocabulary - 1),
     }
+    if "head_dim" in config:
+        small["head_dim"] = _eights(config["head_dim"] * width // before)
+    if "query_pre_attn_scalar" in config:
+        small["query_pre_attn_scalar"] = width
+    ends = {"bos_token_id": vocabulary - 2}
+    small |= {name: min(config[name], ends.get(name, vocabulary - 1)) for name in TOKENS if name in config}
+    return config | small
 
 
 def _eights(width: int) -> int:
@@ -189,25 +291,30 @@ def tensor_shapes(config: Config) -> Shapes:
     shapes: Shapes = {"model.embed_tokens.weight": (vocabulary, hidden)}
     for index in range(config["num_hidden_layers"]):
         shapes |= {f"model.layers.{index}.{name}": shape for name, shape in _layer_shapes(config).items()}
-    return shapes | {"model.norm.weight": (hidden,), "lm_head.weight": (vocabulary, hidden)}
+    shapes["model.norm.weight"] = (hidden,)
+    return shapes if config["tie_word_embeddings"] else shapes | {"lm_head.weight": (vocabulary, hidden)}
 
 
 def _layer_shapes(config: Config) -> Shapes:
-    hidden, ffn = config["hidden_size"], config["intermediate_size"]
-    keys = hidden // config["num_attention_heads"] * config["num_key_value_heads"]
+    hidden, ffn, kind = config["hidden_size"], config["intermediate_size"], config["model_type"]
+    head = config.get("head_dim") or hidden // config["num_attention_heads"]
+    queries, keys = head * config["num_attention_heads"], head * config["num_key_value_heads"]
+    reads = {"q_proj": queries, "k_proj": keys, "v_proj": keys}
+    gates = dict.fromkeys(GATES, ffn)
+    if kind == "phi3":
+        reads, gates = {"qkv_proj": queries + 2 * keys}, {"gate_up_proj": 2 * ffn}
     shapes: Shapes = {}
-    for name, width in (("q_proj", hidden), ("k_proj", keys), ("v_proj", keys)):
+    for name, width in reads.items():
         shapes[f"self_attn.{name}.weight"] = (width, hidden)
-        if config["model_type"] == "qwen2":
+        if kind == "qwen2":
             shapes[f"self_attn.{name}.bias"] = (width,)
-    return shapes | {
-        "self_attn.o_proj.weight": (hidden, hidden),
-        "mlp.gate_proj.weight": (ffn, hidden),
-        "mlp.up_proj.weight": (ffn, hidden),
-        "mlp.down_proj.weight": (hidden, ffn),
-        "input_layernorm.weight": (hidden,),
-        "post_attention_layernorm.weight": (hidden,),
-    }
+    shapes["self_attn.o_proj.weight"] = (hidden, queries)
+    if kind in ("qwen3", "gemma3_text", "olmo2"):  # olmo2's are over all heads together
+        of_q, of_k = (queries, keys) if kind == "olmo2" else (head, head)
+        shapes |= {"self_attn.q_norm.weight": (of_q,), "self_attn.k_norm.weight": (of_k,)}
+    shapes |= {f"mlp.{name}.weight": (width, hidden) for name, width in gates.items()}
+    shapes["mlp.down_proj.weight"] = (hidden, ffn)
+    return shapes | {f"{name}.weight": (hidden,) for name in NORMS.get(kind, PRE_NORMS)}
 
 
 def parameters(shapes: Shapes) -> int:
@@ -215,16 +322,23 @@ def parameters(shapes: Shapes) -> int:
 
 
 class Weights:
-    """Any tensor of the checkpoint by name, block by block. `depth` is that of the published model."""
+    """Any tensor of the checkpoint by name, block by block. `depth` is that of the published model.
 
-    def __init__(self, hidden: int, depth: int, seed: int, dtype: torch.dtype) -> None:
-        self.depth, self.seed, self.dtype = depth, seed, dtype
+    Args: kind, the model_type, which says where norms are and what they add to the stored weight.
+    """
+
+    def __init__(self, hidden: int, depth: int, seed: int, dtype: torch.dtype, kind: str = "llama") -> None:
+        self.depth, self.seed, self.dtype, self.kind = depth, seed, dtype, kind
         self._pool = torch.randn(POOL, generator=self._generator("pool"))
         self._outliers = torch.randperm(hidden, generator=self._generator("outliers"))[: max(1, hidden // OUTLIERS_PER)]
 
     def blocks(self, name: str, shape: tuple[int, ...]) -> Iterator[torch.Tensor]:
         """The tensor from its first row to its last, at most `BLOCK` numbers or one row at a time."""
-        if len(shape) == 2:
+        module = name.split(".")[-2]
+        if module in FUSED and len(shape) == 2:
+            for part, rows in zip(FUSED[module], _part_rows(module, *shape), strict=True):
+                yield from self._matrix(name.replace(module, part), rows, shape[1])
+        elif len(shape) == 2:
             yield from self._matrix(name, *shape)
         else:
             yield self._vector(name, shape[0]).to(self.dtype)
@@ -243,9 +357,12 @@ class Weights:
     def _vector(self, name: str, width: int) -> torch.Tensor:
         if name.endswith("bias"):
             return BIAS_STD * torch.randn(width, generator=self._generator(name))
-        norm = torch.exp(NORM_SPREAD * torch.randn(width, generator=self._generator(name)))
-        norm[self._outliers] = OUTLIER_NORM
-        return norm
+        norm, module = torch.exp(NORM_SPREAD * torch.randn(width, generator=self._generator(name))), name.split(".")[-2]
+        if module not in ("q_norm", "k_norm"):
+            norm[self._outliers] = OUTLIER_NORM
+        if self.kind in NORMS and module in POST_NORMS:
+            norm /= math.sqrt(2 * self.depth)
+        return norm - 1 if self.kind == "gemma3_text" else norm
 
     def _axes(self, name: str) -> tuple[str, str]:
         """What the scales of rows and columns belong to; axes that name the same thing have the same scales."""
@@ -285,6 +402,11 @@ class Weights:
     def _window(self, rows: int, columns: int, generator: torch.Generator) -> torch.Tensor:
         start = int(torch.randint(POOL - rows * columns + 1, (), generator=generator))
         return self._pool[start : start + rows * columns].view(rows, columns)
+
+
+def _part_rows(module: str, rows: int, columns: int) -> list[int]:
+    """Rows of the parts of a fused matrix: q is square, k and v share the rest; gate and up are equal."""
+    return [columns] + [(rows - columns) // 2] * 2 if module == "qkv_proj" else [rows // 2] * 2
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -340,7 +462,7 @@ def small_files(config: Config, shards: list[Shard], itemsize: int) -> dict[str,
         "metadata": {"total_parameters": count, "total_size": count * itemsize},
         "weight_map": dict(sorted(weight_map.items())),
     }
-    generation = {"_from_model_config": True} | {name: config[name] for name in ("bos_token_id", "eos_token_id")}
+    generation = {"_from_model_config": True} | {name: config[name] for name in TOKENS[:2] if name in config}
     files = {INDEX_NAME: index, "generation_config.json": generation, "config.json": dict(sorted(config.items()))}
     return {name: (json.dumps(content, indent=2) + "\n").encode() for name, content in files.items()}
 
@@ -396,9 +518,8 @@ def make(
         raise SystemExit(f"{folder} holds something else or part of a checkpoint; delete it or choose another folder.")
     else:
         require_room(folder, total + sum(map(len, files.values())))
-        write(
-            folder, shards, files, Weights(config["hidden_size"], published["num_hidden_layers"], seed, DTYPES[dtype])
-        )
+        sizes = config["hidden_size"], published["num_hidden_layers"]
+        write(folder, shards, files, Weights(*sizes, seed, DTYPES[dtype], config["model_type"]))
     return sum(parameters(shard.shapes) for shard in shards), total
 
 

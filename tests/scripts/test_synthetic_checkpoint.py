@@ -12,15 +12,22 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import numpy as np
 import psutil
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from streamlap import plan
 from streamlap.families.stream import ModelStream
 from streamlap.store.source import SafetensorsFolder
 
-SHAPES = ("llama-2-7b", "llama-3-8b", "llama-2-13b", "qwen2.5-32b", "llama-3-70b", "llama-3-405b")
+SHAPES = (
+    "llama-2-7b", "llama-3-8b", "llama-2-13b", "phi-4", "mistral-small-3", "gemma-3-27b", "olmo-2-32b", "qwen2.5-32b",
+    "qwen3-32b", "llama-3-70b", "llama-3-405b",
+)  # fmt: skip
+NEW_KINDS = ("phi-4", "mistral-small-3", "gemma-3-27b", "olmo-2-32b", "qwen3-32b")
+TIED = ("gemma-3-27b",)
 SMALL = 64
 
 # hidden, FFN, layers, heads, key-value heads, vocabulary, context, rope theta, rms eps, billions of parameters
@@ -28,7 +35,12 @@ PUBLISHED = {
     "llama-2-7b": (4096, 11008, 32, 32, 32, 32000, 4096, 1e4, 1e-5, 6.74),
     "llama-3-8b": (4096, 14336, 32, 32, 8, 128256, 8192, 5e5, 1e-5, 8.03),
     "llama-2-13b": (5120, 13824, 40, 40, 40, 32000, 4096, 1e4, 1e-5, 13.0),
+    "phi-4": (5120, 17920, 40, 40, 10, 100352, 16384, 2.5e5, 1e-5, 14.66),
+    "mistral-small-3": (5120, 32768, 40, 32, 8, 131072, 32768, 1e8, 1e-5, 23.57),
+    "gemma-3-27b": (5376, 21504, 62, 32, 16, 262208, 131072, 1e6, 1e-6, 27.0),
+    "olmo-2-32b": (5120, 27648, 64, 40, 8, 100352, 4096, 5e5, 1e-6, 32.23),
     "qwen2.5-32b": (5120, 27648, 64, 40, 8, 152064, 131072, 1e6, 1e-5, 32.8),
+    "qwen3-32b": (5120, 25600, 64, 64, 8, 151936, 40960, 1e6, 1e-6, 32.76),
     "llama-3-70b": (8192, 28672, 80, 64, 8, 128256, 8192, 5e5, 1e-5, 70.6),
     "llama-3-405b": (16384, 53248, 126, 128, 8, 128256, 8192, 5e5, 1e-5, 405.9),
 }
@@ -85,7 +97,7 @@ def test_the_config_and_the_parameter_count_are_the_published_ones(shape: str) -
     config = script.SHAPES[shape]
     *numbers, billions = PUBLISHED[shape]
     assert [config[key] for key in KEYS] == numbers
-    assert not config["tie_word_embeddings"]
+    assert config["tie_word_embeddings"] == (shape in TIED)
     assert script.parameters(script.tensor_shapes(config)) == pytest.approx(billions * 1e9, rel=0.01)
 
 
@@ -100,10 +112,28 @@ def test_a_small_one_streams_and_loads_whole(shape: str, small: Make) -> None:
     model, info = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True)
     assert not any(info[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"))
     assert model.dtype == torch.bfloat16
-    assert model.config.rope_parameters["rope_theta"] == script.SHAPES[shape]["rope_theta"]
+    rope = model.config.rope_parameters
+    assert rope.get("full_attention", rope)["rope_theta"] == script.SHAPES[shape]["rope_theta"]
     with torch.no_grad():
         states = model(torch.arange(48)[None], output_hidden_states=True).hidden_states
     assert all(torch.isfinite(x_BLD).all() for x_BLD in states)
+    assert all(0.005 < float(x_BLD.float().square().mean().sqrt()) < 10 for x_BLD in states)
+
+
+@pytest.mark.parametrize("shape", NEW_KINDS)
+def test_two_layers_of_full_size_are_planned_from_their_headers(shape: str, tmp_path: Path) -> None:
+    script.make_headers(tmp_path / "model", shape, layers=2)
+    np.save(tmp_path / "tokens.npy", np.arange(16 * 2048, dtype=np.uint32).reshape(16, 2048))
+    found = plan(tmp_path / "model", ratio=0.3, files=(str(tmp_path / "tokens.npy"),), survey=None)
+    assert [layer.index for layer in found.layers] == [0, 1]
+    config, stream = script.SHAPES[shape], ModelStream(tmp_path / "model")
+    dense = sum(native.parameters(2) for index in (0, 1) for native in stream.natives(index).values())
+    becomes = [stream.natives(layer.index) | dict(layer.layout) for layer in found.layers]
+    kept = sum(form.parameters(2) for forms in becomes for form in forms.values())
+    head = config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"]
+    heads = 2 * config["num_attention_heads"] + 2 * config["num_key_value_heads"]
+    assert dense == 2 * config["hidden_size"] * (heads * head + 3 * config["intermediate_size"])
+    assert 0.68 < kept / dense <= 0.7
 
 
 @pytest.mark.parametrize("factor", [2, 3, 5, 8, 16, 1000])
