@@ -23,8 +23,10 @@ Any other is refused before anything is read; [add-a-family.md](add-a-family.md)
 
 - **sub-layers**: in sequence, or parallel, where attention and FFN both read the input of the layer. A word in code is the
   attribute of the layer that decides it.
-- **FFN**: its linears that read its input. All linears of a layer are compressed, and count; norms, embeddings and the head are
-  copied as bytes.
+- **FFN**: its linears that read its input. All linears of a layer count, and all but those below are compressed; norms,
+  embeddings and the head are copied as bytes.
+- **stays**: what some layers have in place of attention, by its path in the layer. It is copied as bytes, its linears count in
+  every ratio and size, and all others lose the more: a ratio is of all linears. `--refine` trains it with its layer.
 - **behind o and down**: what the layer does to their output before it is added to the hidden states. The preset `best` fits
   both linears to what is wanted behind it.
 - **heads**: whether `attention_groups` may remove some. Where a norm behind q or k has numbers for all heads together, or
@@ -40,6 +42,11 @@ usual scales of attention, or another `layer_norm_epsilon` than 1e-5.
 
 In `glm4` gate and up are one matrix, in `gpt_neox` q, k and v. They are compressed each on its own. A result in the factored
 format has them apart; `--format stock` and `export --to dense` or `stock` write one matrix again.
+
+`qwen3_next` and `qwen3_5_text` are hybrids: most layers have a gated delta net in place of attention. In the others q writes a
+query and a gate, which is twice as much; it is compressed whole, and so are k, v and o. No head goes. A `qwen3_next` whose
+layers have experts, as the published ones do, is refused: experts are not compressed yet. The state of a gated delta net does
+not grow with the tokens, and is not counted as cache.
 
 ## Models with a vision tower
 
@@ -75,7 +82,7 @@ A checkpoint whose layers are not what the row says is refused on the first wind
 are compared with the layer.
 """
 
-COLUMNS = ("family", "sub-layers", "FFN", "behind o and down", "heads", "biases")
+COLUMNS = ("family", "sub-layers", "stays", "FFN", "behind o and down", "heads", "biases")
 
 
 def row(family: Family) -> tuple[str, ...]:
@@ -86,7 +93,8 @@ def row(family: Family) -> tuple[str, ...]:
     reads = [role for role in ROLES if role in family.sublayers["ffn"].reads]
     flags = dict.fromkeys(f"`{flag}`" for flag in family.bias_flags.values())
     return (
-        f"`{family.model_type}`", order or "in sequence", ", ".join(reads), ", ".join(sorted(behind)),
+        f"`{family.model_type}`", order or "in sequence", ", ".join(f"`{path}`" for path in family.kept.values()) or "nothing",
+        ", ".join(reads), ", ".join(sorted(behind)),
         "stay" if family.heads_stay else "may go", ", ".join(flags) or "none to switch",
     )  # fmt: skip
 

@@ -264,7 +264,10 @@ def scaled_down(config: Config, factor: int) -> Config:
     kv_heads = max(2, config["num_key_value_heads"] // factor)
     heads = kv_heads * group
     vocabulary = max(64, config["vocab_size"] // factor)
-    before, width = config["hidden_size"] // config["num_attention_heads"], _eights(config["hidden_size"] // factor // heads)
+    before, width = (
+        config["hidden_size"] // config["num_attention_heads"],
+        _eights(config["hidden_size"] // factor // heads),
+    )
     small = {
         "hidden_size": heads * width,
         "intermediate_size": _eights(config["intermediate_size"] // factor),

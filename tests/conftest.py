@@ -50,6 +50,10 @@ PICO = {
 }
 
 ROPE = {"rope_theta": 10_000.0, "factor": 4.0, "original_max_position_embeddings": 8}
+HYBRID = {
+    "layer_types": ["linear_attention", "full_attention", "linear_attention"],
+    "linear_num_key_heads": 2, "linear_num_value_heads": 4, "linear_key_head_dim": 8, "linear_value_head_dim": 8,
+}  # fmt: skip
 PICO_OF: dict[str, dict[str, Any]] = {
     "smollm3": {"no_rope_layer_interval": 2, "use_sliding_window": True, "sliding_window": 5},
     "ministral": {"sliding_window": 5, "layer_types": ["sliding_attention", "full_attention", "sliding_attention"]},
@@ -86,6 +90,8 @@ PICO_OF: dict[str, dict[str, Any]] = {
     "exaone4": {"sliding_window": 5, "layer_types": ["sliding_attention", "full_attention", "sliding_attention"]},
     "gpt2": {"n_inner": 48},
     "gpt_neox": {"rotary_pct": 0.5},
+    "qwen3_next": HYBRID | {"mlp_only_layers": [0, 1, 2], "num_experts": 4},
+    "qwen3_5_text": HYBRID,
     "hunyuan_v1_dense": {"rope_parameters": ROPE | {"rope_type": "dynamic", "alpha": 1000.0}},
 }
 """Model type -> what shows, in three layers of 64 tokens, what its layers do and others do not."""

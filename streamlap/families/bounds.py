@@ -118,7 +118,13 @@ def check_roles(model: nn.Module, family: Family, depth: int) -> None:
     for index in range(depth):
         layer = model.get_submodule(f"{family.layers}.{index}")
         linears = {name for name, part in layer.named_modules() if isinstance(part, nn.Linear | StoredLinear)}
-        if missing := [f"{role} ({path})" for role, path in family.roles.items() if path not in linears]:
+        roles = family.of_layer(layer).roles
+        if missing := [f"{role} ({path})" for role, path in roles.items() if path not in linears]:
+            if experts := [name for name, _ in layer.named_modules() if name.rpartition(".")[2] == "experts"]:
+                raise UnsupportedModel(
+                    f"layer {index} of {family.model_type} has a mixture of experts ({experts[0]}); wanted an FFN that every "
+                    "token goes through: experts are not compressed yet. Take a dense model of a family in docs/families.md."
+                )
             raise UnsupportedModel(
                 f"layer {index} of {family.model_type} has no linear for {', '.join(missing)}; wanted one for each role "
                 "of the family's row. docs/add-a-family.md says which models a row can describe."
@@ -135,9 +141,12 @@ def check_widths(
     out, wide = ({role: form.shape[side] for role, form in forms.items()} for side in (0, 1))
     parts = family.sublayers.values()
     ends = all(wide[role] == natives[role].shape[1] for part in parts for role in part.reads)
-    ends = ends and all(out[part.writes] == natives[part.writes].shape[0] for part in parts)
-    heads = out["q"] == wide["o"] and out["k"] == out["v"] and out["k"] % head_dim == 0
-    groups = out["q"] * natives["k"].shape[0] == out["k"] * natives["q"].shape[0]
+    ends = ends and all(out[part.writes] == natives[part.writes].shape[0] for part in parts if part.roles)
+    heads = groups = True
+    if "q" in forms:
+        queries, inputs = natives["q"].shape[0], natives["o"].shape[1]  # where q writes gates too, they are not equal
+        heads = out["q"] * inputs == wide["o"] * queries and out["k"] == out["v"] and out["k"] % head_dim == 0
+        groups = out["q"] * natives["k"].shape[0] == out["k"] * queries
     channels = all(out[role] == wide["down"] for role in family.sublayers["ffn"].reads)
     if not (ends and heads and groups and channels):
         seen = ", ".join(f"{family.path(role)} {list(form.shape)}" for role, form in forms.items())

@@ -13,7 +13,10 @@ KEPT = ("k", "v")
 
 def cache_bytes(stream: ModelStream, index: int, forms: Mapping[str, Form], tokens: int = 1, sequences: int = 1) -> int:
     """Of one layer, in the dtype in which its linears are stored; a window keeps no more than it sees. `forms` are those that
-    its linears have, by role; what is not in it is as in the source."""
+    its linears have, by role; what is not in it is as in the source. What some layers have in place of attention keeps as much
+    of one token as of many, which is not in it."""
+    if not set(KEPT) <= stream.family_of(index).roles.keys():
+        return 0
     kept = [forms.get(role, stream.native(index, role)) for role in KEPT]
     numbers = sum(form.shape[0] for form in kept if not isinstance(form, Removed))
     window = window_of(stream, index)

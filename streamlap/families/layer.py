@@ -17,7 +17,7 @@ from torch import nn
 
 from streamlap.families.checks import check_layer
 from streamlap.families.shell import head_dim_of
-from streamlap.families.standins import StandIn, replaced, silent, silent_linear
+from streamlap.families.standins import KEPT, StandIn, replaced, silent, silent_linear
 from streamlap.families.table import Family
 from streamlap.linalg.rows import any_out, carried, finite_rows
 from streamlap.loader.forms import Dense, Form, Removed, form_of
@@ -198,7 +198,7 @@ class StreamLayer:
         `keeps` the first of them keeps what the sub-layer reads."""
         part = self.family.sublayers[name]
         if part.module is not None:
-            return {part.module: silent(name, keeps)}
+            return {part.module: silent(name if part.roles else KEPT, keeps)}
         return {self.family.path(role): silent_linear(self.linear_width(role)) for role in part.roles}
 
     def linear_width(self, role: str) -> int:

@@ -17,10 +17,11 @@ class Sublayer:
 
     module: str | None
     """Its path in the layer; None where its linears are in the layer itself."""
-    reads: tuple[str, ...]
+    reads: tuple[str, ...] = ()
     """Roles of the linears that read its input."""
-    writes: str
-    """Role of the linear whose output is added to the hidden states."""
+    writes: str = ""
+    """Role of the linear whose output is added to the hidden states; empty where no linear of it has a role, so that it stays
+    as it is."""
     norm: str | None = None
     """Path in the layer of a norm that this output goes through before it is added."""
     multiplier: str | None = None
@@ -29,7 +30,7 @@ class Sublayer:
     @property
     def roles(self) -> tuple[str, ...]:
         """All of its linears, in order."""
-        return *self.reads, self.writes
+        return (*self.reads, self.writes) if self.writes else ()
 
 
 ROLES = {

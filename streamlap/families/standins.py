@@ -15,11 +15,14 @@ from torch import nn
 
 from streamlap.loader.modules import skip_removed
 
+KEPT = "kept"
 RETURNS: dict[str, Callable[[torch.Tensor], Any]] = {
     "attention": lambda y_BLD: (y_BLD, None),
     "ffn": lambda y_BLD: y_BLD,
+    KEPT: lambda y_BLD: y_BLD,
 }
-"""Sub-layer -> what its module returns of its output: attention gives the attention weights too, where there are any."""
+"""Sub-layer -> what its module returns of its output: attention gives the attention weights too, where there are any. `KEPT`, a
+module without roles that some layers have in place of one."""
 
 
 class StandIn(nn.Module):

@@ -39,7 +39,7 @@ from streamlap.families.shell import (
     read_config,
     swapped,
 )
-from streamlap.families.table import find_family, is_language_model
+from streamlap.families.table import Family, find_family, is_language_model
 from streamlap.linalg.rows import marked
 from streamlap.loader.forms import Dense, Form, form_of
 from streamlap.loader.modules import carriers, disk_name
@@ -108,6 +108,7 @@ class ModelStream:
         if not self.marked:
             unmark(self.model.get_submodule(self.family.layers))
         self.layers = list(self.model.get_submodule(self.family.layers).children())
+        self._families = [self.family.of_layer(layer) for layer in self.layers]
         self.width, self.vocabulary = int(self.config.hidden_size), int(self.config.vocab_size)
         self.context = int(self.config.max_position_embeddings)
         """The longest sequence the model was made for."""
@@ -124,8 +125,8 @@ class ModelStream:
         self.source = self._check_tensors(StoredApart(source, self._stored_together()))
         self.dtype = self._resolve_dtype(dtype)
         for index in range(self.depth) if self.rows else ():
-            forms = {role: self.form(index, role) for role in self.family.roles}
-            check_widths(forms, self.natives(index), self.family, self.head_dim, self.layer_name(index))
+            forms = {role: self.form(index, role) for role in self.family_of(index).roles}
+            check_widths(forms, self.natives(index), self.family_of(index), self.head_dim, self.layer_name(index))
 
     @property
     def device(self) -> torch.device:
@@ -141,9 +142,31 @@ class ModelStream:
         """Whether streamlap's loader is needed to open it."""
         return bool(self.rows) or self.apart
 
+    def family_of(self, index: int) -> Family:
+        """The family's row as it is for one layer."""
+        return self._families[index]
+
+    def kept_linears(self, index: int) -> list[nn.Linear]:
+        """The linears of a layer that have no role, since they are in what some layers have in place of a sub-layer."""
+        parts = [part.module for part in self.family_of(index).sublayers.values() if not part.roles]
+        modules = (self.layers[index].get_submodule(path).modules() for path in parts if path is not None)
+        return [module for inner in modules for module in inner if isinstance(module, nn.Linear)]
+
+    def kept_parameters(self, index: int) -> int:
+        """What they store, biases included."""
+        return sum(weight.numel() for linear in self.kept_linears(index) for weight in linear.parameters())
+
+    def heads_width(self, index: int) -> int:
+        """Numbers that attention works on for each token, as many as q writes. What some layers have in its place works in
+        float32, on as many as its widest linear writes."""
+        if "q" in self.family_of(index).roles:
+            return self.native(index, "q").shape[0]
+        wide = max((linear.out_features for linear in self.kept_linears(index)), default=0)
+        return wide * torch.float32.itemsize // self.dtype.itemsize
+
     def storage_itemsize(self, index: int) -> int:
         """Bytes of a weight of a layer's linears; of the widest where they differ."""
-        return max(self.storage_dtype(index, role).itemsize for role in self.family.roles)
+        return max(self.storage_dtype(index, role).itemsize for role in self.family_of(index).roles)
 
     def storage_dtype(self, index: int, role: str) -> torch.dtype:
         """Of a weight of a linear, which is on disk under the dense layer's own name whatever became of it; of one that has
@@ -169,7 +192,7 @@ class ModelStream:
 
     def natives(self, index: int) -> dict[str, Dense]:
         """Role -> the linear before any edit."""
-        return {role: self.native(index, role) for role in self.family.roles}
+        return {role: self.native(index, role) for role in self.family_of(index).roles}
 
     def form(self, index: int, role: str) -> Form:
         """A linear as it is in this checkpoint."""
@@ -239,12 +262,12 @@ class ModelStream:
         following = index - 1 if back else index + 1
         if staging is not None and 0 < following < self.depth:
             staging.prefetch(self.layer_tensors(following))
-        return StreamLayer(module, self.layer_name(index), self.family, kwargs, stored, self.natives(index))
+        return StreamLayer(module, self.layer_name(index), self.family_of(index), kwargs, stored, self.natives(index))
 
     def frame(self, index: int, kwargs: Mapping[str, Any]) -> StreamLayer:
         """A decoder layer without the numbers of its linears, which stay on meta: what its first sub-layer reads depends on
         none of them."""
-        linears = tuple(f"{self.family.path(role)}." for role in self.family.roles)
+        linears = tuple(f"{path}." for path in self.family_of(index).paths)
         names = {name: found for name, found in self.layer_names(index).items() if not name.startswith(linears)}
         module = copy.deepcopy(self.layers[index])
         tensors = {name: self.source.read(found) for name, found in names.items()}
@@ -252,14 +275,18 @@ class ModelStream:
         module.load_state_dict(placed, strict=False, assign=True)
         module.eval().requires_grad_(False)
         return StreamLayer(
-            module, self.layer_name(index), self.family, kwargs, self.layer_tensors(index), self.natives(index)
-        )
+            module, self.layer_name(index), self.family_of(index), kwargs, self.layer_tensors(index),
+            self.natives(index),
+        )  # fmt: skip
 
     def check_sublayers(self, tokens_NL: torch.Tensor, writes: bool) -> None:
         """Raise UnsupportedModel where the sub-layers of the first layer are not that layer, on the first window: a family that
-        was understood wrongly must not be compressed. See `StreamLayer.check_sublayers`."""
-        x_BLD = next(self.embed(tokens_NL[:1]))
-        self.layer(0, self.layer_kwargs(tokens_NL.shape[1])[0]).check_sublayers(x_BLD, writes)
+        was understood wrongly must not be compressed. Where some layers have other sub-layers, also of the first of those. See
+        `StreamLayer.check_sublayers`."""
+        x_BLD, kwargs = next(self.embed(tokens_NL[:1])), self.layer_kwargs(tokens_NL.shape[1])
+        kinds = [tuple(family.roles) for family in self._families]
+        for index in sorted(map(kinds.index, set(kinds))):
+            self.layer(index, kwargs[index]).check_sublayers(x_BLD, writes)
 
     @property
     def has_head(self) -> bool:

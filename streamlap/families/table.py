@@ -7,6 +7,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from torch import nn
+
 from streamlap.errors import UnsupportedModel, shown
 from streamlap.families.linears import MULTIPLIED, POST_NORMED, ROLES, SUBLAYERS, UNGATED, WITHOUT_GATE, Sublayer
 from streamlap.families.wrappers import DECODER, WRAPPERS, is_wrapper, text_of
@@ -35,6 +37,8 @@ class Family:
     head by head, or follow one another."""
     stored_head: str | None = None
     """What checkpoints call the output layer, where that is not its path."""
+    kept: Mapping[str, str] = field(default_factory=dict)
+    """Sub-layer -> path of the module that some layers have in its place. Its linears have no roles: it stays as it is."""
     bias_flags: Mapping[str, str] = field(default_factory=dict)
     """Beginning of a path -> the flag in config.json that gives every linear under it a bias."""
     parallel: bool | str = False
@@ -84,6 +88,23 @@ class Family:
         """Paths in the layer of all linears that count as decoder parameters, in order."""
         return tuple(self.roles.values())
 
+    @property
+    def compressible(self) -> tuple[str, ...]:
+        """Sub-layers whose linears have roles."""
+        return tuple(name for name, part in self.sublayers.items() if part.roles)
+
+    def of_layer(self, layer: nn.Module) -> Family:
+        """The row of one layer: without the roles of a sub-layer in whose place it has what is kept."""
+        there = {name for name, _ in layer.named_children()}
+        kept = {name: Sublayer(module=path) for name, path in self.kept.items() if path in there}
+        if not kept:
+            return self
+        sublayers = {name: kept.get(name, part) for name, part in self.sublayers.items()}
+        left = {role for part in sublayers.values() for role in part.roles}
+        return replace(
+            self, sublayers=sublayers, roles={role: path for role, path in self.roles.items() if role in left}
+        )
+
     def path(self, role: str) -> str:
         """Where in the layer the linear of a role is."""
         return self.roles[role]
@@ -109,6 +130,16 @@ SEED_FLAGS = {
     ROLES["o"]: "attention_out_bias",
     "mlp.": "mlp_bias",
 }
+
+
+def hybrid(model_type: str) -> Family:
+    """A row of Qwen's hybrids: most layers have a gated delta net in place of attention, and the others gate what their heads
+    give, by the second half of what q writes."""
+    flags = {"self_attn.": "attention_bias"}
+    return Family(
+        model_type=model_type, kept={"attention": "linear_attn"}, heads_stay=True, norm_offset=1.0, bias_flags=flags
+    )
+
 
 FAMILIES = {
     "llama": Family(model_type="llama", bias_flags=LLAMA_FLAGS),
@@ -184,6 +215,8 @@ FAMILIES = {
         parallel="use_parallel_residual",
         bias_flags={"attention.": "attention_bias"},
     ),
+    "qwen3_next": hybrid("qwen3_next"),
+    "qwen3_5_text": hybrid("qwen3_5_text"),
 }
 
 

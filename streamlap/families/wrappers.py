@@ -16,6 +16,7 @@ WRAPPERS = {
     "mistral3": {"mistral": "mistral", "ministral3": "ministral3"},
     "qwen2_5_vl": {"qwen2_5_vl_text": "qwen2"},
     "qwen3_vl": {"qwen3_vl_text": "qwen3"},
+    "qwen3_5": {"qwen3_5_text": "qwen3_5_text"},
 }
 """model_type of a wrapper -> model_type that its language model may have -> the family whose layers that has. The first is that
 of a config.json that names none."""

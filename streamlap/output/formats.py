@@ -80,14 +80,20 @@ def stock_config(stream: ModelStream, layers: Sequence[Forms]) -> Config:
                 raise UnsupportedModel(
                     f"{name} is {form.kind}, and the format stock holds dense linears alone; wanted {way_out(layers)}."
                 )
-            if form.shape != layers[0][role].shape:
+            if form.shape != first_forms(layers)[role].shape:
+                place = next(place for place, other in enumerate(layers) if role in other)
                 raise UnsupportedModel(
-                    f"{name} is {list(form.shape)}, and that of layer 0 {list(layers[0][role].shape)}: the format stock has "
-                    f"the same widths in every layer; wanted {way_out(layers)}."
+                    f"{name} is {list(form.shape)}, and that of layer {place} {list(layers[place][role].shape)}: the format "
+                    f"stock has the same widths in every layer; wanted {way_out(layers)}."
                 )
-    raw = with_text(dense_config(stream, layers), stock_sizes(stream, layers[0]))
+    raw = with_text(dense_config(stream, layers), stock_sizes(stream, first_forms(layers)))
     check_sizes(stream, raw, layers)
     return raw
+
+
+def first_forms(layers: Sequence[Forms]) -> Forms:
+    """Each role as the first layer that has it holds it."""
+    return {role: form for forms in reversed(layers) for role, form in forms.items()}
 
 
 def stock_sizes(stream: ModelStream, forms: Forms) -> dict[str, int]:
@@ -95,7 +101,9 @@ def stock_sizes(stream: ModelStream, forms: Forms) -> dict[str, int]:
     sizes = {}
     if (width := forms["up"].shape[0]) != getattr(stream.config, stream.family.width_key):
         sizes[stream.family.width_key] = width
-    heads, groups = (forms[role].shape[0] // stream.head_dim for role in ("q", "k"))
+    if "o" not in forms:
+        return sizes
+    heads, groups = forms["o"].shape[1] // stream.head_dim, forms["k"].shape[0] // stream.head_dim
     if heads != stream.config.num_attention_heads:
         sizes |= {"num_attention_heads": heads, "num_key_value_heads": groups, "head_dim": stream.head_dim}
     return sizes
@@ -189,7 +197,7 @@ def exported_layer(stream: ModelStream, index: int, wanted: Forms, config: Mappi
     """Tensors of one layer of a compressed folder in the dense shapes `wanted`. Untouched ones are copied as bytes."""
     prefix, names, tensors = stream.layer_name(index), stream.layer_names(index), stream.layer_tensors(index)
     entries: dict[str, TensorEntry] = {f"{prefix}.{n}": info for n, info in tensors.items()}
-    for role, path in stream.family.roles.items():
+    for role, path in stream.family_of(index).roles.items():
         base, form = stream.linear_name(index, role), stream.form(index, role)
         if not isinstance(wanted[role], Removed) and kind_of(form, Dense(wanted[role].shape)) != "dense":
             stored = {name.removeprefix(path + "."): name for name in tensors if name.startswith(path + ".")}

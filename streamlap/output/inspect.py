@@ -29,7 +29,7 @@ def inspect(path: str | Path) -> dict[str, Any]:
             "index": index,
             "sites": {
                 path: _site(stream, index, role) | errors.get(f"{index}.{path}", {})
-                for role, path in stream.family.roles.items()
+                for role, path in stream.family_of(index).roles.items()
             },
         }
         for index in range(stream.depth)
@@ -43,7 +43,8 @@ def inspect(path: str | Path) -> dict[str, Any]:
 
 
 def count_parameters(stream: ModelStream, rows: Mapping[str, Mapping[str, int]], marked: bool = True) -> Parameters:
-    """Parameters before any edit and after those in `rows`; `stream` may be the original or the compressed checkpoint.
+    """Parameters before any edit and after those in `rows`; `stream` may be the original or the compressed checkpoint. Linears
+    without a role count as they are.
 
     A stored index counts as the weights that would take its bytes; `marked`, whether what is removed leaves a mark.
     """
@@ -55,6 +56,8 @@ def count_parameters(stream: ModelStream, rows: Mapping[str, Mapping[str, int]],
             before += native.parameters(itemsize)
             after += _numbers(edited, itemsize, marked and stream.marked)
             stored += _numbers(stream.form(index, role), itemsize, stream.marked)
+        stays = stream.kept_parameters(index)
+        before, after, stored = before + stays, after + stays, stored + stays
     rest = sum(info.numel for info in stream.outer_tensors().values()) - stored
     rest += sum(_stored(stream, index) for index in range(stream.depth))
     return Parameters(decoder_before=before, decoder_after=after, total_before=before + rest, total_after=after + rest)
@@ -64,9 +67,9 @@ def count_cache(stream: ModelStream, rows: Mapping[str, Mapping[str, int]]) -> K
     """Of the model before any edit and with those in `rows`, as `count_parameters`."""
     before = after = 0
     for index in range(stream.depth):
-        natives: dict[str, Form] = {role: stream.native(index, role) for role in KEPT}
+        natives: dict[str, Form] = {role: form for role, form in stream.natives(index).items() if role in KEPT}
         edited = dict(natives)
-        for role in KEPT:
+        for role in natives:
             name = stream.linear_name(index, role)
             if name in rows:
                 edited[role] = read_row(name, rows[name], stream.native(index, role))

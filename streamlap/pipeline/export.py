@@ -88,7 +88,7 @@ def export_gguf(folder: Path, destination: Path, type: str | None) -> Exported:
 
 def layers_of(stream: ModelStream) -> list[Forms]:
     """What the linears of every layer are in this checkpoint."""
-    return [{role: stream.form(index, role) for role in stream.family.roles} for index in range(stream.depth)]
+    return [{role: stream.form(index, role) for role in stream.natives(index)} for index in range(stream.depth)]
 
 
 def resume_export(run: Run, settings: RunSettings) -> Exported:

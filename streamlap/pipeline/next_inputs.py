@@ -19,7 +19,10 @@ from streamlap.pipeline.hand import LayerInHand
 
 
 def next_inputs(hand: LayerInHand, kwargs: Mapping[str, Any]) -> InputSum | None:
-    """What sums the inputs of the next layer while its stream is made; `kwargs` are that layer's."""
+    """What sums the inputs of the next layer while its stream is made; `kwargs` are that layer's. None where no linear of its
+    first sub-layer has a role."""
+    if not next(iter(hand.runner.stream.family_of(hand.index + 1).sublayers.values())).roles:
+        return None
     try:
         frame = hand.runner.stream.frame(hand.index + 1, kwargs)
     except StreamlapError:  # which comes again, once this layer is committed and that one is read

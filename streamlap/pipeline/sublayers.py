@@ -96,7 +96,7 @@ def finish_layer(hand: LayerInHand, watch: Callable[[torch.Tensor], None] | None
 
 
 def rebuild(hand: LayerInHand, statistics: SublayerStatistics) -> LayerEdits:
-    """The best that the candidates of a sub-layer make of it, applied."""
+    """The best that the candidates of a sub-layer make of it, applied. One without candidates stays as it is."""
     name = statistics.sublayer
     with hand.clock.phase("solve"), hand.runner.claim("solve"), located(f"{hand.layer.prefix} {name}"):
         solved = best_candidate(statistics, hand.plan.candidates[name])
@@ -105,7 +105,8 @@ def rebuild(hand: LayerInHand, statistics: SublayerStatistics) -> LayerEdits:
     keep_dense = name == ATTENTION and any(found.method.moves_inputs for found in hand.plan.candidates[FFN])
     hand.layer.apply(solved.edits, keep_dense)
     notes = tuple(f"{name}: {note}" for note in joined(statistics.notes, solved.notes))
-    return LayerEdits(edits=solved.edits, errors={name: solved.errors}, notes=notes, out_NL=statistics.out_NL)
+    errors = {name: solved.errors} if solved.errors else {}
+    return LayerEdits(edits=solved.edits, errors=errors, notes=notes, out_NL=statistics.out_NL)
 
 
 def best_candidate(statistics: SublayerStatistics, candidates: Sequence[Candidate]) -> Solved:
@@ -114,6 +115,9 @@ def best_candidate(statistics: SublayerStatistics, candidates: Sequence[Candidat
     A method that fails on its numbers is passed over, with a note, as long as another does not. Raises NumericalError where
     all fail.
     """
+    if not candidates:
+        statistics.pass_on()
+        return Solved(edits=[])
     best: Solved | None = None
     errors: dict[str, float] = {}
     notes: list[tuple[str, ...]] = []

@@ -126,7 +126,9 @@ def carry_through(sweep: Sweep, runner: LayerRunner, layer: StreamLayer, index: 
         )  # fmt: skip
 
     runner.carry(attention, index, before, between)
-    errors = {"attention": perturb_sublayer(sweep, statistics("attention", before, between), whole)}
+    errors = {}
+    if "attention" in layer.family.compressible:
+        errors["attention"] = perturb_sublayer(sweep, statistics("attention", before, between), whole)
     given = before if layer.parallel else between
     rest: LayerPart = whole if layer.parallel else ffn
     runner.carry(rest, index, given, after)

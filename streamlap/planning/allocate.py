@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from streamlap.errors import RecipeError
 from streamlap.families.stream import ModelStream
 from streamlap.linalg.allocation import Part, allocate, fit_curve
-from streamlap.planning.layouts import dense_parameters, uniform_parameters
+from streamlap.planning.layouts import dense_parameters, share_to_cut, uniform_parameters
 from streamlap.planning.survey_file import Survey
 from streamlap.planning.widths import in_steps
 from streamlap.recipe import Recipe
@@ -27,11 +27,13 @@ def layer_parameters(stream: ModelStream, recipe: Recipe, survey: Survey | None)
     if recipe.shape != "free":
         return in_steps(stream, recipe, whole_shares(stream, recipe, survey))
     if survey is None:
-        return [uniform_parameters(stream, index, recipe.ratio) for index in range(stream.depth)]
-    names = list(stream.family.sublayers)
-    parts = [part_of(stream, survey, index, name) for index in range(stream.depth) for name in names]
-    counts = iter(allocate(parts, int((1.0 - recipe.ratio) * sum(part.parameters for part in parts))))
-    return [{name: next(counts) for name in names} for _ in survey.layers]
+        share = share_to_cut(stream, recipe.ratio)
+        return [uniform_parameters(stream, index, share) for index in range(stream.depth)]
+    names = [stream.family_of(index).compressible for index in range(stream.depth)]
+    parts = [part_of(stream, survey, index, name) for index, own in enumerate(names) for name in own]
+    keep = 1.0 - share_to_cut(stream, recipe.ratio)
+    counts = iter(allocate(parts, int(keep * sum(part.parameters for part in parts))))
+    return [{name: next(counts) for name in own} for own in names]
 
 
 def part_of(stream: ModelStream, survey: Survey, index: int, sublayer: str) -> Part:
@@ -47,13 +49,14 @@ def whole_shares(stream: ModelStream, recipe: Recipe, survey: Survey | None) -> 
     from that.
     """
     attention, ffn = ([dense_parameters(stream, i, name) for i in range(stream.depth)] for name in ("attention", "ffn"))
-    total, least = int((1.0 - recipe.ratio) * sum(attention + ffn)), LEAST_WIDTH * sum(ffn)
+    share = share_to_cut(stream, recipe.ratio)
+    total, least = int((1.0 - share) * sum(attention + ffn)), LEAST_WIDTH * sum(ffn)
     may_go = removable(stream) if recipe.survey is not None and recipe.shape == "nas" else []
     most = 1.0 - (sum(attention) - sum(attention[index] for index in may_go) + least) / sum(attention + ffn)
-    if recipe.ratio > most:
+    if share > most:
         raise RecipeError(
             f"shape {recipe.shape} at ratio {recipe.ratio:g} would leave less than {LEAST_WIDTH:.0%} of the FFNs; wanted a "
-            f"ratio of at most {math.floor(1000 * most) / 1000:.3f}, or shape free."
+            f"ratio of at most {math.floor(1000 * most * recipe.ratio / share) / 1000:.3f}, or shape free."
         )
     if survey is None:
         return unmeasured_shares(attention, ffn, total, may_go)
@@ -101,4 +104,5 @@ def unmeasured_shares(
 def removable(stream: ModelStream) -> list[int]:
     """Layers whose attention may go: engines, and the masks of transformers, look at the first of each kind."""
     kinds = list(getattr(stream.config, "layer_types", None) or ["full_attention"] * stream.depth)
-    return [index for index, kind in enumerate(kinds) if index > kinds.index(kind)]
+    there = [index for index in range(stream.depth) if "attention" in stream.family_of(index).compressible]
+    return [index for index in there if index > kinds.index(kinds[index])]

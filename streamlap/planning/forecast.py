@@ -182,6 +182,8 @@ def anchored_reads(index: int, candidates: Candidates, shape_NL: tuple[int, int]
         for rivals in candidates.values()
     ]
     attention, ffn = tried
+    if not candidates["attention"]:  # the dense stream goes on, and nothing is looked at on its way
+        return ANCHORED_READS - 1 + ffn, 2 - last + ffn
     return ANCHORED_READS + (index == 0) + 2 * attention + ffn, 2 - last + ffn
 
 
@@ -196,7 +198,8 @@ def anchored_flops(
     def numbers(roles: Iterable[str], forms: Mapping[str, Form]) -> int:
         return sum(forms.get(role, natives[role]).parameters(itemsize) for role in roles)
 
-    attention, ffn = stream.family.sublayers.values()
+    parts, stays = stream.family_of(index).sublayers, stream.kept_parameters(index)
+    attention, ffn = parts.values()
     through = [
         (numbers(attention.reads, layout), True), (numbers(attention.roles, layout), True), (numbers(ffn.reads, {}), False),
         (numbers(ffn.reads, layout), False),
@@ -206,12 +209,12 @@ def anchored_flops(
             (numbers(ffn.roles, layout), False),
             *[(numbers(attention.roles, layout), True)] * bool(recipe.trained),
         ]
-    again = sum(
-        (len(candidates[name]) - 1) * numbers(part.reads, layout) for name, part in stream.family.sublayers.items()
-    )
+    again = sum((len(candidates[name]) - 1) * numbers(part.reads, layout) for name, part in parts.items())
     sequences, length = shape_NL
-    scores = 2 * length * natives["q"].shape[0]
-    return sequences * length * (2 * again + sum(2 * weights + mixes * scores for weights, mixes in through))
+    scores = mixed_flops(natives, length)
+    return (
+        sequences * length * (2 * stays + 2 * again + sum(2 * weights + mixes * scores for weights, mixes in through))
+    )
 
 
 def solve_flops(costs: Sequence[Cost], tokens: int) -> dict[str, Any]:
@@ -233,7 +236,7 @@ def solve_bytes(
     """The most held in the solves of a layer; sub-layers come one after another, and what was made of them stays."""
     held, most, on_cpu = 0, 0, stream.device.type == "cpu"
     for name, rivals in candidates.items():
-        roles = stream.family.sublayers[name].roles
+        roles = stream.family_of(index).sublayers[name].roles
         names = tuple(f"{stream.linear_name(index, role)}." for role in roles)
         own = sum(tensor.nbytes for key, tensor in made.items() if key.startswith(names))
         # A workspace has room for what an anchored method makes, but not for what a rival before it has made.
@@ -248,13 +251,19 @@ def solve_bytes(
 def forward_flops(natives: Natives, parameters: int, shape_NL: tuple[int, int]) -> int:
     """Two operations a weight and token, and causal attention: scores and mix, each over half of the window on average."""
     sequences, length = shape_NL
-    return sequences * length * (2 * parameters + 2 * length * natives["q"].shape[0])
+    return sequences * length * (2 * parameters + mixed_flops(natives, length))
+
+
+def mixed_flops(natives: Natives, length: int) -> int:
+    """Of scores and mix, for a token; none in a layer that has something else in place of attention."""
+    return 2 * length * natives["o"].shape[1] if "o" in natives else 0
 
 
 def next_input_bytes(stream: ModelStream, layers: Sequence[LayerPlan]) -> int:
     """What summing the inputs of a layer takes while its stream is made, where it is rebuilt beside the dense model."""
-    first = next(iter(stream.family.sublayers.values())).reads[0]
-    widths = [stream.native(layer.index, first).shape[1] for layer in layers if layer.generations_spilled]
+    first = {layer.index: next(iter(stream.family_of(layer.index).sublayers.values())).reads[:1] for layer in layers}
+    spilled = [layer.index for layer in layers if layer.generations_spilled]
+    widths = [stream.native(index, role).shape[1] for index in spilled for role in first[index]]
     return max(map(input_sum_bytes, widths), default=0)
 
 

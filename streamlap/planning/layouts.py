@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 import torch
 
+from streamlap.errors import RecipeError
 from streamlap.families.stream import ModelStream
 from streamlap.loader.forms import Form
 from streamlap.loader.modules import carriers, disk_name
@@ -44,15 +45,37 @@ Candidates = Mapping[str, Sequence[Candidate]]
 REMOVED = "removed"
 
 
+def share_to_cut(stream: ModelStream, ratio: float) -> float:
+    """What the linears that have a role lose, so that all linears of the decoder together lose `ratio`: the others count, and
+    stay. Raises RecipeError where that is more than there is."""
+    stays = sum(map(stream.kept_parameters, range(stream.depth)))
+    if not stays:
+        return ratio
+    given = sum(
+        dense_parameters(stream, index, name)
+        for index in range(stream.depth)
+        for name in stream.family_of(index).compressible
+    )
+    share = ratio * (given + stays) / given
+    if share >= 1:
+        kept = ", ".join(stream.family.kept.values())
+        raise RecipeError(
+            f"ratio is {ratio:g}, and {stays / (given + stays):.1%} of the linears of this {stream.family.model_type} stay as "
+            f"they are ({kept}); wanted a ratio below {given / (given + stays):.3f}."
+        )
+    return share
+
+
 def uniform_parameters(stream: ModelStream, index: int, ratio: float) -> dict[str, int]:
-    """Sub-layer -> what it may store where all give the same share."""
-    return {name: int((1.0 - ratio) * dense_parameters(stream, index, name)) for name in stream.family.sublayers}
+    """Sub-layer -> what it may store where all give the same share; those alone that have roles."""
+    names = stream.family_of(index).compressible
+    return {name: int((1.0 - ratio) * dense_parameters(stream, index, name)) for name in names}
 
 
 def dense_parameters(stream: ModelStream, index: int, sublayer: str) -> int:
-    """Parameters of the linears of a sub-layer before any edit, biases included."""
+    """Parameters of the linears of a sub-layer that have a role before any edit, biases included."""
     natives, itemsize = stream.natives(index), stream.storage_itemsize(index)
-    return sum(natives[role].parameters(itemsize) for role in stream.family.sublayers[sublayer].roles)
+    return sum(natives[role].parameters(itemsize) for role in stream.family_of(index).sublayers[sublayer].roles)
 
 
 def budget_of(stream: ModelStream, index: int, ratio: float, parameters: int) -> ParameterBudget:
@@ -65,19 +88,20 @@ def budget_of(stream: ModelStream, index: int, ratio: float, parameters: int) ->
 
 def converts(stream: ModelStream, index: int) -> bool:
     """Whether some linear of a layer is stored in another dtype than it is computed in."""
-    names = (f"{stream.linear_name(index, role)}.weight" for role in stream.family.roles)
+    names = (f"{stream.linear_name(index, role)}.weight" for role in stream.family_of(index).roles)
     return any(stream.source.info(name).dtype != stream.dtype for name in names)
 
 
 def layer_candidates(stream: ModelStream, recipe: Recipe, index: int, parameters: Mapping[str, int]) -> Candidates:
     """What each sub-layer of a layer may become within its parameters; what attention leaves over, the FFN may use. One that
-    may store nothing is removed.
+    may store nothing is removed; one without roles has no candidates.
 
     Raises RecipeError where a method cannot reach its budget.
     """
-    natives, planned, spare = stream.natives(index), {}, 0
-    for name in stream.family.sublayers:
-        budget = budget_of(stream, index, recipe.ratio, parameters[name] + spare)
+    natives, spare, share = stream.natives(index), 0, share_to_cut(stream, recipe.ratio)
+    planned: dict[str, list[Candidate]] = {name: [] for name in stream.family_of(index).sublayers}
+    for name in stream.family_of(index).compressible:
+        budget = budget_of(stream, index, share, parameters[name] + spare)
         methods = recipe.of_sublayer(name)
         if recipe.shape == "nas" and not parameters[name]:
             methods = {REMOVED: Removal(sublayer=name, roles=stream.family.sublayers[name].roles)}

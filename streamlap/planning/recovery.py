@@ -50,7 +50,7 @@ def recovery_needs(stream: ModelStream, knobs: Recovery, windows: int, length: i
     shapes = [info.shape for index in range(stream.depth) for info in stream.layer_tensors(index).values()]
     added = sum(knobs.rank * (shape[0] + shape[1]) for shape in shapes if len(shape) == 2)
     inner = max(max(shape) for shape in shapes if len(shape) == 2)
-    heads = max(stream.native(index, "q").shape[0] for index in range(stream.depth))
+    heads = max(map(stream.heads_width, range(stream.depth)))
     scores = GRAPH_SCORES * whole_scores(stream, length)
     layer = 4 * length * (GRAPH_WIDTHS * stream.width + GRAPH_HEADS * heads + GRAPH_INNER * inner + scores)
     return RecoveryNeeds(

@@ -31,8 +31,13 @@ ADVICE = "Give more --samples, a longer --length or more text."
 
 def fitted_inputs(stream: ModelStream, sublayers: Iterable[str]) -> int:
     """Inputs of the widest linear in these sub-layers, over all layers; 0 where there are none."""
-    roles = [role for name in sublayers for role in stream.family.sublayers[name].roles]
-    shapes = (stream.native(index, role).shape for index in range(stream.depth) for role in roles)
+    wanted = {role for name in sublayers for role in stream.family.sublayers[name].roles}
+    shapes = (
+        native.shape
+        for index in range(stream.depth)
+        for role, native in stream.natives(index).items()
+        if role in wanted
+    )
     return max((inputs for _, inputs in shapes), default=0)
 
 

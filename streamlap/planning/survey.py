@@ -73,6 +73,7 @@ def plan_survey(
         Perturbation(index=index, sublayer=name, keep=keep): perturbed_candidate(stream, index, name, keep, method)
         for index in range(stream.depth)
         for name, (keep, method) in CUTS[shape].items()
+        if name in stream.family_of(index).compressible
     }
     choice = fit(survey_workload(stream, perturbations, *shape_NL), settings.caps, settings.overlap, memory)
     require_fit(choice, settings.caps)

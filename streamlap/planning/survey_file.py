@@ -88,7 +88,8 @@ def read_survey(stream: ModelStream, path: Path, shape: str) -> Survey:
             f"survey {path} was made of another model ({shown(found.model)}); {stream.folder} is {wanted}. "
             "Make one of this model with streamlap survey."
         )
-    if [sorted(layer) for layer in found.layers] != [sorted(stream.family.sublayers)] * stream.depth:
+    wanted_layers = [sorted(stream.family_of(index).compressible) for index in range(stream.depth)]
+    if [sorted(layer) for layer in found.layers] != wanted_layers:
         raise RecipeError(f"survey {path} lacks a sub-layer of a layer; make it again with streamlap survey.")
     if found.shape != shape:
         raise RecipeError(

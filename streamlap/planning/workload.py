@@ -127,14 +127,14 @@ def layer_workload(stream: ModelStream, sequences: int, length: int) -> dict[str
     """The sizes that compressing and evaluating share, as keywords of Workload."""
     tables = [stream.layer_tensors(index).values() for index in range(stream.depth)]
     joined = [place for place in stream.family.paths if place.rpartition(".")[0] in stream.family.joined]
-    shapes = [stream.form(index, role).shape for index in range(stream.depth) for role in stream.family.roles]
+    shapes = [stream.form(index, role).shape for index in range(stream.depth) for role in stream.natives(index)]
     return {
         "device": stream.accelerator.label, "itemsize": stream.dtype.itemsize, "sequences": sequences, "length": length,
         "staged": max(map(staged_bytes, tables)), "width": stream.width,
         "computed": max(sum(computed_bytes(info, stream.dtype) for info in table) for table in tables),
         "converts": any(info.dtype.is_floating_point and info.dtype != stream.dtype for table in tables for info in table),
         "inner": max(map(max, shapes)), "ffn_tensors": 3 + any(place.endswith(".gate") for place in joined),
-        "heads": max(stream.native(index, "q").shape[0] for index in range(stream.depth)),
+        "heads": max(map(stream.heads_width, range(stream.depth))),
         "scores": whole_scores(stream, length),
     }  # fmt: skip
 

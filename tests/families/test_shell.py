@@ -57,6 +57,7 @@ def test_layers_are_given_what_the_model_gives_them(pico: MakeModel, tokens: Pat
     with torch.no_grad():
         model(input_ids=tokens_NL[:1], use_cache=False)
     for mine, theirs in zip(found, expected, strict=True):
+        theirs.pop("output_router_logits", None)  # at which only experts look
         assert mine.keys() == theirs.keys()
         torch.testing.assert_close(mine, theirs, rtol=0, atol=0)
 

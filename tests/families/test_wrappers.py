@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import PICO, VOCABULARY, make_tokenizer
+from conftest import HYBRID, PICO, VOCABULARY, make_tokenizer
 from crashes import crash_after
 from outputs import contents
 from safetensors.torch import load_file, save_file
@@ -51,6 +51,11 @@ PARTS: dict[str, tuple[dict[str, Any], dict[str, Any], dict[str, Any]]] = {
         TOKENS,
         {"rope_parameters": MROPE | {"mrope_interleaved": True}},
         BLOCKS | {"num_position_embeddings": 16, "deepstack_visual_indexes": [0, 1]},
+    ),
+    "qwen3_5": (
+        TOKENS,
+        HYBRID | {"rope_parameters": MROPE | {"mrope_interleaved": True, "partial_rotary_factor": 1.0}},
+        BLOCKS | {"num_position_embeddings": 16},
     ),
 }
 """Wrapper -> its own settings, those of its language model, those of its vision tower. An image is four tokens."""

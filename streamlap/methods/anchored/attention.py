@@ -49,10 +49,11 @@ class AttentionAnchored(Knobs):
         }
 
     def _site(self, role: str, natives: Natives, budget: ParameterBudget) -> RankSite:
-        """The order of v is folded into o, head by head, where its heads are large enough for that."""
+        """The order of v is folded into o, head by head, where its heads are large enough for that, and nothing but o reads
+        what they give: gates, which q writes too, have an order of their own."""
         shape = natives[role].shape
-        heads = shape[0] // budget.head_dim
-        groups = heads if role == "v" and heads * 8 <= min(shape) else None
+        heads, gated = shape[0] // budget.head_dim, natives["q"].shape[0] != natives["o"].shape[1]
+        groups = heads if role == "v" and heads * 8 <= min(shape) and not gated else None
         return RankSite(name=role, shape=shape, itemsize=budget.itemsize, storage=self.storage, groups=groups)
 
     def cost(self, natives: Natives, layouts: Layouts, budget: ParameterBudget) -> Cost:

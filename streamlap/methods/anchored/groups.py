@@ -63,6 +63,6 @@ class AttentionGroups(Steps):
             notes = joined(notes, order.notes)
         edits = [dense_edit(layer, narrowed(aim, rows[aim.role]), rows[aim.role]) for aim in aims]
         seen = statistics.middles(edits)
-        output = output_aim(layer, "o", rows["q"], seen, self.step)
+        output = output_aim(layer, "o", rows["q"] if layout else None, seen, self.step)
         edits.append(dense_edit(layer, output.value, rows["q"] if layout else None))
         return Solved(edits=edits, error=held_error(layer, edits[-1], seen), notes=joined(notes, output.notes))

@@ -38,9 +38,11 @@ class AttentionAwsvd:
     def layouts(self, natives: Natives, budget: ParameterBudget) -> Layouts:
         layout = {}
         for pair in (("q", "o"), ("k", "v")):
-            ranks = lorap_pair_ranks(*natives[pair[0]].shape, budget.ratio, self.alpha)
-            for role, rank in zip(pair, ranks, strict=True):
+            for place, role in enumerate(
+                pair
+            ):  # each by its own shape: q may write gates too, and o has no part of them
                 shape = natives[role].shape
+                rank = lorap_pair_ranks(*shape, budget.ratio, self.alpha)[place]
                 if rank is not None and rank < 1:
                     raise RecipeError(
                         f"attention_awsvd: ratio {budget.ratio} and alpha {self.alpha} leave {role} {list(shape)} rank "

@@ -121,9 +121,9 @@ class LoraPrune(Pace):
         numbers = adapter_numbers(natives, dict.fromkeys(natives, self.rank))
         widened = RUN * dense_numbers(natives) * (itemsize < RUN)
         work = WORK * max(native.shape[1] for native in natives.values())
-        masked = sum(natives[role].shape[1] for role in LAST.values())
-        groups = 8 * natives["down"].shape[1] + 8 * natives["v"].shape[0]
-        seen = GRADIENT_WIDTHS * natives["q"].shape[1] if self.reads_gradient else 0
+        masked = sum(natives[role].shape[1] for role in LAST.values() if role in natives)
+        groups = 8 * natives["down"].shape[1] + 8 * (natives["v"].shape[0] if "v" in natives else 0)
+        seen = GRADIENT_WIDTHS * natives["up"].shape[1] if self.reads_gradient else 0
         return TrainingCost(
             parameters=numbers, held_bytes=MASTER * numbers + widened + work + 2 * groups,
             state_bytes=STATE * numbers + groups, token_bytes=RUN * (masked + seen),
@@ -167,8 +167,10 @@ class Pruning(Steps):
         super().__init__(knobs, adapted.masters, adapted.sizes, steps)
         self.knobs, self.adapted, self._index = knobs, adapted, index
         self.layer = adapted.layer
-        heads = self.layer.native("v").shape[0] // self.layer.head_dim
-        self.groups = {"attention": heads, "ffn": self.layer.native("down").shape[1]}
+        self.groups = {"ffn": self.layer.native("down").shape[1]}
+        if "attention" in self.layer.family.compressible:
+            heads = self.layer.native("v").shape[0] // self.layer.head_dim
+            self.groups = {"attention": heads, **self.groups}
         self.most = {
             name: count - count * layout[LAST[name]].shape[1] // self.layer.native(LAST[name]).shape[1]
             if LAST[name] in layout
@@ -230,7 +232,7 @@ class Pruning(Steps):
         """Bring the running importance of every group up to date."""
         kept = self.knobs.smoothing
         for name, part in self.layer.family.sublayers.items():
-            if not self.most[name]:
+            if not self.most.get(name):
                 continue
             with located(f"{self.layer.prefix} {name}"):
                 scores_G = self.importance(part.roles, self.groups[name])
@@ -257,8 +259,9 @@ class Pruning(Steps):
 
     def _mask(self) -> None:
         """Have nothing heard of the groups that are gone."""
-        for name, role in LAST.items():
-            alive_G, columns = self.alive[name], self.layer.native(role).shape[1]
+        for name, alive_G in self.alive.items():
+            role = LAST[name]
+            columns = self.layer.native(role).shape[1]
             mask_I = alive_G.repeat_interleave(columns // len(alive_G)).float()
             self.adapted.adapters[role].mask_I = None if bool(alive_G.all()) else mask_I
 

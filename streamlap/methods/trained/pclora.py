@@ -125,7 +125,8 @@ class PcLora(Pace):
     def start(self, layer: StreamLayer, index: int, layout: Layout, gram: Callable[[str], Gram], steps: int) -> Fading:
         adapters = {}
         generator = torch.Generator().manual_seed((self.seed << 20) + index)
-        for part in layer.family.sublayers.values():
+        for name in layer.family.compressible:
+            part = layer.family.sublayers[name]
             for roles in (part.reads, (part.writes,)):
                 seen = gram(roles[0]) if self.begin == "warm" else None
                 for role in roles:
