@@ -18,6 +18,8 @@ from streamlap.errors import RecipeError, UnsupportedModel
 from streamlap.families.layer import StreamLayer
 from streamlap.families.stream import ModelStream
 from streamlap.methods.anchored.attention import AttentionAnchored
+from streamlap.methods.trained.loraprune import LoraPrune
+from streamlap.methods.trained.pclora import PcLora
 from streamlap.planning.layouts import budget_of
 
 HYBRIDS = ("qwen3_next", "qwen3_5_text")
@@ -25,11 +27,17 @@ LINEAR = 32 * (2 * 16 + 32) + 2 * 32 * 32 + 2 * 32 * 4
 """Parameters of the linears of a gated delta net: q, k and v; z and the output; two numbers for each of four heads."""
 FULL, FFN = 32 * (64 + 2 * 16 + 32), 3 * 32 * 48
 DECODER = 2 * LINEAR + FULL + 3 * FFN
+QUICK: dict[str, Any] = {"epochs": 1, "rank": 4, "every": 2}
 RUNS: dict[str, dict[str, Any]] = {
-    "best": {"preset": "best"}, "lorap": {"preset": "lorap"}, "loraprune": {"preset": "loraprune"},
-    "pclora": {"preset": "pclora"}, "best, trained": {"preset": "best", "refine": 1},
-    "stock": {"format": "stock", "multiple": 1}, "a survey": {"preset": "best", "survey": "auto"},
-}  # fmt: skip
+    "best": {"preset": "best"},
+    "lorap": {"preset": "lorap"},
+    "loraprune": {"methods": (LoraPrune(**QUICK),)},
+    "loraprune by the whole model": {"methods": (LoraPrune(**QUICK, importance="model"),)},
+    "pclora": {"methods": (PcLora(epochs=2),)},
+    "best, trained": {"preset": "best", "refine": 1},
+    "stock": {"format": "stock", "multiple": 1},
+    "a survey": {"preset": "best", "survey": "auto"},
+}
 
 
 @pytest.mark.parametrize("family", HYBRIDS)
