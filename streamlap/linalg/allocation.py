@@ -11,7 +11,7 @@ number for all, and each share stays near the uniform one.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 LEAST, MOST = 0.8, 1.6
@@ -74,6 +74,25 @@ def allocate(parts: Sequence[Part], total: int) -> list[int]:
         middle = (cheap + dear) / 2
         cheap, dear = (middle, dear) if sum(spend(middle)) > total else (cheap, middle)
     return whole_numbers(spend(dear), total)
+
+
+def allocate_kinds(
+    kinds: Mapping[str, Sequence[Part]], total: int, floors: Mapping[str, float]
+) -> dict[str, list[int]]:
+    """The same of parts of several kinds. All parts of a kind together keep at least the share of them in `floors`, which is at
+    most the uniform one: points of one kind tell less of another, the further the cuts are from them."""
+    free, counts = dict(kinds), dict[str, list[int]]()
+    while free:
+        left = total - sum(map(sum, counts.values()))
+        found = iter(allocate([part for parts in free.values() for part in parts], left))
+        tried = {name: [next(found) for _ in parts] for name, parts in free.items()}
+        sizes = {name: sum(part.parameters for part in parts) for name, parts in free.items()}
+        low = [name for name, own in tried.items() if sum(own) < int(floors[name] * sizes[name])]
+        if not low or len(low) == len(free):
+            return {name: counts[name] if name in counts else tried[name] for name in kinds}
+        for name in low:
+            counts[name] = allocate(free.pop(name), int(floors[name] * sizes[name]))
+    return counts
 
 
 def whole_numbers(amounts: Sequence[float], total: int) -> list[int]:

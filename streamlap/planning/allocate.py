@@ -11,7 +11,7 @@ from collections.abc import Sequence
 
 from streamlap.errors import RecipeError
 from streamlap.families.stream import ModelStream
-from streamlap.linalg.allocation import Part, allocate, fit_curve
+from streamlap.linalg.allocation import Part, allocate, allocate_kinds, fit_curve
 from streamlap.planning.layouts import dense_parameters, share_to_cut, uniform_parameters
 from streamlap.planning.survey_file import Survey
 from streamlap.planning.widths import in_steps
@@ -30,10 +30,17 @@ def layer_parameters(stream: ModelStream, recipe: Recipe, survey: Survey | None)
         share = share_to_cut(stream, recipe.ratio)
         return [uniform_parameters(stream, index, share) for index in range(stream.depth)]
     names = [stream.family_of(index).compressible for index in range(stream.depth)]
-    parts = [part_of(stream, survey, index, name) for index, own in enumerate(names) for name in own]
     keep = 1.0 - share_to_cut(stream, recipe.ratio)
-    counts = iter(allocate(parts, int(keep * sum(part.parameters for part in parts))))
-    return [{name: next(counts) for name in own} for own in names]
+    kinds: dict[str, list[Part]] = {}
+    floors: dict[str, float] = {}
+    for index, own in enumerate(names):
+        for name in own:
+            kinds.setdefault(name, []).append(part_of(stream, survey, index, name))
+            measured = min(point.keep for point in survey.layers[index][name])
+            floors[name] = min(floors.get(name, keep), measured)
+    total = int(keep * sum(part.parameters for parts in kinds.values() for part in parts))
+    counts = {name: iter(own) for name, own in allocate_kinds(kinds, total, floors).items()}
+    return [{name: next(counts[name]) for name in own} for own in names]
 
 
 def part_of(stream: ModelStream, survey: Survey, index: int, sublayer: str) -> Part:
