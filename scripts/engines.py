@@ -93,7 +93,7 @@ def run_vllm(work: Path, folder: Path, wanted: Found) -> Found:
 
     engine = vllm.LLM(
         str(folder), dtype="float32", enforce_eager=True, max_model_len=2 * (PROMPT + NEW), trust_remote_code=True,
-        skip_tokenizer_init=True, max_num_seqs=4, gpu_memory_utilization=0.3,
+        skip_tokenizer_init=True, max_num_seqs=4, gpu_memory_utilization=0.3, kv_cache_memory_bytes=1 << 26,
     )  # fmt: skip
     prompt = {"prompt_token_ids": wanted["prompt"]}
     settings = vllm.SamplingParams(

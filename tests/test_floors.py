@@ -9,6 +9,7 @@ from __future__ import annotations
 import ast
 import re
 import sys
+import tomllib
 from collections.abc import Iterator, Mapping
 from graphlib import CycleError, TopologicalSorter
 from importlib import metadata
@@ -61,6 +62,9 @@ NO_ROOMS = {"corpus", "scripts"}
 """Folders of tests that belong to no room."""
 
 TALKERS = {"print", "input", "exit", "quit", "sys.exit", "os._exit", "logging.basicConfig", "typer.echo", "click.echo"}
+
+HOSTS = {"vllm": "loader.vllm_plugin"}
+"""Packages that load a module of ours where they are installed, so that nothing declares them -> that module."""
 
 DISTRIBUTIONS = {"lm_eval": "lm-eval", "yaml": "pyyaml"}
 """Import name -> name in pyproject.toml where they differ."""
@@ -201,8 +205,19 @@ def test_what_is_imported_is_declared() -> None:
     """Nothing is used that another package merely happens to bring along."""
     declared = {re.match(r"[\w-]+", row)[0].lower() for row in metadata.requires("streamlap") or ()}  # type: ignore[index]
     for module in SOURCES:
-        for name in outside(module):
+        for name in outside(module) - {host for host, plugin in HOSTS.items() if plugin == module}:
             assert DISTRIBUTIONS.get(name, name).lower() in declared, f"{module} imports {name}"
+
+
+def test_an_engine_alone_loads_its_plugin() -> None:
+    needed = {f"{module} -> {other}" for module in SOURCES for other in inside(module) if other in HOSTS.values()}
+    assert not needed
+    points = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["entry-points"]
+    for group, plugins in points.items():
+        for module, name in (target.split(":") for target in plugins.values()):
+            plugin = HOSTS[group.split(".")[0]]
+            assert module == f"streamlap.{plugin}"
+            assert name in {function.name for function in functions(TREES[plugin])}
 
 
 def test_the_picture_of_the_floors_is_this_one() -> None:
