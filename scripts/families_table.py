@@ -52,6 +52,7 @@ not grow with the tokens, and is not counted as cache.
 
 {wrappers}
 
+Tensors of a `qwen3_5` that begin with `mtp.`, which predict several tokens ahead, are copied too and fit the original alone.
 Of these the language model is compressed: its layers are those of the family beside it, config.json describes them under
 `text_config` (of a `qwen2_5_vl` also beside the other keys), and calibration is text. Everything else, such as the vision tower
 and the projector, is copied as bytes under its own names, with the settings of the image processor. It is not built, and only

@@ -1,8 +1,15 @@
 """streamlap compresses a huge language model on small hardware, one decoder layer at a time.
 
 Importing it registers the loader with transformers, so that `AutoModelForCausalLM.from_pretrained` opens its
-output; nothing else happens at import.
+output; nothing else happens at import, but that torch is asked to keep little of what it makes for products of one shape.
 """
+
+import os
+
+# oneDNN, and torch above it, keep what they made for products of a shape, half a MiB or more each, by default of a thousand
+# shapes. Where every layer gets widths of its own, memory would grow by layers. They look at this while torch is imported.
+os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "32")
+os.environ.setdefault("LRU_CACHE_CAPACITY", "32")
 
 from streamlap.errors import StreamlapError
 from streamlap.loader import hf_plugin as hf_plugin

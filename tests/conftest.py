@@ -96,6 +96,9 @@ PICO_OF: dict[str, dict[str, Any]] = {
 }
 """Model type -> what shows, in three layers of 64 tokens, what its layers do and others do not."""
 
+UNKNOWN = {"opt": ("intermediate_size",), "gpt2": ("intermediate_size",)}
+"""Model type -> keys of `PICO` that its config.json does not have."""
+
 TEXT = "\n".join(f"On day {day} the {noun} went to sea, and {noun} {day} came home again." for day in range(60)
                  for noun in ("boat", "captain", "old man", "whale"))  # fmt: skip
 
@@ -116,8 +119,9 @@ def make_pico(
 ) -> Path:
     """Write a random model of `model_type`; biases and norms are random too, so that losing one shows."""
     torch.manual_seed(seed)
+    common = {key: value for key, value in PICO.items() if key not in UNKNOWN.get(model_type, ())}
     settings = AutoConfig.for_model(
-        model_type, **(PICO | PICO_OF.get(model_type, {}) | {"tie_word_embeddings": tied} | config)
+        model_type, **(common | PICO_OF.get(model_type, {}) | {"tie_word_embeddings": tied} | config)
     )
     model = AutoModelForCausalLM.from_config(settings)
     with torch.no_grad():

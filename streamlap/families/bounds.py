@@ -23,6 +23,7 @@ SIZES = {
     "num_hidden_layers": 1_000,
     "hidden_size": 1 << 18,
     "intermediate_size": 1 << 20,
+    "ffn_dim": 1 << 20,
     "num_attention_heads": 1 << 12,
     "num_key_value_heads": 1 << 12,
     "head_dim": 1 << 12,
@@ -82,7 +83,8 @@ def native_config(raw: Mapping[str, Any], folder: Path) -> PreTrainedConfig:
         config: PreTrainedConfig = CONFIG_MAPPING[raw["model_type"]].from_dict(copy.deepcopy(kept))
         config.name_or_path = str(folder)
     language = config.get_text_config()
-    check_sizes(lambda key: getattr(language, key, None), folder, SIZES)  # the defaults of what config.json leaves out
+    known = [key for key in SIZES if hasattr(language, key)]
+    check_sizes(lambda key: getattr(language, key, None), folder, known)  # the defaults of what config.json leaves out
     return config
 
 

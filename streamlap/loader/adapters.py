@@ -24,7 +24,7 @@ try:  # transformers wants all that a file of a folder imports outside of `try` 
 except ImportError:
     raise
 
-from .linears import StoredLinear
+from .linears import JoinedLinear, StoredLinear
 
 INITS = (True, False, "gaussian", "orthogonal")
 """Values of `init_lora_weights` that do not read the matrix."""
@@ -99,6 +99,9 @@ def register() -> None:
 
     @wraps(create)
     def create_new_module(lora_config: LoraConfig, adapter_name: str, target: torch.nn.Module, **kwargs: Any) -> Any:
+        if isinstance(target, JoinedLinear):
+            parts = ", ".join(name for name, _ in target.named_children())
+            raise ValueError(f"LoRA on linears that share a matrix: seen it whole; wanted its parts, {parts}, by name")
         lora_config._register_custom_module({StoredLinear: StoredLoraLinear})
         return create(lora_config, adapter_name, target, **kwargs)  # type: ignore[no-untyped-call]
 

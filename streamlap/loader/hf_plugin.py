@@ -112,6 +112,7 @@ class StreamlapQuantizer(HfQuantizer):
         # transformers loads a bare decoder's checkpoint into the whole model and the other way round: know both names.
         found, prefix = carriers(model), f"{model.base_model_prefix}."
         given = {path: found[_path_in(model, path)] for path in rows if _path_in(model, path) in found}
+        given |= {_path_in(model, path): part for path, part in given.items()}
         self.carriers = given | {path.removeprefix(prefix): part for path, part in given.items()}
 
     def get_weight_conversions(self) -> list[WeightTransform]:
@@ -253,7 +254,10 @@ def _refuse_another(merge: Any) -> Any:
 
 
 def _path_in(model: PreTrainedModel, path: str) -> str:
-    """`path` as `model` spells it: the bare decoder that AutoModel gives has no `model.` in front."""
+    """`path` as `model` spells it: the bare decoder that AutoModel gives has no `model.` in front, and the language model
+    alone, out of a model that has more, no `language_model.`."""
+    if not hasattr(model.base_model, "language_model"):
+        path = path.replace(".language_model.", ".", 1)
     return path.removeprefix(f"{model.base_model_prefix}.") if model.base_model is model else path
 
 

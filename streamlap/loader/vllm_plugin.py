@@ -29,8 +29,14 @@ class Compressed(QuantizationConfig):  # type: ignore[misc]  # vllm is not there
 
     @classmethod
     def from_config(cls, config: dict[str, Any]) -> Compressed:
-        """Raises ValueError for a table of another version, or that is malformed."""
-        return cls(StreamlapConfig(**config).modules)
+        """Raises ValueError for a table of another version, that is malformed, or with linears that share a matrix."""
+        modules = StreamlapConfig(**config).modules
+        if shared := [path for path, row in modules.items() if "parts" in row]:
+            raise ValueError(
+                f"streamlap module {short(shared[0])}: seen linears that share a matrix; wanted none, as vLLM computes them as "
+                "one. Run it with transformers, or compress with --format stock."
+            )
+        return cls(modules)
 
     @classmethod
     def get_name(cls) -> str:

@@ -26,7 +26,7 @@ KEPT_NAME = "streamlap_kept_channels.json"
 SURVEY_NAME = "streamlap_survey.json"
 
 COPIED = (
-    "tokenizer*", "vocab.*", "merges.txt", "special_tokens_map.json", "added_tokens.json", "*.model", "spiece.*",
+    "tokenizer*", "vocab.*", "merges.txt", "tekken.json", "special_tokens_map.json", "added_tokens.json", "*.model", "spiece.*",
     "chat_template.*", "additional_chat_templates/*", "generation_config.json", "preprocessor_config.json",
     "processor_config.json", "video_preprocessor_config.json", "LICENSE*", "NOTICE*", "USE_POLICY*",
 )  # fmt: skip

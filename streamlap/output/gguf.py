@@ -69,7 +69,9 @@ def architecture(stream: ModelStream, layers: Sequence[Mapping[str, Form]]) -> s
                 )
     family = stream.family.model_type
     alike = all(
-        isinstance(form, Dense) and form.shape == layers[0][role].shape for row in layers for role, form in row.items()
+        isinstance(form, Dense) and role in layers[0] and form.shape == layers[0][role].shape
+        for row in layers
+        for role, form in row.items()
     )
     plain = alike and not any(window_of(stream, index) for index in range(stream.depth))
     if family in OTHERS and plain:

@@ -133,6 +133,11 @@ def checked_job(run: Run, settings: RunSettings, stream: ModelStream, tokens_NL:
             f"{stream.folder} is a {found}, which is read as a {stream.family.model_type}; wanted a compressed model. Compress "
             "it first."
         )
+    if stream.joined and not stream.apart:
+        raise UnsupportedModel(
+            f"{stream.folder} is a {stream.family.model_type} with linears that share a matrix, {next(iter(stream.joined))}; "
+            "wanted them apart, as in the format factored. Recover the factored folder, then export it."
+        )
     knobs, dense, teacher_fit = Recovery(**run.own["knobs"]), None, None
     (windows, length), name = tokens_NL.shape, run.own.get("dense")
     if windows < 2:

@@ -87,8 +87,10 @@ def session(
         needs.require(run.folder, run.hidden)
     with OutputLock(run.folder), stop_requests(deadline, f"streamlap resume {run.out}") as stops:
         check()
-        if tokens_NL is not None and not Journal.exists(run.folder):
-            save_tokens(run.folder, tokens_NL)
+        if not Journal.exists(run.folder):
+            remove_hidden(run.hidden)  # of a run whose output went without it
+            if tokens_NL is not None:
+                save_tokens(run.folder, tokens_NL)
         journal = Journal.open(run.folder, marks, run.arguments)
         begun = parse_run(run.out, run.folder, journal.arguments)
         yield Session(run=begun, journal=journal, stops=stops)

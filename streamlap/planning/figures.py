@@ -98,7 +98,8 @@ def gradient_traffic(stream: ModelStream, choice: Fit) -> Traffic:
     a layer read is on the disk by then, and so is what each sweep begins with."""
     states, away, back = choice.work.generation, choice.work.device.type != "cpu", stream.depth - 1
     layers = (info.nbytes for index in range(1, stream.depth) for info in stream.layer_tensors(index).values())
-    weights, passed, again = redraw_bytes(stream) + sum(layers), stream.depth + back, back + 2
+    # The first gradient on the way back is among those that are read from the disk in any case.
+    weights, passed, again = redraw_bytes(stream) + sum(layers), stream.depth + max(0, back - 1), back + 1 + (back > 0)
     on_disk, outside = choice.schedule.tier == "disk", choice.schedule.tier != "vram"
     return Traffic(
         read=weights + (again + passed * on_disk) * states, written=(2 * stream.depth + 1) * states,

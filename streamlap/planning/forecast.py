@@ -271,11 +271,8 @@ def compression_workload(
     stream: ModelStream, layers: Sequence[LayerPlan], shape_NL: tuple[int, int], head: bool = False, gradient: bool = False,
 ) -> Workload:  # fmt: skip
     """Sizes of `compress`; `head`, whether predictions are asked for; `gradient`, whether that of their loss is."""
-    asked = (
-        head_bytes(stream, math.prod(shape_NL), GRADIENT_COPIES if gradient else HEAD_COPIES)
-        if head or gradient
-        else {}
-    )
+    copies = max(HEAD_COPIES * head, GRADIENT_COPIES * gradient)
+    asked = head_bytes(stream, math.prod(shape_NL), copies) if copies else {}
     return Workload(
         **layer_workload(stream, *shape_NL), **asked, gradients=stream.depth * gradient,
         edits=max(layer.edits_bytes for layer in layers), solve=max(layer.solve_bytes for layer in layers),

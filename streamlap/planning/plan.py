@@ -98,7 +98,7 @@ class Plan:
 
     @property
     def disk_bytes(self) -> int:
-        """Most that is on the disk at one time beside the source: shards, two generations of hidden states, small files."""
+        """Most that is on the disk at one time beside the source: shards, generations of hidden states, small files."""
         return self.output_bytes + self.fit.work.disk_bytes + COMPANION_BYTES
 
     @property

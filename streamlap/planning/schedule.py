@@ -126,7 +126,7 @@ def _gpu_schedule(work: Workload, overlap: bool, tier: str, micro: int, places: 
             "activations": work.activations(micro, work.inner_after),
             **_optional({"inputs": work.inputs}),
         },
-        "head": {"head": work.head, **resident},
+        "head": {"head": work.head, **resident, **_optional({"hidden batches": 3 * full * (work.gradients > 0)})},
     }
     return Schedule(overlap=overlap, tier=tier, micro=micro, ram=ram, vram=vram)
 

@@ -129,3 +129,5 @@ def test_a_result_is_exported_as_dense_and_not_as_nas(pico: MakeModel, tokens: P
     streamlap.export(tmp_path / "out", tmp_path / "export", to=to)
     found, wanted = (streamlap.evaluate(tmp_path / name, tokens).nll for name in ("export", "out"))
     assert found == pytest.approx(wanted, rel=1e-5)
+    with pytest.raises(UnsupportedModel, match=r"a qwen3_5_text with layers that differ .* is not written as GGUF"):
+        streamlap.export(tmp_path / "export", tmp_path / "x.gguf", to="gguf")

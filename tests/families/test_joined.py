@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import peft
 import pytest
 import torch
 from conftest import MakeModel
@@ -86,6 +88,16 @@ def test_a_compressed_one_is_saved_made_plain_and_recovered(
     recovered = tensors(tmp_path / "again")
     assert {name: tensor.shape for name, tensor in tensors(out).items()} == {n: t.shape for n, t in recovered.items()}
     assert not torch.equal(logits(tmp_path / "again", tokens), wanted_NLV)
+    with pytest.raises(UnsupportedModel, match=rf"linears that share a matrix, {path}; wanted them apart"):
+        streamlap.recover(tmp_path / "dense", tmp_path / "never", tmp_path / "lesson.npy", **KNOBS)
+    whole = get_peft_model_of(out, path.rpartition(".")[2])
+    with pytest.raises(ValueError, match="seen it whole; wanted its parts, "):
+        whole()
+
+
+def get_peft_model_of(folder: Path, name: str) -> Callable[[], object]:
+    """What gives the model LoRA on the modules of that name."""
+    return lambda: peft.get_peft_model(streamlap.load(folder), peft.LoraConfig(target_modules=[name]))
 
 
 def test_a_plain_result_is_the_same_however_it_was_made(

@@ -6,7 +6,7 @@ import itertools
 
 import pytest
 
-from streamlap.linalg.allocation import LEAST, MOST, POWER, Curve, Part, allocate, fit_curve
+from streamlap.linalg.allocation import LEAST, MOST, POWER, Curve, Part, allocate, allocate_kinds, fit_curve
 
 PARTS = [
     Part(parameters=count, curve=Curve(scale=scale))
@@ -100,3 +100,40 @@ def test_a_curve_goes_between_points() -> None:
 
 def test_a_loss_of_nothing_is_a_curve_too() -> None:
     assert fit_curve([(0.6, 0.0)]).loss(0.5) < 1e-10
+
+
+def kinds_of(cheap: float) -> dict[str, list[Part]]:
+    """Attention that costs little, and FFNs that cost ten times as much."""
+    return {
+        "attention": [Part(parameters=1000, curve=Curve(scale=cheap * scale)) for scale in (1.0, 1.5, 0.7)],
+        "ffn": [Part(parameters=2000, curve=Curve(scale=scale)) for scale in (1.0, 0.8, 2.0)],
+    }
+
+
+def test_a_kind_keeps_its_floor_and_its_parts_still_differ() -> None:
+    kinds, total = kinds_of(0.01), 4500
+    assert sum(allocate([part for parts in kinds.values() for part in parts], total)[:3]) < 1500
+    shares = allocate_kinds(kinds, total, {"attention": 0.5, "ffn": 0.5})
+    assert {name: sum(counts) for name, counts in shares.items()} == {"attention": 1500, "ffn": 3000}
+    assert shares["attention"] == allocate(kinds["attention"], 1500)
+    assert len(set(shares["attention"])) == len(set(shares["ffn"])) == 3
+
+
+def test_a_floor_that_is_not_reached_changes_nothing() -> None:
+    kinds = kinds_of(0.1)
+    parts = [part for own in kinds.values() for part in own]
+    for total in (3000, 6000, 8999):
+        shares = allocate_kinds(kinds, total, {"attention": 0.0, "ffn": 0.0})
+        assert [*shares["attention"], *shares["ffn"]] == allocate(parts, total)
+
+
+@pytest.mark.parametrize("total", [901, 4499, 7201, 9000])
+@pytest.mark.parametrize("cheap", [1e-6, 0.1, 1.0, 1e6])
+def test_the_total_of_all_kinds_is_met(total: int, cheap: float) -> None:
+    kinds, keep = kinds_of(cheap), total / 9000
+    floors = {"attention": min(keep, 0.6), "ffn": min(keep, 0.8)}
+    shares = allocate_kinds(kinds, total, floors)
+    assert sum(map(sum, shares.values())) == total
+    for name, parts in kinds.items():
+        assert sum(shares[name]) >= int(floors[name] * sum(part.parameters for part in parts))
+        assert all(count <= part.parameters for count, part in zip(shares[name], parts, strict=True))

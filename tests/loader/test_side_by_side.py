@@ -32,6 +32,12 @@ def test_each_part_has_the_form_of_its_row() -> None:
     [
         (["a", "b"], {"a": {"out": 4}}, [6, 6], r"seen outputs of \[4, 6\]; wanted \[6, 6\], or equal ones"),
         (["a", "b"], {"a": {"out": 4}, "b": {"out": 4}}, [6, 8], r"seen outputs of \[4, 4\]; wanted \[6, 8\]$"),
+        (
+            ["q", "k", "v"],
+            {name: {"out": 4} for name in "qkv"},
+            [8, 8, 8],
+            r"seen outputs of \[4, 4, 4\]; wanted \[8, 8, 8\]$",
+        ),
         (["fused"], {"fused": {"out": 5}}, [6, 6], r"seen outputs of \[5\]"),
         (["a", "b"], {}, [6, 6, 6], "seen 2; wanted one for each"),
         (["a"], {"a": {"rotated": 1}}, [6], "streamlap module 'a': seen {'rotated': 1}"),

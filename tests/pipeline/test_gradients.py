@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import signal
 import subprocess
 import sys
@@ -202,6 +203,27 @@ def test_it_stops_on_both_ways_where_it_is_asked_to(
                 prune(out)
     prune(out)
     assert contents(out) == unbroken
+
+
+def test_what_another_run_has_left_is_not_taken_up(
+    source: Path, tokens: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its output is gone, and what it had in the working folder is still there."""
+    out, work = tmp_path / "out", tmp_path / "work"
+    np.save(tmp_path / "others.npy", np.load(tokens)[::-1])
+
+    def prune(out: Path, file: Path) -> streamlap.Report:
+        return streamlap.compress(source, out, RECIPE, files=(str(file),), work=work)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(gradients, "pull_layer", lambda *rest: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            prune(out, tmp_path / "others.npy")
+    assert list(work.rglob("*.bin"))
+    shutil.rmtree(out)
+    prune(out, tokens)
+    prune(tmp_path / "clean", tokens)
+    assert contents(out) == contents(tmp_path / "clean")
 
 
 # --- before the run ------------------------------------------------------------------------------------------------------

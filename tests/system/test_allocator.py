@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import os
 import subprocess
 import sys
 
@@ -89,3 +90,29 @@ def test_freed_memory_stays_where_it_may_and_goes_when_it_is_too_much() -> None:
     assert 36 <= rows["held"] < 60, rows
     for name in ("nothing kept", "held is not freed", "above it", "after", "steady again", "in a hole, trimmed"):
         assert rows[name] < 24, (name, rows)
+
+
+SHAPES = """
+import psutil, streamlap, torch
+
+rss = lambda: psutil.Process().memory_info().rss
+x = torch.ones(256, 512)
+
+def products(widths):
+    for width in widths:
+        torch.nn.functional.linear(x, torch.ones(width, 512))
+        torch.nn.functional.linear(x.bfloat16(), torch.ones(width, 512, dtype=torch.bfloat16))
+
+products(range(64, 128))
+before = rss()
+products(range(128, 384))
+print(rss() - before >> 20)
+"""
+
+
+def test_products_of_ever_other_shapes_leave_little_behind() -> None:
+    """As where a survey gives every layer its own widths. By default it can be 200 MiB."""
+    environment = {name: value for name, value in os.environ.items() if not name.endswith("CACHE_CAPACITY")}
+    command = [sys.executable, "-c", SHAPES]
+    found = subprocess.run(command, env=environment, capture_output=True, text=True, check=True, timeout=120)
+    assert int(found.stdout) < 64
