@@ -52,6 +52,8 @@ RECIPES: dict[str, dict[str, Any]] = {
     "lorap": {"preset": "lorap"}, "best": {}, "best --refine 2": {"refine": 2}, "loraprune": {"preset": "loraprune"},
     "pclora": {"preset": "pclora", "ratio": 0.5},
 }  # fmt: skip
+LESSON: dict[str, Any] = {"rank": 4, "epochs": 4, "learning_rate": 0.02, "distil": 0.1}
+"""Knobs with which something is gained, so that there is a result."""
 OF_BEST = ("export", "recover")
 """Commands on what `best` has made."""
 PROCESSES = multiprocessing.get_context("forkserver")
@@ -76,7 +78,9 @@ class Case:
         elif self.command == "export":
             streamlap.export_dense(self.folder / f"{self.model}, best", out)
         elif self.command == "recover":
-            streamlap.recover(self.folder / f"{self.model}, best", out, files, dense=source, rank=4, epochs=4)
+            streamlap.recover(
+                self.folder / f"{self.model}, best", out, self.folder / "lesson.npy", dense=source, **LESSON
+            )
         else:
             streamlap.compress(source, out, files=files, **RECIPES[self.command])
 
@@ -107,7 +111,7 @@ def start(case: Case, out: Path, resume: bool = False) -> BaseProcess:
 
 
 def make_sources(folder: Path, models: list[str]) -> None:
-    """Random models, and token ids to calibrate on."""
+    """Random models, token ids to calibrate on, and ids of which the next can be learnt."""
     for name in models:
         family, tied = MODELS[name]
         torch.manual_seed(0)
@@ -119,6 +123,7 @@ def make_sources(folder: Path, models: list[str]) -> None:
         AutoModelForCausalLM.from_config(config).to(torch.bfloat16).save_pretrained(
             folder / name, max_shard_size="200KB"
         )
+    np.save(folder / "lesson.npy", np.tile(np.arange(32, dtype=np.uint16), (16, 1)))
     np.save(folder / "ids.npy", np.random.default_rng(0).integers(0, 500, (16, 32)).astype(np.uint16))
 
 
