@@ -52,12 +52,12 @@ not grow with the tokens, and is not counted as cache.
 
 {wrappers}
 
-Tensors of a `qwen3_5` that begin with `mtp.`, which predict several tokens ahead, are copied too and fit the original alone.
 Of these the language model is compressed: its layers are those of the family beside it, config.json describes them under
 `text_config` (of a `qwen2_5_vl` also beside the other keys), and calibration is text. Everything else, such as the vision tower
 and the projector, is copied as bytes under its own names, with the settings of the image processor. It is not built, and only
 its headers and its numbers being finite are checked. Ratio and decoder parameters count the language model; parameters of the
-whole model and bytes count all.
+whole model and bytes count all. Tensors of a `qwen3_5` that begin with `mtp.`, which predict several tokens ahead, are copied
+too and fit the original alone.
 
 The tensors of the language model are written as `model.language_model.*`, whatever they were called, and transformers
 opens the result as it opens the original: by `AutoModelForImageTextToText`. The formats `factored` and `stock`, and the export

@@ -26,18 +26,17 @@ def layer_parameters(stream: ModelStream, recipe: Recipe, survey: Survey | None)
     store nothing is removed. Raises RecipeError where the shape cannot hold the ratio."""
     if recipe.shape != "free":
         return in_steps(stream, recipe, whole_shares(stream, recipe, survey))
+    share = share_to_cut(stream, recipe.ratio)
     if survey is None:
-        share = share_to_cut(stream, recipe.ratio)
         return [uniform_parameters(stream, index, share) for index in range(stream.depth)]
-    names = [stream.family_of(index).compressible for index in range(stream.depth)]
-    keep = 1.0 - share_to_cut(stream, recipe.ratio)
+    keep, names = 1.0 - share, [stream.family_of(index).compressible for index in range(stream.depth)]
     kinds: dict[str, list[Part]] = {}
     floors: dict[str, float] = {}
     for index, own in enumerate(names):
         for name in own:
             kinds.setdefault(name, []).append(part_of(stream, survey, index, name))
-            measured = min(point.keep for point in survey.layers[index][name])
-            floors[name] = min(floors.get(name, keep), measured)
+            measured = (point.keep for point in survey.layers[index][name])
+            floors[name] = min(floors.get(name, keep), *measured)
     total = int(keep * sum(part.parameters for parts in kinds.values() for part in parts))
     counts = {name: iter(own) for name, own in allocate_kinds(kinds, total, floors).items()}
     return [{name: next(counts[name]) for name in own} for own in names]

@@ -300,9 +300,12 @@ def test_a_hub_id_of_another_kind_is_named(hub: tuple[str, list[str]], tmp_path:
     for path in served.iterdir():
         path.unlink()
     (served / "model-q4.gguf").write_bytes(b"GGUF")
-    done = ask(hub[0], tmp_path / "home", "inspect", "org/pico")
-    assert done.returncode == 3
-    assert "org/pico holds model-q4.gguf, a GGUF container; wanted a checkpoint in transformers' layout" in done.stderr
+    for command in ("inspect", "plan"):
+        done = ask(hub[0], tmp_path / "home", command, "org/pico")
+        assert done.returncode == 3
+        assert (
+            "org/pico holds model-q4.gguf, a GGUF container; wanted a checkpoint in transformers' layout" in done.stderr
+        )
 
 
 def test_a_folder_has_no_revisions(pico: MakeModel, monkeypatch: pytest.MonkeyPatch) -> None:
