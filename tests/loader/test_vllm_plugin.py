@@ -67,7 +67,9 @@ def plugin(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
 def build(config: Any, layers: int, up: str = "up_proj") -> list[Linear]:
     outputs = {"attn.qkv_proj": [12, 4, 4], f"mlp.{up}": [6], "mlp.down_proj": [6]}
     return [
-        Linear(config, f"model.layers.{index}.{name}", sizes) for index in range(layers) for name, sizes in outputs.items()
+        Linear(config, f"model.layers.{index}.{name}", sizes)
+        for index in range(layers)
+        for name, sizes in outputs.items()
     ]
 
 
@@ -83,7 +85,8 @@ def test_rows_that_are_all_met_pass(plugin: Any) -> None:
 
 
 @pytest.mark.parametrize(
-    ("layers", "up", "seen"), [(2, "upward_proj", "'model.layers.1.mlp.up_proj'"), (0, "up_proj", "q_proj'.*2 of 2 rows")]
+    ("layers", "up", "seen"),
+    [(2, "upward_proj", "'model.layers.1.mlp.up_proj'"), (0, "up_proj", "q_proj'.*2 of 2 rows")],
 )
 def test_a_row_that_no_linear_has_is_refused(plugin: Any, layers: int, up: str, seen: str) -> None:
     linears = [*build(plugin.config, layers, up), Linear(plugin.config, "lm_head", [6])]
