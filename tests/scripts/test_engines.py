@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import json
-import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -66,7 +66,7 @@ def test_speed_is_told_beside_the_first_folder(
         monkeypatch.setattr(sys, "argv", command[1:])
         bench_engines.main()
 
-    monkeypatch.setattr(subprocess, "run", in_this_process)
+    monkeypatch.setattr(bench_engines, "subprocess", SimpleNamespace(run=in_this_process))
     folders = [str(pico("llama", tokenizer=True)), str(pico("qwen2", num_hidden_layers=1, tokenizer=True))]
     words = ["bench", *folders, "--engines", "transformers", "--prompt", "8", "--decode", "2", "--rounds", "1"]
     monkeypatch.setattr(
