@@ -82,7 +82,7 @@ def open_vllm(folder: Path, args: argparse.Namespace) -> Generate:
 
     engine = vllm.LLM(
         str(folder), dtype=args.dtype, max_model_len=args.prompt + args.decode + 8, max_num_seqs=1, trust_remote_code=True,
-        skip_tokenizer_init=True, enable_prefix_caching=False, kv_cache_memory_bytes=1 << 27,
+        skip_tokenizer_init=True, enable_prefix_caching=False, kv_cache_memory_bytes=1 << 27, enforce_eager=not args.compile,
     )  # fmt: skip
 
     def generate(prompt: list[int], new: int) -> object:
@@ -205,6 +205,9 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument("--threads", type=int, default=os.cpu_count(), help="of every engine (all)")
     parser.add_argument(
         "--dtype", default="bfloat16", choices=list(TYPES), help="of weights and activations (bfloat16)"
+    )
+    parser.add_argument(
+        "--compile", action="store_true", help="let vLLM compile each folder first, which takes minutes"
     )
     parser.add_argument("--out", type=Path, metavar="FILE", help="file for the JSON")
     parser.add_argument("--table", action="store_true", help="print a Markdown table in place of the JSON")
