@@ -110,7 +110,7 @@ def worker(args: argparse.Namespace) -> None:
             found["folders"][folder.name] = {"error": f"{type(error).__name__}: {last_line(str(error))}"}
     rounds: dict[str, list[tuple[float, float]]] = {name: [] for name in opened}
     for number in range(args.rounds + 1):
-        prompt = [5 + (number + place) * 7919 % 1000 for place in range(args.prompt)]
+        prompt = [5 + (number + place) * 7919 % 250 for place in range(args.prompt)]
         for name, generate in opened.items():
             times = [timed(generate, prompt, new) for new in (1, 1 + args.decode)]
             rounds[name].append((args.prompt / times[0], args.decode / (times[1] - times[0])))
