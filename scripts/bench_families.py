@@ -32,15 +32,14 @@ import benchmarks as shared
 import numpy as np
 import torch
 from benchmarks import Result
+from families_table import RATIOS, WAYS, losses
 from peft import LoraConfig, get_peft_model
-from picos import EVERY_KIND, pico_config, pico_wrapper_config
+from picos import EVERY_KIND, pico_model
 from random_cut import RandomAttention, RandomChannels
 from train_demo_model import learning_rate, loss_of
-from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 
 import streamlap
 from streamlap.families.stream import ModelStream
-from streamlap.families.wrappers import WRAPPERS
 
 DEMO = shared.ROOT / "streamlap" / "demo"
 SIZES = {
@@ -52,8 +51,6 @@ FIRST_BYTE = 2
 """Token of the byte 0. Before it are the ends of a text, and behind the byte 255 the ids that stand for images."""
 OWN: dict[str, dict[str, Any]] = {"gemma2": {"final_logit_softcapping": 30.0, "attn_logit_softcapping": 50.0}}
 """Settings of the tests that keep a model from learning -> those of the published ones."""
-RATIOS = (0.2, 0.5)
-WAYS = ("random", "lorap", "best")
 LENGTH, BATCH, RATE = 128, 8, 5e-3
 TEXT_BYTES = 16_000_000
 """Most that is read of a text to train on."""
@@ -128,18 +125,10 @@ def measure(kind: str, folder: Path, lesson_T: torch.Tensor, windows: Windows, s
     }  # fmt: skip
 
 
-def build(kind: str) -> Any:
-    """A model of a kind with the weights that transformers begins with."""
-    torch.manual_seed(0)
-    settings = SIZES | OWN.get(kind, {})
-    if kind in WRAPPERS:
-        return AutoModelForImageTextToText.from_config(pico_wrapper_config(kind, **settings))
-    return AutoModelForCausalLM.from_config(pico_config(kind, **settings))
-
-
 def train(kind: str, folder: Path, lesson_T: torch.Tensor, seconds: float) -> Result:
     """A model of a kind that has learnt from random windows for so long, in `folder`. It learns without dropout."""
-    model = build(kind).eval()
+    torch.manual_seed(0)
+    model = pico_model(kind, **SIZES, **OWN.get(kind, {})).eval()
     optimizer = torch.optim.AdamW(model.parameters(), lr=RATE, betas=(0.9, 0.95), weight_decay=0.1)
     chance, begin, steps, mean = torch.Generator().manual_seed(0), time.perf_counter(), 0, 0.0
     while (done := (time.perf_counter() - begin) / seconds) < 1:
@@ -228,18 +217,12 @@ def step(folder: Path, tokens_NL: torch.Tensor) -> Result:
     return {"before": before.item(), "after": after.item(), "learns": bool(after < before)}
 
 
-def cells(row: Result | None) -> list[str]:
-    """Loss by chance, by `lorap` and by `best`, at each ratio; words where a family is not in the JSON."""
-    ways = [(str(ratio), way) for ratio in RATIOS for way in WAYS]
-    return [f"{row['cuts'][ratio][way]['loss']:.3f}" if row else "not measured" for ratio, way in ways]
-
-
 def table(result: Result) -> str:
-    losses = [f"{way} {ratio:.0%}" for ratio in RATIOS for way in WAYS]
-    columns = ["family", "steps", "dense NLL", *losses,
+    names = [f"{way} {ratio:.0%}" for ratio in RATIOS for way in WAYS]
+    columns = ["family", "steps", "dense NLL", *names,
                "in order", "stream apart", "result apart", "whole", "reloads", "learns"]  # fmt: skip
     rows = [
-        [kind, row["trained"]["steps"], f"{row['dense']:.3f}", *cells(row), shared.yes(row["ordered"]),
+        [kind, row["trained"]["steps"], f"{row['dense']:.3f}", *losses(row), shared.yes(row["ordered"]),
          *(f"{row['logits'][name]:.1g}" for name in ("source", "best")), shared.yes(row["whole"]), shared.yes(row["reloads"]),
          shared.yes(row["step"]["learns"])]
         for kind, row in result["families"].items()

@@ -24,9 +24,9 @@ import pytest
 import torch
 from crashes import crash_after
 from outputs import contents
-from picos import VOCABULARY, pico_config
+from picos import VOCABULARY, random_pico
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerFast
 
 import streamlap
 from streamlap import recipe
@@ -51,14 +51,8 @@ def make_pico(
     tokenizer: bool = False,
     **config: object,
 ) -> Path:
-    """Write a random model of `model_type`; biases and norms are random too, so that losing one shows."""
-    torch.manual_seed(seed)
-    model = AutoModelForCausalLM.from_config(pico_config(model_type, tied=tied, **config))
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            centre = 1.0 if "norm" in name else 0.0
-            parameter.copy_(centre + torch.randn_like(parameter) * 0.15)
-    model.tie_weights()
+    """Write a random model of `model_type`, see `picos`."""
+    model = random_pico(model_type, tied=tied, seed=seed, **config)
     model.to(dtype).save_pretrained(folder, max_shard_size=shard_size)
     if tokenizer:
         make_tokenizer().save_pretrained(folder)

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from transformers import AutoConfig, PreTrainedConfig
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, PreTrainedConfig
 
 from streamlap.families.table import FAMILIES
 from streamlap.families.wrappers import WRAPPERS
@@ -139,3 +140,22 @@ def pico_wrapper_config(model_type: str, *, tied: bool = False, **settings: obje
         model_type, text_config=sizes | text | {"tie_word_embeddings": tied} | settings, vision_config=vision,
         tie_word_embeddings=tied, **own,
     )  # fmt: skip
+
+
+def pico_model(model_type: str, *, tied: bool = False, **settings: object) -> Any:
+    """A model of such a configuration, with the weights that transformers begins with."""
+    if model_type in WRAPPERS:
+        return AutoModelForImageTextToText.from_config(pico_wrapper_config(model_type, tied=tied, **settings))
+    return AutoModelForCausalLM.from_config(pico_config(model_type, tied=tied, **settings))
+
+
+def random_pico(model_type: str, *, tied: bool = False, seed: int = 0, **settings: object) -> Any:
+    """The same with random weights; biases and norms are random too, so that losing one shows."""
+    torch.manual_seed(seed)
+    model = pico_model(model_type, tied=tied, **settings)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            centre = 1.0 if "norm" in name else 0.0
+            parameter.copy_(centre + torch.randn_like(parameter) * 0.15)
+    model.tie_weights()
+    return model

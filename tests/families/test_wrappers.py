@@ -17,7 +17,7 @@ import torch
 from conftest import make_tokenizer
 from crashes import crash_after
 from outputs import contents
-from picos import IMAGE, PARTS, pico_wrapper_config
+from picos import IMAGE, PARTS, random_pico
 from safetensors.torch import load_file, save_file
 from test_stream import run_stream
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, PreTrainedModel
@@ -38,14 +38,8 @@ def wrapper(tmp_path_factory: pytest.TempPathFactory) -> MakeWrapper:
 
     def make(kind: str, tied: bool = False) -> Path:
         if (kind, tied) not in made:
-            torch.manual_seed(0)
-            model = AutoModelForImageTextToText.from_config(pico_wrapper_config(kind, tied=tied))
-            with torch.no_grad():
-                for name, parameter in model.named_parameters():
-                    parameter.copy_(("norm" in name) + torch.randn_like(parameter) * 0.15)
-            model.tie_weights()
             made[kind, tied] = tmp_path_factory.mktemp(kind)
-            model.save_pretrained(made[kind, tied])
+            random_pico(kind, tied=tied).save_pretrained(made[kind, tied])
             make_tokenizer().save_pretrained(made[kind, tied])
             (made[kind, tied] / "preprocessor_config.json").write_text('{"image_mean": [0.5]}')
         return made[kind, tied]
