@@ -10,7 +10,8 @@ survey, no redrawn windows. Further, for each family: the largest difference bet
 transformers, for the model and for a result of `best`; whether that result is whole by `verify`, gives the same logits saved
 again, and learns in one step of LoRA.
 
-A family that is in --out already, by the same settings, is not run again. The JSON is written after each.
+A family that is in --out already is not run again, unless settings other than --seconds have changed. The JSON is written
+after each.
 
 Shape suffixes: B batch, L length, D hidden, T tokens, N windows, V vocabulary.
 """
@@ -63,12 +64,7 @@ Windows = Mapping[str, torch.Tensor]
 
 
 def bench(args: argparse.Namespace, work: Path) -> Result:
-    settings = {
-        "seconds": args.seconds,
-        "text": args.text.name,
-        "sizes": SIZES,
-        "windows": [CALIBRATION, HELD_OUT, LENGTH],
-    }
+    settings = {"text": args.text.name, "sizes": SIZES, "windows": [CALIBRATION, HELD_OUT, LENGTH]}
     result = {"command": shared.shown_command(), "machine": shared.machine(), **settings, "families": {}}
     if args.out and args.out.is_file():
         earlier = json.loads(args.out.read_text())
@@ -143,7 +139,7 @@ def train(kind: str, folder: Path, lesson_T: torch.Tensor, seconds: float) -> Re
         steps, mean = steps + 1, 0.95 * mean + 0.05 * loss.item()
     model.save_pretrained(folder)
     count = streamlap.inspect(folder)["parameters"]
-    return {"steps": steps, "tokens": steps * BATCH * LENGTH, "loss": mean / (1 - 0.95**steps),
+    return {"seconds": seconds, "steps": steps, "tokens": steps * BATCH * LENGTH, "loss": mean / (1 - 0.95**steps),
             "parameters": {key: count[f"{key}_before"] for key in ("decoder", "total")}}  # fmt: skip
 
 

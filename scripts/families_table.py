@@ -73,7 +73,7 @@ opens the result as it opens the original: by `AutoModelForImageTextToText`. The
 {costs}
 
 Mean NLL above that of the model itself, in nats a byte, at 20 and 50 % removed; less is better. Each model is a small one of
-its family, {parameters} numbers in its linears, that has learnt to predict the bytes of English books for {seconds:g}
+its family, about {parameters} numbers in its linears, that has learnt to predict the bytes of English books for {seconds}
 seconds on one thread. A cut by chance has the layouts of `lorap`, with subspaces and channels drawn at random; the mean of
 three draws. All three store as many numbers, but for those that a rank or a channel leaves over; `best` has no survey here. The
 figures compare cuts of one family, not families: some learn more in that time, and the windows and multipliers of these models
@@ -133,16 +133,19 @@ def page() -> str:
 
 def costs(path: Path) -> dict[str, Any]:
     """What the page says of the figures in a file; none are there where it is absent."""
-    figures = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {"families": {}, "seconds": 0.0}
-    found = figures["families"]
+    found = json.loads(path.read_text(encoding="utf-8"))["families"] if path.is_file() else {}
     names = [f"{words}, {ratio:.0%}" for ratio in RATIOS for words in WAYS.values()]
     rows = [("family", "dense NLL", *names), ("---",) * (2 + len(names))]
     rows += [
         (f"`{kind}`", f"{found[kind]['dense']:.3f}" if kind in found else "", *losses(found.get(kind)))
         for kind in KINDS
     ]
-    sizes = [row["trained"]["parameters"]["decoder"] for row in found.values()]
-    return {"costs": lines(rows), "seconds": figures["seconds"], "parameters": span(sizes)}
+    trained = [row["trained"] for row in found.values()]
+    sizes, seconds = (
+        [row["parameters"]["decoder"] // 1000 * 1000 for row in trained],
+        [int(row["seconds"]) for row in trained],
+    )
+    return {"costs": lines(rows), "seconds": span(seconds), "parameters": span(sizes)}
 
 
 def losses(row: dict[str, Any] | None) -> list[str]:
@@ -152,8 +155,9 @@ def losses(row: dict[str, Any] | None) -> list[str]:
 
 
 def span(counts: list[int]) -> str:
-    """From the least to the most, in thousands."""
-    return f"{min(counts) // 1000},000 to {-(-max(counts) // 1000)},000" if counts else "no"
+    """From the least to the most."""
+    ends = [f"{count:,}" for count in sorted({min(counts), max(counts)})] if counts else ["no"]
+    return " to ".join(ends)
 
 
 def lines(rows: Iterable[Iterable[str]]) -> str:
