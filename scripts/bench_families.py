@@ -10,8 +10,8 @@ survey, no redrawn windows. Further, for each family: the largest difference bet
 transformers, for the model and for a result of `best`; whether that result is whole by `verify`, gives the same logits saved
 again, and learns in one step of LoRA.
 
-A family that is in --out already is not run again, unless settings other than --seconds have changed. The JSON is written
-after each.
+A family that is in --out already is not run again. The JSON is written after each. Figures by another text, size or number of
+windows do not go into the same file.
 
 Shape suffixes: B batch, L length, D hidden, T tokens, N windows, V vocabulary.
 """
@@ -68,8 +68,9 @@ def bench(args: argparse.Namespace, work: Path) -> Result:
     result = {"command": shared.shown_command(), "machine": shared.machine(), **settings, "families": {}}
     if args.out and args.out.is_file():
         earlier = json.loads(args.out.read_text())
-        if all(earlier.get(key) == value for key, value in json.loads(json.dumps(settings)).items()):
-            result = earlier | {"command": result["command"]}
+        if any(earlier.get(key) != value for key, value in json.loads(json.dumps(settings)).items()):
+            raise SystemExit(f"{args.out} has figures by other settings than {settings}; choose another --out.")
+        result = earlier | {"command": result["command"]}
     torch.set_num_threads(1)
     lesson_T, windows = texts(args.text)
     for kind in args.only:

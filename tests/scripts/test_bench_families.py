@@ -124,3 +124,12 @@ def test_one_release_of_transformers_gives_its_own_logits(
     found = json.loads(capsys.readouterr().out)
     assert found["here"] == found["other"]
     assert found["differences"] == dict.fromkeys([f"glm4-{way}" for way in ("source", "lorap", "best", "dense")], 0.0)
+
+
+@pytest.mark.parametrize(
+    ("refused", "most", "passed"),
+    [([], 0.0, True), ([], 1.0, False), (["glm4-best"], 0.0, False), (["glm4-best", "glm4-source"], 0.0, True)],
+)
+def test_a_result_may_be_refused_where_the_model_is(refused: list[str], most: float, passed: bool) -> None:
+    result = {"here": {"refused": {}}, "other": {"refused": dict.fromkeys(refused, "why")}, "most": most}
+    assert compare_transformers.passes(result, 1e-4) == passed
