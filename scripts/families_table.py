@@ -75,9 +75,9 @@ opens the result as it opens the original: by `AutoModelForImageTextToText`. The
 Mean NLL above that of the model itself, in nats a byte, at 20 and 50 % removed; less is better. Each model is a small one of
 its family, about {parameters} numbers in its linears, that has learnt to predict the bytes of English books for {seconds}
 seconds on one thread. A cut by chance has the layouts of `lorap`, with subspaces and channels drawn at random; the mean of
-three draws. All three store as many numbers, but for those that a rank or a channel leaves over; `best` has no survey here. The
-figures compare cuts of one family, not families: some learn more in that time, and the windows and multipliers of these models
-are there to show, not to work well. `scripts/bench_families.py` measures them.
+three draws. All three store as many numbers, to about one in a hundred of the model's; `best` has no survey here. The figures
+compare cuts of one family, not families: some learn more in that time, and the windows and multipliers of these models are
+there to show, not to work well. `scripts/bench_families.py` measures them.
 
 ## What is run
 
