@@ -127,9 +127,16 @@ def test_one_release_of_transformers_gives_its_own_logits(
 
 
 @pytest.mark.parametrize(
-    ("refused", "most", "passed"),
-    [([], 0.0, True), ([], 1.0, False), (["glm4-best"], 0.0, False), (["glm4-best", "glm4-source"], 0.0, True)],
+    ("refused", "model", "best", "passed"),
+    [
+        ([], 0.0, 0.0, True),
+        ([], 0.0, 1e-5, False),
+        ([], 1e-5, 2e-5, True),
+        (["opt-best"], 0.0, 0.0, False),
+        (["opt-best", "opt-source"], 0.0, 0.0, True),
+    ],
 )
-def test_a_result_may_be_refused_where_the_model_is(refused: list[str], most: float, passed: bool) -> None:
-    result = {"here": {"refused": {}}, "other": {"refused": dict.fromkeys(refused, "why")}, "most": most}
-    assert compare_transformers.passes(result, 1e-4) == passed
+def test_a_result_may_do_what_the_model_does(refused: list[str], model: float, best: float, passed: bool) -> None:
+    result = {"here": {"refused": {}}, "other": {"refused": dict.fromkeys(refused, "why")}}
+    differences = {"glm4-source": model, "glm4-best": best}
+    assert compare_transformers.passes(result | {"differences": differences}) == passed
