@@ -84,6 +84,11 @@ class Plan:
         return self.recipe.ratio
 
     @property
+    def depth(self) -> int:
+        """Layers of the result."""
+        return sum(layer.place is not None for layer in self.layers)
+
+    @property
     def output_bytes(self) -> int:
         """Of all shards."""
         return self.outer_bytes + sum(layer.output_bytes for layer in self.layers)
