@@ -121,7 +121,8 @@ def compress_layer(job: Job, runner: LayerRunner, index: int, kwargs: Sequence[d
     report = LayerReport(
         index=index, edits=LayerReport.describe(made.edits, layer.family), errors=made.errors, refinement=trace,
         seconds=clock.seconds, ladder=runner.ladder.taken(index), numerics=made.notes, peak_ram_bytes=peak_ram_bytes(),
-        place=hand.plan.place, excluded_tokens=int(out_NL.sum()), peak_vram_bytes=peak_vram_bytes(), baseline_ram_bytes=ram_bytes(),
+        excluded_tokens=int(out_NL.sum()), peak_vram_bytes=peak_vram_bytes(), baseline_ram_bytes=ram_bytes(),
+        place=hand.plan.place,
     )  # fmt: skip
     return Left(commit=runner.writer.submit(commit_layer, job, report, digest, before.commit), inputs=inputs)
 

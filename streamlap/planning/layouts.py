@@ -172,17 +172,17 @@ def planned_tensors(
     stored, prefix = stream.layer_tensors(index), stream.layer_name(index)
     module = copy.deepcopy(stream.layers[index])
     edited = {stream.family.path(role): form for role, form in layout.items()}
-    for place, form in edited.items():
-        module.set_submodule(place, form.build("meta"))
+    for path, form in edited.items():
+        module.set_submodule(path, form.build("meta"))
     parts = carriers(module)
     copied: dict[str, TensorInfo] = {}
     made: dict[str, torch.Tensor] = {}
     for name, tensor in module.state_dict().items():
-        path = next((path for path in edited if name.startswith(path + ".")), None)
-        if path is None:
+        within = next((path for path in edited if name.startswith(path + ".")), None)
+        if within is None:
             copied[f"{prefix}.{name}"] = stored[name]
         else:
-            dtype = stored[f"{path}.weight"].dtype if tensor.is_floating_point() else tensor.dtype
+            dtype = stored[f"{within}.weight"].dtype if tensor.is_floating_point() else tensor.dtype
             made[f"{prefix}.{disk_name(name, parts)}"] = tensor.to(dtype)
     forms, place = {**stream.natives(index), **layout}, index if place is None else place
     kept = packed(to, stream, index, place, forms, {**copied, **made})

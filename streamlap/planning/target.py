@@ -164,7 +164,9 @@ def meter(stream: ModelStream, recipe: Recipe, survey: Survey | None, target: Ta
 
     def counted(index: int, layout: Layout, place: int) -> int:
         cache = cache_bytes(stream, index, layout, target.context, target.batch) if target.context else 0
-        return target.count(layer_entries(stream, index, layout, recipe.format if layout else "factored", place)) + cache
+        return (
+            target.count(layer_entries(stream, index, layout, recipe.format if layout else "factored", place)) + cache
+        )
 
     @functools.cache
     def total(step: int) -> int:
