@@ -282,7 +282,7 @@ def decide(stream: ModelStream, recipe: Recipe, target: Target | None = None) ->
         )
     if not stream.has_head or stream.caps_logits:
         recipe = recipe.without_final()
-    # A survey that is still to be made moves shares between layers, and no total.
+    # A survey that is still to be made moves shares between layers, and hardly the total.
     survey = None if recipe.survey in (None, AUTO) else read_survey(stream, Path(str(recipe.survey)), recipe.shape)
     recipe = meet(stream, recipe, survey, target)
     candidates = all_candidates(stream, recipe, survey)

@@ -1,5 +1,5 @@
-"""By a survey the shape stock loses KV heads and layers beside channels, and the shape nas layers: what is chosen, what comes out,
-and that other programs read it."""
+"""By a survey the shape stock loses KV heads and layers beside channels, and the shape nas layers: what is chosen, what comes
+out, and that other programs read it."""
 
 from __future__ import annotations
 
@@ -130,17 +130,18 @@ COUNTS = {
 
 
 def test_numbers_of_heads_are_those_that_transformers_takes(pico: MakeModel) -> None:
-    """32 hidden states have no 6 heads; a norm over all heads, or a width that does not follow from their number, keeps all."""
+    """A llama of 32 hidden states has no 6 heads, a qwen3 may. A norm over all heads, or a width that does not follow from their
+    number, keeps all."""
     found = {family: group_counts(ModelStream(pico(family, **sizes))) for family, sizes in COUNTS.items()}
     assert found == {
-        "llama": [4, 2, 1], "qwen3": [4, 2, 1], "olmo2": [1], "gpt_neox": [4, 2, 1], "qwen3_next": [1], "opt": [1],
+        "llama": [4, 2, 1], "qwen3": [4, 3, 2, 1], "olmo2": [1], "gpt_neox": [4, 2, 1], "qwen3_next": [1], "opt": [1],
     }  # fmt: skip
     measured = {
         family: {name: cut.keep for name, cut in cuts_of(ModelStream(pico(family, **sizes)), "stock")[1].items()}
         for family, sizes in COUNTS.items()
     }
     assert measured == {
-        "llama": {"attention": 0.5, "ffn": 0.8, LAYER: 0.0}, "qwen3": {"attention": 0.5, "ffn": 0.8, LAYER: 0.0},
+        "llama": {"attention": 0.5, "ffn": 0.8, LAYER: 0.0}, "qwen3": {"attention": 0.75, "ffn": 0.8, LAYER: 0.0},
         "olmo2": {"ffn": 0.8, LAYER: 0.0}, "gpt_neox": {"ffn": 0.8, LAYER: 0.0}, "qwen3_next": {"ffn": 0.8},
         "opt": {"ffn": 0.8, LAYER: 0.0},
     }  # fmt: skip
@@ -152,7 +153,9 @@ def test_no_more_heads_go_than_were_measured_or_than_the_ratio_asks(pico: MakeMo
     )
     stream = ModelStream(source)
     assert group_counts(stream) == [8, 4, 2, 1]
-    free = survey_file(source, tmp_path / "s.json", lambda _, name: 1e-9 if name == "attention" else 5.0, "stock")
+    free = survey_file(
+        source, tmp_path / "s.json", lambda _, name: {"attention": 1e-9, "ffn": 5.0, LAYER: 1e9}[name], "stock"
+    )
     for ratio, heads in ((0.3, 4), (0.5, 4), (0.55, 4), (0.8, 2)):
         found = layer_parameters(stream, Recipe(ratio=ratio, shape="stock"), Survey.read(Path(free)))
         assert {row["attention"] for row in found} == {attention_parameters(stream, 0, heads)}
@@ -172,12 +175,12 @@ def test_stock_is_the_least_sum_of_all_choices(source: Path, tmp_path: Path, rat
     attention, ffn = (dense_parameters(stream, 0, name) for name in ("attention", "ffn"))
     channel, total = 3 * 32, int((1 - ratio) * DEPTH * (attention + ffn))
 
+    def lost(index: int, own: int, wide: int) -> float:
+        heads = kls[index, "attention"] * ((1 - own / attention) / 0.5) ** POWER
+        return heads + kls[index, "ffn"] * ((1 - wide / ffn) / 0.2) ** POWER if wide else kls[index, LAYER]
+
     def loss(rows: list[tuple[int, int]]) -> float:
-        return sum(
-            kls[i, LAYER] if not wide
-            else kls[i, "attention"] * ((1 - own / attention) / 0.5) ** POWER + kls[i, "ffn"] * ((1 - wide / ffn) / 0.2) ** POWER
-            for i, (own, wide) in enumerate(rows)
-        )  # fmt: skip
+        return sum(lost(index, own, wide) for index, (own, wide) in enumerate(rows))
 
     choices = []
     for own, number in itertools.product((attention, attention // 2), range(DEPTH)):
@@ -298,7 +301,7 @@ def test_the_folder_is_a_model_of_fewer_layers(source: Path, tokens: Path, tmp_p
     assert report.kv_cache.after == streamlap.inspect(out)["kv_cache_bytes_per_token"]["after"]
 
 
-@pytest.mark.parametrize("layers", [1, 2, 3, 4])
+@pytest.mark.parametrize("layers", [1, 2, 3])
 @pytest.mark.parametrize("shape", KLS)
 def test_a_killed_run_gives_the_same_bytes(
     source: Path, tokens: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, shape: str, layers: int
@@ -334,7 +337,7 @@ def test_what_comes_behind_makes_up_for_a_layer_that_went(source: Path, tokens: 
 def test_a_plan_counts_names_that_get_shorter(pico: MakeModel, tokens: Path, tmp_path: Path) -> None:
     """Layer 10 becomes layer 9."""
     source = pico("llama", num_hidden_layers=12)
-    given = settings(source, tokens, tmp_path, "stock") | {"ratio": 0.2}
+    given = settings(source, tokens, tmp_path, "stock") | {"ratio": 0.3}
     plan = streamlap.plan(source, format="stock", **given)
     report = streamlap.compress(source, tmp_path / "out", format="stock", **given)
     assert [layer.place for layer in report.layers] == [0, 1, None, *range(2, 11)]
