@@ -130,8 +130,8 @@ COUNTS = {
 
 
 def test_numbers_of_heads_are_those_that_transformers_takes(pico: MakeModel) -> None:
-    """A llama of 32 hidden states has no 6 heads, a qwen3 may. A norm over all heads, or a width that does not follow from their
-    number, keeps all."""
+    """A llama of 32 hidden states has no 6 heads, a qwen3 may. A norm over all heads, or a width that does not follow from
+    their number, keeps all."""
     found = {family: group_counts(ModelStream(pico(family, **sizes))) for family, sizes in COUNTS.items()}
     assert found == {
         "llama": [4, 2, 1], "qwen3": [4, 3, 2, 1], "olmo2": [1], "gpt_neox": [4, 2, 1], "qwen3_next": [1], "opt": [1],
