@@ -1,7 +1,8 @@
 """More calibration windows where they are few: each again, with half of its tokens drawn anew from the model's own predictions.
 
 Few windows hold few of the words that a model knows, and what no token goes through is cut first. A token that the dense model
-predicts at its place is a word that could have stood there. One forward gives one for every place.
+predicts at its place is a word that could have stood there. One forward gives one for every place. Words that were seen little
+are drawn rather than others: the first layers know each word by itself, and lose those that they are not shown.
 
 Shape suffixes: N windows, L length, B batch, D hidden, T tokens, V vocabulary.
 """
@@ -24,6 +25,9 @@ from streamlap.system.allocator import trim_heap
 
 SHARE = 0.5
 """Of the tokens of a window that are drawn anew."""
+
+RARITY = 3.0
+"""A word that was seen n times, in all windows so far, is drawn as if it were (n + 1) ** RARITY times less likely."""
 
 
 def with_redrawn(stream: ModelStream, plan: Plan, tokens_NL: torch.Tensor, session: Session) -> torch.Tensor:
@@ -57,22 +61,26 @@ def redrawn(stream: ModelStream, plan: Plan, tokens_NL: torch.Tensor, session: S
 
 
 def draw(stream: ModelStream, bank: HiddenBank, tokens_NL: torch.Tensor, seed: int) -> torch.Tensor:
-    """The windows with some tokens drawn anew; the draws of a window depend on its number alone."""
+    """The windows with some tokens drawn anew; the draws of a window depend on its number and on the windows before it."""
     head, rows = stream.head(), list[torch.Tensor]()
+    seen_V = torch.bincount(tokens_NL.flatten(), minlength=stream.vocabulary)
     sequences = (x_LD for x_BLD in bank.read(stream.depth) for x_LD in x_BLD)
     for number, (x_LD, tokens_L) in enumerate(zip(sequences, tokens_NL, strict=True)):
         generator = torch.Generator().manual_seed((seed + (number << 32)) % 2**63)
-        likely_L = torch.cat([tokens_L[:1], *drawn(head, x_LD[:-1], generator)])
+        likely_L = torch.cat([tokens_L[:1], *drawn(head, x_LD[:-1], seen_V, generator)])
         anew_L = torch.rand(len(tokens_L), generator=generator) < SHARE
         anew_L[1:] &= ~rows_out(x_LD[:-1]).cpu()
         rows.append(torch.where(anew_L, likely_L, tokens_L))
+        seen_V += torch.bincount(rows[-1], minlength=len(seen_V))
     return torch.stack(rows)
 
 
 def drawn(
-    head: Callable[[torch.Tensor], torch.Tensor], x_TD: torch.Tensor, generator: torch.Generator
+    head: Callable[[torch.Tensor], torch.Tensor], x_TD: torch.Tensor, seen_V: torch.Tensor, generator: torch.Generator
 ) -> Iterator[torch.Tensor]:
-    """For each token one that the model could go on with. On the CPU, so that the draws are the same everywhere."""
+    """For each token one that the model could go on with, rather one that was seen less. On the CPU, so that the draws are the
+    same everywhere."""
+    less_V = RARITY * torch.log1p(seen_V.float())
     for piece_TD in torch.split(x_TD, HEAD_TOKENS):
-        p_TV = head(piece_TD).float().softmax(dim=-1).cpu().nan_to_num_(nan=1.0)
+        p_TV = head(piece_TD).float().cpu().sub_(less_V).softmax(dim=-1).nan_to_num_(nan=1.0)
         yield torch.multinomial(p_TV, 1, generator=generator)[:, 0]

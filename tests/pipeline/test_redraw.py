@@ -68,6 +68,16 @@ def test_draws_are_from_the_predictions_of_the_dense_model(
     assert (seen[0][WINDOWS:, 1:] == likely_NL).double().mean() > 0.99
 
 
+def test_words_that_were_seen_less_are_drawn_rather(
+    source: Path, tokens: Path, tmp_path: Path, seen: list[torch.Tensor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, rarity in (("rare", 3.0), ("any", 0.0)):
+        monkeypatch.setattr(redraw, "RARITY", rarity)
+        streamlap.compress(source, tmp_path / name, files=(str(tokens),))
+    rare, any_word = (len(all_NL.unique()) for all_NL in seen)
+    assert rare > any_word > len(seen[0][:WINDOWS].unique())
+
+
 def test_the_draws_depend_on_the_seed_alone(
     source: Path, tokens: Path, tmp_path: Path, seen: list[torch.Tensor], monkeypatch: pytest.MonkeyPatch
 ) -> None:
