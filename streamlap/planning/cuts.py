@@ -48,11 +48,13 @@ class Cut:
 
 def cuts_of(stream: ModelStream, shape: str) -> list[dict[str, Cut]]:
     """What a survey cuts of every layer, each alone; what the shape cannot lose in this architecture is not cut."""
-    counts, layers = fitting_counts(stream), fitting_layers(stream)
+    table = CUTS[shape]
+    counts = fitting_counts(stream) if None in [keep for keep, _ in table.values()] else []
+    layers = fitting_layers(stream) if LAYER in table else []
     found: list[dict[str, Cut]] = []
     for index in range(stream.depth):
         cuts = dict[str, Cut]()
-        for name, (keep, method) in CUTS[shape].items():
+        for name, (keep, method) in table.items():
             if name == LAYER and index in layers:
                 cuts[name] = Cut(keep=0.0, parameters=0, method=None)
             elif name in stream.family_of(index).compressible:
