@@ -140,7 +140,7 @@ class Recipe:
                 f"methods have {method_name(self.final[0])}, which is fitted to the dense model's stream, and none that keeps "
                 "it; wanted anchored methods beside it, as those of the preset best are."
             )
-        if self.survey == AUTO and (self.shape == "stock" or not self.anchored):
+        if self.survey == AUTO and not self.anchored:
             object.__setattr__(self, "survey", None)
         if self.survey is not None and not (isinstance(self.survey, str) and self.anchored):
             raise RecipeError(
@@ -178,10 +178,6 @@ class Recipe:
                     f"shape is {self.shape} and methods have {method_name(method)}; wanted what leaves linears dense: "
                     "attention_groups, and ffn_anchored with shares [1.0]."
                 )
-        if self.shape == "stock" and self.survey not in (None, AUTO):
-            raise RecipeError(
-                f"shape is stock and survey {shown(self.survey)}; wanted no survey: all layers have the same widths."
-            )
 
     @property
     def solving(self) -> tuple[Method, ...]:

@@ -58,8 +58,9 @@ Dtype = Annotated[
 Shape = Annotated[
     str | None,
     typer.Option(
-        help="What the result may be made of: free, every form; nas, dense linears with FFN widths of their own and whole "
-        "attentions gone; stock, dense linears of the same widths everywhere.  [default: free]"
+        help="What the result may be made of: free, every form; nas, dense linears with FFN widths of their own, and whole "
+        "attentions and layers gone; stock, dense linears of the same widths everywhere, and KV heads and layers gone.  "
+        "[default: free]"
     ),
 ]
 Format = Annotated[

@@ -52,8 +52,8 @@ SHAPES: dict[str, dict[str, tuple[AnyMethod, ...]]] = {
 """What a result may be made of -> preset -> its methods.
 
 free     every form
-nas      dense linears: each FFN has a width of its own, attention is whole or removed
-stock    dense linears, of the same widths in every layer
+nas      dense linears: each FFN has a width of its own, attention is whole or removed; layers are there or not
+stock    dense linears, of the same widths in every layer: fewer channels and KV heads; layers are there or not
 """
 
 FORMATS = {"factored": "free", "stock": "stock", "nas": "nas"}

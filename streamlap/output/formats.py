@@ -3,6 +3,7 @@
 factored   every form; what reads it is the loader of this package
 stock      a plain checkpoint of the same architecture, with smaller sizes in config.json
 nas        widths of their own for the FFNs, and layers without attention, as engines know them; see `nas`
+           both have no place for a layer of which nothing is left; see `depth`
 dense      every matrix multiplied back, removed channels as zeros; the sizes are those of the original
 
 `compress` writes the first three, `export` the last three. What a format cannot express is refused, with one that can.
@@ -24,6 +25,7 @@ from streamlap.families.wrappers import text_of, with_text
 from streamlap.loader.forms import Dense, Form, Removed, kind_of, read_row
 from streamlap.loader.linears import PARTS
 from streamlap.loader.modules import dense_linear
+from streamlap.output.depth import check_kinds, depth_keys, left, renamed
 from streamlap.output.nas import check_layers, nas_config, nas_tensors, older_rope
 from streamlap.store.shards import NAMING_KEY
 from streamlap.store.sink import Joined, TensorEntry
@@ -79,28 +81,31 @@ def dense_config(stream: ModelStream, layers: Sequence[Forms]) -> Config:
 
 
 def stock_config(stream: ModelStream, layers: Sequence[Forms]) -> Config:
-    """The same with the sizes that every layer has now. Raises UnsupportedModel where layers differ, or are not dense."""
-    for index, forms in enumerate(layers):
-        for role, form in forms.items():
+    """The same with the sizes that every layer has now, without those that are gone. Raises UnsupportedModel where layers
+    differ, or are not dense."""
+    kept = left(layers)
+    for index in kept:
+        for role, form in layers[index].items():
             name = stream.linear_name(index, role)
             if not isinstance(form, Dense):
                 raise UnsupportedModel(
                     f"{name} is {form.kind}, and the format stock holds dense linears alone; wanted {way_out(layers)}."
                 )
             if form.shape != first_forms(layers)[role].shape:
-                place = next(place for place, other in enumerate(layers) if role in other)
+                place = next(place for place in kept if role in layers[place])
                 raise UnsupportedModel(
                     f"{name} is {list(form.shape)}, and that of layer {place} {list(layers[place][role].shape)}: the format "
                     f"stock has the same widths in every layer; wanted {way_out(layers)}."
                 )
-    raw = with_text(dense_config(stream, layers), stock_sizes(stream, first_forms(layers)))
+    sizes = stock_sizes(stream, first_forms(layers)) | depth_keys(stream, kept)
+    raw = with_text(dense_config(stream, layers), sizes)
     check_sizes(stream, raw, layers)
     return raw
 
 
 def first_forms(layers: Sequence[Forms]) -> Forms:
-    """Each role as the first layer that has it holds it."""
-    return {role: form for forms in reversed(layers) for role, form in forms.items()}
+    """Each role as the first layer that has it holds it, of those that are not gone."""
+    return {role: form for index in reversed(left(layers)) for role, form in layers[index].items()}
 
 
 def stock_sizes(stream: ModelStream, forms: Forms) -> dict[str, int]:
@@ -126,15 +131,17 @@ def check_sizes(stream: ModelStream, config: Config, layers: Sequence[Forms]) ->
             f"a {stream.family.model_type} of such sizes is none to transformers ({one_line(str(error))[:200]}); wanted "
             f"{way_out(layers)}."
         ) from error
-    for index, forms in enumerate(layers):
-        for role, form in forms.items():
-            name = stream.linear_name(index, role)
+    kept = left(layers)
+    for place, index in enumerate(kept):
+        for role, form in layers[index].items():
+            name = stream.linear_name(place, role)
             found = Dense.from_module(native.get_submodule(name))
             if found.shape != form.shape:
                 raise UnsupportedModel(
                     f"{name} is {list(form.shape)}, and a {stream.family.model_type} of such sizes has {list(found.shape)} "
                     "there; wanted the format factored."
                 )
+    check_kinds(stream, native, kept)
 
 
 def way_out(layers: Sequence[Forms]) -> str:
@@ -147,8 +154,10 @@ def engine_config(stream: ModelStream, layers: Sequence[Forms]) -> Config:
     """That of the format nas."""
     check_layers(stream, layers)
     raw = dense_config(stream, layers)
-    heads = {key: size for key, size in stock_sizes(stream, layers[0]).items() if key != "intermediate_size"}
-    return nas_config(stream, {"intermediate_size": stream.config.intermediate_size} | raw | heads, layers)
+    kept = [layers[index] for index in left(layers)]
+    sizes = stock_sizes(stream, kept[0]) | depth_keys(stream, left(layers))
+    wanted = {key: size for key, size in sizes.items() if key != "intermediate_size"}
+    return nas_config(stream, {"intermediate_size": stream.config.intermediate_size} | raw | wanted, kept)
 
 
 def bias_flag(stream: ModelStream, index: int, role: str) -> str:
@@ -175,13 +184,17 @@ express. That of the format factored is in `folder`: it goes by the rows of the 
 
 
 def packed(
-    to: str, prefix: str, forms: Forms, entries: Mapping[str, TensorEntry], matrices: Mapping[str, Mapping[str, int]]
+    to: str, stream: ModelStream, index: int, place: int | None, forms: Forms, entries: Mapping[str, TensorEntry]
 ) -> Mapping[str, TensorEntry]:
-    """The tensors of the layer `prefix` as the format has them; `matrices` are those that hold several linears, see
-    `ModelStream.joined`."""
+    """The tensors of a layer as the format has them, under the names of the layer `place` there; none where that is None."""
+    if place is None:
+        return {}
+    prefix = stream.layer_name(index)
     if to == "nas":
-        return nas_tensors(prefix, forms, entries)
-    return entries if to == "factored" else joined_tensors(prefix, entries, matrices)
+        entries = nas_tensors(prefix, forms, entries)
+    elif to != "factored":
+        entries = joined_tensors(prefix, entries, stream.joined)
+    return renamed(entries, prefix, stream.layer_name(place))
 
 
 def joined_tensors(

@@ -23,6 +23,7 @@ from streamlap.errors import CheckpointError, NumericalError, RecipeError, Strea
 from streamlap.families.cache import window_of
 from streamlap.families.stream import ModelStream
 from streamlap.loader.forms import Dense, Form, Removed
+from streamlap.output.depth import left
 from streamlap.output.gguf_vocabulary import add_vocabulary
 from streamlap.output.nas import FAMILIES as LLAMAS
 from streamlap.output.nas import check_layers
@@ -67,10 +68,10 @@ def architecture(stream: ModelStream, layers: Sequence[Mapping[str, Form]]) -> s
                     f"{stream.linear_name(index, role)} is {form.kind}, and GGUF holds dense linears alone; wanted a folder of "
                     "the format stock or nas, or of their shapes."
                 )
-    family = stream.family.model_type
+    family, kept = stream.family.model_type, [layers[index] for index in left(layers)]
     alike = all(
-        isinstance(form, Dense) and role in layers[0] and form.shape == layers[0][role].shape
-        for row in layers
+        isinstance(form, Dense) and role in kept[0] and form.shape == kept[0][role].shape
+        for row in kept
         for role, form in row.items()
     )
     plain = alike and not any(window_of(stream, index) for index in range(stream.depth))
@@ -118,16 +119,16 @@ def write_gguf(stream: ModelStream, layers: Sequence[Mapping[str, Form]], path: 
 
 
 def add_settings(writer: Any, stream: ModelStream, layers: Sequence[Mapping[str, Form]], kind: str, name: str) -> None:
-    gguf, config = library(), stream.config
-    widths = [row["down"].shape[1] for row in layers]
+    gguf, config, kept = library(), stream.config, [layers[index] for index in left(layers)]
+    widths = [row["down"].shape[1] for row in kept]
     heads, groups = (
-        [0 if isinstance(row[role], Removed) else row[role].shape[0] // stream.head_dim for row in layers]
+        [0 if isinstance(row[role], Removed) else row[role].shape[0] // stream.head_dim for row in kept]
         for role in ("q", "k")
     )
     writer.add_name(name)
     writer.add_context_length(stream.context)
     writer.add_embedding_length(stream.width)
-    writer.add_block_count(len(layers))
+    writer.add_block_count(len(kept))
     writer.add_feed_forward_length(one_or_all(widths))
     writer.add_head_count(one_or_all(heads))
     writer.add_head_count_kv(one_or_all(groups))
@@ -194,12 +195,12 @@ class Planned:
 
 def tensors(stream: ModelStream, layers: Sequence[Mapping[str, Form]], arch: str, kind: str) -> Iterator[Planned]:
     """Every tensor of the file, in its order."""
-    gguf = library()
-    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH[arch.upper()], len(layers))
+    gguf, kept = library(), left(layers)
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH[arch.upper()], len(kept))
     turned = () if arch in OTHERS.values() else tuple(f"{stream.family.path(role)}." for role in ("q", "k"))
 
-    def planned(own: str, heads: int = 0) -> Planned:
-        name, shape = names.get_name(own, try_suffixes=(".weight", ".bias")), stream.source.info(own).shape
+    def planned(own: str, heads: int = 0, called: str | None = None) -> Planned:
+        name, shape = names.get_name(called or own, try_suffixes=(".weight", ".bias")), stream.source.info(own).shape
         if name is None:
             raise CheckpointError(f"tensor {own!r} has no place in the architecture {arch}; wanted a plain {arch}.")
         narrow = kind == "q8_0" and len(shape) > 1 and shape[-1] % BLOCK
@@ -212,13 +213,13 @@ def tensors(stream: ModelStream, layers: Sequence[Mapping[str, Form]], arch: str
     for own in stream.outer_tensors():
         if own != heads or not stream.tied or stream.two_heads():
             yield planned(own)
-    for index, forms in enumerate(layers):
-        gone = ("self_attn.", "input_layernorm.") if isinstance(forms["q"], Removed) else ()
+    for place, index in enumerate(kept):
+        gone = ("self_attn.", "input_layernorm.") if isinstance(layers[index]["q"], Removed) else ()
         for part, own in stream.layer_names(index).items():
             if part.startswith(gone):
                 continue
             rows = stream.source.info(own).shape[0] if part.startswith(turned) else 0
-            yield planned(own, rows // stream.head_dim)
+            yield planned(own, rows // stream.head_dim, f"{stream.layer_name(place)}.{part}")
 
 
 def in_pairs(w_OI: torch.Tensor, heads: int) -> torch.Tensor:

@@ -119,8 +119,9 @@ def _errors(folder: Path) -> dict[str, dict[str, float]]:
     table = read_object(folder, REPORT_NAME, REPORT_BYTES)
     try:
         return {
-            f"{int(layer['index'])}.{edit['path']}": {"relative_error": float(edit["error"])}
+            f"{int(place)}.{edit['path']}": {"relative_error": float(edit["error"])}
             for layer in table["layers"]
+            if (place := layer.get("place", layer["index"])) is not None
             for edit in layer["edits"]
         }
     except (KeyError, TypeError, ValueError) as error:

@@ -19,6 +19,7 @@ from streamlap.families.stream import ModelStream
 from streamlap.loader.configuration_nas import MULTIPLE, NAS
 from streamlap.loader.forms import Dense, Form, Removed
 from streamlap.loader.shim import NAS_MAP
+from streamlap.output.depth import is_gone, left
 from streamlap.store.sink import TensorEntry
 
 FAMILIES = ("llama", "mistral", "qwen2")
@@ -51,18 +52,19 @@ def check_layers(stream: ModelStream, layers: Sequence[Mapping[str, Form]]) -> N
         raise UnsupportedModel(
             f"hidden_act is {config.hidden_act!r}; the format nas wants silu. Take the format factored."
         )
+    first = left(layers)[0]
     for index, forms in enumerate(layers):
-        for role, form in forms.items():
-            gone = isinstance(form, Removed) and role in stream.family.sublayers["attention"].roles and index > 0
+        for role, form in forms.items() if not is_gone(forms) else ():
+            gone = isinstance(form, Removed) and role in stream.family.sublayers["attention"].roles and index > first
             if not isinstance(form, Dense) and not gone:
                 raise UnsupportedModel(
                     f"{stream.linear_name(index, role)} is {form.kind}; the format nas holds dense linears, and removes "
                     "attention alone, in layers behind the first. Wanted the format factored."
                 )
-            if role in ("q", "k") and not gone and form.shape != layers[0][role].shape:
+            if role in ("q", "k") and not gone and form.shape != layers[first][role].shape:
                 raise UnsupportedModel(
-                    f"{stream.linear_name(index, role)} is {list(form.shape)}, and that of layer 0 "
-                    f"{list(layers[0][role].shape)}; the format nas has the same heads in all layers. Wanted the format "
+                    f"{stream.linear_name(index, role)} is {list(form.shape)}, and that of layer {first} "
+                    f"{list(layers[first][role].shape)}; the format nas has the same heads in all layers. Wanted the format "
                     "factored."
                 )
 

@@ -26,6 +26,9 @@ class EditReport:
 @dataclass(frozen=True, kw_only=True)
 class LayerReport:
     index: int
+    """Its number in the source."""
+    place: int | None
+    """Its number in the result; None where that has no place for it, since nothing is left of it."""
     edits: tuple[EditReport, ...]
     seconds: Mapping[str, float]
     """By phase, as the loop went through them: read, dense, capture, solve, refine, write, propagate. What ran beside it is in

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,6 +13,7 @@ import torch
 from streamlap.data.calibration import calibration_tokens
 from streamlap.errors import RecipeError, ResumeMismatch, first_line
 from streamlap.families.stream import ModelStream
+from streamlap.output.depth import CLOSED
 from streamlap.output.folder import (
     KEPT_NAME,
     RECIPE_NAME,
@@ -161,11 +162,12 @@ def build_report(
 ) -> Report:
     layers = tuple(LayerReport.from_json(line) for line in journal.layers)
     rows = module_rows(layers, stream.family.layers)
-    names = shard_names(stream.depth)
-    hashes = {names[0]: file_hash(out / names[0])} | {names[layer.index + 1]: layer.sha256 for layer in layers}
+    names = shard_names(plan.depth)
+    written = {names[layer.place + 1]: layer.sha256 for layer in layers if layer.place is not None}
+    hashes = {names[0]: file_hash(out / names[0])} | written
     return Report(
         out=str(out), recipe=recipe.to_dict(), layers=layers,
-        parameters=count_written(stream, rows, recipe.format, out),
+        parameters=count_written(stream, rows, recipe.format, out, names),
         kv_cache=count_cache(stream, rows),
         shards=hashes, calibration_tokens=windows_of(tokens_NL), kept_channels=KEPT_NAME, loader=loader_of(stream),
         seconds=sum(sum(layer.seconds.values()) for layer in layers), final_gain=gain, redrawn=plan.redrawn,
@@ -173,11 +175,13 @@ def build_report(
     )  # fmt: skip
 
 
-def count_written(stream: ModelStream, rows: Mapping[str, Mapping[str, int]], to: str, out: Path) -> Parameters:
+def count_written(
+    stream: ModelStream, rows: Mapping[str, Mapping[str, int]], to: str, out: Path, shards: Sequence[str]
+) -> Parameters:
     """Of the model before and after. A format that writes more or less than the linears' forms is counted on the disk."""
-    if to != "nas":
+    if to not in CLOSED:
         return count_parameters(stream, rows)
-    headers = [read_header(out / name) for name in shard_names(stream.depth)]
+    headers = [read_header(out / name) for name in shards]
     total = sum(info.numel for header in headers for info in header.tensors.values())
     return replace(count_parameters(stream, rows, marked=False), total_after=total)
 

@@ -10,6 +10,7 @@ from streamlap.errors import RecipeError, ResumeMismatch, UnsupportedModel, show
 from streamlap.families.stream import ModelStream
 from streamlap.loader.shim import write_nas
 from streamlap.output.card import CARD_NAME, base_of, licence_of, model_card
+from streamlap.output.depth import is_gone, places
 from streamlap.output.folder import companions, copy_companions, loader_of, write_json
 from streamlap.output.formats import CONFIGS, Forms, exported_layer, packed
 from streamlap.output.gguf import architecture, check_type, library, write_gguf
@@ -106,18 +107,19 @@ def resume_export(run: Run, settings: RunSettings) -> Exported:
     layers = layers_of(stream)
     config, parameters = CONFIGS[to](stream, layers), count_parameters(stream, stream.rows)
     wanted: list[Forms] = [stream.natives(index) for index in range(stream.depth)] if to == "dense" else [*layers]
+    placed = [index for index, place in enumerate(places(map(is_gone, wanted), to)) if place is not None]
     itemsize = stream.source.info(f"{stream.family.embedding}.weight").dtype.itemsize
     numbers = parameters.total_before if to == "dense" else parameters.total_after
     needs = DiskNeeds(output_bytes=itemsize * numbers, what=f"the {to} checkpoint")
     marks = {"command": "export", "to": to, **source_marks(stream)}
     with session(run, marks, needs, deadline, lambda: check_destination(destination)) as running:
-        write_shards(stream, running, to, wanted, config)
+        write_shards(stream, running, to, wanted, placed, config)
         copy_companions(folder, destination)
         write_durably(destination / CARD_NAME, card_of(stream, to).encode())
         if to == "nas":
             write_nas(destination, write_durably)
         write_json(destination / "config.json", config)
-    shards = shard_names(stream.depth)
+    shards = shard_names(len(placed))
     return {"shards": len(shards), "bytes": sum((destination / shard).stat().st_size for shard in shards)}
 
 
@@ -149,18 +151,22 @@ def check_destination(destination: Path) -> None:
 
 
 def write_shards(
-    stream: ModelStream, running: Session, to: str, wanted: Sequence[Forms], config: Mapping[str, Any]
-) -> None:
-    """Every shard that the journal does not have, each with its line there once it is on the disk; then the index."""
-    sink, shards, journal = ShardFolder(running.run.out), shard_names(stream.depth), running.journal
+    stream: ModelStream, running: Session, to: str, wanted: Sequence[Forms], placed: Sequence[int],
+    config: Mapping[str, Any],
+) -> None:  # fmt: skip
+    """Every shard that the journal does not have, each with its line there once it is on the disk; then the index.
+
+    Args: placed, the layers that the result has, in order.
+    """
+    sink, shards, journal = ShardFolder(running.run.out), shard_names(len(placed)), running.journal
     first = journal.next_layer
     for place in range(first, len(shards)):
         if running.stops.due(moved=place > first):
             raise running.stops.stopped(f"at shard {place} of {len(shards)}")
         entries: Mapping[str, TensorEntry] = stream.outer_tensors()
         if place:
-            index, forms = place - 1, wanted[place - 1]
-            tensors = exported_layer(stream, index, forms, config)
-            entries = packed(to, stream.layer_name(index), forms, tensors, stream.joined)
+            index = placed[place - 1]
+            tensors = exported_layer(stream, index, wanted[index], config)
+            entries = packed(to, stream, index, place - 1, wanted[index], tensors)
         journal.append({"index": place, "sha256": sink.write(shards[place], entries)})
     sink.seal(shards)

@@ -30,7 +30,7 @@ def write_outer(job: Job) -> float:
         tensor = stream.source.read(name)
         offset = stream.family.norm_offset if name.endswith(".weight") else 0.0
         tensors[name] = ((tensor.float() + offset) * gain - offset).to(tensor.dtype)
-    ShardFolder(job.out).write(shard_names(stream.depth)[0], tensors)
+    ShardFolder(job.out).write(shard_names(job.plan.depth)[0], tensors)
     return gain
 
 

@@ -16,6 +16,7 @@ import torch
 
 from streamlap.families.stream import ModelStream
 from streamlap.linalg.gram import Gram
+from streamlap.output.depth import is_gone
 from streamlap.output.formats import packed
 from streamlap.output.report import LayerReport
 from streamlap.pipeline import one_pass, sublayers
@@ -111,12 +112,9 @@ def compress_layer(job: Job, runner: LayerRunner, index: int, kwargs: Sequence[d
         runner=runner, streams=job.streams, plan=job.plan.layers[index], layer=layer, clock=clock, inputs=before.inputs
     )
     made = edit_layer(hand, before.commit, job)  # what runs next is what is saved
-    trace = train(job, hand) or made.trace
+    trace = train(job, hand, made) or made.trace
     with clock.phase("write"):
-        shard = shard_names(job.stream.depth)[index + 1]
-        forms = layer.natives(layer.family.roles) | {edit.role: edit.form for edit in made.edits}
-        entries = packed(job.plan.recipe.format, layer.prefix, forms, layer.tensors(), job.stream.joined)
-        digest = runner.writer.submit(ShardFolder(job.out).write, shard, entries)
+        digest = write_shard(job, hand, made)
     with clock.phase("propagate"):
         out_NL, inputs = propagate(hand, kwargs[1:], bool(job.plan.recipe.final), trained=trace is not None)
         out_NL |= made.out_NL
@@ -124,8 +122,19 @@ def compress_layer(job: Job, runner: LayerRunner, index: int, kwargs: Sequence[d
         index=index, edits=LayerReport.describe(made.edits, layer.family), errors=made.errors, refinement=trace,
         seconds=clock.seconds, ladder=runner.ladder.taken(index), numerics=made.notes, peak_ram_bytes=peak_ram_bytes(),
         excluded_tokens=int(out_NL.sum()), peak_vram_bytes=peak_vram_bytes(), baseline_ram_bytes=ram_bytes(),
+        place=hand.plan.place,
     )  # fmt: skip
     return Left(commit=runner.writer.submit(commit_layer, job, report, digest, before.commit), inputs=inputs)
+
+
+def write_shard(job: Job, hand: LayerInHand, made: LayerEdits) -> Future[str]:
+    """The layer's shard on its way to the disk; gives its hash, nothing for a layer that has no place in the result."""
+    layer, place = hand.layer, hand.plan.place
+    if place is None:
+        return hand.runner.writer.submit(str)
+    forms = layer.natives(layer.family.roles) | {edit.role: edit.form for edit in made.edits}
+    entries = packed(job.plan.recipe.format, job.stream, hand.index, place, forms, layer.tensors())
+    return hand.runner.writer.submit(ShardFolder(job.out).write, shard_names(job.plan.depth)[place + 1], entries)
 
 
 def edit_layer(hand: LayerInHand, before: Future[Committed], job: Job) -> LayerEdits:
@@ -146,10 +155,10 @@ def wait(hand: LayerInHand, before: Future[Committed]) -> None:
         before.result()
 
 
-def train(job: Job, hand: LayerInHand) -> Trace | None:
-    """The layer trained further, where the recipe says so."""
-    methods = job.plan.recipe.trained
-    return train_layer(hand, methods[0], job.session) if methods else None
+def train(job: Job, hand: LayerInHand, made: LayerEdits) -> Trace | None:
+    """The layer trained further, where the recipe says so and something is left of it."""
+    methods, gone = job.plan.recipe.trained, is_gone({edit.role: edit.form for edit in made.edits})
+    return train_layer(hand, methods[0], job.session) if methods and not gone else None
 
 
 def propagate(

@@ -221,7 +221,7 @@ def check_file(file: Path, overwrite: bool) -> None:
 def run_survey(run: Run, stream: ModelStream, plan: SurveyPlan, tokens_NL: torch.Tensor, deadline: float) -> Survey:
     """The checked sweep, from its next layer to the finished file."""
     marks, file = stream_marks(stream, tokens_NL), run.out
-    hidden = disk_generations(stream.depth, len(stream.family.sublayers)) * plan.fit.work.generation
+    hidden = disk_generations(stream.depth, plan.per_layer) * plan.fit.work.generation
     needs = DiskNeeds(output_bytes=COMPANION_BYTES, hidden_bytes=hidden)
     with session(
         run, {**marks, "shape": plan.shape}, needs, deadline, lambda: check_file(file, overwrite=False), tokens_NL

@@ -24,6 +24,7 @@ from streamlap.pipeline.runner import LayerRunner, start_runner
 from streamlap.pipeline.session import Session
 from streamlap.pipeline.sizes import dense_sizes
 from streamlap.pipeline.streams import HiddenStates, LayerPart, Source, open_bank
+from streamlap.planning.cuts import LAYER
 from streamlap.planning.survey import Perturbation, SurveyPlan
 from streamlap.planning.survey_file import Point
 from streamlap.store.hidden import HiddenBank
@@ -101,7 +102,8 @@ def commit_streams(sweep: Sweep, index: int, errors: dict[str, float]) -> None:
 
 
 def carry_through(sweep: Sweep, runner: LayerRunner, layer: StreamLayer, index: int) -> dict[str, float]:
-    """Every stream through a layer, and new copies in which a sub-layer of it is cut. Gives sub-layer -> its own error."""
+    """Every stream through a layer, and new copies in which a sub-layer of it is cut, or which pass it by. Gives sub-layer ->
+    its own error."""
     attention, ffn = (functools.partial(layer.run_sublayer, name) for name in ("attention", "ffn"))
 
     def whole(x_BLD: torch.Tensor) -> torch.Tensor:
@@ -125,9 +127,14 @@ def carry_through(sweep: Sweep, runner: LayerRunner, layer: StreamLayer, index: 
             size_NL=sizes.get(sublayer),
         )  # fmt: skip
 
+    cut = {perturbed.sublayer: bank for perturbed, bank in sweep.copies.items() if perturbed.index == index}
+    errors = dict[str, float]()
+    if LAYER in cut:
+        passed = HiddenStates(bank=cut[LAYER], generation=index + 1)
+        runner.carry(torch.clone, index, before, passed)
+        errors[LAYER] = 1.0
     runner.carry(attention, index, before, between)
-    errors = {}
-    if "attention" in layer.family.compressible:
+    if "attention" in cut:
         errors["attention"] = perturb_sublayer(sweep, statistics("attention", before, between), whole)
     given = before if layer.parallel else between
     rest: LayerPart = whole if layer.parallel else ffn

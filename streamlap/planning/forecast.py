@@ -18,6 +18,7 @@ from streamlap.loader.forms import Form
 from streamlap.methods.anchored.costs import input_sum_bytes
 from streamlap.methods.base import Cost, Layout, Natives
 from streamlap.methods.trained.base import TrainingCost
+from streamlap.output.depth import is_gone, places
 from streamlap.planning.layouts import Candidates, largest_layout, planned_tensors
 from streamlap.planning.workload import Workload, head_bytes, layer_workload
 from streamlap.recipe import Recipe
@@ -49,8 +50,10 @@ class LayerPlan:
     """What each sub-layer may become, and by whom."""
     layout: Layout
     """The largest of what may come out."""
+    place: int | None
+    """Its number in the result; None where the result has no place for it, see `output.depth`."""
     output_bytes: int
-    """Its shard, header included; at most that where there are several candidates."""
+    """Its shard, header included; at most that where there are several candidates. 0 where it has no place."""
     copied_bytes: int
     """Of these, what is copied from the source as it stands."""
     edits_bytes: int
@@ -104,12 +107,13 @@ def forecast_layers(
     """Every layer for so many calibration tokens. Layers of equal shapes and budgets are computed once."""
     known: dict[str, LayerPlan] = {}
     result = []
-    for index, found in enumerate(candidates):
-        layout = largest_layout(stream, index, found)
-        key = f"{shape_key(stream, index, layout)} {index == 0} {index + 1 == stream.depth}"
+    those = [(found, largest_layout(stream, index, found)) for index, found in enumerate(candidates)]
+    gone = (is_gone({**stream.natives(index), **layout}) for index, (_, layout) in enumerate(those))
+    for index, ((found, layout), place) in enumerate(zip(those, places(gone, recipe.format), strict=True)):
+        key = f"{shape_key(stream, index, layout)} {len(str(place))} {index == 0} {index + 1 == stream.depth}"
         if key not in known:
-            known[key] = forecast_layer(stream, recipe, index, found, layout, shape_NL)
-        result.append(replace(known[key], index=index, candidates=found, layout=layout))
+            known[key] = forecast_layer(stream, recipe, index, found, layout, place, shape_NL)
+        result.append(replace(known[key], index=index, candidates=found, layout=layout, place=place))
     return tuple(result)
 
 
@@ -120,9 +124,11 @@ def shape_key(stream: ModelStream, index: int, layout: Layout) -> str:
 
 
 def forecast_layer(
-    stream: ModelStream, recipe: Recipe, index: int, candidates: Candidates, layout: Layout, shape_NL: tuple[int, int]
-) -> LayerPlan:
-    copied, made = planned_tensors(stream, index, layout, recipe.format)
+    stream: ModelStream, recipe: Recipe, index: int, candidates: Candidates, layout: Layout, place: int | None,
+    shape_NL: tuple[int, int],
+) -> LayerPlan:  # fmt: skip
+    absent = place is None
+    copied, made = ({}, {}) if absent else planned_tensors(stream, index, layout, recipe.format, place)
     natives, stored = stream.natives(index), stream.layer_tensors(index).values()
     costs = [found.cost for rivals in candidates.values() for found in rivals]
     dense_flops = forward_flops(natives, sum(info.numel for info in stored), shape_NL)
@@ -140,7 +146,8 @@ def forecast_layer(
     normed = anchored and bool(stream.family.normed)  # what norms divide by takes a pass of its own
     streams_read = 2 + any(method.reads_dense for method in recipe.distilled)
     return LayerPlan(
-        index=index, candidates=candidates, layout=layout, output_bytes=shard_bytes({**copied, **made}),
+        index=index, candidates=candidates, layout=layout, place=place,
+        output_bytes=0 if absent else shard_bytes({**copied, **made}),
         copied_bytes=copied_bytes, edits_bytes=made_bytes,
         trained=training.parameters, trained_bytes=training.held_bytes, trained_state=training.state_bytes,
         trained_token=training.token_bytes, state_bytes=epochs * training.state_bytes,

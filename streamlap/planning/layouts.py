@@ -103,7 +103,7 @@ def layer_candidates(stream: ModelStream, recipe: Recipe, index: int, parameters
     for name in stream.family_of(index).compressible:
         budget = budget_of(stream, index, share, parameters[name] + spare)
         methods = recipe.of_sublayer(name)
-        if recipe.shape == "nas" and not parameters[name]:
+        if recipe.shape != "free" and not parameters[name]:
             methods = {REMOVED: Removal(sublayer=name, roles=stream.family.sublayers[name].roles)}
         planned[name] = [candidate(key, method, natives, budget) for key, method in methods.items()]
         planned[name] += [distilled(method_name(method), method, name, natives, budget) for method in recipe.distilled]
@@ -154,34 +154,38 @@ def largest_layout(stream: ModelStream, index: int, candidates: Candidates) -> L
 
 
 def layer_entries(
-    stream: ModelStream, index: int, layout: Layout, to: str = "factored"
+    stream: ModelStream, index: int, layout: Layout, to: str = "factored", place: int | None = None
 ) -> dict[str, TensorInfo | torch.Tensor]:
     """Every tensor of the layer's shard by name; see `planned_tensors`."""
-    copied, made = planned_tensors(stream, index, layout, to)
+    copied, made = planned_tensors(stream, index, layout, to, place)
     return {**copied, **made}
 
 
 def planned_tensors(
-    stream: ModelStream, index: int, layout: Layout, to: str = "factored"
+    stream: ModelStream, index: int, layout: Layout, to: str = "factored", place: int | None = None
 ) -> tuple[dict[str, TensorInfo], dict[str, torch.Tensor]]:
     """What the layer's shard will hold in the format `to`, by name: places in the source that are copied, and tensors on meta
-    that are made."""
+    that are made.
+
+    Args: place, the layer's number in the result; None is that which it has.
+    """
     stored, prefix = stream.layer_tensors(index), stream.layer_name(index)
     module = copy.deepcopy(stream.layers[index])
     edited = {stream.family.path(role): form for role, form in layout.items()}
-    for place, form in edited.items():
-        module.set_submodule(place, form.build("meta"))
+    for path, form in edited.items():
+        module.set_submodule(path, form.build("meta"))
     parts = carriers(module)
     copied: dict[str, TensorInfo] = {}
     made: dict[str, torch.Tensor] = {}
     for name, tensor in module.state_dict().items():
-        path = next((path for path in edited if name.startswith(path + ".")), None)
-        if path is None:
+        within = next((path for path in edited if name.startswith(path + ".")), None)
+        if within is None:
             copied[f"{prefix}.{name}"] = stored[name]
         else:
-            dtype = stored[f"{path}.weight"].dtype if tensor.is_floating_point() else tensor.dtype
+            dtype = stored[f"{within}.weight"].dtype if tensor.is_floating_point() else tensor.dtype
             made[f"{prefix}.{disk_name(name, parts)}"] = tensor.to(dtype)
-    kept = packed(to, prefix, {**stream.natives(index), **layout}, {**copied, **made}, stream.joined)
+    forms, place = {**stream.natives(index), **layout}, index if place is None else place
+    kept = packed(to, stream, index, place, forms, {**copied, **made})
     infos = {name: entry for name, entry in kept.items() if isinstance(entry, TensorInfo)}
     others = {name: entry for name, entry in kept.items() if not isinstance(entry, TensorInfo)}
     return infos, {name: torch.empty(e.shape, dtype=e.dtype, device="meta") for name, e in others.items()}

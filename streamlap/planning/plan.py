@@ -84,6 +84,11 @@ class Plan:
         return self.recipe.ratio
 
     @property
+    def depth(self) -> int:
+        """Layers of the result."""
+        return sum(layer.place is not None for layer in self.layers)
+
+    @property
     def output_bytes(self) -> int:
         """Of all shards."""
         return self.outer_bytes + sum(layer.output_bytes for layer in self.layers)
@@ -277,7 +282,7 @@ def decide(stream: ModelStream, recipe: Recipe, target: Target | None = None) ->
         )
     if not stream.has_head or stream.caps_logits:
         recipe = recipe.without_final()
-    # A survey that is still to be made moves shares between layers, and no total.
+    # A survey that is still to be made moves shares between layers, and hardly the total.
     survey = None if recipe.survey in (None, AUTO) else read_survey(stream, Path(str(recipe.survey)), recipe.shape)
     recipe = meet(stream, recipe, survey, target)
     candidates = all_candidates(stream, recipe, survey)

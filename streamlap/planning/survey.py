@@ -3,33 +3,23 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 from streamlap.errors import RecipeError, StreamlapError, shown
 from streamlap.families.stream import HEAD_TOKENS, ModelStream
-from streamlap.methods.anchored.attention import AttentionAnchored
-from streamlap.methods.anchored.ffn import FfnAnchored
-from streamlap.methods.base import Layout, Method
+from streamlap.loader.forms import Removed
+from streamlap.methods.base import Cost, Layout
 from streamlap.methods.removed import Removal
+from streamlap.planning.cuts import CUTS, LAYER, Cut, cuts_of
 from streamlap.planning.forecast import forward_flops, solve_flops
-from streamlap.planning.layouts import Candidate, budget_of, candidate, dense_parameters, planned_tensors
+from streamlap.planning.layouts import REMOVED, Candidate, budget_of, candidate, planned_tensors
 from streamlap.planning.sample import fitted_inputs
 from streamlap.planning.schedule import Fit, Memory, fit, require_fit
 from streamlap.planning.workload import Workload, evaluation_workload
 from streamlap.recipe import AUTO, Recipe
 from streamlap.settings import RunSettings
-
-CUTS: dict[str, dict[str, tuple[float, Method | None]]] = {
-    "free": {"attention": (0.6, AttentionAnchored()), "ffn": (0.8, FfnAnchored(shares=(0.25,)))},
-    "nas": {"attention": (0.0, None), "ffn": (0.8, FfnAnchored(shares=(1.0,)))},
-}
-"""Shape -> sub-layer -> the share of it that stays, and what cuts it; None removes it.
-
-Only how sub-layers compare is wanted, so one good method does for all that a recipe may try. A shallower cut of attention moves
-the predictions by no more than rounding does.
-"""
-
 
 DEFAULT_SAMPLES = 16
 DEFAULT_LENGTH = 256
@@ -44,7 +34,7 @@ longer, and say little."""
 
 @dataclass(frozen=True, kw_only=True)
 class Perturbation:
-    """One sub-layer, cut, in a copy of the dense stream."""
+    """One sub-layer, cut, in a copy of the dense stream; or a whole layer that is gone."""
 
     index: int
     sublayer: str
@@ -64,16 +54,20 @@ class SurveyPlan:
     shape: str
     """That of the results which it serves."""
 
+    @property
+    def per_layer(self) -> int:
+        """Most perturbations of a layer."""
+        return max(Counter(perturbed.index for perturbed in self.perturbations).values())
+
 
 def plan_survey(
     stream: ModelStream, shape_NL: tuple[int, int], settings: RunSettings, shape: str, memory: Memory | None = None
 ) -> SurveyPlan:
     """Raises BudgetError, with the smallest caps that would do, where nothing fits."""
     perturbations = {
-        Perturbation(index=index, sublayer=name, keep=keep): perturbed_candidate(stream, index, name, keep, method)
-        for index in range(stream.depth)
-        for name, (keep, method) in CUTS[shape].items()
-        if name in stream.family_of(index).compressible
+        Perturbation(index=index, sublayer=name, keep=cut.keep): perturbed_candidate(stream, index, name, cut)
+        for index, cuts in enumerate(cuts_of(stream, shape))
+        for name, cut in cuts.items()
     }
     choice = fit(survey_workload(stream, perturbations, *shape_NL), settings.caps, settings.overlap, memory)
     require_fit(choice, settings.caps)
@@ -134,12 +128,13 @@ def check_served(shape: str) -> None:
         raise RecipeError(f"shape is {shown(shape)}; wanted one of {', '.join(CUTS)}: those that a survey serves.")
 
 
-def perturbed_candidate(
-    stream: ModelStream, index: int, sublayer: str, keep: float, method: Method | None
-) -> Candidate:
-    """What the sub-layer becomes when it keeps that share of its parameters."""
-    budget = budget_of(stream, index, 1.0 - keep, int(keep * dense_parameters(stream, index, sublayer)))
-    method = method or Removal(sublayer=sublayer, roles=stream.family.sublayers[sublayer].roles)
+def perturbed_candidate(stream: ModelStream, index: int, sublayer: str, cut: Cut) -> Candidate:
+    """What the sub-layer, or the layer, becomes when it keeps that share of its parameters."""
+    if sublayer == LAYER:
+        gone = {role: Removed(native.shape) for role, native in stream.natives(index).items()}
+        return Candidate(name=REMOVED, layouts={"": gone}, cost=Cost())
+    budget = budget_of(stream, index, 1.0 - cut.keep, cut.parameters)
+    method = cut.method or Removal(sublayer=sublayer, roles=stream.family.sublayers[sublayer].roles)
     return candidate(sublayer, method, stream.natives(index), budget)
 
 

@@ -10,6 +10,7 @@ from typing import Any
 
 from streamlap.errors import RecipeError, first_line, shown
 from streamlap.families.stream import ModelStream
+from streamlap.planning.cuts import LAYER
 from streamlap.untrusted.json import parse_json, read_limited
 
 FORMAT_VERSION = 1
@@ -43,7 +44,7 @@ class Survey:
     """Shape and hash of the tokens that it was measured on."""
     compute: str
     layers: tuple[dict[str, tuple[Point, ...]], ...]
-    """Sub-layer -> its points, a table for each layer."""
+    """Sub-layer -> its points, a table for each layer; LAYER has those of the layer as a whole, where it may go."""
     shape: str = "free"
     """That of the results which it serves."""
 
@@ -88,8 +89,11 @@ def read_survey(stream: ModelStream, path: Path, shape: str) -> Survey:
             f"survey {path} was made of another model ({shown(found.model)}); {stream.folder} is {wanted}. "
             "Make one of this model with streamlap survey."
         )
-    wanted_layers = [sorted(stream.family_of(index).compressible) for index in range(stream.depth)]
-    if [sorted(layer) for layer in found.layers] != wanted_layers:
+    names = [set(stream.family_of(index).compressible) for index in range(stream.depth)]
+    may_lack = {"attention"} if shape == "stock" else set()  # where no KV head can go
+    if len(names) != len(found.layers) or not all(
+        own - may_lack <= layer.keys() <= own | {LAYER} for own, layer in zip(names, found.layers, strict=True)
+    ):
         raise RecipeError(f"survey {path} lacks a sub-layer of a layer; make it again with streamlap survey.")
     if found.shape != shape:
         raise RecipeError(

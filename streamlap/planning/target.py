@@ -18,6 +18,7 @@ from streamlap.families.cache import cache_bytes, window_of
 from streamlap.families.stream import ModelStream
 from streamlap.loader.forms import index_parameters
 from streamlap.methods.base import Layout
+from streamlap.output.depth import places
 from streamlap.planning.allocate import layer_parameters
 from streamlap.planning.forecast import shape_key
 from streamlap.planning.layouts import layer_candidates, layer_entries, possible_layouts
@@ -157,23 +158,27 @@ def meter(stream: ModelStream, recipe: Recipe, survey: Survey | None, target: Ta
     keys = [f"{shape_key(stream, index, {})} {window_of(stream, index)}" for index in range(stream.depth)]
     outer = target.count(stream.outer_tensors())
 
-    def layer(index: int, at: Recipe, parameters: Mapping[str, int]) -> int:
+    def layer(index: int, at: Recipe, parameters: Mapping[str, int], place: int | None) -> int:
         layouts = possible_layouts(layer_candidates(stream, at, index, parameters))
-        return max(counted(index, layout) for layout in layouts)
+        return 0 if place is None else max(counted(index, layout, place) for layout in layouts)
 
-    def counted(index: int, layout: Layout) -> int:
+    def counted(index: int, layout: Layout, place: int) -> int:
         cache = cache_bytes(stream, index, layout, target.context, target.batch) if target.context else 0
-        return target.count(layer_entries(stream, index, layout, recipe.format if layout else "factored")) + cache
+        return (
+            target.count(layer_entries(stream, index, layout, recipe.format if layout else "factored", place)) + cache
+        )
 
     @functools.cache
     def total(step: int) -> int:
         if step == 0:
-            return outer + sum(counted(index, {}) for index in range(stream.depth))
+            return outer + sum(counted(index, {}, index) for index in range(stream.depth))
         at = replace(recipe, ratio=step / STEPS)
         parameters = layer_parameters(stream, at, survey)
+        placed = places((not any(own.values()) for own in parameters), recipe.format)
         alike: dict[str, list[int]] = {}
         for index, own in enumerate(parameters):
-            alike.setdefault(f"{keys[index]} {sorted(own.items())}", []).append(index)
-        return outer + sum(len(those) * layer(those[0], at, parameters[those[0]]) for those in alike.values())
+            alike.setdefault(f"{keys[index]} {len(str(placed[index]))} {sorted(own.items())}", []).append(index)
+        firsts = ((those[0], len(those)) for those in alike.values())
+        return outer + sum(count * layer(index, at, parameters[index], placed[index]) for index, count in firsts)
 
     return total

@@ -28,9 +28,10 @@ def step_of(recipe: Recipe, width: int) -> int:
 
 def in_steps(stream: ModelStream, recipe: Recipe, shares: Sequence[dict[str, int]]) -> list[dict[str, int]]:
     """The shares, rounded down to FFNs whose width is such a multiple, or all of it. Where layers may differ, those that lost
-    most by it get a step back, as long as the sum allows. Raises RecipeError where nothing is left of one."""
+    most by it get a step back, as long as the sum allows. One that is removed stays so. Raises RecipeError where nothing is
+    left of another."""
     whole = [stream.native(index, "down").shape[1] for index in range(stream.depth)]
-    step = step_of(recipe, min(whole))
+    there, step = [index for index, row in enumerate(shares) if row["ffn"]], step_of(recipe, min(whole))
     if step == 1:
         return list(shares)
     costs = [channel_parameters(stream, index) for index in range(stream.depth)]
@@ -41,17 +42,20 @@ def in_steps(stream: ModelStream, recipe: Recipe, shares: Sequence[dict[str, int
         for index, width in enumerate(wanted)
     ]
     if recipe.shape != "stock":
-        spare = sum((want - width) * cost for want, width, cost in zip(wanted, widths, costs, strict=True))
-        for index in sorted(range(stream.depth), key=lambda index: widths[index] - wanted[index]):
+        spare = sum((wanted[index] - widths[index]) * costs[index] for index in there)
+        for index in sorted(there, key=lambda index: widths[index] - wanted[index]):
             more = min(step, whole[index] - widths[index])
             if more * costs[index] <= spare:
                 widths[index], spare = widths[index] + more, spare - more * costs[index]
-    if not min(widths):
+    if not min(widths[index] for index in there):
         raise RecipeError(
-            f"at ratio {recipe.ratio:g} an FFN would keep {min(wanted):.0f} channels, and widths are multiples of {step}; "
-            "wanted a lower ratio or a smaller --multiple."
+            f"at ratio {recipe.ratio:g} an FFN would keep {min(wanted[index] for index in there):.0f} channels, and widths are "
+            f"multiples of {step}; wanted a lower ratio or a smaller --multiple."
         )
-    return [row | {"ffn": fixed[index] + costs[index] * widths[index]} for index, row in enumerate(shares)]
+    return [
+        row | {"ffn": fixed[index] + costs[index] * widths[index]} if row["ffn"] else dict(row)
+        for index, row in enumerate(shares)
+    ]
 
 
 def channel_parameters(stream: ModelStream, index: int) -> int:

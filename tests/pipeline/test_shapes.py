@@ -20,7 +20,8 @@ from streamlap.families.stream import ModelStream
 from streamlap.methods import WHOLE
 from streamlap.methods.anchored.ffn import FfnAnchored
 from streamlap.methods.lorap.attention import AttentionAwsvd
-from streamlap.planning.allocate import layer_parameters, removable
+from streamlap.planning.allocate import layer_parameters
+from streamlap.planning.cuts import removable
 from streamlap.planning.layouts import dense_parameters, largest_layout, layer_entries
 from streamlap.planning.plan import decide
 from streamlap.planning.survey_file import Point, Survey, model_digest
@@ -147,16 +148,16 @@ def test_settings_that_do_not_go_together_are_refused(source: Path, tmp_path: Pa
         Recipe(shape="nas", methods=(AttentionAwsvd(), FfnAnchored(shares=(1.0,))))
     with pytest.raises(RecipeError, match="shape is stock and methods have ffn_anchored"):
         Recipe(shape="stock", methods=(WHOLE[0], FfnAnchored()))
-    with pytest.raises(RecipeError, match=r"shape is stock and survey .s\.json."):
-        Recipe(shape="stock", survey="s.json")
     free = survey_file(source, tmp_path / "free.json", lambda *_: 0.1, shape="free")
     with pytest.raises(RecipeError, match=r"serves results of shape 'free', and wanted is shape nas"):
         decide(ModelStream(source), Recipe(shape="nas", survey=free))
     nas = survey_file(source, tmp_path / "nas.json", lambda *_: 0.1)
     with pytest.raises(RecipeError, match=r"serves results of shape 'nas', and wanted is shape free"):
         decide(ModelStream(source), Recipe(survey=nas))
-    with pytest.raises(RecipeError, match="shape is 'stock'; wanted one of free, nas"):
-        streamlap.survey(source, tmp_path / "stock.json", shape="stock")
+    with pytest.raises(RecipeError, match="serves results of shape 'nas', and wanted is shape stock"):
+        decide(ModelStream(source), Recipe(shape="stock", survey=nas))
+    with pytest.raises(RecipeError, match="shape is 'small'; wanted one of free, nas, stock"):
+        streamlap.survey(source, tmp_path / "small.json", shape="small")
 
 
 def test_a_survey_of_before_there_were_shapes_is_of_the_free_one(source: Path, tmp_path: Path) -> None:
@@ -182,8 +183,8 @@ def test_recipes_with_a_shape_are_read_back() -> None:
 def test_a_survey_for_nas_removes_attention(source: Path, tokens: Path, tmp_path: Path) -> None:
     found = streamlap.survey(source, tmp_path / "s.json", files=(str(tokens),), shape="nas")
     assert found.shape == "nas"
-    for layer in found.layers:
-        assert [point.keep for points in layer.values() for point in points] == [0.0, 0.8]
+    for index, layer in enumerate(found.layers):
+        assert [point.keep for points in layer.values() for point in points] == [0.0, 0.8] + [0.0] * (index > 0)
         assert all(point.kl > 0 and point.error > 0 for points in layer.values() for point in points)
 
 

@@ -167,8 +167,8 @@ def test_a_gpu_decomposes_far_below_its_peak(model: Path, tokens: Path) -> None:
 
 
 LAYER = LayerPlan(
-    index=0, candidates={}, layout={}, output_bytes=70, copied_bytes=10, edits_bytes=60, source_bytes=100, largest_bytes=50,
-    solve_bytes=0, widest=0, flops=1000, flops64=40, flops32=300, decompositions=(2, 3), generations_read=4,
+    index=0, candidates={}, layout={}, place=0, output_bytes=70, copied_bytes=10, edits_bytes=60, source_bytes=100,
+    largest_bytes=50, solve_bytes=0, widest=0, flops=1000, flops64=40, flops32=300, decompositions=(2, 3), generations_read=4,
     between_read=1, generations_written=2, generations_spilled=1,
 )  # fmt: skip
 WORK = Workload(

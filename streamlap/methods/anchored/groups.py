@@ -17,7 +17,23 @@ from streamlap.loader.forms import Dense
 from streamlap.methods.anchored.costs import anchored_cost
 from streamlap.methods.anchored.fitting import dense_edit, held_error, narrowed, output_aim, read_inputs
 from streamlap.methods.anchored.knobs import Steps
-from streamlap.methods.base import Cost, Layouts, Natives, ParameterBudget, Solved, StreamStatistics
+from streamlap.methods.base import Cost, Layout, Layouts, Natives, ParameterBudget, Solved, StreamStatistics
+
+
+def group_parameters(natives: Natives, head_dim: int) -> tuple[int, int]:
+    """KV heads, and what the linears store of each with its query heads."""
+    heads, o = natives["v"].shape[0] // head_dim, natives["o"]
+    inputs = [natives[role] for role in ("q", "k", "v")]
+    each = sum(linear.shape[0] // heads * (linear.shape[1] + linear.bias) for linear in inputs)
+    return heads, each + o.shape[0] * (o.shape[1] // heads)
+
+
+def groups_layout(natives: Natives, head_dim: int, kept: int) -> Layout:
+    """Attention with so many KV heads."""
+    heads, o = natives["v"].shape[0] // head_dim, natives["o"]
+    out = {role: natives[role].shape[0] // heads * kept for role in ("q", "k", "v")}
+    layout = {role: Dense((count, natives[role].shape[1]), natives[role].bias) for role, count in out.items()}
+    return layout | {"o": Dense((o.shape[0], o.shape[1] // heads * kept), o.bias)}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,11 +45,7 @@ class AttentionGroups(Steps):
     needs: ClassVar[tuple[str, ...]] = ()
 
     def layouts(self, natives: Natives, budget: ParameterBudget) -> Layouts:
-        q, v, o = (natives[role] for role in ("q", "v", "o"))
-        heads, queries = v.shape[0] // budget.head_dim, q.shape[0] // budget.head_dim
-        inputs = [natives[role] for role in ("q", "k", "v")]
-        each = sum(linear.shape[0] // heads * (linear.shape[1] + linear.bias) for linear in inputs)
-        each += o.shape[0] * (o.shape[1] // heads)
+        (heads, each), o = group_parameters(natives, budget.head_dim), natives["o"]
         kept = min(heads, (budget.parameters - o.shape[0] * o.bias) // each)
         if kept < 1:
             raise RecipeError(
@@ -41,10 +53,7 @@ class AttentionGroups(Steps):
             )
         if kept == heads or budget.heads_stay:
             return {"": {}}
-        narrow, wide = kept * budget.head_dim, kept * (queries // heads) * budget.head_dim
-        out = {"q": wide, "k": narrow, "v": narrow}
-        layout = {role: Dense((count, natives[role].shape[1]), natives[role].bias) for role, count in out.items()}
-        return {"": layout | {"o": Dense((o.shape[0], wide), o.bias)}}
+        return {"": groups_layout(natives, budget.head_dim, kept)}
 
     def cost(self, natives: Natives, layouts: Layouts, budget: ParameterBudget) -> Cost:
         return anchored_cost(("q", "k", "v"), "o", natives, layouts, budget, self.moves_inputs)

@@ -162,11 +162,10 @@ class Steps:
         self._adam.step()
 
     def parts(self) -> dict[str, Mapping[str, torch.Tensor]]:
-        """What `state` holds: part -> name -> tensor."""
-        moments = {
-            part: {name: self._adam.state[master][part] for name, master in self.masters.items()} for part in MOMENTS
-        }
-        return {"master": self.masters, **moments}
+        """What `state` holds: part -> name -> tensor. A master that nothing reads has no moments, as that of the norm before an
+        attention that is gone."""
+        moved = {name: self._adam.state[master] for name, master in self.masters.items() if master in self._adam.state}
+        return {"master": self.masters, **{part: {name: own[part] for name, own in moved.items()} for part in MOMENTS}}
 
     def state(self) -> dict[str, torch.Tensor]:
         """All that the next epoch needs."""
@@ -184,9 +183,10 @@ class Steps:
         """The numbers of a state that is this training's own."""
         for name, master in self.masters.items():
             master.detach().copy_(state[f"master {name}"])
-            moments = {part: state[f"{part} {name}"].to(master.device) for part in MOMENTS}
-            done = torch.tensor(float(self.epoch * self._steps), device=master.device)
-            self._adam.state[master] = {"step": done, **moments}
+            if f"{MOMENTS[0]} {name}" in state:
+                moments = {part: state[f"{part} {name}"].to(master.device) for part in MOMENTS}
+                done = torch.tensor(float(self.epoch * self._steps), device=master.device)
+                self._adam.state[master] = {"step": done, **moments}
 
 
 class BestSteps(Steps):
