@@ -140,7 +140,7 @@ class Recipe:
                 f"methods have {method_name(self.final[0])}, which is fitted to the dense model's stream, and none that keeps "
                 "it; wanted anchored methods beside it, as those of the preset best are."
             )
-        if self.survey == AUTO and not self.anchored:
+        if self.survey == AUTO and (self.shape == "stock" or not self.anchored):  # in stock one does not pay by itself
             object.__setattr__(self, "survey", None)
         if self.survey is not None and not (isinstance(self.survey, str) and self.anchored):
             raise RecipeError(
