@@ -59,7 +59,7 @@ Shape = Annotated[
     str | None,
     typer.Option(
         help="What the result may be made of: free, every form; nas, dense linears with FFN widths of their own, and whole "
-        "attentions and layers gone; stock, dense linears of the same widths everywhere; by the file of a "
+        "attentions gone; stock, dense linears of the same widths everywhere; by the file of a "
         "survey, KV heads and layers gone.  [default: free]"
     ),
 ]

@@ -23,11 +23,12 @@ LAYER = "layer"
 
 CUTS: dict[str, dict[str, tuple[float | None, Method | None]]] = {
     "free": {"attention": (0.6, AttentionAnchored()), "ffn": (0.8, FfnAnchored(shares=(0.25,)))},
-    "nas": {"attention": (0.0, None), "ffn": (0.8, FfnAnchored(shares=(1.0,))), LAYER: (0.0, None)},
+    "nas": {"attention": (0.0, None), "ffn": (0.8, FfnAnchored(shares=(1.0,)))},
     "stock": {"attention": (None, AttentionGroups()), "ffn": (0.8, FfnAnchored(shares=(1.0,))), LAYER: (0.0, None)},
 }
 """Shape -> sub-layer, or the whole layer -> the share of it that stays, and what cuts it; None removes it. A share of None is
-as many KV heads as the architecture can have below its own number, which is one fewer where it takes any.
+as many KV heads as the architecture can have below its own number, which is one fewer where it takes any. Layers that are gone
+are not measured for nas: whether a choice by such sums pays has not been shown. A file that has them is followed.
 
 Only how sub-layers compare is wanted, so one good method does for all that a recipe may try. A shallower cut of attention moves
 the predictions by no more than rounding does.

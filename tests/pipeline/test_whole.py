@@ -37,15 +37,24 @@ Kls = Callable[[int, str], float]
 
 
 def survey_file(source: Path, file: Path, kls: Kls, shape: str) -> str:
-    """A survey with the divergences of a formula, of all that this shape can lose."""
+    """A survey with the divergences of a formula, of all that this shape can lose, also where none measures it."""
     stream = ModelStream(source)
     layers = tuple(
-        {name: (Point(keep=cut.keep, kl=kls(index, name), error=0.5),) for name, cut in cuts.items()}
-        for index, cuts in enumerate(cuts_of(stream, shape))
+        {name: (Point(keep=keep, kl=kls(index, name), error=0.5),) for name, keep in keeps.items()}
+        for index, keeps in enumerate(losable(stream, shape))
     )
     found = Survey(model=model_digest(stream), calibration="", compute="", layers=layers, shape=shape)
     file.write_text(json.dumps(found.to_json()))
     return str(file)
+
+
+def losable(stream: ModelStream, shape: str) -> list[dict[str, float]]:
+    """What is measured of each layer, and the layer as a whole, which only surveys for stock measure."""
+    both = zip(cuts_of(stream, shape), cuts_of(stream, "stock"), strict=True)
+    return [
+        {name: cut.keep for name, cut in cuts.items()} | ({LAYER: 0.0} if LAYER in plain else {})
+        for cuts, plain in both
+    ]
 
 
 def one_layer(index: int, name: str) -> float:
