@@ -1,5 +1,7 @@
 #!/usr/bin/env python
-"""docs/families.md, from the rows of `streamlap/families/table.py`: what is known of each family, and what its tests run.
+"""docs/families.md: what is known of each family, what a cut costs there, and what its tests run.
+
+From the rows of `streamlap/families/table.py` and the figures of `scripts/bench_families.py`.
 
     python scripts/families_table.py > docs/families.md
 
@@ -8,7 +10,10 @@ A test compares the page with what this prints.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
 
 from streamlap.families.linears import ROLES
 from streamlap.families.table import FAMILIES, Family
@@ -63,6 +68,17 @@ The tensors of the language model are written as `model.language_model.*`, whate
 opens the result as it opens the original: by `AutoModelForImageTextToText`. The formats `factored` and `stock`, and the export
 `dense`, hold such a model; `nas` and GGUF are refused.
 
+## What a cut costs
+
+{costs}
+
+Mean NLL above that of the model itself, in nats a byte, at 20 and 50 % removed; less is better. Each model is a small one of
+its family, about {parameters} numbers in its linears, that has learnt to predict the bytes of English books for {seconds}
+seconds on one thread. A cut by chance has the layouts of `lorap`, with subspaces and channels drawn at random; the mean of
+three draws. All three store as many numbers, to about one in a hundred of the model's; `best` has no survey here. The figures
+compare cuts of one family, not families: some learn more in that time, and the windows and multipliers of these models are
+there to show, not to work well. `scripts/bench_families.py` measures them.
+
 ## What is run
 
 The tests run each of these families, on a random model of three layers and a few thousand weights:
@@ -82,6 +98,13 @@ logits of the stream; saved again and exported as `dense`, it answers a prompt w
 A checkpoint whose layers are not what the row says is refused on the first window: before anything is written, the sub-layers
 are compared with the layer.
 """
+
+FIGURES = Path(__file__).parent.parent / "docs" / "benchmarks" / "families.json"
+KINDS = (*FAMILIES, "phi3", "gpt2", *WRAPPERS)
+"""All that is served."""
+RATIOS = (0.2, 0.5)
+WAYS = {"random": "by chance", "lorap": "`lorap`", "best": "`best`"}
+"""Way of cutting in the figures -> in words."""
 
 COLUMNS = ("family", "sub-layers", "stays", "FFN", "behind o and down", "heads", "biases")
 
@@ -105,7 +128,36 @@ def page() -> str:
     rows = [COLUMNS, ("---",) * len(COLUMNS), *map(row, FAMILIES.values())]
     wrappers = [("model", "layers of"), ("---", "---")]
     wrappers += [(f"`{kind}`", " or ".join(f"`{row}`" for row in texts.values())) for kind, texts in WRAPPERS.items()]
-    return PAGE.format(table=lines(rows), wrappers=lines(wrappers))
+    return PAGE.format(table=lines(rows), wrappers=lines(wrappers), **costs(FIGURES))
+
+
+def costs(path: Path) -> dict[str, Any]:
+    """What the page says of the figures in a file; none are there where it is absent."""
+    found = json.loads(path.read_text(encoding="utf-8"))["families"] if path.is_file() else {}
+    names = [f"{words}, {ratio:.0%}" for ratio in RATIOS for words in WAYS.values()]
+    rows = [("family", "dense NLL", *names), ("---",) * (2 + len(names))]
+    rows += [
+        (f"`{kind}`", f"{found[kind]['dense']:.3f}" if kind in found else "", *losses(found.get(kind)))
+        for kind in KINDS
+    ]
+    trained = [row["trained"] for row in found.values()]
+    sizes, seconds = (
+        [row["parameters"]["decoder"] // 1000 * 1000 for row in trained],
+        [int(row["seconds"]) for row in trained],
+    )
+    return {"costs": lines(rows), "seconds": span(seconds), "parameters": span(sizes)}
+
+
+def losses(row: dict[str, Any] | None) -> list[str]:
+    """The figures of one family, as `bench_families` has them, in the cells of a table."""
+    ways = [(str(ratio), way) for ratio in RATIOS for way in WAYS]
+    return [f"{round(row['cuts'][ratio][way]['loss'], 3) + 0.0:.3f}" if row else "not measured" for ratio, way in ways]
+
+
+def span(counts: list[int]) -> str:
+    """From the least to the most."""
+    ends = [f"{count:,}" for count in sorted({min(counts), max(counts)})] if counts else ["no"]
+    return " to ".join(ends)
 
 
 def lines(rows: Iterable[Iterable[str]]) -> str:

@@ -112,8 +112,7 @@ class Recipe:
     What is given in short (bf16) gets its whole name, so that recipes can be compared."""
     survey: str | None = field(default_factory=lambda: DEFAULT_SURVEY)
     """File of `streamlap survey` by which layers and sub-layers share out what stays. None gives all the same share; auto has
-    anchored methods measure it first, and keeps it beside the output. Others have none, nor has the shape stock: there what was
-    measured layer by layer does not add up to what all lose together (docs/experiments.md)."""
+    anchored methods measure it first, and keeps it beside the output. Others have none."""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "ratio", parse_ratio(self.ratio))
@@ -141,7 +140,7 @@ class Recipe:
                 f"methods have {method_name(self.final[0])}, which is fitted to the dense model's stream, and none that keeps "
                 "it; wanted anchored methods beside it, as those of the preset best are."
             )
-        if self.survey == AUTO and (self.shape == "stock" or not self.anchored):
+        if self.survey == AUTO and (self.shape == "stock" or not self.anchored):  # in stock one does not pay by itself
             object.__setattr__(self, "survey", None)
         if self.survey is not None and not (isinstance(self.survey, str) and self.anchored):
             raise RecipeError(

@@ -24,80 +24,14 @@ import pytest
 import torch
 from crashes import crash_after
 from outputs import contents
+from picos import VOCABULARY, random_pico
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerFast
 
 import streamlap
 from streamlap import recipe
 
 torch.set_num_threads(2)
-
-VOCABULARY = 300
-CONTEXT = 64
-
-PICO = {
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 8,
-    "vocab_size": VOCABULARY,
-    "max_position_embeddings": CONTEXT,
-    "bos_token_id": 0,
-    "eos_token_id": 1,
-    "pad_token_id": None,
-}
-
-ROPE = {"rope_theta": 10_000.0, "factor": 4.0, "original_max_position_embeddings": 8}
-HYBRID = {
-    "layer_types": ["linear_attention", "full_attention", "linear_attention"],
-    "linear_num_key_heads": 2, "linear_num_value_heads": 4, "linear_key_head_dim": 8, "linear_value_head_dim": 8,
-}  # fmt: skip
-PICO_OF: dict[str, dict[str, Any]] = {
-    "smollm3": {"no_rope_layer_interval": 2, "use_sliding_window": True, "sliding_window": 5},
-    "ministral": {"sliding_window": 5, "layer_types": ["sliding_attention", "full_attention", "sliding_attention"]},
-    "ministral3": {"rope_parameters": ROPE | {"rope_type": "yarn", "llama_4_scaling_beta": 0.1}},
-    "seed_oss": {"attention_bias": True, "attention_out_bias": False},
-    "ernie4_5": {"use_bias": True},
-    "olmo3": {"sliding_window": 5, "layer_types": ["sliding_attention", "full_attention", "sliding_attention"]},
-    "gemma2": {
-        "sliding_window": 5,
-        "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
-        "query_pre_attn_scalar": 5,
-        "final_logit_softcapping": 2.0,
-        "attn_logit_softcapping": 1.0,
-    },
-    "gemma3_text": {
-        "sliding_window": 5,
-        "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
-        "query_pre_attn_scalar": 5,
-    },
-    "granite": {
-        "embedding_multiplier": 12.0,
-        "logits_scaling": 8.0,
-        "attention_multiplier": 0.2,
-        "residual_multiplier": 0.22,
-    },
-    "opt": {"ffn_dim": 48, "word_embed_proj_dim": 32},
-    "cohere": {"use_qk_norm": True, "logit_scale": 0.25},
-    "cohere2": {
-        "logit_scale": 0.25,
-        "sliding_window": 5,
-        "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
-    },
-    "stablelm": {"use_parallel_residual": True, "qk_layernorm": True, "use_qkv_bias": True},
-    "exaone4": {"sliding_window": 5, "layer_types": ["sliding_attention", "full_attention", "sliding_attention"]},
-    "gpt2": {"n_inner": 48},
-    "gpt_neox": {"rotary_pct": 0.5},
-    "qwen3_next": HYBRID | {"mlp_only_layers": [0, 1, 2], "num_experts": 4},
-    "qwen3_5_text": HYBRID,
-    "hunyuan_v1_dense": {"rope_parameters": ROPE | {"rope_type": "dynamic", "alpha": 1000.0}},
-}
-"""Model type -> what shows, in three layers of 64 tokens, what its layers do and others do not."""
-
-UNKNOWN = {"opt": ("intermediate_size",), "gpt2": ("intermediate_size",)}
-"""Model type -> keys of `PICO` that its config.json does not have."""
 
 TEXT = "\n".join(f"On day {day} the {noun} went to sea, and {noun} {day} came home again." for day in range(60)
                  for noun in ("boat", "captain", "old man", "whale"))  # fmt: skip
@@ -117,18 +51,8 @@ def make_pico(
     tokenizer: bool = False,
     **config: object,
 ) -> Path:
-    """Write a random model of `model_type`; biases and norms are random too, so that losing one shows."""
-    torch.manual_seed(seed)
-    common = {key: value for key, value in PICO.items() if key not in UNKNOWN.get(model_type, ())}
-    settings = AutoConfig.for_model(
-        model_type, **(common | PICO_OF.get(model_type, {}) | {"tie_word_embeddings": tied} | config)
-    )
-    model = AutoModelForCausalLM.from_config(settings)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            centre = 1.0 if "norm" in name else 0.0
-            parameter.copy_(centre + torch.randn_like(parameter) * 0.15)
-    model.tie_weights()
+    """Write a random model of `model_type`, see `picos`."""
+    model = random_pico(model_type, tied=tied, seed=seed, **config)
     model.to(dtype).save_pretrained(folder, max_shard_size=shard_size)
     if tokenizer:
         make_tokenizer().save_pretrained(folder)

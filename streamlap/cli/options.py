@@ -59,8 +59,8 @@ Shape = Annotated[
     str | None,
     typer.Option(
         help="What the result may be made of: free, every form; nas, dense linears with FFN widths of their own, and whole "
-        "attentions and layers gone; stock, dense linears of the same widths everywhere, and KV heads and layers gone.  "
-        "[default: free]"
+        "attentions and layers gone; stock, dense linears of the same widths everywhere; by the file of a "
+        "survey, KV heads and layers gone.  [default: free]"
     ),
 ]
 Format = Annotated[

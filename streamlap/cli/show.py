@@ -58,6 +58,7 @@ def describe_tasks(found: dict[str, Any]) -> list[str]:
     rows = [(name, metric, value) for name, table in found["tasks"].items() for metric, value in table.items()]
     return [
         *[f"{name:<24}{metric:<16}{value:.4f}" for name, metric, value in rows],
+        *[f"written into {found['card']}"] * bool(found["card"]),
         f"{found['seconds']:.1f} s, peak RAM {show_size(found['peak_ram_bytes'])}",
     ]
 

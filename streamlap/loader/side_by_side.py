@@ -26,6 +26,13 @@ def paths_of(prefix: str, merged: Mapping[str, Sequence[str]]) -> list[str]:
     return [f"{parent}{dot}{part}" for part in merged.get(name, (name,))]
 
 
+def layer_of(path: str) -> str:
+    """The decoder layer that a path leads into, like model.layers.3; the path itself where it has no number."""
+    parts = path.split(".")
+    numbers = [place for place, part in enumerate(parts) if part.isdecimal()]
+    return ".".join(parts[: numbers[0] + 1]) if numbers else path
+
+
 def forms_at(
     paths: Sequence[str], modules: Mapping[str, Mapping[str, int]], width: int, outputs: Sequence[int], bias: bool
 ) -> list[Form]:

@@ -1,7 +1,8 @@
 """How vLLM loads a streamlap folder: native model classes whose linears have the forms that config.json lists.
 
 vLLM finds `register` by the entry point `vllm.general_plugins` where streamlap is installed beside it, and imports this file
-itself; nothing else does. What is not a linear layer of vLLM, and a model split by tensor parallelism, is refused.
+itself; nothing else does. What is not a linear layer of vLLM, what is none of its modules, and a model split by tensor
+parallelism, is refused.
 """
 
 from __future__ import annotations
@@ -11,13 +12,14 @@ from typing import Any
 
 import torch
 from torch import nn
+from vllm.distributed import get_pp_group
 from vllm.model_executor.layers.linear import LinearBase, LinearMethodBase, UnquantizedLinearMethod
 from vllm.model_executor.layers.quantization import register_quantization_config
 from vllm.model_executor.layers.quantization.base_config import QuantizationConfig
 
 from .forms import short
 from .hf_plugin import QUANT_METHOD, StreamlapConfig
-from .side_by_side import SideBySide, forms_at, paths_of
+from .side_by_side import SideBySide, forms_at, layer_of, paths_of
 
 
 class Compressed(QuantizationConfig):  # type: ignore[misc]  # vllm is not there when types are checked
@@ -26,6 +28,8 @@ class Compressed(QuantizationConfig):  # type: ignore[misc]  # vllm is not there
     def __init__(self, modules: dict[str, dict[str, int]]) -> None:
         super().__init__()
         self.modules = modules
+        self.met: set[str] = set()
+        """Paths of the linears that vLLM has built."""
 
     @classmethod
     def from_config(cls, config: dict[str, Any]) -> Compressed:
@@ -61,8 +65,9 @@ class Compressed(QuantizationConfig):  # type: ignore[misc]  # vllm is not there
         """Raises ValueError where something else than a linear layer of vLLM is listed, as experts are."""
         paths = paths_of(prefix, self.packed_modules_mapping)
         if isinstance(layer, LinearBase):
+            self.met.update(paths)
             listed = any(path in self.modules for path in paths)
-            return CompressedLinear(self.modules, paths) if listed else UnquantizedLinearMethod()
+            return CompressedLinear(self, paths) if listed else PlainLinear(self)
         inside = [path for path in self.modules if prefix and f"{path}.".startswith(f"{prefix}.")]
         if inside:
             raise ValueError(
@@ -71,12 +76,38 @@ class Compressed(QuantizationConfig):  # type: ignore[misc]  # vllm is not there
             )
         return None
 
+    def check(self) -> None:
+        """Raise ValueError for rows that no linear of vLLM has; called once the model is built. Layers of which nothing was
+        built are another process's where a pipeline has several."""
+        unmet = [path for path in self.modules if path not in self.met]
+        if get_pp_group().world_size > 1:
+            here = {layer_of(path) for path in self.met}
+            unmet = [path for path in unmet if layer_of(path) in here]
+        if unmet:
+            raise ValueError(
+                f"streamlap module {short(unmet[0])}: seen in config.json, and no linear layer of vLLM has it ({len(unmet)} of "
+                f"{len(self.modules)} rows); wanted all. Run it with transformers, or compress with --format stock."
+            )
+
+
+class PlainLinear(UnquantizedLinearMethod):  # type: ignore[misc]
+    """What a layer computes with where none of its linears is listed: as without the plugin."""
+
+    def __init__(self, config: Compressed) -> None:
+        super().__init__()
+        self.config = config
+
+    def process_weights_after_loading(self, layer: nn.Module) -> None:
+        """Raises ValueError where a row was not met."""
+        self.config.check()
+        super().process_weights_after_loading(layer)
+
 
 class CompressedLinear(LinearMethodBase):  # type: ignore[misc]
     """What a layer of vLLM computes with where one of its linears is listed."""
 
-    def __init__(self, modules: dict[str, dict[str, int]], paths: list[str]) -> None:
-        self.modules, self.paths = modules, paths
+    def __init__(self, config: Compressed, paths: list[str]) -> None:
+        self.config, self.paths = config, paths
 
     def create_weights(
         self, layer: nn.Module, input_size_per_partition: int, output_partition_sizes: list[int], input_size: int,
@@ -91,9 +122,9 @@ class CompressedLinear(LinearMethodBase):  # type: ignore[misc]
         biased: Any = layer.has_bias
         if layer.skip_bias_add and biased:
             raise ValueError(f"streamlap module {short(self.paths[0])}: seen a bias that vLLM adds apart; wanted none")
-        forms = forms_at(self.paths, self.modules, input_size, output_partition_sizes, biased)
+        forms = forms_at(self.paths, self.config.modules, input_size, output_partition_sizes, biased)
         layer.compressed = SideBySide(self.paths, forms, torch.get_default_device(), params_dtype)
-        layer.load_weights = _load_into(layer)
+        layer.load_weights = _load_into(layer, self.config)
 
     def apply(self, layer: nn.Module, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
         """x [..., I] -> [..., O]; the parts have their bias, not `bias`, which nothing was loaded into."""
@@ -101,7 +132,8 @@ class CompressedLinear(LinearMethodBase):  # type: ignore[misc]
         return y
 
     def process_weights_after_loading(self, layer: nn.Module) -> None:
-        """Raises ValueError where a tensor was not in the folder."""
+        """Raises ValueError where a tensor was not in the folder, or a row was not met."""
+        self.config.check()
         _compressed(layer).check()
         layer.register_parameter("bias", None)
 
@@ -112,10 +144,11 @@ def _compressed(layer: nn.Module) -> SideBySide:
     return compressed
 
 
-def _load_into(layer: nn.Module) -> Any:
+def _load_into(layer: nn.Module, config: Compressed) -> Any:
     """What vLLM calls with the layer's tensors, named as behind the path of a linear; each says which linear it is of."""
 
     def load_weights(weights: Iterable[tuple[str, torch.Tensor]]) -> Iterator[str]:
+        config.check()  # before vLLM complains of a tensor of such a row in its own words
         for leaf, tensor in weights:
             yield f"compressed.{_compressed(layer).load(leaf, getattr(tensor, 'shard_id', None), tensor)}"
         if layer.bias is not None:

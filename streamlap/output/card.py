@@ -3,18 +3,30 @@
 from __future__ import annotations
 
 import json
+import os
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from streamlap.output.report import KvCache, Parameters
-from streamlap.untrusted.paths import checked
+from streamlap.store.sink import write_durably
+from streamlap.untrusted.paths import checked, read_bytes
 
 CARD_NAME = "README.md"
 CARD_BYTES = 1 << 20
 
 PLAIN = re.compile(r"[\w .,:;/@+()~%#?&=-]{1,200}")
 """What a model card takes over from a stranger's: no quotes, no markup, no line ends."""
+
+OWN = re.compile(r"^# .*, compressed by streamlap$", re.MULTILINE)
+"""The heading of a card that `model_card` wrote."""
+TASKS = "## Tasks of lm-eval"
+COLUMNS = "| task | metric | value | documents | lm-eval |\n|---|---|---|---|---|\n"
+TASKS_SECTION = re.compile(rf"\n*^{TASKS}\n\n((?:\|.*\n?)*)", re.MULTILINE)
+"""All of the table, and nothing of what somebody wrote behind it."""
+
+TaskRow = tuple[str, str, float, int | None, str]
+"""Task, metric, value, documents that were scored (None of a group of tasks), version of lm-eval."""
 
 IMPORT = dict.fromkeys(("factored", "nas"), "import streamlap  # registers the loader\n")
 """Format -> what has to be imported before it is loaded."""
@@ -35,7 +47,7 @@ def model_card(
 ) -> str:
     """Args: base, the name of the original; made, a sentence or two on how it came to be; loader, the class of transformers
     that loads it; to, its format."""
-    base = re.sub(r"[^\w./@+ -]", "_", base[:200])  # no quotes or markup, in a heading or in the front matter
+    base = plain(base)
     front = [
         f"base_model: {json.dumps(base, ensure_ascii=False)}",
         "base_model_relation: quantized",
@@ -58,6 +70,46 @@ def model_card(
             LOADING[to], "",
         ]
     )  # fmt: skip
+
+
+def plain(name: str) -> str:
+    """A stranger's word without quotes or markup, in a heading, in a table or in the front matter."""
+    return re.sub(r"[^\w./@+ -]", "_", name[:200])
+
+
+def record_tasks(folder: Path, rows: Iterable[TaskRow]) -> Path | None:
+    """Write what tasks gave into the card of a folder that streamlap wrote; rows of the same task that are there give way.
+
+    Gives the card, or None where nothing was written: another's card, none, a link, or one that this user may not write.
+    """
+    path = folder / CARD_NAME
+    own = path.is_file() and not path.is_symlink() and path.stat().st_size <= CARD_BYTES
+    if not own or not (os.access(path, os.W_OK) and os.access(folder, os.W_OK)):
+        return None
+    card = read_bytes(folder, CARD_NAME, CARD_BYTES).decode("utf-8", errors="replace")
+    if not OWN.search(card):
+        return None
+    write_durably(path, with_tasks(card, rows).encode())
+    return path
+
+
+def with_tasks(card: str, rows: Iterable[TaskRow]) -> str:
+    """The card with a table of these rows, and of those that it has of other tasks."""
+    lines: dict[str, str] = {}
+    for *words, value, documents, version in rows:
+        name, metric = (plain(str(word)) for word in words)
+        scored = "" if documents is None else f"{documents:,}"
+        lines[name] = lines.get(name, "") + f"| {name} | {metric} | {value:.4f} | {scored} | {version} |\n"
+    found = TASKS_SECTION.search(card)
+    old = found[1].removeprefix(COLUMNS).splitlines(keepends=True) if found else []
+    kept = [line for line in old if line.split(" | ")[0].removeprefix("| ") not in lines]
+    table = f"\n\n{TASKS}\n\n{COLUMNS}{''.join(kept)}{''.join(lines.values())}"
+    return card[: found.start()] + table + card[found.end() :] if found else card.rstrip() + table
+
+
+def without_tasks(card: str) -> str:
+    """The card of a model with other weights, of which the tasks say nothing."""
+    return TASKS_SECTION.sub("\n", card)
 
 
 def licence_of(source: Path) -> dict[str, str]:

@@ -9,7 +9,7 @@ from typing import Any
 from streamlap.families.shell import read_config
 from streamlap.families.stream import ModelStream
 from streamlap.loader.shim import write_nas, write_shim
-from streamlap.output.card import CARD_BYTES
+from streamlap.output.card import CARD_BYTES, CARD_NAME, without_tasks
 from streamlap.output.folder import (
     KEPT_NAME,
     RECIPE_NAME,
@@ -39,9 +39,9 @@ def finish_recovered(out: Path, stream: ModelStream, recovery: Mapping[str, Any]
     known = (source / REPORT_NAME).is_file()
     report = read_object(source, REPORT_NAME, MOST_REPORT_BYTES) if known else {}
     write_json(out / REPORT_NAME, report | {"shards": dict(shards), "recovery": dict(recovery)}, indent=1)
-    if (source / "README.md").is_file():
-        card = read_bytes(source, "README.md", CARD_BYTES).decode("utf-8", errors="replace")
-        write_durably(out / "README.md", f"{card.rstrip()}\n\n{card_section(recovery)}\n".encode())
+    if (source / CARD_NAME).is_file():
+        card = without_tasks(read_bytes(source, CARD_NAME, CARD_BYTES).decode("utf-8", errors="replace"))
+        write_durably(out / CARD_NAME, f"{card.rstrip()}\n\n{card_section(recovery)}\n".encode())
     if not stream.marked:
         write_nas(out, write_durably)
     elif stream.compressed:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Mapping, Sequence
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ import torch
 from streamlap.data.tokenizer import load_tokenizer
 from streamlap.errors import RecipeError, StreamlapError, first_line, shown
 from streamlap.families.stream import ModelStream
+from streamlap.output.card import record_tasks
 from streamlap.pipeline.evaluate import token_losses
 from streamlap.planning.schedule import fit, require_fit
 from streamlap.planning.workload import evaluation_workload
@@ -30,7 +32,8 @@ def evaluate_tasks(
     Args: tasks, YAML files of single tasks, without code, or names that lm-eval knows, whose data it fetches; limit, documents
     of each task at most; options, single fields of RunSettings.
 
-    Returns {"tasks": {name: {metric: value}}, "documents": {name: count}, "seconds", "peak_ram_bytes", "peak_vram_bytes"}.
+    Returns {"tasks": {name: {metric: value}}, "documents": {name: count}, "card", "seconds", "peak_ram_bytes",
+    "peak_vram_bytes"}. Of a folder that streamlap wrote the results are in its model card too, `card`; else that is None.
     Raises StreamlapError where lm-eval is not installed, RecipeError for a task that it does not know, and UnsupportedModel for
     one that generates text.
     """
@@ -69,9 +72,16 @@ def evaluate_tasks(
         )
     except (KeyError, FileNotFoundError, ValueError) as error:
         raise RecipeError(f"lm-eval cannot run {shown(list(map(str, tasks)))}: {first_line(error)}.") from error
+    results = {name: metrics_of(table) for name, table in found["results"].items()}
+    documents = {name: counts["effective"] for name, counts in found["n-samples"].items()}
+    rows = [
+        (name, metric, value, documents.get(name), version("lm_eval"))
+        for name, table in results.items()
+        for metric, value in table.items()
+    ]
+    card = record_tasks(folder, rows) if Path(model).is_dir() else None  # the hub's cache stays as it is
     return {
-        "tasks": {name: metrics_of(table) for name, table in found["results"].items()},
-        "documents": {name: counts["effective"] for name, counts in found["n-samples"].items()},
+        "tasks": results, "documents": documents, "card": card and str(card),
         "seconds": time.perf_counter() - start, "peak_ram_bytes": peak_ram_bytes(), "peak_vram_bytes": peak_vram_bytes(),
     }  # fmt: skip
 

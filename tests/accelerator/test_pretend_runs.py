@@ -12,9 +12,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import VOCABULARY, MakeModel
+from conftest import MakeModel
 from crashes import crash_after
 from outputs import REPORT, contents
+from picos import VOCABULARY
 from pretend import pretend_gpu
 
 import streamlap

@@ -7,9 +7,10 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import HYBRID, MakeModel, make_pico
+from conftest import MakeModel, make_pico
 from crashes import crash_after
 from outputs import contents
+from picos import HYBRID
 from torch import nn
 from transformers import AutoModelForCausalLM
 

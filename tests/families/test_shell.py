@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import CONTEXT, PICO_OF, MakeModel
+from conftest import MakeModel
+from picos import CONTEXT, PICO_OF
 from test_stream import load_tokens, run_stream
 from transformers import AutoModelForCausalLM
 

@@ -14,51 +14,19 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import HYBRID, PICO, VOCABULARY, make_tokenizer
+from conftest import make_tokenizer
 from crashes import crash_after
 from outputs import contents
+from picos import IMAGE, PARTS, random_pico
 from safetensors.torch import load_file, save_file
 from test_stream import run_stream
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, PreTrainedModel
+from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, PreTrainedModel
 
 import streamlap
 from streamlap.errors import CheckpointError, UnsupportedModel
 from streamlap.families.shell import COMPUTE_DTYPES
 from streamlap.families.stream import ModelStream
 from streamlap.families.wrappers import WRAPPERS
-
-IMAGE = VOCABULARY - 1
-VISION: dict[str, Any] = {"hidden_size": 16, "intermediate_size": 24, "patch_size": 4}
-TOWER = VISION | {"num_hidden_layers": 2, "num_attention_heads": 2, "image_size": 16}
-BLOCKS = VISION | {"depth": 2, "num_heads": 2, "out_hidden_size": 32}
-TOKENS = {"image_token_id": IMAGE, "video_token_id": 298, "vision_start_token_id": 297, "vision_end_token_id": 296}
-MROPE = {"rope_type": "default", "rope_theta": 10_000.0, "mrope_section": [1, 1, 2]}
-KINDS = ["sliding_attention", "full_attention", "sliding_attention"]
-
-PARTS: dict[str, tuple[dict[str, Any], dict[str, Any], dict[str, Any]]] = {
-    "gemma3": (
-        {"mm_tokens_per_image": 4, "image_token_index": IMAGE, "boi_token_index": 298, "eoi_token_index": 297},
-        {"query_pre_attn_scalar": 5, "sliding_window": 5, "layer_types": KINDS},
-        TOWER,
-    ),
-    "mistral3": (
-        {"image_token_index": IMAGE},
-        {"model_type": "mistral", "sliding_window": None},
-        TOWER | {"head_dim": 8, "model_type": "pixtral"},
-    ),
-    "qwen2_5_vl": (TOKENS, {"rope_parameters": MROPE}, BLOCKS | {"window_size": 16, "fullatt_block_indexes": [1]}),
-    "qwen3_vl": (
-        TOKENS,
-        {"rope_parameters": MROPE | {"mrope_interleaved": True}},
-        BLOCKS | {"num_position_embeddings": 16, "deepstack_visual_indexes": [0, 1]},
-    ),
-    "qwen3_5": (
-        TOKENS,
-        HYBRID | {"rope_parameters": MROPE | {"mrope_interleaved": True, "partial_rotary_factor": 1.0}},
-        BLOCKS | {"num_position_embeddings": 16},
-    ),
-}
-"""Wrapper -> its own settings, those of its language model, those of its vision tower. An image is four tokens."""
 
 MakeWrapper = Callable[..., Path]
 
@@ -70,19 +38,8 @@ def wrapper(tmp_path_factory: pytest.TempPathFactory) -> MakeWrapper:
 
     def make(kind: str, tied: bool = False) -> Path:
         if (kind, tied) not in made:
-            own, text, vision = PARTS[kind]
-            config = AutoConfig.for_model(
-                kind, text_config=PICO | text | {"tie_word_embeddings": tied}, vision_config=vision,
-                tie_word_embeddings=tied, **own,
-            )  # fmt: skip
-            torch.manual_seed(0)
-            model = AutoModelForImageTextToText.from_config(config)
-            with torch.no_grad():
-                for name, parameter in model.named_parameters():
-                    parameter.copy_(("norm" in name) + torch.randn_like(parameter) * 0.15)
-            model.tie_weights()
             made[kind, tied] = tmp_path_factory.mktemp(kind)
-            model.save_pretrained(made[kind, tied])
+            random_pico(kind, tied=tied).save_pretrained(made[kind, tied])
             make_tokenizer().save_pretrained(made[kind, tied])
             (made[kind, tied] / "preprocessor_config.json").write_text('{"image_mean": [0.5]}')
         return made[kind, tied]

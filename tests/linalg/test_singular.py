@@ -11,7 +11,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import VOCABULARY, MakeModel
+from conftest import MakeModel
+from picos import VOCABULARY
 from safetensors.torch import load_file, save_file
 
 import streamlap

@@ -14,7 +14,8 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from conftest import CONTEXT, PICO, VOCABULARY, MakeModel
+from conftest import MakeModel
+from picos import CONTEXT, PICO, VOCABULARY
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 

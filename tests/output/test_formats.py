@@ -13,11 +13,12 @@ import torch
 from conftest import MakeModel
 from crashes import crash_after
 from outputs import contents
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
 
 import streamlap
 from streamlap.errors import RecipeError, UnsupportedModel
 from streamlap.families.stream import ModelStream
+from streamlap.output.nas import older_rope
 from streamlap.planning.widths import step_of
 from streamlap.recipe import Recipe
 
@@ -63,10 +64,32 @@ def test_stock_is_a_native_model_of_other_sizes(pico: MakeModel, tokens: Path, t
     streamlap.export(tmp_path / "factored", tmp_path / "exported", to="stock")
     assert shards(tmp_path / "stock") == shards(tmp_path / "exported")
     assert config(tmp_path / "stock") == config(tmp_path / "exported")
-    assert config(tmp_path / "stock") == config(source) | {"intermediate_size": STOCK_WIDTHS[family]}
+    sizes = {"intermediate_size": STOCK_WIDTHS[family]}
+    assert config(tmp_path / "stock") == config(source) | sizes | older_rope(config(source)["rope_parameters"])
     assert not list((tmp_path / "stock").glob("*.py"))
     assert streamlap.verify(tmp_path / "stock")["ok"]
     assert torch.equal(logits(tmp_path / "stock"), logits(tmp_path / "factored"))
+
+
+LLAMA3 = {"rope_type": "llama3", "rope_theta": 500.0, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+          "original_max_position_embeddings": 32}  # fmt: skip
+
+
+@pytest.mark.parametrize(("family", "rope"), [("llama", {"rope_type": "default", "rope_theta": 500.0}), ("llama", LLAMA3),
+                                              ("gemma3_text", None)])  # fmt: skip
+def test_positions_are_said_in_the_older_way_too(
+    pico: MakeModel, tokens: Path, tmp_path: Path, family: str, rope: dict[str, Any] | None
+) -> None:
+    """An engine that reads the older keys takes a default without a word where they are not there."""
+    source = pico(family, **({"rope_parameters": rope} if rope else {}))
+    streamlap.compress(source, tmp_path / "out", format="stock", files=(str(tokens),), multiple=8)
+    found = config(tmp_path / "out")
+    scaling = {key: value for key, value in LLAMA3.items() if key != "rope_theta"} if rope is LLAMA3 else None
+    assert (found.get("rope_theta"), found.get("rope_scaling")) == ((500.0 if rope else None), scaling)
+    assert (
+        AutoConfig.from_pretrained(tmp_path / "out").rope_parameters
+        == AutoConfig.from_pretrained(source).rope_parameters
+    )
 
 
 def test_stock_loads_where_streamlap_is_not(pico: MakeModel, tokens: Path, tmp_path: Path) -> None:
@@ -95,7 +118,8 @@ def test_whole_groups_of_heads_are_other_head_counts(pico: MakeModel, tmp_path: 
     write(out, weights, config(source) | {"quantization_config": place})
     streamlap.export(out, tmp_path / "stock", to="stock")
     heads = {"num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 8}
-    assert config(tmp_path / "stock") == config(source) | heads
+    positions = older_rope(config(source)["rope_parameters"])
+    assert config(tmp_path / "stock") == config(source) | heads | positions
     assert torch.equal(logits(tmp_path / "stock"), logits(out))
 
 

@@ -100,7 +100,8 @@ def test_a_plan_counts_it(source: Path, tokens: Path) -> None:
     assert plan.seconds_low - without.seconds_low == pytest.approx(plan.survey_seconds_low)
     assert plan.survey_seconds_low > 0
     assert without.survey_seconds_low == 0
-    assert streamlap.plan(source, files=(str(tokens),), shape="stock", survey=AUTO).survey is None
+    assert streamlap.plan(source, files=(str(tokens),), shape="stock").survey is None
+    assert streamlap.plan(source, files=(str(tokens),), preset="lorap").survey is None
 
 
 def test_other_windows_get_another(source: Path, tokens: Path, tmp_path: Path, made: list[Path]) -> None:

@@ -17,10 +17,11 @@ from typing import Any
 import numpy as np
 import power
 import pytest
-from conftest import VOCABULARY, Compress, MakeModel
+from conftest import Compress, MakeModel
 from crashes import keep_on_disk
 from faults import CHANGES, STEPS, Disk, dies
 from outputs import STATE, contents, is_begun
+from picos import VOCABULARY
 
 import streamlap
 from streamlap.errors import CheckpointError

@@ -9,7 +9,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import VOCABULARY, MakeModel
+from conftest import MakeModel
+from picos import VOCABULARY
 from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 

@@ -18,9 +18,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import VOCABULARY, Compress, MakeModel
+from conftest import Compress, MakeModel
 from crashes import crash_after, keep_on_disk
 from outputs import REPORT, contents, is_begun
+from picos import VOCABULARY
 from safetensors.torch import load_file, save_file
 
 import streamlap

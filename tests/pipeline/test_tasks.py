@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import pytest
 from conftest import MakeModel
+from outputs import contents
 
 import streamlap
 from streamlap.errors import RecipeError, UnsupportedModel
@@ -79,6 +81,23 @@ def test_a_stream_gives_what_the_whole_model_gives(
     assert found["documents"] == {"seafaring": 12, "logbook": 12}
     for name, metric in (("seafaring", "acc"), ("seafaring", "acc_norm"), ("logbook", "word_perplexity")):
         assert found["tasks"][name][metric] == pytest.approx(wanted[name][metric], rel=1e-5), metric
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_results_go_into_the_card_of_a_result_and_into_no_other(
+    pico: MakeModel, tokens: Path, files: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("lm_eval")
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    source, out = pico("llama", tokenizer=True), tmp_path / "out"
+    streamlap.compress(source, out, files=(str(tokens),))
+    before = contents(source)
+    found = [streamlap.evaluate_tasks(folder, files[:1], limit=6) for folder in (source, out)]
+    assert [each["card"] for each in found] == [None, str(out / "README.md")]
+    assert contents(source) == before
+    value = found[1]["tasks"]["seafaring"]["acc_norm"]
+    assert f"\n| seafaring | acc_norm | {value:.4f} | 6 | {version('lm_eval')} |\n" in (out / "README.md").read_text()
+    assert streamlap.verify(out)["ok"]
 
 
 def test_a_task_that_generates_is_refused(pico: MakeModel) -> None:
