@@ -124,7 +124,7 @@ def _errors(folder: Path) -> dict[str, dict[str, float]]:
             if (place := layer.get("place", layer["index"])) is not None
             for edit in layer["edits"]
         }
-    except (KeyError, TypeError, ValueError) as error:
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise CheckpointError(
             f"{report} is no report of streamlap ({shown(error)}); remove it, or compress again."
         ) from error

@@ -73,7 +73,9 @@ class LayerReport:
         try:
             edits = tuple(EditReport(**edit) for edit in line["edits"])
             texts = {name: tuple(line.get(name, ())) for name in ("ladder", "numerics")}
-            return cls(**{**line, "edits": edits, **texts})
+            return cls(
+                **{"place": line["index"], **line, "edits": edits, **texts}
+            )  # earlier versions left no layer out
         except (TypeError, KeyError) as error:
             raise ResumeMismatch(
                 f"the journal line of layer {shown(line.get('index'))} lacks something ({first_line(error)}); wanted the line "

@@ -13,7 +13,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import CONTEXT, TEXT, MakeModel
+from conftest import TEXT, MakeModel
+from picos import CONTEXT
 from safetensors.torch import load_file, save_file
 
 from streamlap import cli
