@@ -89,17 +89,18 @@ def read_survey(stream: ModelStream, path: Path, shape: str) -> Survey:
             f"survey {path} was made of another model ({shown(found.model)}); {stream.folder} is {wanted}. "
             "Make one of this model with streamlap survey."
         )
-    names = [set(stream.family_of(index).compressible) for index in range(stream.depth)]
-    may_lack = {"attention"} if shape == "stock" else set()  # where no KV head can go
-    if len(names) != len(found.layers) or not all(
-        own - may_lack <= layer.keys() <= own | {LAYER} for own, layer in zip(names, found.layers, strict=True)
-    ):
-        raise RecipeError(f"survey {path} lacks a sub-layer of a layer; make it again with streamlap survey.")
     if found.shape != shape:
         raise RecipeError(
             f"survey {path} serves results of shape {shown(found.shape)}, and wanted is shape {shape}; make one with "
             f"streamlap survey --shape {shape}."
         )
+    names = [set(stream.family_of(index).compressible) for index in range(stream.depth)]
+    may_lack = {"attention"} if shape == "stock" else set()  # where no KV head can go
+    may_have = {LAYER} if shape != "free" else set()
+    if len(names) != len(found.layers) or not all(
+        own - may_lack <= layer.keys() <= own | may_have for own, layer in zip(names, found.layers, strict=True)
+    ):
+        raise RecipeError(f"survey {path} lacks a sub-layer of a layer; make it again with streamlap survey.")
     return found
 
 

@@ -248,6 +248,7 @@ def survive(command: Command, root: Path, states: Iterator[tuple[int, power.Tree
     """Every `stride`th of these states on the disk, gone on with; also those at which a line of the journal became safe, and
     the last. Gives the number of all."""
     found = list(states)
+    assert found, "no state to go on from"
     for number, (lines, tree) in enumerate(found):
         safe = number and lines != found[number - 1][0]
         if number % stride == 0 or safe or number >= len(found) - 3:

@@ -235,6 +235,12 @@ def test_a_survey_without_layers_and_heads_still_serves(source: Path, tmp_path: 
         streamlap.plan(source, ratio=0.4, shape="stock", survey=str(file))
 
 
+def test_a_survey_for_the_free_shape_has_no_layers(source: Path, tmp_path: Path) -> None:
+    file = survey_file(source, tmp_path / "s.json", one_layer, "free")
+    with pytest.raises(RecipeError, match="lacks a sub-layer of a layer"):
+        streamlap.plan(source, ratio=0.4, survey=file)
+
+
 # --- what is measured --------------------------------------------------------------------------------------------------
 
 
