@@ -8,8 +8,9 @@
 Both commands run in fresh processes with the same flags, the plan first; it measures this machine's rates anew, at most once a
 case of a dtype. A case is MODEL,CAP,WINDOWSxTOKENS[,DTYPE]; MODEL is a folder or SHAPE:LAYERS, whose checkpoint is made.
 
-Measured bytes read and written are the sum over the layers of the report. Seconds are those from the first file in the output
-folder to the end of the process, without Python's start; beside them the report's own, which are the loop over layers alone.
+Measured bytes read and written are those of the process, by any file, from the first file in the output folder to its end. As
+in the plan, what is outside the layers is among them; in the report's own figures it is not. Seconds are of the same time,
+without Python's start; beside them the report's own, which are the loop over layers alone.
 """
 
 from __future__ import annotations
@@ -106,11 +107,10 @@ def compare(plan: Result, done: Done, output_bytes: int) -> Result:
                                           "seconds_low", "seconds_high", "overlap", "hidden_states")}  # fmt: skip
     if done.code:
         return {"planned": planned, "refused": True, "verdict": {"fits": not plan["fits"]}}
-    layers = done.output["layers"]
+    read, written = done.moved_bytes
     measured = {
         "output_bytes": output_bytes, "peak_ram_bytes": done.output["peak_ram_bytes"],
-        "bytes_read": sum(layer["bytes_read"] for layer in layers),
-        "bytes_written": sum(layer["bytes_written"] for layer in layers),
+        "bytes_read": read, "bytes_written": written,
         "seconds": round(done.working_seconds, 2), "report_seconds": round(done.output["seconds"], 2),
         "wall_seconds": round(done.seconds, 2), "peak_rss_bytes": done.peak_rss_bytes,
     }  # fmt: skip

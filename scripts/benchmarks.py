@@ -197,6 +197,8 @@ class Done:
     """Of the process, Python's start included."""
     working_seconds: float
     """From the first file in the output folder to the end; 0 where nothing was watched."""
+    moved_bytes: tuple[int, int] = (0, 0)
+    """Read and written in that time, by any file of the process; zeros where the system does not count them."""
     peak_rss_bytes: int
     """Highest that was seen from outside. streamlap counts anew after every layer, so its report's peak may be higher."""
     timed_out: bool = False
@@ -226,11 +228,14 @@ def run_streamlap(
     command = [*prefix, sys.executable, "-m", "streamlap.cli", *map(str, words), "--json"]
     with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as errors:
         start, begun, peak, late = time.perf_counter(), 0.0, 0, False
+        before = after = (0, 0)
         process = subprocess.Popen(command, env={**environment(), **(variables or {})}, stdout=out, stderr=errors)
         try:
             while process.poll() is None and not late:
                 time.sleep(POLL_SECONDS)
                 now, peak = time.perf_counter(), max(peak, high_water(process.pid))
+                before = before if begun else after  # as the last look saw it that found no folder yet
+                after = max(after, bytes_moved(process.pid))
                 begun = begun or (now if watch is not None and watch.exists() else 0.0)
                 late = timeout is not None and now - start > timeout
         finally:
@@ -243,7 +248,7 @@ def run_streamlap(
     return Done(
         code=process.returncode, output=json.loads(text.splitlines()[-1]) if text else {},
         error=(complaint.splitlines() or [""])[-1], seconds=end - start, working_seconds=end - begun if begun else 0.0,
-        peak_rss_bytes=peak, timed_out=late,
+        moved_bytes=(after[0] - before[0], after[1] - before[1]) if begun else (0, 0), peak_rss_bytes=peak, timed_out=late,
     )  # fmt: skip
 
 
@@ -253,3 +258,11 @@ def high_water(pid: int) -> int:
         if found := re.search(r"^VmHWM:\s+(\d+) kB", Path(f"/proc/{pid}/status").read_text(), re.M):
             return int(found[1]) * 1024
     return 0
+
+
+def bytes_moved(pid: int) -> tuple[int, int]:
+    """(read, written) by a process so far, by any file; zeros where the system does not count them."""
+    with contextlib.suppress(AttributeError, OSError, psutil.Error):
+        counters = psutil.Process(pid).io_counters()
+        return int(counters.read_chars), int(counters.write_chars)
+    return 0, 0

@@ -79,6 +79,16 @@ three draws. All three store as many numbers, to about one in a hundred of the m
 compare cuts of one family, not families: some learn more in that time, and the windows and multipliers of these models are
 there to show, not to work well. `scripts/bench_families.py` measures them.
 
+## What holds
+
+{holds}
+
+Of the same models. **stream**, **result**: the largest difference between the logits of the layers one by one and those of
+transformers, for the model itself and for what `best` makes of it at 20 %; 0 is bit for bit. Of the same result: **whole**, by
+`verify`; **saved again**, by transformers, it gives the same logits, bit for bit; **learns**, its loss falls in one step of
+LoRA. **tests**: those in `tests/families` that every family inherits, on smaller random models, and their seconds on one thread
+({load}).
+
 ## What is run
 
 The tests run each of these families, on a random model of three layers and a few thousand weights:
@@ -88,6 +98,11 @@ The tests run each of these families, on a random model of three layers and a fe
 - a compression that removes nothing gives the original model back, bit for bit;
 - `lorap` and `best`: the result loads in transformers with the logits of the stream, has the sizes that the plan says, is whole
   by `verify`, generates, and `eval` gives the loss of transformers;
+- shares by a survey, `best` and `--refine` in one run, killed behind its first layer with its hidden states on the disk: what
+  goes on ends in the bytes of a run that nothing befell;
+- LoRAPrune and PC-LoRA; the export to plain linears, with the loss of the result; an adapter of peft on the result, which
+  learns, and gives the same on a model opened anew; and, nightly, the result opened by the code in its folder, in a process
+  without streamlap;
 - where nothing is lost, the last linear of each sub-layer is what `best` fits (one family with norms behind its sub-layers, one
   with a multiplier, one with parallel sub-layers, one without a gate).
 
@@ -128,7 +143,7 @@ def page() -> str:
     rows = [COLUMNS, ("---",) * len(COLUMNS), *map(row, FAMILIES.values())]
     wrappers = [("model", "layers of"), ("---", "---")]
     wrappers += [(f"`{kind}`", " or ".join(f"`{row}`" for row in texts.values())) for kind, texts in WRAPPERS.items()]
-    return PAGE.format(table=lines(rows), wrappers=lines(wrappers), **costs(FIGURES))
+    return PAGE.format(table=lines(rows), wrappers=lines(wrappers), **costs(FIGURES), **holds(FIGURES))
 
 
 def costs(path: Path) -> dict[str, Any]:
@@ -146,6 +161,24 @@ def costs(path: Path) -> dict[str, Any]:
         [int(row["seconds"]) for row in trained],
     )
     return {"costs": lines(rows), "seconds": span(seconds), "parameters": span(sizes)}
+
+
+def holds(path: Path) -> dict[str, str]:
+    """What the page says of what holds in each family, by the figures in a file, and how busy the machine of the tests was."""
+    found = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    tests = found.get("tests", {})
+    rows = [("family", "stream", "result", "whole", "saved again", "learns", "tests", "seconds"), ("---",) * 8]
+    for kind in KINDS:
+        row, run = found.get("families", {}).get(kind), tests.get("families", {}).get(kind)
+        apart = [f"{row['logits'][name]:.1g}" for name in ("source", "best")] if row else ["not measured"] * 2
+        good = [row["whole"], row["reloads"], row["step"]["learns"]] if row else []
+        held = ["yes" if value else "no" for value in good] or ["not measured"] * 3
+        counts = [str(run["tests"]), f"{run['seconds']:.0f}"] if run else ["not measured"] * 2
+        rows.append((f"`{kind}`", *apart, *held, *counts))
+    load = (
+        f"with {tests['machine']['load']:.0f} busy threads on {tests['machine']['cores']} cores" if tests else "not run"
+    )
+    return {"holds": lines(rows), "load": load}
 
 
 def losses(row: dict[str, Any] | None) -> list[str]:

@@ -140,8 +140,7 @@ def run_compression(run: Run, stream: ModelStream, plan: Plan, tokens_NL: torch.
         streams = replace(streams, gradients=loss_gradients(stream, plan, seen_NL, running))
         job = Job(stream=stream, plan=plan, out=out, streams=streams, session=running)
         compress_layers(job)
-        gain = write_outer(job)
-        report = build_report(stream, plan, recipe, out, tokens_NL, running.journal, gain)
+        report = build_report(stream, plan, recipe, out, tokens_NL, running.journal, *write_outer(job))
         ShardFolder(out).seal(report.shards)
         finish_folder(out, stream, model_name(running.run.model), report, recipe.to_yaml(), survey)
     return report
@@ -158,13 +157,15 @@ def begun_recipe(run: Run) -> Recipe:
 
 
 def build_report(
-    stream: ModelStream, plan: Plan, recipe: Recipe, out: Path, tokens_NL: torch.Tensor, journal: Journal, gain: float
-) -> Report:
+    stream: ModelStream, plan: Plan, recipe: Recipe, out: Path, tokens_NL: torch.Tensor, journal: Journal, gain: float,
+    outer: str,
+) -> Report:  # fmt: skip
+    """Args: gain, of the final norm; outer, the hash of the shard of what lies outside the layers."""
     layers = tuple(LayerReport.from_json(line) for line in journal.layers)
     rows = module_rows(layers, stream.family.layers)
     names = shard_names(plan.depth)
     written = {names[layer.place + 1]: layer.sha256 for layer in layers if layer.place is not None}
-    hashes = {names[0]: file_hash(out / names[0])} | written
+    hashes = {names[0]: outer} | written
     return Report(
         out=str(out), recipe=recipe.to_dict(), layers=layers,
         parameters=count_written(stream, rows, recipe.format, out, names),

@@ -20,8 +20,9 @@ from streamlap.untrusted.json import parse_json
 GAIN_NAME = "final_gain.json"
 
 
-def write_outer(job: Job) -> float:
-    """Write the shard of what lies outside the layers. Gives the number by which the final norm's gain was scaled."""
+def write_outer(job: Job) -> tuple[float, str]:
+    """Write the shard of what lies outside the layers. Gives the number by which the final norm's gain was scaled, and the
+    shard's hash."""
     stream = job.stream
     tensors: dict[str, TensorEntry] = dict(stream.outer_tensors())
     parts = [name for leaf in ("weight", "bias") if (name := f"{stream.family.norm}.{leaf}") in tensors]
@@ -30,8 +31,7 @@ def write_outer(job: Job) -> float:
         tensor = stream.source.read(name)
         offset = stream.family.norm_offset if name.endswith(".weight") else 0.0
         tensors[name] = ((tensor.float() + offset) * gain - offset).to(tensor.dtype)
-    ShardFolder(job.out).write(shard_names(job.plan.depth)[0], tensors)
-    return gain
+    return gain, ShardFolder(job.out).write(shard_names(job.plan.depth)[0], tensors)
 
 
 def found_gain(job: Job) -> float:

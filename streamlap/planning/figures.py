@@ -78,13 +78,14 @@ def layer_traffic(layer: LayerPlan, work: Workload, schedule: Schedule, last: bo
     )
 
 
-def first_traffic(stream: ModelStream, choice: Fit, layer: LayerPlan, redrawn: int) -> Traffic:
+def first_traffic(stream: ModelStream, choice: Fit, layer: LayerPlan, redrawn: int, final: bool) -> Traffic:
     """Around the layers: what lies outside them is copied, and generation 0 is made. Of the embedding table at most a row a
-    token is read for it. So many redrawn windows take a forward through all layers, and the head."""
+    token is read for it. So many redrawn windows take a forward through all layers, and the head; `final`, the head once more,
+    where predictions are compared at the end."""
     outer, stored = stream.outer_tensors(), stream.source.info(f"{stream.family.embedding}.weight")
     rows = min(stored.nbytes, math.prod((choice.work.sequences, choice.work.length)) * stored.nbytes // stored.shape[0])
     states, away = choice.work.generation * layer.generations_written, choice.work.device.type != "cpu"
-    weights = redraw_bytes(stream) if redrawn else 0
+    weights = (redraw_bytes(stream) if redrawn else 0) + choice.work.head_stored * final
     passing = stream.depth * choice.work.batch(redrawn)
     return Traffic(
         read=sum(info.nbytes for info in outer.values()) + rows + weights + passing * (choice.schedule.tier == "disk"),

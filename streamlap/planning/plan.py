@@ -312,7 +312,8 @@ def make_plan(
     gradient = decided.recipe.reads_gradient
     work = compression_workload(stream, layers, shape_NL, bool(decided.recipe.final or redrawn), gradient)
     choice = fit(work, settings.caps, settings.overlap, memory)
-    outer, first = stream.outer_tensors(), first_traffic(stream, choice, layers[0], redrawn)
+    outer, final = stream.outer_tensors(), bool(decided.recipe.final)
+    first = first_traffic(stream, choice, layers[0], redrawn, final)
     first_flops = redraw_flops(stream, redrawn, shape_NL[1])
     if gradient:
         first, first_flops = first + gradient_traffic(stream, choice), first_flops + gradient_flops(stream, shape_NL)

@@ -32,6 +32,7 @@ from streamlap.planning.layouts import possible_layouts
 from streamlap.planning.plan import SLACK
 from streamlap.planning.survey_file import Point, Survey, model_digest
 from streamlap.system import disk_speed
+from streamlap.system.meters import bytes_moved
 
 FIELDS = {
     "fits", "ratio", "output_bytes", "peak_ram_bytes", "peak_vram_bytes", "disk_bytes", "read_bytes", "write_bytes",
@@ -254,6 +255,20 @@ def test_a_plan_writes_nothing_where_it_stands_and_needs_no_place(
     assert any("speed of the disk could not be measured" in line for line in describe_plan(blind))
     assert not any("could not be measured" in line for line in describe_plan(known))
     assert not list((tmp_path / "here").iterdir())
+
+
+@pytest.mark.parametrize("preset", ["lorap", "best"])
+def test_a_run_moves_the_bytes_of_its_plan(pico: MakeModel, tokens: Path, tmp_path: Path, preset: str) -> None:
+    """With what is outside the layers, 10 MB here, which is read once to be copied, and the head again where it predicts."""
+    source = pico("llama", vocab_size=40_000)
+    settings: dict[str, Any] = {"files": (str(tokens),), "preset": preset}
+    plan = streamlap.plan(source, **settings)
+    streamlap.compress(source, tmp_path / "first", **settings)  # what is imported is read now
+    before = bytes_moved()
+    streamlap.compress(source, tmp_path / "out", **settings)
+    read, written = (after - earlier for after, earlier in zip(bytes_moved(), before, strict=True))
+    assert plan.read_bytes == pytest.approx(read, rel=0.05)
+    assert plan.write_bytes == pytest.approx(written, rel=0.05)
 
 
 def refuse(**words: Any) -> None:

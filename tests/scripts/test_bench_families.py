@@ -18,6 +18,7 @@ sys.path.insert(0, str(Path(__file__).parents[2] / "scripts"))
 import bench_families
 import compare_transformers
 import families_table
+import family_seconds
 from random_cut import RandomAttention, RandomChannels
 
 import streamlap
@@ -104,6 +105,31 @@ def test_a_family_is_measured_once_and_shown(
     lines = families_table.costs(out)["costs"].splitlines()
     assert f"| `qwen3` | {row['dense']:.3f} | {shown} |" in lines
     assert f"| `glm4` |  |{' not measured |' * 6}" in lines
+
+
+def test_seconds_of_tests_go_to_the_families_that_they_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    cases = [
+        ("test_a[opt]", 1.25),
+        ("test_a[bfloat16-opt]", 2),
+        ("test_b[gpt2-lorap]", 4),
+        ("test_c[option]", 8),
+        ("test_d", 16),
+    ]
+    lines = "".join(f'<testcase name="{name}" time="{seconds}"/>' for name, seconds in cases)
+    xml, figures = tmp_path / "tests.xml", tmp_path / "families.json"
+    xml.write_text(f"<testsuites><testsuite>{lines}</testsuite></testsuites>")
+    figures.write_text('{"families": {}}')
+    monkeypatch.setattr(sys, "argv", ["family_seconds.py", str(xml), "--figures", str(figures)])
+    family_seconds.main()
+    found = json.loads(figures.read_text())
+    assert found["families"] == {}
+    assert found["tests"]["families"]["opt"] == {"tests": 2, "seconds": 3.2}
+    assert found["tests"]["families"]["gpt2"] == {"tests": 1, "seconds": 4.0}
+    shown = families_table.holds(figures)["holds"].splitlines()
+    assert f"| `opt` |{' not measured |' * 5} 2 | 3 |" in shown
+    xml.write_text(xml.read_text().replace('"16"/>', '"16"><failure/></testcase>'))
+    with pytest.raises(SystemExit, match="test_d has not passed"):
+        family_seconds.main()
 
 
 @pytest.mark.parametrize(

@@ -318,17 +318,17 @@ def planned(**changes: Any) -> dict[str, Any]:
 
 
 def done(code: int = 0, seconds: float = 5.0) -> shared.Done:
-    layers = [{"bytes_read": 30, "bytes_written": 10}] * 2
+    layers = [{"bytes_read": 30, "bytes_written": 10}] * 2  # without what is outside them, which the plan counts
     output = {"peak_ram_bytes": 1000, "seconds": 4.5, "layers": layers} if not code else {}
     return shared.Done(
-        code=code, output=output, error="", seconds=9.0, working_seconds=seconds, peak_rss_bytes=1000, timed_out=False
-    )
+        code=code, output=output, error="", seconds=9.0, working_seconds=seconds, moved_bytes=(80, 50), peak_rss_bytes=1000,
+    )  # fmt: skip
 
 
 def test_a_plan_is_held_against_its_run() -> None:
     row = bench_plan.compare(planned(), done(), 1000)
     assert row["error_percent"] == {
-        "output_bytes": 0.1, "peak_ram_bytes": 10.0, "read_bytes": -16.667, "write_bytes": 25.0,
+        "output_bytes": 0.1, "peak_ram_bytes": 10.0, "read_bytes": -37.5, "write_bytes": -50.0,
         "seconds_low": -20.0, "seconds_high": 60.0,
     }  # fmt: skip
     assert row["verdict"] == {"fits": True, "output": True, "peak": True, "seconds": True}
