@@ -51,7 +51,8 @@ format has them apart; `--format stock` and `export --to dense` or `stock` write
 `qwen3_next` and `qwen3_5_text` are hybrids: most layers have a gated delta net in place of attention. In the others q writes a
 query and a gate, which is twice as much; it is compressed whole, and so are k, v and o. No head goes. A `qwen3_next` whose
 layers have experts, as the published ones do, is refused: experts are not compressed yet. The state of a gated delta net does
-not grow with the tokens, and is not counted as cache.
+not grow with the tokens, and is not counted as cache. peft takes the FFNs of any `qwen3_next` to be experts: it adapts its
+attention and leaves them out, also in the original. `recover` adapts both.
 
 ## Models with a vision tower
 
@@ -100,9 +101,9 @@ The tests run each of these families, on a random model of three layers and a fe
   by `verify`, generates, and `eval` gives the loss of transformers;
 - shares by a survey, `best` and `--refine` in one run, killed behind its first layer with its hidden states on the disk: what
   goes on ends in the bytes of a run that nothing befell;
-- LoRAPrune and PC-LoRA; the export to plain linears, with the loss of the result; an adapter of peft on the result, which
-  learns, and gives the same on a model opened anew; and, nightly, the result opened by the code in its folder, in a process
-  without streamlap;
+- LoRAPrune and PC-LoRA; the export to plain linears, with the loss of the result; `recover`, which trains every linear; an
+  adapter of peft, which learns, and gives the same on a model opened anew; and, nightly, the result opened by the code in its
+  folder, in a process without streamlap;
 - where nothing is lost, the last linear of each sub-layer is what `best` fits (one family with norms behind its sub-layers, one
   with a multiplier, one with parallel sub-layers, one without a gate).
 

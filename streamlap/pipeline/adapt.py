@@ -142,10 +142,12 @@ class Adapting:
         self.model: Any = load(stream.folder, dtype=stream.dtype, device_map={"": str(self.device)})
         parts, names = carriers(self.model), adapted_names(self.model, stream.family.layers)
         peft = require_peft()
-        config = peft.LoraConfig(r=knobs.rank, lora_alpha=knobs.rank, target_modules=names)
+        within = [name.removeprefix(f"{stream.family.layers}.") for name in names]
+        config = peft.LoraConfig(r=knobs.rank, lora_alpha=knobs.rank, target_modules=within)
         with torch.random.fork_rng(devices=[self.device] if self.device.type == "cuda" else []):
             torch.manual_seed(knobs.seed)
-            peft.inject_adapter_in_model(config, self.model)
+            # Into the layers and not the model: of a model type that may have experts, peft takes all FFNs to be experts.
+            peft.inject_adapter_in_model(config, self.model.get_submodule(stream.family.layers))
         for module in self.model.modules():
             if isinstance(module, peft.tuners.lora.LoraLayer):  # a step's share of a narrow number would round away
                 module.lora_A.float()

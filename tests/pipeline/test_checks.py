@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -80,6 +81,31 @@ def test_a_family_whose_sub_layers_are_not_its_layer_is_refused_before_anything_
     assert refusal.value.exit_code == 3
     assert not out.exists()
     assert not state_of(out, way).exists()
+
+
+def misunderstood() -> dict[str, Family]:
+    """Each row that names what most layers have not, with one such thing taken away."""
+    rows: dict[str, Family] = {}
+    for name, row in FAMILIES.items():
+        for part, sublayer in row.sublayers.items():
+            for what in ("norm", "multiplier"):
+                if getattr(sublayer, what):
+                    without = row.sublayers | {part: replace(sublayer, **{what: None})}
+                    rows[f"{name} without the {what} of {part}"] = replace(row, sublayers=without)
+        if row.parallel:
+            rows[f"{name} in sequence"] = replace(row, parallel=False)
+    return rows
+
+
+@pytest.mark.parametrize("case", misunderstood())
+def test_a_row_with_one_thing_missing_is_refused(
+    pico: MakeModel, tokens: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, case: str
+) -> None:
+    row = misunderstood()[case]
+    monkeypatch.setitem(FAMILIES, row.model_type, row)
+    with pytest.raises(UnsupportedModel, match=rf"layers.0: in {row.model_type}, .* differ by up to"):
+        begin(pico(row.model_type), tmp_path / "out", tokens, "best")
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.usefixtures("new_rows")
