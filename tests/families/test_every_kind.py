@@ -202,5 +202,7 @@ def test_results_open_where_streamlap_is_not(lesson: Path, tmp_path: Path) -> No
     found = torch.load(tmp_path / "logits.pt")
     assert len(found) == len(EVERY_KIND)
     for folder in loaders:
-        with torch.no_grad():
-            assert torch.equal(found[str(folder)], opened(folder)(torch.arange(8)[None]).logits), folder
+        with torch.no_grad():  # its threads may be others than ours
+            torch.testing.assert_close(
+                found[str(folder)], opened(folder)(torch.arange(8)[None]).logits, rtol=1e-5, atol=1e-5
+            )
