@@ -282,7 +282,7 @@ TENSORS: dict[str, tuple[Break, int, tuple[str, ...]]] = {
     "unknown rotary": (
         edit_config(rope_parameters={"rope_type": "spiral", "rope_theta": 1e4}), 3, ("config.json", "spiral"),
     ),
-    "unknown model_type": (edit_config(model_type="gpt9"), 3, ("'gpt9'", "known are llama")),
+    "unknown model_type": (edit_config(model_type="gpt9"), 3, ("'gpt9'", "known are llama", "docs/families.md")),
     "no model_type": (edit_config(model_type=None), 3, ("None", "known are llama")),
     "model_type is a list": (edit_config(model_type=["llama"]), 3, ("['llama']", "known are llama")),
     "gptq": (edit_config(quantization_config={"quant_method": "gptq", "bits": 4}), 3, ("'gptq'", "plain float")),
