@@ -151,11 +151,11 @@ def matrices(folder: Path) -> dict[str, torch.Tensor]:
 
 
 def test_a_result_recovers(result: Path, lesson: Path, tmp_path: Path) -> None:
-    """Every linear of it."""
+    """Every linear of it, on a text of few words."""
     pytest.importorskip("peft")
     better, more = tmp_path / "better", tmp_path / "more.npy"
-    np.save(more, (np.load(lesson).repeat(3, axis=0) + np.arange(36)[:, None]) % 290)
-    assert streamlap.recover(result, better, more, epochs=2, rank=4, learning_rate=3e-3, batch=4).kept
+    np.save(more, (np.load(lesson).repeat(3, axis=0) + np.arange(36)[:, None]) % 30)
+    assert streamlap.recover(result, better, more, epochs=1, rank=4, learning_rate=1e-2, batch=4).kept
     check(better, lesson)
     before, after = matrices(result), matrices(better)
     assert before.keys() == after.keys()

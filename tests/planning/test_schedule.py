@@ -357,7 +357,9 @@ import json, sys
 import torch
 from streamlap.families.stream import ModelStream
 from streamlap.linalg.lowrank import awsvd, awsvd_bytes
+from streamlap.linalg.moments import Moments
 from streamlap.linalg.statistics import Energy
+from streamlap.methods.anchored.costs import _sums
 from streamlap.system.allocator import steady_heap
 from streamlap.system.meters import peak_ram_bytes, ram_bytes, reset_peaks
 from streamlap.planning.workload import evaluation_workload
@@ -390,6 +392,14 @@ for dtype in ("bfloat16", "float32"):
 for shape in ((1024, 1024), (2816, 1024)):
     weight, scale = torch.randn(shape).bfloat16(), torch.rand(shape[1]) + 0.1
     rows[f"solve {shape}"] = awsvd_bytes(*shape, 300), measured(lambda: awsvd(weight, scale, 300))
+for dtype in (torch.float32, torch.bfloat16):
+    x_TI = torch.randn(4096, 2816).to(dtype)
+    def summed():
+        moments = Moments()
+        for _ in range(2):
+            moments.update(x_TI, x_TI[:, :0])
+        return moments
+    rows[f"sums {dtype}"] = _sums(2816, 0, widened=dtype != torch.float32), measured(summed)
 print(json.dumps(rows))
 """
 
@@ -408,7 +418,7 @@ def measured(pico: MakeModel) -> dict[str, Any]:
 
 
 @pytest.mark.nightly
-@pytest.mark.parametrize("what", ["forward bfloat16", "forward float32", "solve"])
+@pytest.mark.parametrize("what", ["forward bfloat16", "forward float32", "solve", "sums"])
 def test_what_is_counted_is_what_a_medium_layer_takes(measured: dict[str, Any], what: str) -> None:
     rows = {name: row for name, row in measured.items() if name.startswith(what)}
     assert rows

@@ -61,9 +61,9 @@ def anchored_cost(
     (d, f), n, item = natives[last].shape, found[0].inputs, budget.itemsize
     rows = sum(native.shape[0] for native in (natives[role] for role in reads))
     inputs = _item(n) * n * n + moves * (2 * _item(n) * n * n + _item(n) * n * rows + RUN * _numbers(natives))
-    sums = max(_first_sums(n, f, any(shape.prunes for shape in found)), *(_last_sums(shape) for shape in found))
-    compared, held = len(found) > 1, 4 * HELD_TOKENS * (f + d)
-    moments = [(sums, held)]
+    first, last_sums = _first_sums(n, f, any(shape.prunes for shape in found)), max(map(_last_sums, found))
+    compared, held, sums = len(found) > 1, 4 * HELD_TOKENS * (f + d), max(first, last_sums)
+    moments = [(first, held * moves), (last_sums, held)]
     for shape in found:
         moments += [(_removing(shape), 0), (_building(shape, compared), held)]
     if compared:
@@ -102,17 +102,17 @@ def _item(width: int) -> int:
     return 4 if width > LARGE else WIDE
 
 
-def _sums(w: int, d: int) -> int:
-    """A Gram and a cross-Gram, in float32 with what rounding takes from them; tokens that wait, without anchors also as they
-    are widened; three panels of their product."""
+def _sums(w: int, d: int, widened: bool = False) -> int:
+    """A Gram and a cross-Gram, in float32 with what rounding takes from them; tokens that wait, where they are not in float32
+    also as they are widened; three panels of their product."""
     lost = (2 * w * d + 4 * PANEL * w) if w > LARGE else 0
-    waiting = chunk_tokens(w) * (4 * (w + d) + 2 * w * (d == 0))
+    waiting = chunk_tokens(w) * (4 * (w + d) + 2 * w * widened)
     return _item(w) * w * (w + d) + lost + waiting + 3 * 4 * max(w, d) * min(PANEL, w)
 
 
 def input_sum_bytes(n: int) -> int:
     """The Gram of what a sub-layer reads, while it is summed."""
-    return _sums(n, 0)
+    return _sums(n, 0, widened=True)
 
 
 def low_rank_cost(cuts: Sequence[tuple[tuple[int, int], int]], held: int) -> Cost:
@@ -125,7 +125,7 @@ def low_rank_cost(cuts: Sequence[tuple[tuple[int, int], int]], held: int) -> Cos
     most = max(
         _item(shape[1]) * shape[1] ** 2 + max(_finding(shape, rank), _refitting(shape, rank)) for shape, rank in cuts
     )
-    sums = held + max(_sums(shape[1], 0) for shape, _ in cuts)
+    sums = held + max(_sums(shape[1], 0, widened=True) for shape, _ in cuts)
     inputs = {shape[1] for shape, _ in cuts}
     return Cost(
         workspace_bytes=held + most, capture_bytes=sums, both_bytes=held + most,
@@ -136,8 +136,8 @@ def low_rank_cost(cuts: Sequence[tuple[tuple[int, int], int]], held: int) -> Cos
 
 
 def _first_sums(n: int, f: int, prunes: bool) -> int:
-    """Of the inputs of a sub-layer, and in the same pass of its last linear's."""
-    return _sums(n, 0) + prunes * _sums(f, 0)
+    """Of the inputs of a sub-layer, and in the same pass of its last linear's, which come in float32."""
+    return input_sum_bytes(n) + prunes * _sums(f, 0)
 
 
 def _last_sums(shape: Shapes) -> int:
