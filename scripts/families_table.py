@@ -87,8 +87,8 @@ there to show, not to work well. `scripts/bench_families.py` measures them.
 Of the same models. **stream**, **result**: the largest difference between the logits of the layers one by one and those of
 transformers, for the model itself and for what `best` makes of it at 20 %; 0 is bit for bit. Of the same result: **whole**, by
 `verify`; **saved again**, by transformers, it gives the same logits, bit for bit; **learns**, its loss falls in one step of
-LoRA. **tests**: those in `tests/families` that every family inherits, on smaller random models, and their seconds on one thread
-({load}).
+LoRA. **tests**: those in `tests/families` that run it, nearly all of which every family inherits, on smaller random models; and
+their seconds ({load}).
 
 ## What is run
 
