@@ -6,7 +6,8 @@
 The environments in --work are those that scripts/check_engines has made there; GGUF files are written there. An engine runs
 in a process of its own, which has all folders open and takes them in turn, once in every round, so that what else the
 machine does meets all of them. The folder that comes first in the list comes first in the table, and others are shown as
-shares of it. Of the rounds the median counts. An engine that does not run a folder says why.
+shares of it. Of the seconds to the first new token, and to the last, the medians over the rounds count. An engine that does not
+run a folder says why.
 
 prefill  tokens of the prompt a second, till the first new token is there
 decode   tokens a second after that
@@ -113,10 +114,11 @@ def worker(args: argparse.Namespace) -> None:
         prompt = [5 + (number + place) * 7919 % 250 for place in range(args.prompt)]
         for name, generate in opened.items():
             times = [timed(generate, prompt, new) for new in (1, 1 + args.decode)]
-            rounds[name].append((args.prompt / times[0], args.decode / (times[1] - times[0])))
-    for name, rates in rounds.items():  # the first round warms up
-        prefill, decode = (statistics.median(column) for column in zip(*rates[1:], strict=True))
-        found["folders"][name] = {"prefill": prefill, "decode": decode, "rounds": rates[1:]}
+            rounds[name].append((times[0], times[1]))
+    for name, seconds in rounds.items():  # the first round warms up
+        one, all_of_them = (statistics.median(column) for column in zip(*seconds[1:], strict=True))
+        rates = {"prefill": args.prompt / one, "decode": args.decode / (all_of_them - one)}
+        found["folders"][name] = {**rates, "rounds": seconds[1:]}
     result_of(args.work, args.engine).write_text(json.dumps(found))
 
 
@@ -201,7 +203,7 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument("--engines", nargs="+", default=list(ENGINES), choices=list(ENGINES))
     parser.add_argument("--prompt", type=int, default=256, help="tokens of the prompt (256)")
     parser.add_argument("--decode", type=int, default=32, help="tokens decoded after the first (32)")
-    parser.add_argument("--rounds", type=int, default=5, help="rounds of which the median counts (5)")
+    parser.add_argument("--rounds", type=int, default=5, help="rounds of which the medians count (5)")
     parser.add_argument("--threads", type=int, default=os.cpu_count(), help="of every engine (all)")
     parser.add_argument(
         "--dtype", default="bfloat16", choices=list(TYPES), help="of weights and activations (bfloat16)"
