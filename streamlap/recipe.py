@@ -23,7 +23,7 @@ from typing import Any, cast
 import yaml
 
 from streamlap.errors import RecipeError, shown
-from streamlap.families.shell import parse_dtype
+from streamlap.families.opening import parse_dtype
 from streamlap.families.table import Family
 from streamlap.methods import DISTILLED, FINAL, FORMATS, PRESETS, SHAPES, TRAINED, AnyMethod
 from streamlap.methods.anchored.ffn import FfnAnchored

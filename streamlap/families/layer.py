@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from streamlap.families.checks import check_layer
-from streamlap.families.shell import head_dim_of
+from streamlap.families.opening import head_dim_of
 from streamlap.families.standins import KEPT, StandIn, replaced, silent, silent_linear
 from streamlap.families.table import Family
 from streamlap.linalg.rows import any_out, carried, finite_rows

@@ -14,7 +14,7 @@ from torch import nn
 
 from streamlap.errors import CheckpointError, one_line
 from streamlap.families.linears import ROLES, SUBLAYERS
-from streamlap.families.shell import read_config
+from streamlap.families.opening import read_config
 from streamlap.loader.configuration_nas import NAS, check_block, ffn_width
 from streamlap.loader.linears import RemovedLinear
 

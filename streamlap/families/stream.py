@@ -9,7 +9,6 @@ Shape suffixes: N sequences, B batch, L length, D hidden, T tokens, V vocabulary
 from __future__ import annotations
 
 import copy
-import logging
 import operator
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -19,27 +18,26 @@ import torch
 from torch import nn
 
 from streamlap.accelerator.devices import accelerator_of
-from streamlap.errors import CheckpointError, UnsupportedModel, few, shown
+from streamlap.errors import UnsupportedModel, shown
 from streamlap.families.bounds import check_roles, check_widths, described_by, native_config
 from streamlap.families.fused import PHI3_PARTS, StoredApart, Together, read_as
 from streamlap.families.layer import StreamLayer, is_parallel
-from streamlap.families.names import ModelTensors, check_depth
+from streamlap.families.names import check_depth
 from streamlap.families.nas import as_llama, is_nas, unmark
-from streamlap.families.shell import (
-    COMPUTE_DTYPES,
-    AfterLayers,
-    BeforeLayers,
+from streamlap.families.opening import (
     check_alone,
     check_orders,
-    check_tensor,
+    checked_tensors,
+    compute_dtype,
+    cpu_has_bfloat16,
     joined_table,
     meta_model,
     module_table,
-    parse_dtype,
     read_config,
     swapped,
 )
-from streamlap.families.table import Family, find_family, is_language_model
+from streamlap.families.shell import AfterLayers, BeforeLayers
+from streamlap.families.table import Family, find_family
 from streamlap.linalg.rows import marked
 from streamlap.loader.forms import Dense, Form, form_of
 from streamlap.loader.modules import carriers, disk_name
@@ -53,14 +51,6 @@ BATCH_TOKENS = 4096
 
 HEAD_TOKENS = 512
 """Tokens whose logits are in memory at a time."""
-
-logger = logging.getLogger(__name__)
-
-
-def cpu_has_bfloat16() -> bool:
-    """Whether this processor multiplies bfloat16 by itself; where it does not, float32 is several times faster."""
-    capabilities: Mapping[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
-    return any(capabilities.get(flag, False) for flag in ("avx512_bf16", "amx_bf16", "bf16"))
 
 
 def batch_of(length: int) -> int:
@@ -122,8 +112,12 @@ class ModelStream:
                 "the others of its family have."
             )
         check_roles(self.model, self.family, depth)
-        self.source = self._check_tensors(StoredApart(source, self._stored_together()))
-        self.dtype = self._resolve_dtype(dtype)
+        apart = StoredApart(source, self._stored_together())
+        self.source = checked_tensors(apart, self.model, self.family, self.raw_config, self.folder)
+        stored = self.source.info(f"{self.family.embedding}.weight").dtype
+        self.dtype = compute_dtype(
+            dtype, stored, self.accelerator.away or (stored == torch.bfloat16 and self._bfloat16)
+        )
         for index in range(self.depth) if self.rows else ():
             forms = {role: self.form(index, role) for role in self.family_of(index).roles}
             check_widths(forms, self.natives(index), self.family_of(index), self.head_dim, self.layer_name(index))
@@ -336,16 +330,6 @@ class ModelStream:
         """What `tensor` is computed in: whole numbers stay what they are."""
         return self.dtype if tensor.is_floating_point() else tensor.dtype
 
-    def _resolve_dtype(self, name: str) -> torch.dtype:
-        stored = self.source.info(f"{self.family.embedding}.weight").dtype
-        name = parse_dtype(name)
-        if name == "auto" and stored not in COMPUTE_DTYPES.values():
-            return torch.float32
-        if name == "auto":
-            fast = self.accelerator.away or (stored == torch.bfloat16 and self._bfloat16)
-            return stored if fast else torch.float32
-        return COMPUTE_DTYPES[name]
-
     def _stored_together(self) -> list[Together]:
         """Matrices of a layer on the disk that hold several linears."""
         rows = {self.family.path(role): native.shape[0] for role, native in self.natives(0).items()}
@@ -362,23 +346,3 @@ class ModelStream:
             )
             for path in (() if self.apart else self.family.joined)
         ]
-
-    def _check_tensors(self, source: TensorSource) -> ModelTensors:
-        """The source by the names of the model, each tensor of which was looked at."""
-        parts, head = carriers(self.model), f"{self.family.head}.weight"
-        wanted = {disk_name(name, parts): tensor for name, tensor in self.model.state_dict().items()}
-        tensors = ModelTensors(source, wanted, self.family, self.tied)
-        may_lack = self.tied or not is_language_model(self.raw_config)
-        if head not in tensors and not may_lack and f"{self.family.embedding}.weight" in tensors:
-            raise CheckpointError(
-                f"tensor {head!r} is missing from {self.folder}, and config.json does not tie the head to the embedding; "
-                "wanted one of the two. Where the model was trained with one matrix for both, set tie_word_embeddings to true."
-            )
-        for name, tensor in wanted.items():
-            if name != head or not may_lack or head in tensors:
-                check_tensor(tensors.info(name), tensor)
-        if tensors.unused:
-            model = f"{self.depth}-layer {self.family.model_type}"
-            logger.warning("%s: tensors that the %s of config.json has no place for are not read (%d in all): %s.",
-                           self.folder, model, len(tensors.unused), few(tensors.unused))  # fmt: skip
-        return tensors

@@ -19,7 +19,7 @@ import torch
 
 from streamlap.errors import CheckpointError, UnsupportedModel, one_line
 from streamlap.families.bounds import native_config
-from streamlap.families.shell import check_orders, joined_table, meta_model, swapped
+from streamlap.families.opening import check_orders, joined_table, meta_model, swapped
 from streamlap.families.stream import ModelStream
 from streamlap.families.wrappers import text_of, with_text
 from streamlap.loader.forms import Dense, Form, Removed, kind_of, read_row

@@ -8,7 +8,7 @@ from typing import Any
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, PreTrainedModel
 
 from streamlap.errors import CheckpointError, shown
-from streamlap.families.shell import SHORT_DTYPES, check_alone, read_config
+from streamlap.families.opening import SHORT_DTYPES, check_alone, read_config
 from streamlap.families.wrappers import is_wrapper
 from streamlap.loader import hf_plugin as hf_plugin
 from streamlap.loader import modeling_nas as modeling_nas

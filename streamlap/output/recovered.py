@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from streamlap.families.shell import read_config
+from streamlap.families.opening import read_config
 from streamlap.families.stream import ModelStream
 from streamlap.loader.shim import write_nas, write_shim
 from streamlap.output.card import CARD_BYTES, CARD_NAME, without_tasks

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from streamlap.errors import CheckpointError, StreamlapError, UnsupportedModel, shown
-from streamlap.families.shell import read_config
+from streamlap.families.opening import read_config
 from streamlap.families.stream import ModelStream
 from streamlap.loader.linears import is_permutation
 from streamlap.output.folder import REPORT_NAME

@@ -24,7 +24,7 @@ from streamlap.data.calibration import bundled_text, find_files
 from streamlap.data.datasets import EVALUATION
 from streamlap.data.windows import ReadSettings, read_windows
 from streamlap.errors import NumericalError, RecipeError, shown
-from streamlap.families.shell import parse_dtype
+from streamlap.families.opening import parse_dtype
 from streamlap.families.stream import HEAD_TOKENS, ModelStream
 from streamlap.pipeline.place import check_place
 from streamlap.pipeline.runner import LayerRunner, start_runner

@@ -19,7 +19,7 @@ from streamlap.data.calibration import calibration_tokens, find_files
 from streamlap.data.text import is_ids
 from streamlap.data.windows import open_ids
 from streamlap.errors import RecipeError, ResumeMismatch, UnsupportedModel, first_line, shown
-from streamlap.families.shell import parse_dtype, read_config
+from streamlap.families.opening import parse_dtype, read_config
 from streamlap.families.stream import ModelStream
 from streamlap.loader.configuration_nas import NAS
 from streamlap.methods.trained.recovery import Recovery, merged

@@ -33,7 +33,7 @@ from streamlap.errors import (
     first_line,
     shown,
 )
-from streamlap.families.shell import parse_dtype
+from streamlap.families.opening import parse_dtype
 from streamlap.families.stream import ModelStream
 from streamlap.pipeline.place import check_apart, check_places
 from streamlap.pipeline.runner import check_sublayers

@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM
 
 import streamlap
 from streamlap.errors import CheckpointError, UnsupportedModel
-from streamlap.families.shell import COMPUTE_DTYPES
+from streamlap.families.opening import COMPUTE_DTYPES
 from streamlap.families.stream import ModelStream, batch_of
 from streamlap.families.table import FAMILIES
 from streamlap.loader.forms import index_parameters

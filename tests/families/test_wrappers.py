@@ -24,7 +24,7 @@ from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, PreT
 
 import streamlap
 from streamlap.errors import CheckpointError, UnsupportedModel
-from streamlap.families.shell import COMPUTE_DTYPES
+from streamlap.families.opening import COMPUTE_DTYPES
 from streamlap.families.stream import ModelStream
 from streamlap.families.wrappers import WRAPPERS
 from streamlap.output.nas import older_rope
