@@ -40,6 +40,7 @@ from transformers import AutoModelForCausalLM
 
 import streamlap
 from streamlap.methods import SHAPES
+from streamlap.store.sink import file_hash
 
 CONTEXT = 4096
 """Tokens for which keys and values are counted."""
@@ -50,7 +51,7 @@ SCHEMES = {"int8": None, "int4-32": 32, "int4-64": 64, "int4-128": 128}
 def bench(args: argparse.Namespace, work: Path) -> Result:
     settings = {
         "model": args.model.name, "calibration": args.calibration.name, "texts": [text.name for text in args.text],
-        "samples": args.samples, "limit": args.limit,
+        "hashes": [file_hash(text) for text in args.text], "samples": args.samples, "limit": args.limit,
     }  # fmt: skip
     result = {
         "command": shared.shown_command(), "machine": shared.machine(), **settings, "prompt": args.prompt,
