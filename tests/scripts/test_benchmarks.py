@@ -13,9 +13,13 @@ from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
+import numpy as np
 import psutil
 import pytest
+import torch
 from conftest import MakeModel
+from picos import VOCABULARY
+from transformers import AutoModelForCausalLM
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "scripts"))
 
@@ -89,27 +93,90 @@ def test_quality(
         "nas",
         "stock",
         "--ratios",
-        "0.4",
+        0.4,
         "--calibration",
         tokens,
         "--text",
         tokens,
-        "--outputs",
-        outputs,
+        other_tokens(tmp_path),
     ]
-    words += ["--model", pico("llama"), "--prompt", 8, "--decode", 2, "--repeats", 1, "--rounds", 1]
-    result = run(bench_quality, [str(word) for word in words], tmp_path, monkeypatch)
-    dense, nas, stock = result["rows"]
-    assert [row["name"] for row in result["rows"]] == ["dense", "nas 0.4", "stock 0.4"]
-    assert dense["loss"] == 0
+    words += ["--outputs", outputs, "--model", pico("llama"), "--prompt", 8, "--decode", 2, "--repeats", 1]
+    quiet = run(bench_quality, [*map(str, words), "--rounds", "0"], tmp_path, monkeypatch)["rows"]
+    dense, nas, stock = quiet
+    assert [row["name"] for row in quiet] == ["dense", "nas 0.4", "stock 0.4"]
+    assert [text["loss"] for text in dense["texts"]] == [0, 0]
     assert nas["seconds"] > 0
     assert stock["seconds"] is None
     for row in (nas, stock):
         assert row["parameters"] <= 0.6 * dense["parameters"]
         assert row["bytes"] < dense["bytes"]
-        assert row["loss"] == pytest.approx(row["nll"] - dense["nll"])
-        assert row["prefill"]["median"] > 0 < row["decode"]["median"]
+        assert [text["loss"] for text in row["texts"]] == [
+            pytest.approx(text["nll"] - before["nll"])
+            for text, before in zip(row["texts"], dense["texts"], strict=True)
+        ]
+    assert "decode" not in shown(bench_quality, tmp_path, monkeypatch, capsys)
+
+    monkeypatch.setattr(bench_quality, "losses", None)  # not measured again
+    rows = run(bench_quality, [*map(str, words), "--rounds", "1"], tmp_path, monkeypatch)["rows"]
+    assert [{key: row[key] for key in quiet[0]} for row in rows] == quiet
+    assert all(row["prefill"]["median"] > 0 < row["decode"]["median"] for row in rows)
     assert "| dense | 0.00% |" in shown(bench_quality, tmp_path, monkeypatch, capsys)
+
+
+def other_tokens(folder: Path) -> Path:
+    """A second text, of [6, 12]."""
+    np.save(folder / "other.npy", np.random.default_rng(1).integers(0, VOCABULARY, (6, 12)).astype(np.uint16))
+    return folder / "other.npy"
+
+
+def test_quality_of_a_model_in_memory_is_that_of_eval(pico: MakeModel, tokens: Path) -> None:
+    wanted = streamlap.evaluate(pico("llama"), tokens, limit=40)
+    found = bench_quality.loss(AutoModelForCausalLM.from_pretrained(pico("llama")), tokens, 40)
+    assert found["tokens"] == wanted.tokens == 2 * 15
+    assert found["nll"] == pytest.approx(wanted.nll, abs=1e-6)
+
+
+def test_quality_of_quantised_weights(
+    pico: MakeModel, tokens: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("torchao.quantization")
+    model = pico("llama", intermediate_size=64, dtype=torch.bfloat16)
+    texts = [tokens, other_tokens(tmp_path)]
+    monkeypatch.setattr(
+        bench_quality, "losses", lambda _, folder: [vars(streamlap.evaluate(folder, text)) for text in texts]
+    )
+    words = ["--ratios", "--calibration", tokens, "--text", *texts, "--model", model, "--rounds", 0]
+    words += ["--quantised", "int8", "int4-32"]
+    dense, int8, int4 = run(bench_quality, [str(word) for word in words], tmp_path, monkeypatch)["rows"]
+    quantised = bench_quality.linears(AutoModelForCausalLM.from_pretrained(model)).values()
+    count, rows = sum(linear.weight.numel() for linear in quantised), sum(linear.out_features for linear in quantised)
+    assert count == dense["parameters"], "the linears that compressions cut"
+    assert dense["bytes"] - int8["bytes"] == 2 * count - (count + 4 * rows)
+    assert dense["bytes"] - int4["bytes"] == 2 * count - (count // 2 + count // 32 * 2 + count // 64)
+    for text in (0, 1):
+        assert 0 < abs(int8["texts"][text]["loss"]) < abs(int4["texts"][text]["loss"]) < 0.1
+    assert "perplexity, other | loss, other |" in shown(bench_quality, tmp_path, monkeypatch, capsys)
+
+    words = [*words[:-2], "int4-64"]
+    with pytest.raises(SystemExit, match=r"q_proj has 32 inputs, no multiple of 64; leave out int4-64"):
+        run(bench_quality, [str(word) for word in words], tmp_path, monkeypatch)
+
+
+def test_quality_says_how_to_get_torchao(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setitem(sys.modules, "torchao.quantization", None)
+    words = ["--model", "m", "--calibration", "c.npy", "--text", "t.npy", "--quantised", "int8"]
+    monkeypatch.setattr(sys, "argv", ["bench_quality.py", *words])
+    with pytest.raises(SystemExit):
+        bench_quality.main()
+    assert capsys.readouterr().err.splitlines()[-1].endswith("--quantised needs torchao: pip install torchao")
+
+
+def test_quality_keeps_no_figures_of_other_settings(tmp_path: Path) -> None:
+    path, row = tmp_path / "out.json", {"name": "dense", "texts": []}
+    path.write_text(json.dumps({"limit": 5, "rows": [row | {"prefill": {}, "decode": {}}]}))
+    assert bench_quality.earlier(path, {"limit": 5}) == {"dense": row}
+    with pytest.raises(SystemExit, match="has figures by other settings"):
+        bench_quality.earlier(path, {"limit": 6})
 
 
 @pytest.mark.nightly
