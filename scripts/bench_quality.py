@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import itertools
 import json
 import math
 import statistics
@@ -58,13 +59,14 @@ def bench(args: argparse.Namespace, work: Path) -> Result:
         "decode": args.decode, "dtype": args.dtype,
     }  # fmt: skip
     kinds = [("dense", "", 0.0), *((scheme, scheme, 0.0) for scheme in args.quantised)]
-    kinds += [(f"{shape} {ratio:g}", shape, ratio) for ratio in args.ratios for shape in args.shapes]
     rows, folders = earlier(args.out, settings), {"dense": args.model}
+    for ratio, shape in itertools.product(args.ratios, args.shapes):
+        folder = (args.outputs or work) / f"{shape}-{ratio:g}"
+        if finished(folder) or not args.finished:
+            kinds.append((f"{shape} {ratio:g}", shape, ratio))
+            folders[kinds[-1][0]] = folder
     for name, shape, ratio in kinds:
-        seconds = None
-        if ratio:
-            folders[name] = (args.outputs or work) / f"{shape}-{ratio:g}"
-            seconds = compress(args, folders[name], shape, ratio)
+        seconds = compress(args, folders[name], shape, ratio) if ratio else None
         if name in rows and seconds is None:
             continue
         if shape in SCHEMES:
@@ -92,9 +94,13 @@ def earlier(path: Path | None, settings: Result) -> dict[str, Result]:
     }
 
 
+def finished(folder: Path) -> bool:
+    return (folder / "config.json").is_file()
+
+
 def compress(args: argparse.Namespace, out: Path, shape: str, ratio: float) -> float | None:
     """Seconds of the whole command; None where the output was there."""
-    if (out / "config.json").is_file():
+    if finished(out):
         return None
     flags = ["--shape", shape, "--ratio", ratio, "--calibration", args.calibration]
     flags += ["--samples", args.samples] if args.samples else []
@@ -229,6 +235,7 @@ def main() -> None:
     parser.add_argument("--calibration", type=Path, help="token ids [N, L]")
     parser.add_argument("--text", type=Path, nargs="+", metavar="FILE", help="token ids [N, L] to measure on")
     parser.add_argument("--outputs", type=Path, help="folder for compressed models, which stay")
+    parser.add_argument("--finished", action="store_true", help="only compressed models that are there, make none")
     parser.add_argument("--shapes", nargs="+", default=["free"], choices=list(SHAPES), help="(free)")
     parser.add_argument("--ratios", nargs="*", type=float, default=[0.2], help="(0.2)")
     parser.add_argument(

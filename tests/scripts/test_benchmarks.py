@@ -145,7 +145,7 @@ def test_quality_of_quantised_weights(
     monkeypatch.setattr(
         bench_quality, "losses", lambda _, folder: [vars(streamlap.evaluate(folder, text)) for text in texts]
     )
-    words = ["--ratios", "--calibration", tokens, "--text", *texts, "--model", model, "--rounds", 0]
+    words = ["--finished", "--calibration", tokens, "--text", *texts, "--model", model, "--rounds", 0]
     words += ["--quantised", "int8", "int4-32"]
     dense, int8, int4 = run(bench_quality, [str(word) for word in words], tmp_path, monkeypatch)["rows"]
     quantised = bench_quality.linears(AutoModelForCausalLM.from_pretrained(model)).values()
