@@ -144,6 +144,7 @@ class Adapting:
         peft = require_peft()
         within = [name.removeprefix(f"{stream.family.layers}.") for name in names]
         config = peft.LoraConfig(r=knobs.rank, lora_alpha=knobs.rank, target_modules=within)
+        self.model.requires_grad_(False)  # peft freezes no more than what it is given, and that is the layers alone
         with torch.random.fork_rng(devices=[self.device] if self.device.type == "cuda" else []):
             torch.manual_seed(knobs.seed)
             # Into the layers and not the model: of a model type that may have experts, peft takes all FFNs to be experts.

@@ -260,6 +260,8 @@ def test_the_needs_are_those_of_what_is_held(source: Path, small: Path, lesson: 
     adapting = Adapting(job.stream, job.knobs, None, 1, thrifty=False)
     numbers = sum(tensor.numel() for tensor in adapting.adapters().values())
     assert needs.adapters == 20 * numbers
+    trained_numbers = sum(tensor.numel() for tensor in adapting.model.parameters() if tensor.requires_grad)
+    assert trained_numbers == numbers, "nothing else has a gradient, not the embeddings or the head either"
     stored = {name: tensor for name, tensor in adapting.model.state_dict().items() if "lora" not in name}
     assert needs.model == sum(tensor.numel() * 4 for tensor in stored.values())
     assert needs.teacher == 16 * 15 * 8 * 6
