@@ -99,8 +99,8 @@ The tests run each of these families, on a random model of three layers and a fe
 - a compression that removes nothing gives the original model back, bit for bit;
 - `lorap` and `best`: the result loads in transformers with the logits of the stream, has the sizes that the plan says, is whole
   by `verify`, generates, and `eval` gives the loss of transformers;
-- shares by a survey, `best` and `--refine` in one run, killed behind its first layer with its hidden states on the disk: what
-  goes on ends in the bytes of a run that nothing befell;
+- shares by a survey, `best` and `--refine` in one run, killed after its first layer with its hidden states on the disk; it
+  goes on to the same bytes as a run that was not killed;
 - LoRAPrune and PC-LoRA; the export to plain linears, with the loss of the result; `recover`, which trains every linear; an
   adapter of peft, which learns, and gives the same on a model opened anew; and, nightly, the result opened by the code in its
   folder, in a process without streamlap;
