@@ -78,7 +78,7 @@ def bench(args: argparse.Namespace, work: Path) -> Result:
             text["loss"] = text["nll"] - dense["nll"]
         shared.save(args.out, {**result, "rows": list(rows.values())})
     speeds = speed(folders, args) if args.rounds else {}
-    return {**result, "rows": [rows[name] | speeds.get(name, {}) for name, _, _ in kinds]}
+    return {**result, "rows": [row | speeds.get(name, {}) for name, row in rows.items()]}
 
 
 def earlier(path: Path | None, settings: Result) -> dict[str, Result]:

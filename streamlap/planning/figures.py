@@ -87,11 +87,8 @@ def first_traffic(stream: ModelStream, choice: Fit, layer: LayerPlan, redrawn: i
     shape_NL, streams = (choice.work.sequences, choice.work.length), layer.generations_written
     rows = streams * min(stored.nbytes, math.prod(shape_NL) * stored.nbytes // stored.shape[0])
     held = final * streams * choice.work.batch(1) * len(held_sequences(*shape_NL))
-    states, away, on_disk = (
-        choice.work.generation * streams,
-        choice.work.device.type != "cpu",
-        choice.schedule.tier == "disk",
-    )
+    states, away = choice.work.generation * streams, choice.work.device.type != "cpu"
+    on_disk = choice.schedule.tier == "disk"
     weights = (redraw_bytes(stream) if redrawn else 0) + choice.work.head_stored * final
     passing = stream.depth * choice.work.batch(redrawn)
     return Traffic(
