@@ -5,6 +5,8 @@ The lines of a group, rows or columns, lie side by side in every matrix: query h
 
 from __future__ import annotations
 
+import math
+
 from streamlap.errors import RecipeError
 from streamlap.loader.forms import Dense
 from streamlap.methods.base import Layout, Natives, ParameterBudget, ffn_reads
@@ -17,11 +19,11 @@ LAST = {"attention": "o", "ffn": "down"}
 
 
 def heads_within(natives: Natives, budget: ParameterBudget) -> Layout:
-    """Attention with the number of KV heads that is nearest to its share. What it then has more or less than its budget, the
-    FFN has less or more; all of them where one norm spans them."""
+    """Attention with as many KV heads as its share takes: one that would go in part stays whole. What it then has more than its
+    budget, the FFN has less; all of them where one norm spans them."""
     heads, roles = natives["v"].shape[0] // budget.head_dim, ("q", "k", "v", "o")
     dense = sum(natives[role].parameters(budget.itemsize) for role in roles)
-    kept = heads if budget.heads_stay else min(heads, max(1, round(heads * budget.parameters / dense)))
+    kept = heads if budget.heads_stay else min(heads, math.ceil(heads * budget.parameters / dense))
     layout = {}
     for role in roles if kept < heads else ():
         rows, columns = natives[role].shape
