@@ -186,6 +186,7 @@ torch.save(found, saved)
 
 
 @pytest.mark.nightly
+@pytest.mark.timeout(1200)
 def test_results_open_where_streamlap_is_not(lesson: Path, tmp_path: Path) -> None:
     """By the code in their folders; all in one process, so that none gets into the way of another."""
     loaders = {}

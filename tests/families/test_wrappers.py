@@ -289,7 +289,8 @@ sys.meta_path.insert(0, Blocker())
 import torch
 from transformers import AutoModelForImageTextToText
 
-folder, saved = sys.argv[1:]
+folder, saved, threads = sys.argv[1:]
+torch.set_num_threads(int(threads))
 model = AutoModelForImageTextToText.from_pretrained(folder, trust_remote_code=True)
 with torch.no_grad():
     torch.save(model(torch.arange(8)[None]).logits, saved)
@@ -303,7 +304,7 @@ def test_it_loads_where_streamlap_is_not(wrapper: MakeWrapper, tokens: Path, tmp
     streamlap.compress(wrapper(kind), out, files=(str(tokens),))
     environment = {k: v for k, v in os.environ.items() if not k.startswith(("PYTHON", "COV_"))}
     subprocess.run(
-        [sys.executable, "-I", "-c", OUTSIDE, out, saved], check=True, cwd=tmp_path,
+        [sys.executable, "-I", "-c", OUTSIDE, out, saved, str(torch.get_num_threads())], check=True, cwd=tmp_path,
         env=environment | {"HF_HOME": str(tmp_path / "hf")},
     )  # fmt: skip
     model: Any = opened(out)
