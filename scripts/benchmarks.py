@@ -29,6 +29,7 @@ import transformers
 import streamlap
 from streamlap.methods import PRESETS
 from streamlap.store.sink import file_hash
+from streamlap.system.meters import bytes_moved
 
 ROOT = Path(__file__).parent.parent
 POLL_SECONDS = 0.02
@@ -258,11 +259,3 @@ def high_water(pid: int) -> int:
         if found := re.search(r"^VmHWM:\s+(\d+) kB", Path(f"/proc/{pid}/status").read_text(), re.M):
             return int(found[1]) * 1024
     return 0
-
-
-def bytes_moved(pid: int) -> tuple[int, int]:
-    """(read, written) by a process so far, by any file; zeros where the system does not count them."""
-    with contextlib.suppress(AttributeError, OSError, psutil.Error):
-        counters = psutil.Process(pid).io_counters()
-        return int(counters.read_chars), int(counters.write_chars)
-    return 0, 0

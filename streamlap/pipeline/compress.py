@@ -140,7 +140,8 @@ def run_compression(run: Run, stream: ModelStream, plan: Plan, tokens_NL: torch.
         streams = replace(streams, gradients=loss_gradients(stream, plan, seen_NL, running))
         job = Job(stream=stream, plan=plan, out=out, streams=streams, session=running)
         compress_layers(job)
-        report = build_report(stream, plan, recipe, out, tokens_NL, running.journal, *write_outer(job))
+        gain, outer = write_outer(job)
+        report = build_report(stream, plan, recipe, out, tokens_NL, running.journal, gain, outer)
         ShardFolder(out).seal(report.shards)
         finish_folder(out, stream, model_name(running.run.model), report, recipe.to_yaml(), survey)
     return report

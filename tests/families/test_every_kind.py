@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import os
 import re
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,6 +13,7 @@ import torch
 from conftest import make_tokenizer
 from crashes import crash_after, keep_on_disk
 from outputs import contents
+from outside import run_outside
 from picos import EVERY_KIND, random_pico
 from safetensors.torch import load_file
 
@@ -163,14 +161,6 @@ def test_a_result_recovers(result: Path, lesson: Path, tmp_path: Path) -> None:
 
 
 OUTSIDE = """
-import sys
-
-class Blocker:
-    def find_spec(self, name, path=None, target=None):
-        if name.split(".")[0] == "streamlap":
-            raise ModuleNotFoundError("No module named 'streamlap'")
-
-sys.meta_path.insert(0, Blocker())
 import torch
 import transformers
 
@@ -195,11 +185,8 @@ def test_results_open_where_streamlap_is_not(lesson: Path, tmp_path: Path) -> No
             make_source(name, tmp_path / name), tmp_path / f"{name}-out", ratio=RATIO, files=(str(lesson),)
         )
         loaders[tmp_path / f"{name}-out"] = loader_of(ModelStream(tmp_path / name))
-    environment = {k: v for k, v in os.environ.items() if not k.startswith(("PYTHON", "COV_"))}
-    subprocess.run(
-        [sys.executable, "-I", "-c", OUTSIDE, tmp_path / "logits.pt", *(f"{path}={name}" for path, name in loaders.items())],
-        check=True, cwd=tmp_path, env=environment | {"HF_HOME": str(tmp_path / "hf")},
-    )  # fmt: skip
+    named = (f"{path}={name}" for path, name in loaders.items())
+    run_outside(OUTSIDE, tmp_path, tmp_path / "logits.pt", *named)
     found = torch.load(tmp_path / "logits.pt")
     assert len(found) == len(EVERY_KIND)
     for folder in loaders:

@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,6 +14,7 @@ import torch
 from conftest import make_tokenizer
 from crashes import crash_after
 from outputs import contents
+from outside import run_outside
 from picos import IMAGE, PARTS, random_pico
 from safetensors.torch import load_file, save_file
 from test_stream import run_stream
@@ -278,14 +276,6 @@ def test_other_names_and_spellings(wrapper: MakeWrapper, tokens: Path, tmp_path:
 
 
 OUTSIDE = """
-import sys
-
-class Blocker:
-    def find_spec(self, name, path=None, target=None):
-        if name.split(".")[0] == "streamlap":
-            raise ModuleNotFoundError("No module named 'streamlap'")
-
-sys.meta_path.insert(0, Blocker())
 import torch
 from transformers import AutoModelForImageTextToText
 
@@ -302,11 +292,7 @@ with torch.no_grad():
 def test_it_loads_where_streamlap_is_not(wrapper: MakeWrapper, tokens: Path, tmp_path: Path, kind: str) -> None:
     out, saved = tmp_path / "out", tmp_path / "logits.pt"
     streamlap.compress(wrapper(kind), out, files=(str(tokens),))
-    environment = {k: v for k, v in os.environ.items() if not k.startswith(("PYTHON", "COV_"))}
-    subprocess.run(
-        [sys.executable, "-I", "-c", OUTSIDE, out, saved, str(torch.get_num_threads())], check=True, cwd=tmp_path,
-        env=environment | {"HF_HOME": str(tmp_path / "hf")},
-    )  # fmt: skip
+    run_outside(OUTSIDE, tmp_path, out, saved, str(torch.get_num_threads()))
     model: Any = opened(out)
     with torch.no_grad():
         assert torch.equal(torch.load(saved), model(torch.arange(8)[None]).logits)

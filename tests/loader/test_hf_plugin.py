@@ -28,6 +28,7 @@ from folders import (
     logits,
     make_case,
 )
+from outside import run_outside
 from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import (
@@ -460,14 +461,8 @@ def test_shim_and_package_in_one_process(mixed: Case, tmp_path: Path, monkeypatc
 
 
 WITHOUT_STREAMLAP = """
-import json, sys
+import json
 
-class Blocker:
-    def find_spec(self, name, path=None, target=None):
-        if name.split(".")[0] == "streamlap":
-            raise ModuleNotFoundError("No module named 'streamlap'")
-
-sys.meta_path.insert(0, Blocker())
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -511,18 +506,8 @@ def outside(mixed: Case, kinds: Case, tmp_path_factory: pytest.TempPathFactory) 
     for name, rows in {"attention": ATTENTION, **SINGLE}.items():
         make_case(folder / name, FAMILIES["qwen2-tied"](), rows)
     refused = [folder / "attention", *(folder / name for name in SINGLE), kinds.folder]
-    environment = {k: v for k, v in os.environ.items() if not k.startswith(("PYTHON", "COV_"))}
-    command = [sys.executable, "-I", "-c", WITHOUT_STREAMLAP, folder, mixed.folder, *refused]
-    done = subprocess.run(
-        command,
-        capture_output=True,
-        text=True,
-        timeout=300,
-        cwd=folder,
-        env=environment | {"HF_HOME": str(folder / "hf")},
-    )
-    assert done.returncode == 0, done.stderr
-    return Outside(json.loads(done.stdout.splitlines()[-1]), folder)
+    printed = run_outside(WITHOUT_STREAMLAP, folder, folder, mixed.folder, *refused, timeout=300)
+    return Outside(json.loads(printed.splitlines()[-1]), folder)
 
 
 @pytest.mark.parametrize("which", ["attention", *SINGLE])

@@ -2,8 +2,6 @@
 
 import json
 import logging
-import os
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -11,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from folders import FAMILIES, MIXED, TOKENS_BL, Case, all_kinds, logits, make_case
+from outside import run_outside
 from peft import (
     IA3Config,
     LoraConfig,
@@ -364,15 +363,9 @@ def test_a_peft_that_cannot_be_imported_is_said(
 
 
 WITHOUT_STREAMLAP = """
-import json, sys
-
-class Blocker:
-    def find_spec(self, name, path=None, target=None):
-        if name.split(".")[0] == "streamlap":
-            raise ModuleNotFoundError("No module named 'streamlap'")
+import json
 
 folder, adapter, out, *absent = sys.argv[1:]
-sys.meta_path.insert(0, Blocker())
 sys.modules.update(dict.fromkeys(absent))
 import torch
 from transformers import AutoModelForCausalLM, QuantoConfig
@@ -406,14 +399,10 @@ print(json.dumps(seen))
 def test_by_name_where_streamlap_is_not_installed(kinds: Case, tmp_path: Path, absent: list[str]) -> None:
     model = tuned(kinds.folder)
     model.save_pretrained(tmp_path / "adapter")
-    environment = {k: v for k, v in os.environ.items() if not k.startswith(("PYTHON", "COV_"))}
-    command = [sys.executable, "-I", "-c", WITHOUT_STREAMLAP, kinds.folder, tmp_path / "adapter", tmp_path, *absent]
-    done = subprocess.run(
-        command, capture_output=True, text=True, timeout=300, cwd=tmp_path,
-        env=environment | {"HF_HOME": str(tmp_path / "hf")},
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    seen = json.loads(done.stdout.splitlines()[-1])
+    printed = run_outside(
+        WITHOUT_STREAMLAP, tmp_path, kinds.folder, tmp_path / "adapter", tmp_path, *absent, timeout=300
+    )
+    seen = json.loads(printed.splitlines()[-1])
     assert seen["streamlap"] == []
     assert "seen a QuantoConfig for a compressed folder; wanted none" in seen["quanto"]
     wanted_BLV = logits(kinds.reference) if absent else logits(model)

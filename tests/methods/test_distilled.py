@@ -300,6 +300,12 @@ def test_attention_keeps_a_head_and_the_ffn_pays_for_it(pico: MakeModel) -> None
         layout_of(pico("llama"), LoraPrune(), 0.95)
 
 
+@pytest.mark.parametrize(("ratio", "heads"), [(0.2, 4), (0.25, 3), (0.3, 3), (0.5, 2), (0.6, 2), (0.8, 1)])
+def test_a_head_that_would_go_in_part_stays(pico: MakeModel, ratio: float, heads: int) -> None:
+    layout = layout_of(pico("llama", num_key_value_heads=4), LoraPrune(), ratio)
+    assert (layout["v"].shape[0] if "v" in layout else 32) == 8 * heads
+
+
 # --- PC-LoRA -------------------------------------------------------------------------------------------------------------
 
 

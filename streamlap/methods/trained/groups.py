@@ -19,11 +19,11 @@ LAST = {"attention": "o", "ffn": "down"}
 
 
 def heads_within(natives: Natives, budget: ParameterBudget) -> Layout:
-    """Attention with as many KV heads as its share takes: one that would go in part stays whole. What it then has more than its
-    budget, the FFN has less; all of them where one norm spans them."""
+    """Attention with as many KV heads as its share takes, one at least: a head that would go in part stays whole. What it then
+    has more than its budget, the FFN has less; all of them where one norm spans them."""
     heads, roles = natives["v"].shape[0] // budget.head_dim, ("q", "k", "v", "o")
     dense = sum(natives[role].parameters(budget.itemsize) for role in roles)
-    kept = heads if budget.heads_stay else min(heads, math.ceil(heads * budget.parameters / dense))
+    kept = heads if budget.heads_stay else min(heads, max(1, math.ceil(heads * budget.parameters / dense)))
     layout = {}
     for role in roles if kept < heads else ():
         rows, columns = natives[role].shape
