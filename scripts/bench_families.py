@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""What a cut costs in each family: by chance, by `lorap` and by `best`, with as many numbers stored.
+"""What a cut costs in each family: at random, by `lorap` and by `best`, with as many parameters stored.
 
     python scripts/bench_families.py --text train.txt --out docs/benchmarks/families.json [--only glm4 gpt_neox] [--table]
 

@@ -21,38 +21,39 @@ from streamlap.families.wrappers import WRAPPERS
 
 PAGE = """# Model families
 
-Made by `scripts/families_table.py` from the rows in `streamlap/families/table.py`. A family is the `model_type` in config.json.
-Any other is refused before anything is read; [add-a-family.md](add-a-family.md) shows the row that a new one takes.
+Made by `scripts/families_table.py` from the rows in `streamlap/families/table.py`. A family is a `model_type` in config.json.
+Any other is refused before a weight is read; [add-a-family.md](add-a-family.md) shows the row that a new one takes.
 
 {table}
 
-- **sub-layers**: in sequence, or parallel, where attention and FFN both read the input of the layer. A word in code is the
-  attribute of the layer that decides it.
-- **FFN**: its linears that read its input. All linears of a layer count, and all but those below are compressed; norms,
+- **sub-layers**: in sequence, or parallel, where attention and FFN both read the input of the layer. A name in code style is
+  the attribute of the layer that decides it.
+- **FFN**: its linears that read its input. All linears of a layer count, and all but those under "stays" are compressed; norms,
   embeddings and the head are copied as bytes.
-- **stays**: what some layers have in place of attention, by its path in the layer. It is copied as bytes, its linears count in
-  every ratio and size, and all others lose the more: a ratio is of all linears. `--refine` trains it with its layer.
+- **stays**: what some layers have in place of attention, by its path in the layer. It is copied as bytes. A ratio is of all
+  linears, these too, so all others lose more. `--refine` trains it with its layer.
 - **behind o and down**: what the layer does to their output before it is added to the hidden states. The preset `best` fits
   both linears to what is wanted behind it.
-- **heads**: whether `attention_groups` may remove some. Where a norm behind q or k has numbers for all heads together, or
-  attention counts on the number in config.json, they all stay, and the FFN takes the whole cut.
+- **heads**: whether `attention_groups` may remove some. Where a norm behind q or k has weights for all heads together, or
+  attention relies on the number in config.json, they all stay, and the FFN takes the whole cut.
 - **biases**: flags of config.json that give linears biases. They stay.
 
 A `phi3` (also Phi 4) is read as the llama that it is, or where it has a window as a mistral, with its fused matrices apart; so
-a result is a llama or a mistral. Refused are those whose heads are turned in part or with scaled positions.
+a result is a llama or a mistral. Those with partial rotary embeddings or scaled positions (`partial_rotary_factor`,
+`rope_scaling`) are refused.
 
-A `gpt2` is read as the opt that it is by other names, with q, k and v apart and its matrices the other way round; so a result
-is an opt, whose table of positions has two more rows, of zeros. Refused are those with `add_cross_attention`, other than the
-usual scales of attention, or another `layer_norm_epsilon` than 1e-5.
+A `gpt2` is read as the opt that it is by other names, with q, k and v apart and its matrices transposed; so a result is an opt,
+whose table of positions has two more rows, of zeros. Those with `add_cross_attention`, other than the usual scales of
+attention, or another `layer_norm_epsilon` than 1e-5 are refused.
 
 In `glm4` gate and up are one matrix, in `gpt_neox` q, k and v. They are compressed each on its own. A result in the factored
 format has them apart; `--format stock` and `export --to dense` or `stock` write one matrix again.
 
-`qwen3_next` and `qwen3_5_text` are hybrids: most layers have a gated delta net in place of attention. In the others q writes a
-query and a gate, which is twice as much; it is compressed whole, and so are k, v and o. No head goes. A `qwen3_next` whose
-layers have experts, as the published ones do, is refused: experts are not compressed yet. The state of a gated delta net does
-not grow with the tokens, and is not counted as cache. peft takes the FFNs of any `qwen3_next` to be experts: it adapts its
-attention and leaves them out, also in the original. `recover` adapts both.
+`qwen3_next` and `qwen3_5_text` are hybrids: most layers have a gated delta net in place of attention. In the others q gives a
+query and a gate, so it has twice the rows; it is compressed as one matrix, beside k, v and o. No head is removed. A
+`qwen3_next` whose layers have experts, as the published ones do, is refused: experts are not compressed yet. The state of a
+gated delta net does not grow with the tokens, and is not counted as cache. peft takes the FFNs of any `qwen3_next` to be
+experts: it adapts its attention and leaves them out, also in the original. `recover` adapts both.
 
 ## Models with a vision tower
 
@@ -60,8 +61,8 @@ attention and leaves them out, also in the original. `recover` adapts both.
 
 Of these the language model is compressed: its layers are those of the family beside it, config.json describes them under
 `text_config` (of a `qwen2_5_vl` also beside the other keys), and calibration is text. Everything else, such as the vision tower
-and the projector, is copied as bytes under its own names, with the settings of the image processor. It is not built, and only
-its headers and its numbers being finite are checked. Ratio and decoder parameters count the language model; parameters of the
+and the projector, is copied as bytes under its own names, with the settings of the image processor. It is not built; its
+headers are checked, and that its values are finite. Ratio and decoder parameters count the language model; parameters of the
 whole model and bytes count all. Tensors of a `qwen3_5` that begin with `mtp.`, which predict several tokens ahead, are copied
 too and fit the original alone.
 
@@ -74,11 +75,11 @@ opens the result as it opens the original: by `AutoModelForImageTextToText`. The
 {costs}
 
 Mean NLL above that of the model itself, in nats a byte, at 20 and 50 % removed; less is better. Each model is a small one of
-its family, about {parameters} numbers in its linears, that has learnt to predict the bytes of English books for {seconds}
-seconds on one thread. A cut by chance has the layouts of `lorap`, with subspaces and channels drawn at random; the mean of
-three draws. All three store as many numbers, to about one in a hundred of the model's; `best` has no survey here. The figures
+its family, about {parameters} parameters in its linears, that has learnt to predict the bytes of English books for {seconds}
+seconds on one thread. A random cut has the layouts of `lorap`, with subspaces and channels drawn at random; the mean of
+three draws. All three store the same number of parameters, to about 1 % of the model's; `best` has no survey here. The figures
 compare cuts of one family, not families: some learn more in that time, and the windows and multipliers of these models are
-there to show, not to work well. `scripts/bench_families.py` measures them.
+chosen to be exercised, not to work well. `scripts/bench_families.py` measures them.
 
 ## What holds
 
@@ -94,8 +95,8 @@ their seconds ({load}).
 
 The tests run each of these families, on a random model of three layers and a few thousand weights:
 
-- the stream of the layers, one by one, gives bit for bit the hidden states and logits of transformers, in float32 and bfloat16;
-- the sub-layers are the layer: bit for bit in sequence, to one part in a million where they are parallel;
+- the layers, run one by one, give bit for bit the hidden states and logits of transformers, in float32 and bfloat16;
+- the sub-layers together give what the layer gives: bit for bit in sequence, to one part in a million where they are parallel;
 - a compression that removes nothing gives the original model back, bit for bit;
 - `lorap` and `best`: the result loads in transformers with the logits of the stream, has the sizes that the plan says, is whole
   by `verify`, generates, and `eval` gives the loss of transformers;
@@ -104,22 +105,22 @@ The tests run each of these families, on a random model of three layers and a fe
 - LoRAPrune and PC-LoRA; the export to plain linears, with the loss of the result; `recover`, which trains every linear; an
   adapter of peft, which learns, and gives the same on a model opened anew; and, nightly, the result opened by the code in its
   folder, in a process without streamlap;
-- where nothing is lost, the last linear of each sub-layer is what `best` fits (one family with norms behind its sub-layers, one
-  with a multiplier, one with parallel sub-layers, one without a gate).
+- where nothing is lost, `best` fits the last linear of each sub-layer back to itself (one family with norms behind its
+  sub-layers, one with a multiplier, one with parallel sub-layers, one without a gate).
 
 Of each model with a vision tower, also on a small random one: the stream gives bit for bit the hidden states and logits of the
 whole model on text; the result of both presets is whole, gives the same features of an image bit for bit and, on text, the
-logits of the stream; saved again and exported as `dense`, it answers a prompt with an image alike.
+logits of the stream; saved again and exported as `dense`, it gives the same answer to a prompt with an image.
 
-A checkpoint whose layers are not what the row says is refused on the first window: before anything is written, the sub-layers
-are compared with the layer.
+A checkpoint whose layers are not what the row says is refused before anything is written: the sub-layers are compared with the
+layer on the first window.
 """
 
 FIGURES = Path(__file__).parent.parent / "docs" / "benchmarks" / "families.json"
 KINDS = (*FAMILIES, "phi3", "gpt2", *WRAPPERS)
 """All that is served."""
 RATIOS = (0.2, 0.5)
-WAYS = {"random": "by chance", "lorap": "`lorap`", "best": "`best`"}
+WAYS = {"random": "random", "lorap": "`lorap`", "best": "`best`"}
 """Way of cutting in the figures -> in words."""
 
 COLUMNS = ("family", "sub-layers", "stays", "FFN", "behind o and down", "heads", "biases")

@@ -1,4 +1,4 @@
-"""Methods that cut by chance, to compare others with: the layouts of the preset `lorap`, filled without a look at the text.
+"""Methods that cut at random, to compare others with: the layouts of the preset `lorap`, filled without a look at the text.
 
 No command itself. Importing it gives recipes the names of its methods.
 

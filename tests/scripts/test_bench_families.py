@@ -1,4 +1,4 @@
-"""What a cut costs in each family: a cut by chance is one of `lorap` but for its choices, and the figures reach the page."""
+"""What a cut costs in each family: a random cut is one of `lorap` but for its choices, and the figures reach the page."""
 
 from __future__ import annotations
 
