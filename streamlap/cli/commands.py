@@ -68,7 +68,7 @@ def recipe_of(options: RecipeOptions) -> Recipe:
 
 
 def how_small(options: RecipeOptions) -> dict[str, Any]:
-    """The one of them that was given; of several the call complains."""
+    """Those of SIZES that were given; `streamlap.compress` refuses those that exclude each other."""
     wishes = {name: getattr(options, name) for name in SIZES}
     return {name: value for name, value in wishes.items() if value is not None}
 
@@ -118,7 +118,7 @@ def survey(
     overwrite: Overwrite = False,
     as_json: Json = False,
 ) -> None:
-    """Measure once what each sub-layer of each layer loses by being cut; serves compress --survey at every ratio."""
+    """Measure how far the predictions move when one sub-layer is cut; FILE serves compress --survey at every ratio."""
     found = streamlap.survey(
         model, file, files=tuple(text.calibration or ()), shape=shape or "free", overwrite=overwrite, stop_after=stop_after,
         **given(text, "calibration"), **given(run),
@@ -135,7 +135,7 @@ def resume(
     stop_after: StopAfter = None,
     as_json: Json = False,
 ) -> None:
-    """Go on with an interrupted compress, survey, recover or export; OUT knows everything that is needed, the caps included."""
+    """Go on with an interrupted compress, survey, recover or export. All settings are kept in OUT, the caps included."""
     result = streamlap.resume(out, stop_after=stop_after, **given(caps))
     if isinstance(result, dict):
         emit(as_json, result, describe_export(out, result))
@@ -156,7 +156,7 @@ def recover(
     stop_after: StopAfter = None,
     as_json: Json = False,
 ) -> None:
-    """Train a compressed model by LoRA, merged back: the same ranks and widths, written where held-out loss falls."""
+    """Train a compressed model by LoRA and merge it; ranks and widths stay. Written only if the held-out loss falls."""
     result = streamlap.recover(out, destination, stop_after=stop_after, **given(knobs), **given(run))
     emit(as_json, result.to_json(), describe_recovery(destination, result))
 
@@ -179,13 +179,13 @@ def evaluate(
     ] = None,
     limit: Annotated[
         int | None,
-        typer.Option(help="Use at most this many tokens, or documents of a task; what is behind them is not read."),
+        typer.Option(help="Use at most this many tokens, or documents of a task; the rest is not read."),
     ] = None,
     text_column: TextColumn = None,
     dtype: Dtype = None,
     as_json: Json = False,
 ) -> None:
-    """Streaming perplexity of any checkpoint, original or compressed; never more than one layer in memory."""
+    """Perplexity of any checkpoint, original or compressed, layer by layer, so that it need not fit into memory."""
     if tasks:
         asked = {"text": text, "length": length, "stride": stride, "text_column": text_column}
         if others := [name for name, value in asked.items() if value]:
@@ -205,7 +205,7 @@ def inspect(
     path: Annotated[str, typer.Argument(metavar="PATH", parser=worded, help="Checkpoint, output folder or hub id.")],
     as_json: Json = False,
 ) -> None:
-    """What is in a checkpoint or output folder: kinds, shapes, ranks, widths and parameters of every site."""
+    """What is in a checkpoint or output folder: kinds, shapes, ranks, widths and parameters of every linear."""
     table = streamlap.inspect(path)
     emit(as_json, table, describe_inventory(table))
 
@@ -231,14 +231,16 @@ def export(
         str,
         typer.Option(
             metavar="FORMAT",
-            help="stock: a plain checkpoint, as small, where all layers have the same widths; nas: the same where they differ "
-            "or lack attention, as engines know it; gguf: one new file, DEST, of a folder whose linears are dense; dense: "
-            "factors multiplied back, removed channels as zeros.",
+            help="stock: a plain checkpoint of the same size, where all linears are dense and all layers have the same widths; "
+            "nas: the architecture DeciLM, where widths differ or layers lack attention; gguf: one file, DEST, of a folder "
+            "whose linears are dense; dense: the size of the original, factors multiplied back, removed channels as zeros.",
         ),
     ],
     type: Annotated[
         str | None,
-        typer.Option(help="Of gguf: f32, f16, bf16 or q8_0.  [default: the checkpoint's dtype]"),
+        typer.Option(
+            help="Type of the numbers with --to gguf: f32, f16, bf16 or q8_0.  [default: the checkpoint's dtype]"
+        ),
     ] = None,
     stop_after: StopAfter = None,
     as_json: Json = False,

@@ -53,25 +53,34 @@ Machine = Annotated[
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout instead of text.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace an earlier result of streamlap.")]
 Dtype = Annotated[
-    str | None, typer.Option(help="Compute dtype: auto, float32, float16 or bfloat16; or fp32, fp16, bf16.")
+    str | None,
+    typer.Option(
+        help="Compute dtype: float32, float16, bfloat16, or short fp32, fp16, bf16; or auto, the checkpoint's dtype where the "
+        "device is fast in it, else float32. For eval on a CPU auto is float32.  [default: auto]"
+    ),
 ]
 Shape = Annotated[
     str | None,
     typer.Option(
-        help="What the result may be made of: free, every form; nas, dense linears with FFN widths of their own, and whole "
-        "attentions gone; stock, dense linears of the same widths everywhere; by the file of a "
-        "survey, KV heads and layers gone.  [default: free]"
+        help="What linears and layers may become: free, every form (low-rank, pivoted, narrower); nas, dense linears, each FFN "
+        "with a width of its own, and some layers without attention; stock, dense linears of the same widths in every layer, "
+        "with a survey file also fewer KV heads and layers.  [default: free]"
     ),
 ]
 Format = Annotated[
     str | None,
     typer.Option(
-        help="How the result is stored: factored, every form, read by this package's loader; stock, a plain checkpoint of the "
-        "same architecture; nas, as engines know the architecture DeciLM. The last two imply their shapes.  [default: factored]"
+        help="How the result is stored: factored, every form, opened by this package's loader; stock, a plain checkpoint of "
+        "the same architecture; nas, a checkpoint of the architecture DeciLM. The last two imply the shapes of their names.  "
+        "[default: factored]"
     ),
 ]
-RATIO = typer.Option(metavar="FRACTION", help="Part of the decoder-linear parameters to remove, like 0.2 or 20%.")
-"""The same wherever there is one; its default is not."""
+RATIO = typer.Option(
+    metavar="FRACTION",
+    show_default=False,
+    help="Fraction of the parameters of the decoder's linears to remove, like 0.2 or 20%.  [default: 0.2]",
+)
+"""Of compress and plan, where a recipe file or a target may say it too, and of demo."""
 TextColumn = Annotated[
     str | None,
     typer.Option(
@@ -80,44 +89,47 @@ TextColumn = Annotated[
 ]
 TEXT = typer.Option(
     metavar="TEXT",
-    help="Text or token ids, as for --calibration; of a data set eval takes the validation split, else the test split; default "
-    "of eval: the bundled validation text.",
+    help="Text or token ids, as for --calibration. Of a data set recover takes the split train, eval the split validation, "
+    "else test. Default of eval: the bundled validation text.",
 )
 Samples = Annotated[
     int | None,
     typer.Option(
-        help="Windows; default 128, of a survey 16, of recover 1024. They are drawn from the first 2^20 tokens of the text, or "
-        "from the first 4 x samples x length if that is more."
+        help="Windows to draw; default 128, for survey 16, for recover 1024. They are drawn from the first 2^20 tokens of the "
+        "text, or from the first 4 x samples x length if that is more."
     ),
 ]
 Length = Annotated[
     int | None,
-    typer.Option(help="Tokens a window; default 2048, of a survey 256, of recover 512, or the model's context."),
+    typer.Option(
+        help="Tokens in a window; default 2048, for survey 256, for recover 512, or the model's context if that is shorter."
+    ),
 ]
 Seed = Annotated[
-    int | None, typer.Option(help="Seed of the choice of windows; of recover also of their order and of the start.")
+    int | None,
+    typer.Option(help="Seed for drawing windows; with recover also for their order and for the start of the adapters."),
 ]
 StopAfter = Annotated[
     str | None,
     typer.Option(
-        metavar="TIME", help="Stop at the first commit after so long, like 3h50m, with exit code 75; resume goes on."
+        metavar="TIME", help="Stop at the first commit after this time, like 3h50m, with exit code 75; resume goes on."
     ),
 ]
 
 
 @dataclass(frozen=True, kw_only=True)
 class CapOptions:
-    """What a resumed run may be given anew."""
+    """Caps on memory, which a resumed run may be given anew."""
 
     max_ram: Annotated[
         str | None,
         typer.Option(
             metavar="SIZE",
-            help="Cap on RAM, Python included, like 8GiB or 8G (2^30 bytes each), or 8GB (10^9); default what is free.",
+            help="Cap on RAM, Python included, like 8GiB or 8G (2^30 bytes each), or 8GB (10^9); default: all that is free.",
         ),
     ] = None
     max_vram: Annotated[
-        str | None, typer.Option(metavar="SIZE", help="Cap on GPU memory, like 8GiB; default what is free.")
+        str | None, typer.Option(metavar="SIZE", help="Cap on GPU memory, like 8GiB; default: all that is free.")
     ] = None
 
 
@@ -127,7 +139,12 @@ class RunOptions(CapOptions):
 
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto"
     work: Annotated[
-        Path | None, typer.Option(metavar="DIRECTORY", parser=named, help="Folder for hidden states between layers.")
+        Path | None,
+        typer.Option(
+            metavar="DIRECTORY",
+            parser=named,
+            help="Folder for hidden states between layers; default inside OUT. Without it eval keeps them in memory alone.",
+        ),
     ] = None
     overlap: Annotated[
         bool,
@@ -143,7 +160,7 @@ class RunOptions(CapOptions):
 
 @dataclass(frozen=True, kw_only=True)
 class TextOptions:
-    """Which tokens statistics are taken on, and in which dtype."""
+    """On which calibration tokens statistics are taken, and in which dtype layers are computed."""
 
     calibration: Annotated[
         list[str] | None,
@@ -168,7 +185,8 @@ class RecipeOptions(TextOptions):
     target_size: Annotated[
         str | None,
         typer.Option(
-            metavar="SIZE", help="In place of --ratio: most that all shards may take, like 24GB (10^9) or 24G (2^30)."
+            metavar="SIZE",
+            help="In place of --ratio: most bytes that all shards may take, like 24GB (10^9) or 24G (2^30).",
         ),
     ] = None
     target_params: Annotated[
@@ -190,27 +208,31 @@ class RecipeOptions(TextOptions):
         int | None,
         typer.Option(
             metavar="CHANNELS",
-            help="With shape nas or stock: the width of every FFN is a multiple of that; default 128 with format stock and "
-            "256 with nas, less where the FFN is narrow; else 1.",
+            help="With shape nas or stock: the width of every FFN is a multiple of this; default 128 with format stock, 256 "
+            "with format nas, less where the FFN is narrow, and 1 with format factored.",
         ),
     ] = None
     recipe: Annotated[
         Path | None,
-        typer.Option(metavar="FILE", parser=named, help="YAML file of settings; other options replace single ones."),
+        typer.Option(
+            metavar="FILE",
+            parser=named,
+            help="YAML file of settings, see docs/formats.md; other options replace single ones.",
+        ),
     ] = None
     refine: Annotated[
         int | None,
         typer.Option(
             metavar="EPOCHS",
-            help="Recovery: train each rebuilt layer for so many epochs of the calibration windows.",
+            help="Train each rebuilt layer for at most so many epochs over the calibration windows; with preset best.",
         ),
     ] = None
     survey: Annotated[
         str | None,
         typer.Option(
             metavar="FILE",
-            help="File of streamlap survey: layers that matter more keep more; default auto, which measures it first and keeps "
-            "it beside OUT.",
+            help="File of streamlap survey: sub-layers that matter more keep more. Default auto, with preset best and shape "
+            "free or nas: it is measured first and kept beside OUT; else none.",
         ),
     ] = None
     redraw: Annotated[
@@ -218,31 +240,33 @@ class RecipeOptions(TextOptions):
         typer.Option(
             "--redraw/--no-redraw",
             help="See each calibration window again, with half of its tokens drawn from the model's predictions, where all "
-            "hold fewer than 131,072; default yes, with best.",
+            "windows together hold fewer than 131,072 tokens; default yes, with preset best.",
         ),
     ] = None
-    no_survey: Annotated[bool, typer.Option("--no-survey", help="All layers keep the same share.")] = False
+    no_survey: Annotated[
+        bool, typer.Option("--no-survey", help="Make no survey: all sub-layers keep the same share.")
+    ] = False
 
 
 @dataclass(frozen=True, kw_only=True)
 class RecoveryOptions:
-    """How a compressed model is trained."""
+    """How `recover` trains a compressed model."""
 
     text: Annotated[list[str], TEXT]
     dense: Annotated[
         str | None,
         typer.Option(
             metavar="MODEL",
-            help="The model that OUT was made of: it is then trained towards its predictions too. It goes through memory layer "
-            "by layer, once.",
+            help="The model that OUT was made of: half of the loss is then the divergence from its predictions. It goes "
+            "through memory layer by layer, once.",
         ),
     ] = None
     samples: Samples = None
     length: Length = None
     text_column: TextColumn = None
-    epochs: Annotated[int | None, typer.Option(help="Times that each window is seen.  [default: 2]")] = None
-    rank: Annotated[int | None, typer.Option(help="Of each adapter.  [default: 32]")] = None
-    learning_rate: Annotated[float | None, typer.Option(help="Highest.  [default: 0.001]")] = None
+    epochs: Annotated[int | None, typer.Option(help="Epochs over the windows.  [default: 2]")] = None
+    rank: Annotated[int | None, typer.Option(help="Rank of each adapter.  [default: 32]")] = None
+    learning_rate: Annotated[float | None, typer.Option(help="Highest learning rate.  [default: 0.001]")] = None
     seed: Seed = None
     dtype: Dtype = None
 

@@ -35,7 +35,7 @@ def describe_cache(table: dict[str, Any]) -> str:
 
 
 def describe_inventory(table: dict[str, Any]) -> list[str]:
-    """What `inspect` found, site by site."""
+    """What `inspect` found, linear by linear."""
     lines = [f"{table['model_type']}, {len(table['layers'])} layers"]
     for layer in table["layers"]:
         lines.append(f"layer {layer['index']}")

@@ -1,4 +1,4 @@
-"""What is in a checkpoint, from headers and config alone: kinds, shapes, ranks, widths and parameters of every site."""
+"""What is in a checkpoint, from headers and config alone: kinds, shapes, ranks, widths and parameters of every linear."""
 
 from __future__ import annotations
 
