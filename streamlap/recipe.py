@@ -103,16 +103,18 @@ class Recipe:
     """What the width of every FFN is a multiple of, in the shapes whose linears are dense. None is what the format's engines
     want, and 1 where that is factored."""
     methods: tuple[AnyMethod, ...] = PRESETS["best"]
-    """Those of the preset and shape where none are given. For each sub-layer those that may compress it, which are all one-pass
-    or all anchored; after them any that train what these have made. Or one that compresses whole layers by training. Then what
-    comes after the last layer."""
+    """Those of the preset and shape where none are given. Either methods for sub-layers (all one-pass or all anchored, see
+    `methods.base`), and after them at most one that trains their result. Or one distilled method, which compresses whole layers
+    by training. At the end at most one final method, for what comes after the last layer."""
     calibration: Calibration = field(default_factory=Calibration)
     dtype: str = "auto"
-    """Compute dtype; auto is float32 on a CPU and the checkpoint's dtype on a GPU. Storage keeps the checkpoint's dtype.
-    What is given in short (bf16) gets its whole name, so that recipes can be compared."""
+    """Compute dtype; auto is the checkpoint's dtype where the device is fast in it (a GPU; bfloat16 on a CPU with instructions
+    for it), else float32. Storage keeps the checkpoint's dtype. A short name (bf16) becomes the whole one, so that recipes can
+    be compared."""
     survey: str | None = field(default_factory=lambda: DEFAULT_SURVEY)
-    """File of `streamlap survey` by which layers and sub-layers share out what stays. None gives all the same share; auto has
-    anchored methods measure it first, and keeps it beside the output. Others have none."""
+    """File of `streamlap survey`, which decides what share of its parameters each sub-layer keeps. None gives all the same
+    share. With auto a compression by anchored methods makes one first, and keeps it beside the output; without anchored
+    methods, and with the shape stock, auto becomes None."""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "ratio", parse_ratio(self.ratio))
@@ -209,12 +211,12 @@ class Recipe:
 
     @property
     def anchored(self) -> bool:
-        """Whether sub-layers are rebuilt beside the dense model."""
+        """Whether sub-layers are rebuilt beside the dense model: the methods for them look at both streams."""
         return any(not method.needs for method in self.solving)
 
     @property
     def beside_dense(self) -> bool:
-        """Whether the dense model's stream is kept beside the compressed one."""
+        """Whether the dense model's stream is kept beside the compressed one, as anchored and distilled methods ask for."""
         return self.anchored or bool(self.distilled)
 
     @property
@@ -223,7 +225,7 @@ class Recipe:
         return any(method.reads_gradient for method in self.distilled)
 
     def edited(self, family: Family) -> set[str]:
-        """The sub-layers that something is made of."""
+        """Names of the sub-layers that the methods compress."""
         return set(family.sublayers) if self.distilled else {method.sublayer for method in self.solving}
 
     def of_sublayer(self, sublayer: str) -> dict[str, Method]:

@@ -149,7 +149,8 @@ class StreamLayer:
             return self(x_BLD)
 
     def base(self, name: str, x_BLD: torch.Tensor) -> torch.Tensor:
-        """To what a sub-layer adds, when it is given x: to x, and in a parallel layer to what those before it have added."""
+        """The hidden states that the output of a sub-layer is added to, when it is given x: x itself; in a parallel layer x and
+        what the sub-layers before it have added."""
         names = list(self.family.sublayers)
         before = set(names[: names.index(name)]) if self.parallel else set()
         if not before:
@@ -167,7 +168,7 @@ class StreamLayer:
         return y_BLD
 
     def run_dense(self, name: str, x_BLD: torch.Tensor) -> torch.Tensor:
-        """The same with the linears that were read, whatever is tried, as long as they are kept."""
+        """`run_sublayer` with the dense linears, whatever edits are tried or applied; `apply` must have kept them."""
         with replaced(self.module, self._dense):
             return self.run_sublayer(name, x_BLD)
 
@@ -267,7 +268,7 @@ class StreamLayer:
             self.module.to(home)
 
     def apply(self, edits: Iterable[Edit], keep_dense: bool = False) -> None:
-        """`keep_dense`, whether what was read stays for `run_dense`."""
+        """Put the edits in their places, for good. Args: keep_dense, whether the dense linears stay, for `run_dense`."""
         for edit in edits:
             path = self.family.path(edit.role)
             assert edit.form.bias >= edit.native.bias or isinstance(edit.form, Removed), f"{path}: its bias is lost"

@@ -1,11 +1,13 @@
 """What a method is: a frozen dataclass of its knobs that says what a sub-layer becomes, and makes it.
 
-    layouts(natives, budget)   what each linear may become, from shapes alone; several layouts where the method has variants
-    cost(natives, layouts)     what `solve` takes, from shapes alone
-    needs                      what it looks at: the energies of some inputs in one dense pass, or both streams
+    layouts(natives, budget)         what each linear may become, from shapes alone; several where the method has variants
+    cost(natives, layouts, budget)   what `solve` takes, from shapes alone
+    needs                            roles whose input energies it asks of one dense pass; none where it looks at both streams
+    moves_inputs                     whether it asks for the inputs on both streams
     solve(statistics, layouts)       the edits, of the best of its layouts
 
-Methods that train are in `trained.base`.
+A method with `needs` is one-pass, one without is anchored: it is fitted to the dense model's stream. Methods that train are in
+`trained.base`.
 
 A method knows numbers and one layer. It never sees a file, a token or another layer.
 
@@ -139,7 +141,7 @@ class StreamStatistics(Protocol):
     def sublayer(self) -> str: ...
 
     def pass_on(self) -> None:
-        """Bring the streams to where others look at them next, for a method that asks for no sums."""
+        """Carry the streams to where the next sub-layer begins, for a method that does not call `middles`."""
         ...
 
     def input_gram(self) -> Gram:
@@ -147,7 +149,7 @@ class StreamStatistics(Protocol):
         ...
 
     def inputs(self) -> Captured:
-        """The same against what they read on the dense one."""
+        """Sums of what the first linears read on the compressed stream, against what they read on the dense one."""
         ...
 
     def grams(self) -> tuple[Gram, Gram]:
@@ -159,11 +161,12 @@ class StreamStatistics(Protocol):
         ...
 
     def middles(self, edits: Sequence[Edit]) -> Captured:
-        """The same against what the sub-layer has to add to the compressed stream to arrive where the dense model is, the
-        bias of the last linear apart. All that is stored in the end must have been looked at so.
+        """Sums of what the last linear reads with these edits, against what the sub-layer has to add to the compressed stream
+        to arrive where the dense model is, without what the bias of the last linear adds. A method must call it with the edits
+        that are stored in the end, or call `pass_on`.
 
-        It is the last linear as it acts on the hidden states, `StreamLayer.acting`, that makes the one of the other; where a
-        norm follows, what it reads is divided by the token's size there."""
+        The map to fit between the two is the last linear as it acts on the hidden states, `StreamLayer.acting`; where a norm
+        follows, what the linear reads is divided by the token's size there."""
         ...
 
     def held_middles(self, edits: Sequence[Edit]) -> Sample:

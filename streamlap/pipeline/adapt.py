@@ -1,6 +1,6 @@
 """LoRA on every stored linear of a compressed model, which is in memory whole: it is small by now. Read `train_adapters` first.
 
-Shape suffixes: L length, P = L - 1 predicted places, V vocabulary, O out, I in, S rank of an adapter.
+Shape suffixes: L length, P = L - 1 predicted positions, V vocabulary, O out, I in, S rank of an adapter.
 """
 
 from __future__ import annotations

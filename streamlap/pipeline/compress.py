@@ -1,4 +1,7 @@
-"""The main job: shards in, one decoder layer at a time through, shards out. Its loop is in `layers`."""
+"""The main job: shards in, one decoder layer at a time through, shards out.
+
+`compress` checks and plans, `run_compression` runs the plan inside a session; the loop over layers is in `layers`.
+"""
 
 from __future__ import annotations
 
@@ -64,11 +67,13 @@ def compress(
     """Compress the checkpoint `model` (a folder or a hub id) into the new folder `out`, or go on where a killed run stopped.
 
     `options` are single fields of RunSettings (device, work, max_ram, max_vram, overlap, stop_after, trust_remote_code) and
-    of the recipe (ratio, preset, dtype, survey, refine, methods, and the calibration's files, samples, length, seed). In place
-    of a ratio, `target_size` may say how many bytes all shards may take (a number, or text like 24GB), with `context` also the
-    keys and values of `batch` sequences (1) of so many tokens; or `target_params` how many parameters the whole model may have
-    (like 50B). The recipe gets the lowest ratio that will do. `overwrite` replaces an earlier streamlap output. Raises a
-    StreamlapError before the first layer for anything that can be checked from headers, and Interrupted where it was stopped.
+    of the recipe (ratio, preset, shape, format, multiple, dtype, survey, refine, methods, and the calibration's files, samples,
+    length, seed, text_column, redraw).
+
+    In place of a ratio, `target_size` may say how many bytes all shards may take (a number, or text like 24GB), with `context`
+    also the keys and values of `batch` sequences (1) of so many tokens; or `target_params` how many parameters the whole model
+    may have (like 50B). The recipe gets the lowest ratio that will do. `overwrite` replaces an earlier streamlap output. Raises
+    a StreamlapError before the first layer for anything that can be checked from headers, and Interrupted where it was stopped.
     """
     settings, changes = split_options(options)
     deadline = settings.deadline()
@@ -97,7 +102,7 @@ def compress(
         plan.require_fit()
     if overwrite and contents(out):
         check_survey(plan.recipe.survey, out)
-        empty_output(out)  # after all that may go wrong
+        empty_output(out)  # after all checks but that of the free disk, to which it gives back what the old result took
     survey = plan.recipe.survey and str(Path(plan.recipe.survey).resolve())
     run = Run(
         command="compress", out=out, folder=out, model=whole_name(model, folder), settings=settings,

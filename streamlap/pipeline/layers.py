@@ -1,4 +1,4 @@
-"""The loop over decoder layers of a compression. Read `compress_layers` first.
+"""The loop over decoder layers of a compression. Read `compress_layers` first, then `compress_layer`, which is one turn of it.
 
 Commit order of a layer: its shard, the hidden states that feed the next layer, the journal line. Only then do the hidden states
 that fed it go. A run that dies anywhere starts again at the first layer without a journal line, and gives the same bytes.
@@ -54,16 +54,16 @@ class Committed:
 
 @dataclass(frozen=True, kw_only=True)
 class Left:
-    """What a layer that went through leaves to the next."""
+    """What one turn of the loop hands to the next."""
 
     commit: Future[Committed]
-    """It may still be under way."""
+    """That of the layer that is done; it may still be under way in the writer's thread."""
     inputs: list[Gram] = field(default_factory=list)
     """The Gram of what the next layer's first sub-layer will read, where it was summed."""
 
 
 def compress_layers(job: Job) -> None:
-    """The loop."""
+    """Every layer, from the first without a journal line. Raises Interrupted between two layers where a stop is due."""
     stream, journal = job.stream, job.session.journal
     first = journal.next_layer
     kwargs = stream.layer_kwargs(job.streams.tokens_NL.shape[1])
@@ -138,7 +138,8 @@ def write_shard(job: Job, hand: LayerInHand, made: LayerEdits) -> Future[str]:
 
 
 def edit_layer(hand: LayerInHand, before: Future[Committed], job: Job) -> LayerEdits:
-    """The layer's edits, applied. Before the first solve the layer before is on the disk, and out of memory."""
+    """The layer's edits, applied, by the kind of the recipe's methods: distilled, one-pass or anchored. Before the first solve
+    it waits for the commit `before`: that layer is then on the disk, and out of memory."""
     for method in job.plan.recipe.distilled:
         wait(hand, before)
         return distil_layer(hand, method, job.session)
@@ -164,9 +165,14 @@ def train(job: Job, hand: LayerInHand, made: LayerEdits) -> Trace | None:
 def propagate(
     hand: LayerInHand, following: Sequence[dict[str, Any]], final: bool, trained: bool
 ) -> tuple[torch.Tensor, list[Gram]]:
-    """The compressed stream through the edited layer, or through its second sub-layer where the first is done; at the end only
-    where something comes after the last layer. Gives the tokens that were out, and the Gram of what the next layer reads;
-    `following` are the arguments of that one, where there is one."""
+    """Carry the compressed stream through the edited layer. Where sub-layers were rebuilt one by one, it has been through the
+    first already, and only the second is left. Behind the last layer nobody reads it, unless a `final` method does.
+
+    Gives the tokens that are out, and the Gram of what the next layer reads, where that could be summed on the way.
+
+    Args: following, the arguments of the next layer, none for the last; trained, whether the layer was trained after it was
+    edited, so that what lies between its sub-layers is stale.
+    """
     out_NL, seen = torch.zeros(hand.streams.tokens_NL.shape, dtype=torch.bool), None
     if following or final:
         if following and hand.streams.between is not None:

@@ -80,6 +80,7 @@ class SublayerStatistics:
         return tuple(self.layer.family.dead_inputs(role, count) for role, count in self._dead.items() if count)
 
     def pass_on(self) -> None:
+        """See the protocol `methods.base.StreamStatistics`, also for the functions below."""
         for source in (self.target, self.compressed):
             if source.keep is not None:
                 self._gather([], [source])
@@ -143,7 +144,7 @@ class SublayerStatistics:
         return self.layer.sublayer_input(self.sublayer, x_BLD), x_BLD[..., :0]
 
     def _middle(self, x_BLD: torch.Tensor, numbers: Sequence[int]) -> Rows:
-        """What the last linear reads."""
+        """What the last linear reads, times the weight of each token."""
         assert self.weight_NL is not None, "no earlier pass has it"
         middle_BLI = self.layer.sublayer_middle(self.sublayer, x_BLD)
         weight_BL1 = self.weight_NL[numbers, :, None].to(x_BLD.device)
@@ -152,7 +153,8 @@ class SublayerStatistics:
         return middle_BLI.float().mul_(weight_BL1), x_BLD[..., :0].float()
 
     def _missing(self, target_BLD: torch.Tensor, x_BLD: torch.Tensor, numbers: Sequence[int]) -> Rows:
-        """The same, and what is missing from the stream, what the linear's own bias adds apart.
+        """What the last linear reads, and what is missing from the compressed stream behind it, without what its bias adds;
+        both times the weight of each token.
 
         Behind a norm the stream is given gain * (W m) / size. So it is m / size that the rows of W, times the gain, are fitted
         to, with the size that the dense model has: a norm leaves the direction of W m alone.
@@ -283,6 +285,6 @@ class SublayerStatistics:
 
 
 def evenly(target_BLD: torch.Tensor) -> torch.Tensor:
-    """[B, L, 1]: what a token counts. What follows is a norm, so an error counts by its share of the stream, or a few huge
-    tokens would be all that counts."""
+    """Weight of each token, [B, L, 1]: 1 / root mean square. What follows is a norm, so an error counts relative to the size of
+    the stream. Else a few huge tokens would decide everything."""
     return target_BLD.square().mean(dim=-1, keepdim=True).clamp_min(1e-12).rsqrt()

@@ -65,8 +65,8 @@ def recover(
     where the loss on held-out windows falls.
 
     Args: text, files as for calibration; dense, the model that `out` was made of, towards whose predictions it is trained
-    beside the text; samples (1024) windows of `length` (512, or the rows of an .npy) tokens; dtype, compute dtype, auto is
-    float32 on a CPU; options, single fields of RunSettings, and of Recovery (epochs, rank, learning_rate, warm_up, batch,
+    beside the text; samples (1024) windows of `length` (512, or the rows of an .npy) tokens; dtype, compute dtype, auto as for
+    `compress`; options, single fields of RunSettings, and of Recovery (epochs, rank, learning_rate, warm_up, batch,
     distil, top, seed).
 
     Raises a StreamlapError before the first step for anything that can be checked from headers, and Interrupted where it was
@@ -158,7 +158,7 @@ def checked_job(run: Run, settings: RunSettings, stream: ModelStream, tokens_NL:
 
 
 def check_teacher(dense: ModelStream, stream: ModelStream) -> None:
-    """Raise RecipeError for a dense model whose predictions are not about the same words."""
+    """Raise RecipeError for a dense model whose predictions are not about the same vocabulary."""
     dense.require_head()
     seen, wanted = (dense.vocabulary, dense.family.model_type), (stream.vocabulary, stream.family.model_type)
     if seen != wanted:

@@ -1,8 +1,8 @@
 """More calibration windows where they are few: each again, with half of its tokens drawn anew from the model's own predictions.
 
-Few windows hold few of the words that a model knows, and what no token goes through is cut first. A token that the dense model
-predicts at its place is a word that could have stood there. One forward gives one for every place. Words that were seen little
-are drawn rather than others: the first layers know each word by itself, and lose those that they are not shown.
+Few windows cover little of the vocabulary, and directions that no token uses are cut first. A token that the dense model
+predicts at a position could have stood there. One forward gives one for every position. Rare tokens are preferred: the first
+layers know each token by itself, and lose those that they are not shown.
 
 Shape suffixes: N windows, L length, B batch, D hidden, T tokens, V vocabulary.
 """
@@ -27,7 +27,7 @@ SHARE = 0.5
 """Of the tokens of a window that are drawn anew."""
 
 RARITY = 3.0
-"""A word that was seen n times, in all windows so far, is drawn as if it were (n + 1) ** RARITY times less likely."""
+"""A token that was seen n times, in all windows so far, is drawn as if it were (n + 1) ** RARITY times less likely."""
 
 
 def with_redrawn(stream: ModelStream, plan: Plan, tokens_NL: torch.Tensor, session: Session) -> torch.Tensor:

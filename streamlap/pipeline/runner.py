@@ -215,7 +215,7 @@ def host_memory(choice: Fit, accelerator: Accelerator, banks: Sequence[HiddenBan
 
 
 def check_sublayers(stream: ModelStream, choice: Fit, tokens_NL: torch.Tensor, writes: bool) -> None:
-    """Raise UnsupportedModel where the sub-layers of the first layer are not that layer; inside the budget of the loop.
+    """Raise UnsupportedModel where the sub-layers of the first layer of a kind are not that layer; inside the loop's budget.
 
     See `ModelStream.check_sublayers`.
     """

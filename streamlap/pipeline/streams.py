@@ -39,19 +39,22 @@ class HiddenStates:
 
 @dataclass(kw_only=True, eq=False)
 class Source:
-    """Where a pass gets hidden states from: as they are kept, or brought on from there by a part of the layer."""
+    """Hidden states as a pass wants them: read from where they are kept, then taken through `part` of the layer, if any.
+
+    The first pass over all of them may also store what it has computed (`keep`), so that later ones need not do so again.
+    """
 
     states: HiddenStates
     part: LayerPart | None = None
     onward: LayerPart | None = None
-    """What brings them still further, to where the next pass wants them."""
+    """A further part of the layer, through which they go before they are kept."""
     keep: HiddenStates | None = None
-    """Where the first pass over all of them puts what it has made."""
+    """Where the first pass over all of them writes the result; None where nothing is to be written, or once it is."""
     weight_NL: torch.Tensor | None = None
-    """Where it puts what a token counts there; see `observe.evenly`."""
+    """Filled by that pass with the weight of each token there, 1 / root mean square; see `observe.evenly`."""
 
     def kept(self) -> None:
-        """They are where they were to be kept. What was brought no further is read from there from now on."""
+        """Mark the write to `keep` as done. Without an `onward` part, later passes read from there, through no part."""
         assert self.keep is not None, "nothing was to be kept"
         if self.onward is None:
             self.states, self.part = self.keep, None
@@ -69,7 +72,7 @@ class Streams:
     between: HiddenBank | None = None
     """The compressed stream between the sub-layers of the layer in hand, where they are rebuilt one after another."""
     gradients: HiddenBank | None = None
-    """Those of the dense model's language-model loss, where they are asked for, on the disk alone; see `gradients`."""
+    """Gradients of the dense model's language-model loss, where they are asked for, on the disk alone; see `gradients`."""
 
     @property
     def lasting(self) -> tuple[HiddenBank, ...]:

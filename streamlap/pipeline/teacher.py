@@ -1,6 +1,6 @@
-"""The dense model's predictions at every place of some windows; the model need not fit into memory.
+"""The dense model's predictions at every position of some windows; the model need not fit into memory.
 
-Shape suffixes: N windows, L length, P = L - 1 predicted places, T tokens, D hidden, K words that are kept.
+Shape suffixes: N windows, L length, P = L - 1 predicted positions, T tokens, D hidden, K most likely tokens that are kept.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ TEACHER_NAME = "teacher.safetensors"
 
 @dataclass(frozen=True, kw_only=True)
 class Teacher:
-    """What the dense model predicts after each token of every window but the last one; see `Likely`."""
+    """What the dense model predicts at each position of every window, but after its last token; see `Likely`."""
 
     words_NPK: torch.Tensor
     log_NPK: torch.Tensor

@@ -1,4 +1,7 @@
-"""The one place where a ratio becomes ranks and widths: budgets of sub-layers -> what their linears may become."""
+"""The one place where a budget becomes ranks and widths: parameters of sub-layers -> what their linears may become.
+
+How many parameters each sub-layer gets of the ratio is decided in `allocate`.
+"""
 
 from __future__ import annotations
 

@@ -73,7 +73,7 @@ class Plan:
     redrawn: int = 0
     """Windows beside those that were given, see `pipeline.redraw`."""
     machine: Machine | None = None
-    """Where seconds are asked for."""
+    """By whose rates seconds are counted; None in `compress`, which does not ask for them."""
 
     @property
     def fits(self) -> bool:
@@ -271,7 +271,10 @@ class Decided:
 
 
 def decide(stream: ModelStream, recipe: Recipe, target: Target | None = None) -> Decided:
-    """Raises RecipeError and UnsupportedModel for all in recipe and target that could stop a run later on."""
+    """What every layer may become by the recipe, at its ratio or at the one that meets the target. From headers alone.
+
+    Raises RecipeError and UnsupportedModel for all in recipe and target that could stop a run later on.
+    """
     if stream.compressed:
         raise UnsupportedModel(f"{stream.folder} is already compressed by streamlap; wanted the original checkpoint.")
     recipe.check_methods(stream.family)
@@ -300,9 +303,9 @@ def check_format(stream: ModelStream, recipe: Recipe, candidates: Sequence[Candi
 def make_plan(
     stream: ModelStream, decided: Decided, shape_NL: tuple[int, int], settings: RunSettings, memory: Memory | None = None,
 ) -> Plan:  # fmt: skip
-    """What that takes for so many calibration tokens, and how to go about it with these settings.
+    """The plan of what was decided: its costs for so many calibration tokens, and the schedule that fits these settings.
 
-    Args: memory, that of another machine.
+    Args: shape_NL, windows and tokens in each, as given; memory, that of another machine.
     """
     redrawn = redrawn_windows(decided.recipe, stream.has_head, shape_NL)
     windows_NL, shape_NL = shape_NL, (shape_NL[0] + redrawn, shape_NL[1])

@@ -18,7 +18,7 @@ ADAPTER_BYTES = 20
 LOGIT_COPIES = 3
 """Of the logits, in float32, beside themselves."""
 KEPT_BYTES = 6
-"""Of a word that is kept of the dense model's predictions."""
+"""Of a token that is kept of the dense model's predictions."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -35,7 +35,8 @@ Parts = Mapping[str, int]
 
 @dataclass(frozen=True, kw_only=True)
 class Schedule:
-    """How a run goes about its work. It decides time and memory; the result is the same, bit by bit."""
+    """How a run goes about its work. It decides time and memory; the result is the same, bit by bit, but for forwards so short
+    that a processor rounds them otherwise, see `schedules`."""
 
     overlap: bool
     """Read the next layer, write the last one and move hidden states beside the computation."""

@@ -1,4 +1,4 @@
-"""How the cut of an FFN is best divided between channels and ranks, told without building it in every way.
+"""How the cut of an FFN is best divided between channels and ranks, estimated without building each variant in full.
 
 Shape suffixes: D out of down, F channels, K channels kept, R rank.
 """
@@ -69,8 +69,10 @@ class Last:
 
 
 def compare(inputs: Inputs, layouts: Layouts) -> Solution[Divisions]:
-    """Each with the channels that it would keep, gate and up cut in the directions that serve the channels of the middle one,
-    and the down that was fitted again for the lost channels, not yet for the ranks."""
+    """The error of each layout on held-out tokens, and what building the best one can use again.
+
+    It is estimated: each layout keeps its own channels, and its down is fitted again for the lost channels, but not for
+    the ranks. The subspaces of gate and up are computed once, for the channels of the layout of middle width, for all."""
     statistics, aims = inputs.statistics, inputs.aims
     counts = {name: width_of(layout, statistics.layer) for name, layout in layouts.items()}
     ranks = {name: rank for name, layout in layouts.items() if (rank := _rank(layout, "up"))}

@@ -3,9 +3,9 @@
 The adapters lie on the stored parts: on both factors of a low-rank matrix, on the rows and the coefficients of a pivoted one.
 So they merge into what is stored, and no rank and no shape changes.
 
-LoRA: Hu et al. 2021, arXiv 2106.09685. Distillation: Hinton et al. 2015, arXiv 1503.02531, over the most likely words.
+LoRA: Hu et al. 2021, arXiv 2106.09685. Distillation: Hinton et al. 2015, arXiv 1503.02531, over the most likely tokens.
 
-Shape suffixes: T tokens, V vocabulary, K words that are kept of it, O out, I in, S rank of an adapter.
+Shape suffixes: T positions, V vocabulary, K most likely tokens that are kept of it, O out, I in, S rank of an adapter.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import torch
 from streamlap.methods.trained.steps import Pace, check_pace, check_share, check_whole
 
 LEAST_REST = 1e-6
-"""Probability that the words which are not kept have at least, so that it has a logarithm."""
+"""Least probability of all tokens that are not kept, so that it has a logarithm."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,7 +34,7 @@ class Recovery(Pace):
     distil: float = 0.5
     """Share of the loss that is the divergence from the dense model, where there is one; the rest is cross-entropy."""
     top: int = 64
-    """Words of the dense model's predictions that are kept at each place."""
+    """Most likely tokens of the dense model's predictions that are kept at each position."""
 
     def __post_init__(self) -> None:
         check_pace("recover", self)
@@ -45,7 +45,7 @@ class Recovery(Pace):
 
 @dataclass(frozen=True, kw_only=True)
 class Likely:
-    """The dense model's most likely words at some places."""
+    """The dense model's most likely tokens at some positions."""
 
     words_TK: torch.Tensor
     """Their ids, int32."""
@@ -63,10 +63,10 @@ class Likely:
 
 
 def divergence(likely: Likely, log_TV: torch.Tensor) -> torch.Tensor:
-    """KL(dense || model) [T], nats, of the words that were kept, with all others as one.
+    """KL(dense || model) [T], nats, over the tokens that were kept, with all others as one.
 
-    Args: log_TV, log-probabilities of the model. It is at most the divergence over all words, and equal to it where those that
-    were not kept have the same shares of the rest in both.
+    Args: log_TV, log-probabilities of the model. It is at most the divergence over the vocabulary, and equal to it where those
+    that were not kept have the same shares of the rest in both.
     """
     p_log_TK = likely.log_TK.float()
     q_log_TK = log_TV.gather(1, likely.words_TK.long())
@@ -79,7 +79,7 @@ def divergence(likely: Likely, log_TV: torch.Tensor) -> torch.Tensor:
 def prediction_losses(
     logits_TV: torch.Tensor, next_T: torch.Tensor, likely: Likely | None, distil: float
 ) -> torch.Tensor:
-    """Loss [T] of the predictions of the words `next_T`: cross-entropy, mixed with the divergence from the dense model."""
+    """Loss [T] of the predictions of the tokens `next_T`: cross-entropy, mixed with the divergence from the dense model."""
     log_TV = logits_TV.float().log_softmax(dim=-1)
     entropy_T = -log_TV.gather(1, next_T[:, None])[:, 0]
     if likely is None:

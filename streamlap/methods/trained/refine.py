@@ -1,4 +1,4 @@
-"""Recovery: a rebuilt layer trained, alone, to give on the compressed stream what the dense layer gives on the dense one.
+"""Refinement: a rebuilt layer trained, alone, to give on the compressed stream what the dense layer gives on the dense one.
 
 This is training, by gradients through one layer at a time. What is kept is the best state on tokens that no step has seen,
 measured as it will be stored; where no state is better than the start, the layer stays as it was.
