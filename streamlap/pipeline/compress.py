@@ -93,7 +93,9 @@ def compress(
     check_sample(tokens_NL, plan.inputs)
     plan.require_fit()
     check_output(folder, out, overwrite)
+    run = Run(command="compress", out=out, folder=out, model=whole_name(model, folder), settings=settings, own={})
     if overwrite or not Journal.exists(out):
+        disk_needs(stream, plan).require(out, run.hidden, freed=held_bytes(out))
         check_sublayers(stream, plan.fit, tokens_NL, writes=plan.recipe.anchored)
     if plan.recipe.survey == AUTO:
         found = survey_beside(stream, tokens_NL, out, whole_name(model, folder), settings, recipe, deadline)
@@ -102,13 +104,10 @@ def compress(
         plan.require_fit()
     if overwrite and contents(out):
         check_survey(plan.recipe.survey, out)
-        empty_output(out)  # after all checks but that of the free disk, to which it gives back what the old result took
+        empty_output(out)  # after all that may go wrong
     survey = plan.recipe.survey and str(Path(plan.recipe.survey).resolve())
-    run = Run(
-        command="compress", out=out, folder=out, model=whole_name(model, folder), settings=settings,
-        own={"recipe": plan.recipe.to_dict() | {"survey": survey}},
-    )  # fmt: skip
-    return run_compression(run, stream, plan, tokens_NL, deadline)
+    own = {"recipe": plan.recipe.to_dict() | {"survey": survey}}
+    return run_compression(replace(run, own=own), stream, plan, tokens_NL, deadline)
 
 
 def resume_compression(run: Run, settings: RunSettings) -> Report:
@@ -126,9 +125,7 @@ def resume_compression(run: Run, settings: RunSettings) -> Report:
 
 def run_compression(run: Run, stream: ModelStream, plan: Plan, tokens_NL: torch.Tensor, deadline: float) -> Report:
     """The checked job, from its next layer to a finished folder."""
-    out = run.out
-    model_bytes = sum(header.file_bytes for header in stream.source.headers.values())
-    needs = DiskNeeds(output_bytes=model_bytes + COMPANION_BYTES, hidden_bytes=plan.fit.work.disk_bytes)
+    out, needs = run.out, disk_needs(stream, plan)
     marks = fingerprint(stream, plan, tokens_NL)
 
     def check() -> None:
@@ -150,6 +147,17 @@ def run_compression(run: Run, stream: ModelStream, plan: Plan, tokens_NL: torch.
         ShardFolder(out).seal(report.shards)
         finish_folder(out, stream, model_name(running.run.model), report, recipe.to_yaml(), survey)
     return report
+
+
+def disk_needs(stream: ModelStream, plan: Plan) -> DiskNeeds:
+    """Of a whole run. The output is smaller than the model."""
+    model_bytes = sum(header.file_bytes for header in stream.source.headers.values())
+    return DiskNeeds(output_bytes=model_bytes + COMPANION_BYTES, hidden_bytes=plan.fit.work.disk_bytes)
+
+
+def held_bytes(folder: Path) -> int:
+    """Of all files in it; 0 where there is no folder."""
+    return sum(path.lstat().st_size for path in folder.rglob("*") if path.is_file())
 
 
 def begun_recipe(run: Run) -> Recipe:

@@ -22,9 +22,12 @@ class DiskNeeds:
     what: str = "the output folder"
     """What messages call the output."""
 
-    def require(self, out: Path, hidden: Path) -> None:
-        """Raise BudgetError where the disks under the output and under the hidden states cannot hold it."""
+    def require(self, out: Path, hidden: Path, freed: int = 0) -> None:
+        """Raise BudgetError where the disks under the output and under the hidden states cannot hold it.
+
+        Args: freed, bytes that the output gives back before.
+        """
         same_disk = existing_ancestor(hidden).stat().st_dev == existing_ancestor(out).stat().st_dev
-        require_disk(out, self.output_bytes + self.hidden_bytes * same_disk, self.what)
+        require_disk(out, self.output_bytes + self.hidden_bytes * same_disk - freed, self.what)
         if not same_disk:
             require_disk(hidden, self.hidden_bytes, "the hidden states")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
+import re
 import shutil
 import subprocess
 from collections import namedtuple
@@ -22,6 +23,7 @@ from outputs import contents
 
 import streamlap
 from streamlap.errors import BudgetError, CheckpointError, StreamlapError
+from streamlap.pipeline.compress import held_bytes
 from streamlap.planning.disk import DiskNeeds
 from streamlap.store.hidden import HiddenBank
 from streamlap.store.lock import OutputLock
@@ -50,6 +52,28 @@ def test_a_full_disk_is_seen_before_anything_is_made(
         compress(tmp_path / "out")
     assert BudgetError.exit_code == 4
     assert not (tmp_path / "out").exists()
+
+
+def test_a_full_disk_is_seen_before_the_survey_and_before_the_old_result_goes(
+    compress: Compress, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "out"
+    compress(out)
+    old, room = contents(out), held_bytes(out)
+
+    def full_but_for(free: int) -> None:
+        monkeypatch.setattr(shutil, "disk_usage", lambda path: Usage(10**9, 0, free + room - held_bytes(out)))
+
+    full_but_for(1234)
+    with pytest.raises(BudgetError, match=r"takes [\d,]+ bytes under .*out, and 1,234 are free") as found:
+        compress(out, overwrite=True, preset="best", survey="auto")
+    assert contents(out) == old
+    assert os.listdir(tmp_path) == ["out"], "no survey was begun"
+    wanted = re.search(r"takes ([\d,]+)", str(found.value))
+    assert wanted, "the message says how much"
+    full_but_for(int(wanted[1].replace(",", "")))  # and the room of the old result
+    compress(out, overwrite=True)
+    assert contents(out) == old
 
 
 def test_a_full_work_disk_is_seen_before_anything_is_made(
