@@ -13,6 +13,7 @@ import torch
 
 from streamlap.data.tokenizer import load_tokenizer
 from streamlap.errors import RecipeError, StreamlapError, first_line, shown
+from streamlap.families.opening import parse_dtype
 from streamlap.families.stream import ModelStream
 from streamlap.output.card import record_tasks
 from streamlap.pipeline.evaluate import token_losses
@@ -53,7 +54,7 @@ def evaluate_tasks(
         )
     if isinstance(tasks, str) or not tasks:
         raise RecipeError(f"tasks is {shown(tasks)}; wanted a list of names or files, of at least one.")
-    start, settings = time.perf_counter(), settings.settled()
+    dtype, start, settings = parse_dtype(dtype), time.perf_counter(), settings.settled()
     reset_peaks()
     folder = local_folder(str(model), settings.trust_remote_code)
     dtype = "float32" if (settings.device, dtype) == ("cpu", "auto") else dtype
