@@ -59,6 +59,7 @@ def test_a_full_disk_is_seen_before_the_survey_and_before_the_old_result_goes(
 ) -> None:
     out = tmp_path / "out"
     compress(out)
+    (out / "notes.txt").write_bytes(b"x" * 999)  # which stays, and so gives nothing back
     old, room = contents(out), held_bytes(out)
 
     def full_but_for(free: int) -> None:
