@@ -106,7 +106,7 @@ def read_run(folder: Path) -> Run:
     journal = Journal.load(folder)
     begun, versions = journal.start["fingerprint"].get("versions"), versions_mark()
     if begun != versions:
-        journal.check({**journal.start["fingerprint"], "versions": versions})
+        journal.check({**journal.start["fingerprint"], "versions": versions}, journal.arguments.get("command"))
     return parse_run(folder, folder, journal.arguments)
 
 

@@ -86,10 +86,15 @@ def test_an_export_of_another_source_is_refused(
     other, dense = tmp_path / "other", tmp_path / "dense"
     streamlap.compress(source, other, ratio=0.5, files=(str(tokens),))
     crash_after(1, monkeypatch, lambda: streamlap.export_dense(out, dense))
-    with pytest.raises(ResumeMismatch, match=r"source config.json: the folder has '\w+', this run has"):
+    with pytest.raises(ResumeMismatch, match=r"source config.json: the folder has '\w+', this run has") as refusal:
         streamlap.export_dense(other, dense)
-    with pytest.raises(ResumeMismatch, match=r"command: the folder has 'export', this run has None"):
+    assert str(refusal.value).endswith("\nUse the values that the folder has, or choose another folder.")
+    with pytest.raises(ResumeMismatch, match=r"command: the folder has 'export', this run has None") as refusal:
         streamlap.compress(source, dense, files=(str(tokens),))
+    assert str(refusal.value).endswith("has, start over with --overwrite, or choose another folder.")
+    (dense / "notes.txt").write_text("mine")
+    streamlap.compress(source, dense, files=(str(tokens),), overwrite=True)
+    assert (dense / "notes.txt").read_text() == "mine"
 
 
 def test_an_export_writes_alone_and_into_a_new_folder(out: Path, tmp_path: Path) -> None:
