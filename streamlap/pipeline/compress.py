@@ -37,7 +37,7 @@ from streamlap.pipeline.layers import Job, compress_layers
 from streamlap.pipeline.place import check_apart, check_places, contents
 from streamlap.pipeline.redraw import with_redrawn
 from streamlap.pipeline.runner import check_sublayers
-from streamlap.pipeline.session import Run, session, stream_marks, whole_name
+from streamlap.pipeline.session import Run, remove_begun, session, stream_marks, whole_name
 from streamlap.pipeline.streams import open_streams
 from streamlap.pipeline.survey import survey_beside
 from streamlap.planning.disk import COMPANION_BYTES, DiskNeeds
@@ -265,6 +265,7 @@ def empty_output(out: Path) -> None:
     """Remove an earlier result, and nothing that streamlap did not write. Cut short, what is left is no model and no run to
     resume, and is still known as ours."""
     with OutputLock(out):
+        remove_begun(out)
         for mark in (out / "config.json", out / STATE_FOLDER / JOURNAL_NAME):
             remove_file(mark)
             fsync_folder(mark.parent)

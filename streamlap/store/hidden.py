@@ -191,8 +191,8 @@ class HiddenBank:
         path = self._path(generation)
         if not path.exists():
             raise ResumeMismatch(
-                f"{path} is not there; wanted hidden states of this run. Where --work was given, they are found by the place "
-                "of the output folder: if that was moved, move it back. Else start over in another folder."
+                f"{path} is not there; wanted hidden states of this run. If the folder of --work was moved, move it back. Else "
+                "start over in another folder."
             )
         found = path.stat().st_size
         if found != self.nbytes:
