@@ -156,7 +156,7 @@ def test_a_real_disk_that_fills(
     monkeypatch: pytest.MonkeyPatch, place: str,
 ) -> None:  # fmt: skip
     """The forecast was right, and then somebody else took the space."""
-    monkeypatch.setattr(DiskNeeds, "require", lambda *_: None)
+    monkeypatch.setattr(DiskNeeds, "require", lambda *_, **__: None)
     out, work = (small_disk / "out", None) if place == "output" else (tmp_path / "out", small_disk)
     filler = small_disk / "filler"
     filler.write_bytes(bytes(100 << 10 if place == "output" else 210 << 10))
