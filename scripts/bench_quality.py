@@ -50,6 +50,7 @@ SCHEMES = {"int8": None, "int4-32": 32, "int4-64": 64, "int4-128": 128}
 
 
 def bench(args: argparse.Namespace, work: Path) -> Result:
+    shared.check_limit(args.limit, args.text)
     settings = {
         "model": args.model.name, "calibration": args.calibration.name, "texts": [text.name for text in args.text],
         "hashes": [file_hash(text) for text in args.text], "samples": args.samples, "limit": args.limit,

@@ -53,6 +53,7 @@ SAME = ("calibration", "text", "samples", "epochs", "limit", "as_given", "recove
 
 
 def bench(args: argparse.Namespace, work: Path) -> Result:
+    shared.check_limit(args.limit, [args.text])
     options = {name: getattr(args, name) for name in SAME}
     options = {name: value.name if isinstance(value, Path) else value for name, value in options.items()}
     result = earlier(args.out, {"model": args.model.name, "options": options})

@@ -27,6 +27,8 @@ import torch
 import transformers
 
 import streamlap
+from streamlap.data.text import is_ids
+from streamlap.data.windows import open_ids
 from streamlap.methods import PRESETS
 from streamlap.store.sink import file_hash
 from streamlap.system.meters import bytes_moved
@@ -131,6 +133,16 @@ def windows(text: str) -> tuple[int, int]:
     if not found:
         raise argparse.ArgumentTypeError(f"{text!r} is not WINDOWSxTOKENS, like 8x512")
     return int(found[1]), int(found[2])
+
+
+def check_limit(limit: int | None, texts: Iterable[Path]) -> None:
+    """End where `limit`, in tokens, is less than a window of one of the texts [N, L]; of other texts `streamlap eval` tells."""
+    for text in texts:
+        shape = open_ids(text).shape if is_ids(text) else ()
+        if limit is not None and len(shape) == 2 and limit < shape[1]:
+            raise SystemExit(
+                f"--limit is {limit} tokens; {text} wants at least {shape[1]}, one window. Give more, or none."
+            )
 
 
 def percent(value: float, of: float) -> float:

@@ -75,11 +75,11 @@ opens the result as it opens the original: by `AutoModelForImageTextToText`. The
 {costs}
 
 Mean NLL above that of the model itself, in nats a byte, at 20 and 50 % removed; less is better. Each model is a small one of
-its family, about {parameters} parameters in its linears, that has learnt to predict the bytes of English books for {seconds}
-seconds on one thread. A random cut has the layouts of `lorap`, with subspaces and channels drawn at random; the mean of
-three draws. All three store the same number of parameters, to about 1 % of the model's; `best` has no survey here. The figures
-compare cuts of one family, not families: some learn more in that time, and the windows and multipliers of these models are
-chosen to be exercised, not to work well. `scripts/bench_families.py` measures them.
+its family, about {parameters} parameters in its linears, that has learnt to predict the bytes of English books for
+{seconds} seconds on one thread. A random cut has the layouts of `lorap`, with subspaces and channels drawn at random; the mean
+of three draws. All three store the same number of parameters, to about 1 % of the model's; `best` has no survey here. The
+figures compare cuts of one family, not families: some learn more in that time, and the windows and multipliers of these models
+are chosen to be exercised, not to work well. `scripts/bench_families.py` measures them.
 
 ## What holds
 

@@ -13,7 +13,7 @@ from faults import Crash, Disk
 from streamlap.errors import Interrupted
 from streamlap.families.stream import batch_of
 from streamlap.pipeline import layers
-from streamlap.pipeline.hand import LayerEdits, LayerInHand
+from streamlap.pipeline.layer_in_hand import LayerEdits, LayerInHand
 from streamlap.planning import schedule
 from streamlap.planning.schedule import Schedule, make_schedule
 from streamlap.planning.workload import Workload

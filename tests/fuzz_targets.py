@@ -98,7 +98,7 @@ def journal(raw: bytes) -> None:
         resume(folder)
     found = Journal.load(folder)
     try:
-        found.check({})
+        found.check({}, "compress")
     except ResumeMismatch as error:  # a line for each entry, and none that the file has made
         lines = str(error).splitlines()
         assert len(lines) <= 2 + len(found.start["fingerprint"])

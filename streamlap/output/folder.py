@@ -12,12 +12,12 @@ from streamlap.errors import CheckpointError
 from streamlap.families.stream import ModelStream
 from streamlap.families.table import is_language_model
 from streamlap.loader.hf_plugin import FORMAT_VERSION
-from streamlap.loader.shim import write_nas, write_shim
+from streamlap.loader.shim import NAS_FILES, SHIM_FILES, write_nas, write_shim
 from streamlap.output.card import CARD_NAME, licence_of, model_card
 from streamlap.output.formats import CONFIGS, forms_after, source_config
 from streamlap.output.report import LayerReport, Report
-from streamlap.store.shards import PICKLE_SUFFIXES
-from streamlap.store.sink import write_durably
+from streamlap.store.shards import INDEX_NAME, PICKLE_SUFFIXES
+from streamlap.store.sink import SHARD, write_durably
 from streamlap.untrusted.paths import checked, read_bytes
 
 RECIPE_NAME = "streamlap_recipe.yaml"
@@ -33,6 +33,10 @@ COPIED = (
 """What is carried over from the source folder as it stands."""
 NOT_COPIED = {".py", ".so", *PICKLE_SUFFIXES}
 """Endings of what can run code."""
+WRITTEN = {
+    "config.json", INDEX_NAME, RECIPE_NAME, REPORT_NAME, KEPT_NAME, SURVEY_NAME, CARD_NAME, *SHIM_FILES, *NAS_FILES,
+}  # fmt: skip
+"""What is written beside the shards."""
 MOST_COMPANION_BYTES = 256 << 20
 
 
@@ -41,8 +45,7 @@ def companions(source: Path) -> list[Path]:
 
     Raises CheckpointError, before anything is opened, for a file out of bounds or larger than such a file is.
     """
-    found = {path for pattern in COPIED for path in source.glob(pattern) if path.suffix.lower() not in NOT_COPIED}
-    files = [path for path in sorted(found) if not path.is_dir() and checked(source, path).is_file()]
+    files = [path for path in sorted(named_companions(source)) if not path.is_dir() and checked(source, path).is_file()]
     for path in files:
         if path.stat().st_size > MOST_COMPANION_BYTES:
             raise CheckpointError(
@@ -51,11 +54,24 @@ def companions(source: Path) -> list[Path]:
     return [path.relative_to(source) for path in files]
 
 
+def named_companions(folder: Path) -> set[Path]:
+    """By their names alone. `._tokenizer.model` is no tokenizer, but what some desktops put beside one."""
+    found = (path for pattern in COPIED for path in folder.glob(pattern))
+    return {path for path in found if path.suffix.lower() not in NOT_COPIED and not path.name.startswith(".")}
+
+
 def copy_companions(source: Path, out: Path) -> None:
     """What `companions` lists, as bytes."""
     for name in companions(source):
         (out / name).parent.mkdir(exist_ok=True)
         write_durably(out / name, read_bytes(source, str(name), MOST_COMPANION_BYTES))
+
+
+def written_files(out: Path) -> list[Path]:
+    """The files of an output folder that streamlap writes or copies there, by their names. All others are somebody's own."""
+    found = {path for path in out.iterdir() if path.name in WRITTEN or SHARD.fullmatch(path.name)}
+    found |= {path for path in named_companions(out) if path.parent == out or not path.parent.is_symlink()}
+    return sorted(path for path in found if path.is_symlink() or not path.is_dir())
 
 
 def write_json(path: Path, value: Any, indent: int | None = 2) -> None:

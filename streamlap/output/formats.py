@@ -26,7 +26,7 @@ from streamlap.loader.forms import Dense, Form, Removed, kind_of, read_row
 from streamlap.loader.linears import PARTS
 from streamlap.loader.modules import dense_linear
 from streamlap.output.depth import check_kinds, depth_keys, left, renamed
-from streamlap.output.nas import check_layers, nas_config, nas_tensors, older_rope
+from streamlap.output.nas import check_layers, legacy_rope, nas_config, nas_tensors
 from streamlap.store.shards import NAMING_KEY
 from streamlap.store.sink import Joined, TensorEntry
 
@@ -34,7 +34,7 @@ Forms = Mapping[str, Form]
 """Role -> what its linear is in the result."""
 Config = dict[str, Any]
 
-OLDER = ("rope_theta", "rope_scaling")
+LEGACY_ROPE_KEYS = ("rope_theta", "rope_scaling")
 """Keys of config.json that stay as they are where they are there."""
 OURS = ("quantization_config", "auto_map")
 """Keys of config.json by which this package's loader is found."""
@@ -63,15 +63,16 @@ def forms_after(stream: ModelStream, rows: Mapping[str, Mapping[str, int]]) -> l
 
 
 def dense_config(stream: ModelStream, layers: Sequence[Forms]) -> Config:
-    """config.json without a word of streamlap, with the flags of the biases that were added, and with positions said in the
-    older way too.
+    """config.json without a word of streamlap, with the flags of the biases that were added, and with the legacy keys of
+    the positions too.
 
     Raises UnsupportedModel where the architecture has no such flag.
     """
     raw = {key: value for key, value in source_config(stream).items() if key not in OURS}
     text = text_of(raw)
     raw = with_text(
-        raw, older_rope(text.get("rope_parameters") or {}) | {key: text[key] for key in OLDER if key in text}
+        raw,
+        legacy_rope(text.get("rope_parameters") or {}) | {key: text[key] for key in LEGACY_ROPE_KEYS if key in text},
     )
     for index, forms in enumerate(layers):
         for role, form in forms.items():

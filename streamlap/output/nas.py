@@ -79,13 +79,13 @@ def nas_config(stream: ModelStream, raw: Mapping[str, Any], layers: Sequence[Map
         "architectures": ["DeciLMForCausalLM"], "model_type": NAS, "auto_map": dict(NAS_MAP),
         **{key: getattr(stream.config, key) for key in SIZE_KEYS}, **{key: raw[key] for key in KEPT_KEYS if key in raw},
         "head_dim": stream.head_dim, "attention_bias": biased,
-        "rope_parameters": rope, **older_rope({"rope_theta": 10_000.0} | rope),
+        "rope_parameters": rope, **legacy_rope({"rope_theta": 10_000.0} | rope),
         "tie_word_embeddings": bool(raw.get("tie_word_embeddings", stream.tied)),
         "block_configs": [block(forms, stream.width, heads, exact(layers)) for forms in layers],
     }  # fmt: skip
 
 
-def older_rope(rope: Mapping[str, Any]) -> dict[str, Any]:
+def legacy_rope(rope: Mapping[str, Any]) -> dict[str, Any]:
     """The keys that `rope_parameters` has taken the place of. Some engines read the one, some the others, and take a default
     without a word where it is not there. None where kinds of layers have theirs apart: there never were such keys."""
     if "rope_theta" not in rope:

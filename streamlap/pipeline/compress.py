@@ -5,8 +5,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import logging
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,7 +16,7 @@ from typing import Any
 import torch
 
 from streamlap.data.calibration import calibration_tokens
-from streamlap.errors import RecipeError, ResumeMismatch, first_line
+from streamlap.errors import RecipeError, ResumeMismatch, few, first_line
 from streamlap.families.stream import ModelStream
 from streamlap.output.depth import CLOSED
 from streamlap.output.folder import (
@@ -25,6 +27,7 @@ from streamlap.output.folder import (
     finish_folder,
     loader_of,
     module_rows,
+    written_files,
 )
 from streamlap.output.inspect import count_cache, count_parameters
 from streamlap.output.report import LayerReport, Parameters, Report
@@ -34,7 +37,7 @@ from streamlap.pipeline.layers import Job, compress_layers
 from streamlap.pipeline.place import check_apart, check_places, contents
 from streamlap.pipeline.redraw import with_redrawn
 from streamlap.pipeline.runner import check_sublayers
-from streamlap.pipeline.session import Run, session, stream_marks, whole_name
+from streamlap.pipeline.session import Run, remove_begun, session, stream_marks, whole_name
 from streamlap.pipeline.streams import open_streams
 from streamlap.pipeline.survey import survey_beside
 from streamlap.planning.disk import COMPANION_BYTES, DiskNeeds
@@ -43,13 +46,20 @@ from streamlap.planning.sample import check_sample, fitted_inputs
 from streamlap.planning.target import parse_target
 from streamlap.recipe import AUTO, Recipe
 from streamlap.settings import RunSettings, split_options
+from streamlap.store.foreign import ADAPTER
 from streamlap.store.header import read_header
 from streamlap.store.hub import local_folder, model_name
 from streamlap.store.journal import JOURNAL_NAME, STATE_FOLDER, Journal, saved_tokens
-from streamlap.store.lock import OutputLock
+from streamlap.store.lock import LOCKS, OutputLock
+from streamlap.store.shards import SINGLE_NAME
 from streamlap.store.sink import ShardFolder, file_hash, fsync_folder, remove_file, shard_names
 from streamlap.system.allocator import steady_heap
 from streamlap.system.meters import reset_peaks
+
+RIVALS = (SINGLE_NAME, ADAPTER)
+"""Files that streamlap does not write, and that loaders read in place of the shards beside them."""
+
+log = logging.getLogger(__name__)
 
 
 def compress(
@@ -72,8 +82,9 @@ def compress(
 
     In place of a ratio, `target_size` may say how many bytes all shards may take (a number, or text like 24GB), with `context`
     also the keys and values of `batch` sequences (1) of so many tokens; or `target_params` how many parameters the whole model
-    may have (like 50B). The recipe gets the lowest ratio that will do. `overwrite` replaces an earlier streamlap output. Raises
-    a StreamlapError before the first layer for anything that can be checked from headers, and Interrupted where it was stopped.
+    may have (like 50B). The recipe gets the lowest ratio that will do. `overwrite` replaces an earlier streamlap output, and
+    leaves files there that streamlap did not write. Raises a StreamlapError before the first layer for anything that can be
+    checked from headers, and Interrupted where it was stopped.
     """
     settings, changes = split_options(options)
     deadline = settings.deadline()
@@ -127,11 +138,7 @@ def run_compression(run: Run, stream: ModelStream, plan: Plan, tokens_NL: torch.
     """The checked job, from its next layer to a finished folder."""
     out, needs = run.out, disk_needs(stream, plan)
     marks = fingerprint(stream, plan, tokens_NL)
-
-    def check() -> None:
-        check_output(stream.folder, out, overwrite=False)
-
-    with session(run, marks, needs, deadline, check, tokens_NL) as running:
+    with session(run, marks, needs, deadline, lambda: check_meanwhile(out), tokens_NL) as running:
         recipe = begun_recipe(running.run)
         survey = Path(plan.recipe.survey) if plan.recipe.survey else None
         recipe = replace(recipe, survey=SURVEY_NAME if survey else None)  # the folder keeps a copy, wherever it may go
@@ -155,9 +162,10 @@ def disk_needs(stream: ModelStream, plan: Plan) -> DiskNeeds:
     return DiskNeeds(output_bytes=model_bytes + COMPANION_BYTES, hidden_bytes=plan.fit.work.disk_bytes)
 
 
-def held_bytes(folder: Path) -> int:
-    """Of all files in it; 0 where there is no folder."""
-    return sum(path.lstat().st_size for path in folder.rglob("*") if path.is_file())
+def held_bytes(out: Path) -> int:
+    """Of what `empty_output` removes; 0 where there is no folder."""
+    files = [*written_files(out), *(out / STATE_FOLDER).rglob("*")] if out.exists() else []
+    return sum(path.lstat().st_size for path in files if path.is_file())
 
 
 def begun_recipe(run: Run) -> Recipe:
@@ -222,7 +230,23 @@ def check_output(folder: Path, out: Path, overwrite: bool) -> None:
         raise RecipeError(
             f"--overwrite: {out} was not written by streamlap ({min(entries)}, ...); choose another folder."
         )
-    if not overwrite and entries and not Journal.exists(out) and entries != {STATE_FOLDER}:
+    if overwrite and (rivals := entries.intersection(RIVALS)):
+        raise RecipeError(
+            f"--overwrite: {out} holds {min(rivals)}, which streamlap did not write, and which would be read in place of the "
+            "result; wanted none. Move it, or choose another folder."
+        )
+    if not overwrite:
+        check_new(out, entries - {STATE_FOLDER})
+
+
+def check_meanwhile(out: Path) -> None:
+    """Refuse, once nobody else can write there, what another process has finished since `check_output`."""
+    check_new(out, {path.name for path in written_files(out)})
+
+
+def check_new(out: Path, entries: Collection[str]) -> None:
+    """Refuse an output folder with these entries, unless its run is to go on."""
+    if entries and not Journal.exists(out):
         state = "holds a finished model" if RECIPE_NAME in entries else f"is not empty ({min(entries)}, ...)"
         raise RecipeError(
             f"output folder {out} {state}; wanted a new one. Choose another, or --overwrite a streamlap output."
@@ -230,23 +254,30 @@ def check_output(folder: Path, out: Path, overwrite: bool) -> None:
 
 
 def check_survey(survey: str | None, out: Path) -> None:
-    """Refuse to empty the folder that holds the survey in use."""
-    if survey and out.resolve() in Path(survey).resolve().parents:
+    """Refuse to remove the survey in use with the result that it lies in."""
+    if survey and Path(survey).resolve() in [path.resolve() for path in written_files(out)]:
         raise RecipeError(
             f"--overwrite would remove survey {survey}; wanted one outside {out}. Copy it and give the copy by --survey."
         )
 
 
 def empty_output(out: Path) -> None:
-    """Remove an earlier result, but not what the file system or git has put there. Cut short, what is left is no model and no
-    run to resume, and is still known as ours."""
+    """Remove an earlier result, and nothing that streamlap did not write. Cut short, what is left is no model and no run to
+    resume, and is still known as ours."""
     with OutputLock(out):
+        remove_begun(out)
         for mark in (out / "config.json", out / STATE_FOLDER / JOURNAL_NAME):
             remove_file(mark)
             fsync_folder(mark.parent)
-        for path in map(out.joinpath, sorted(contents(out))):
+        for path in written_files(out):
+            remove_file(path)
+            if path.parent != out:
+                with contextlib.suppress(OSError):  # others may lie there
+                    path.parent.rmdir()
+        for path in (out / STATE_FOLDER).iterdir():
             if path.is_dir() and not path.is_symlink():
-                shutil.rmtree(path) if path.name != STATE_FOLDER else None
-            else:
-                path.unlink()
-        shutil.rmtree(out / STATE_FOLDER, ignore_errors=True)  # on NFS the lock that is held stays until it is let go
+                shutil.rmtree(path)
+            elif path.name not in LOCKS:
+                remove_file(path)
+    if left := contents(out) - {STATE_FOLDER}:
+        log.warning("%s keeps what streamlap did not write: %s", out, few(left))

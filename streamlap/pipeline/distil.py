@@ -20,7 +20,7 @@ from streamlap.linalg.moments import Moments
 from streamlap.linalg.solution import joined
 from streamlap.methods.trained.base import Distilled
 from streamlap.methods.trained.steps import HeldLoss
-from streamlap.pipeline.hand import LayerEdits, LayerInHand, refuse_overflow
+from streamlap.pipeline.layer_in_hand import LayerEdits, LayerInHand, refuse_overflow
 from streamlap.pipeline.session import Session
 from streamlap.pipeline.train import Lessons, run_epochs
 

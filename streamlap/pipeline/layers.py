@@ -21,7 +21,7 @@ from streamlap.output.formats import packed
 from streamlap.output.report import LayerReport
 from streamlap.pipeline import one_pass, sublayers
 from streamlap.pipeline.distil import distil_layer
-from streamlap.pipeline.hand import LayerEdits, LayerInHand
+from streamlap.pipeline.layer_in_hand import LayerEdits, LayerInHand
 from streamlap.pipeline.next_inputs import next_inputs
 from streamlap.pipeline.runner import LayerRunner, start_runner
 from streamlap.pipeline.session import Session

@@ -15,7 +15,7 @@ from streamlap.families.layer import StreamLayer
 from streamlap.linalg.gram import Gram
 from streamlap.linalg.moments import Moments, fitted_sequences
 from streamlap.linalg.rows import any_out, blanked
-from streamlap.pipeline.hand import LayerInHand
+from streamlap.pipeline.layer_in_hand import LayerInHand
 
 
 def next_inputs(hand: LayerInHand, kwargs: Mapping[str, Any]) -> InputSum | None:

@@ -11,7 +11,7 @@ from streamlap.errors import NumericalError, located
 from streamlap.linalg.solution import joined
 from streamlap.linalg.statistics import Energy
 from streamlap.methods.base import DenseStatistics
-from streamlap.pipeline.hand import LayerEdits, LayerInHand, refuse_overflow
+from streamlap.pipeline.layer_in_hand import LayerEdits, LayerInHand, refuse_overflow
 from streamlap.planning.layouts import Candidate
 
 

@@ -47,12 +47,17 @@ class Run:
     @property
     def arguments(self) -> dict[str, Any]:
         """What the journal keeps of it."""
-        return {"command": self.command, "model": self.model, "settings": self.settings.to_json(), **self.own}
+        place = {} if self.settings.work is None else {"place": self.place}
+        return {"command": self.command, "model": self.model, "settings": self.settings.to_json(), **place, **self.own}
+
+    @property
+    def place(self) -> str:
+        return str(self.folder.resolve())
 
     @property
     def hidden(self) -> Path:
-        """Hidden states live in the state folder, or in a folder of this output's own under `work`."""
-        mark = hashlib.sha256(os.fsencode(self.folder.resolve())).hexdigest()[:16]
+        """Hidden states live in the state folder, or under `work` in a folder named after the place of that one."""
+        mark = hashlib.sha256(os.fsencode(self.place)).hexdigest()[:16]
         work = self.settings.work
         return self.folder / STATE_FOLDER / "hidden" if work is None else Path(work) / f"streamlap-hidden-{mark}"
 
@@ -106,13 +111,13 @@ def read_run(folder: Path) -> Run:
     journal = Journal.load(folder)
     begun, versions = journal.start["fingerprint"].get("versions"), versions_mark()
     if begun != versions:
-        journal.check({**journal.start["fingerprint"], "versions": versions})
+        journal.check({**journal.start["fingerprint"], "versions": versions}, journal.arguments.get("command"))
     return parse_run(folder, folder, journal.arguments)
 
 
 def parse_run(out: Path, folder: Path, arguments: Mapping[str, Any]) -> Run:
-    """Raises ResumeMismatch for arguments that no run was begun with."""
-    own = {key: value for key, value in arguments.items() if key not in ("command", "model", "settings")}
+    """Raises ResumeMismatch for arguments that no run was begun with, and for a run that was moved away from its `work`."""
+    own = {key: value for key, value in arguments.items() if key not in ("command", "model", "settings", "place")}
     try:
         command, model, table = arguments.get("command"), arguments.get("model"), arguments.get("settings")
         if not isinstance(command, str) or not isinstance(model, str) or not isinstance(table, dict):
@@ -122,7 +127,21 @@ def parse_run(out: Path, folder: Path, arguments: Mapping[str, Any]) -> Run:
         raise ResumeMismatch(
             f"{folder} does not say how it was begun ({error}). Delete it and give the first command again."
         ) from error
-    return Run(command=command, out=out, folder=folder, model=model, settings=settings, own=own)
+    run = Run(command=command, out=out, folder=folder, model=model, settings=settings, own=own)
+    begun = arguments.get("place")
+    if settings.work is not None and begun != run.place:
+        raise ResumeMismatch(
+            f"{folder} was begun at {shown(begun)} and is now at {shown(run.place)}; wanted it where it was, since its hidden "
+            f"states under --work {shown(str(settings.work))} are found by that place. Move it back, or start over in another "
+            "folder."
+        )
+    return run
+
+
+def remove_begun(folder: Path) -> None:
+    """The hidden states of an unfinished run, wherever they are; nothing where its journal does not say."""
+    with contextlib.suppress(ResumeMismatch):
+        remove_hidden(parse_run(folder, folder, Journal.load(folder).arguments).hidden)
 
 
 def whole_name(model: str | Path, folder: Path) -> str:
@@ -133,6 +152,7 @@ def whole_name(model: str | Path, folder: Path) -> str:
 def remove_state(folder: Path) -> None:
     """What an earlier run has left, where nobody is at work."""
     with OutputLock(folder):
+        remove_begun(folder)
         shutil.rmtree(folder)
 
 

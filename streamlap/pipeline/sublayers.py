@@ -21,7 +21,7 @@ import torch
 from streamlap.errors import NumericalError, located
 from streamlap.linalg.solution import joined
 from streamlap.methods.base import Solved, finite_error
-from streamlap.pipeline.hand import LayerEdits, LayerInHand, refuse_overflow
+from streamlap.pipeline.layer_in_hand import LayerEdits, LayerInHand, refuse_overflow
 from streamlap.pipeline.observe import SublayerStatistics, evenly
 from streamlap.pipeline.sizes import dense_sizes
 from streamlap.pipeline.streams import Source

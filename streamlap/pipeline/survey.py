@@ -30,12 +30,13 @@ from streamlap.errors import (
     ResumeMismatch,
     StreamlapError,
     UnsupportedModel,
+    few,
     first_line,
     shown,
 )
 from streamlap.families.opening import parse_dtype
 from streamlap.families.stream import ModelStream
-from streamlap.pipeline.place import check_apart, check_places
+from streamlap.pipeline.place import check_apart, check_places, contents
 from streamlap.pipeline.runner import check_sublayers
 from streamlap.pipeline.session import Run, remove_state, session, stream_marks, whole_name
 from streamlap.pipeline.sweep import Sweep, open_sweep, points, sweep_layers
@@ -208,6 +209,11 @@ def survey_windows(stream: ModelStream, wanted: Calibration, settings: RunSettin
 def check_file(file: Path, overwrite: bool) -> None:
     """Refuse a file that is there, unless its run is to go on; take away what an earlier run left where `overwrite` allows."""
     state = state_of(file)
+    if others := contents(state) - {STATE_FOLDER, f"{file.name}.tmp"}:
+        raise RecipeError(
+            f"{state} holds {few(others)}; wanted the state of survey {file} alone, which is removed at its end. Choose "
+            "another name for the survey."
+        )
     if overwrite:
         if file.exists():
             Survey.read(file)  # nothing else is ours to replace

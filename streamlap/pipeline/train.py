@@ -16,7 +16,7 @@ from streamlap.errors import CheckpointError, NumericalError
 from streamlap.linalg.moments import fitted_sequences, held_sequences
 from streamlap.linalg.rows import any_out, blanked, paired
 from streamlap.methods.trained.base import Lesson, Pair, Trained, Training
-from streamlap.pipeline.hand import LayerInHand
+from streamlap.pipeline.layer_in_hand import LayerInHand
 from streamlap.pipeline.session import Session
 from streamlap.store.sink import ShardFolder
 from streamlap.store.source import read_tensors

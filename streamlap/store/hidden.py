@@ -191,14 +191,14 @@ class HiddenBank:
         path = self._path(generation)
         if not path.exists():
             raise ResumeMismatch(
-                f"{path} is not there; wanted hidden states of this run. Where --work was given, they are found by the place "
-                "of the output folder: if that was moved, move it back. Else start over with --overwrite."
+                f"{path} is not there; wanted hidden states of this run. If the folder of --work was moved, move it back. Else "
+                "start over in another folder."
             )
         found = path.stat().st_size
         if found != self.nbytes:
             raise ResumeMismatch(
                 f"{path} has {found} bytes of hidden states; wanted {self.nbytes}. It was changed from outside: "
-                "start over with --overwrite."
+                "start over in another folder."
             )
         return os.open(path, os.O_RDONLY)
 
@@ -232,5 +232,5 @@ def _read_some(handle: int, view: memoryview, start: int, path: Path) -> int:
     except OSError as error:
         raise StreamlapError(f"{path} cannot be read: {error.strerror}. Mend that and run again to resume.") from error
     if not count:
-        raise StreamlapError(f"{path} ended at byte {start}: it was cut while in use. Start over with --overwrite.")
+        raise StreamlapError(f"{path} ended at byte {start}: it was cut while in use. Start over in another folder.")
     return count

@@ -31,6 +31,9 @@ REDRAWN_NAME = "redrawn.npy"
 
 MOST_BYTES = 1 << 30
 
+REPLACING = ("compress", "survey")
+"""The commands that have --overwrite."""
+
 
 def save_tokens(out: Path, tokens_NL: torch.Tensor) -> None:
     """Keep the calibration windows of a run beside its journal."""
@@ -112,7 +115,7 @@ class Journal:
         if not cls.exists(out):
             return cls.create(out, fingerprint, arguments)
         journal = cls.load(out)
-        journal.check(fingerprint)
+        journal.check(fingerprint, arguments.get("command"))
         journal.settle()
         return journal
 
@@ -145,8 +148,9 @@ class Journal:
             ) from error
         return cls(out, start, lines)
 
-    def check(self, fingerprint: Mapping[str, Any]) -> None:
-        """Raise ResumeMismatch naming every entry in which this run differs from the one that began the folder."""
+    def check(self, fingerprint: Mapping[str, Any], command: object) -> None:
+        """Raise ResumeMismatch naming every entry in which this run, of that command, differs from the one that began the
+        folder."""
         old = self.start["fingerprint"]
         rows = [
             f"  {one_line(key)}: the folder has {one_line(repr(old.get(key)))}, "
@@ -159,7 +163,8 @@ class Journal:
                 f"{self.state.parent} was begun by another run:\n"
                 + "\n".join(rows)
                 + "\nUse the values that the folder has, "
-                "or start over with --overwrite, or choose another folder."
+                + ("start over with --overwrite, " if command in REPLACING else "")
+                + "or choose another folder."
             )
 
     def settle(self) -> None:

@@ -17,6 +17,9 @@ from streamlap.store.sink import disk_error, make_folder
 NO_LOCKS = (errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK)
 """What file systems say that cannot lock."""
 
+LOCKS = LOCK, SOFT_LOCK = "lock", "lock.soft"
+"""In the state folder: the lock, and the file that takes its place where there are no locks."""
+
 
 class OutputLock:
     """One writer per output folder.
@@ -28,7 +31,7 @@ class OutputLock:
 
     def __init__(self, out: Path) -> None:
         self._out, self._holder = out, out / STATE_FOLDER / "holder"
-        self._lock: filelock.BaseFileLock = filelock.FileLock(str(out / STATE_FOLDER / "lock"))
+        self._lock: filelock.BaseFileLock = filelock.FileLock(str(out / STATE_FOLDER / LOCK))
 
     def __enter__(self) -> OutputLock:
         try:
@@ -56,7 +59,7 @@ class OutputLock:
             except OSError as error:
                 if isinstance(error, filelock.Timeout) or error.errno not in NO_LOCKS:
                     raise
-                self._lock = filelock.SoftFileLock(str(self._out / STATE_FOLDER / "lock.soft"))
+                self._lock = filelock.SoftFileLock(str(self._out / STATE_FOLDER / SOFT_LOCK))
                 self._lock.acquire(timeout=0)
 
     @property

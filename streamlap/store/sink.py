@@ -12,6 +12,7 @@ import hashlib
 import itertools
 import json
 import os
+import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -67,6 +68,10 @@ def rows_of(entry: torch.Tensor | TensorInfo, first: int, count: int) -> torch.T
 
 TensorEntry = torch.Tensor | TensorInfo | Joined
 """What can be written: a tensor, the place of one in another file, which is copied as bytes, or several of them as one."""
+
+
+SHARD = re.compile(r"model-\d{5,}-of-\d{5,}\.safetensors")
+"""What all `shard_names` look like."""
 
 
 def shard_names(depth: int) -> list[str]:

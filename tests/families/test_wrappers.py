@@ -25,7 +25,7 @@ from streamlap.errors import CheckpointError, UnsupportedModel
 from streamlap.families.opening import COMPUTE_DTYPES
 from streamlap.families.stream import ModelStream
 from streamlap.families.wrappers import WRAPPERS
-from streamlap.output.nas import older_rope
+from streamlap.output.nas import legacy_rope
 
 MakeWrapper = Callable[..., Path]
 
@@ -95,7 +95,7 @@ def config_of(folder: Path) -> dict[str, Any]:
 def in_both_ways(table: dict[str, Any]) -> dict[str, Any]:
     """The same with the positions of its language model in the older way too."""
     text = table["text_config"]
-    return table | {"text_config": text | older_rope(text["rope_parameters"])}
+    return table | {"text_config": text | legacy_rope(text["rope_parameters"])}
 
 
 def with_config(source: Path, folder: Path, **changes: Any) -> Path:

@@ -18,7 +18,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 import streamlap
 from streamlap.errors import RecipeError, UnsupportedModel
 from streamlap.families.stream import ModelStream
-from streamlap.output.nas import older_rope
+from streamlap.output.nas import legacy_rope
 from streamlap.planning.widths import step_of
 from streamlap.recipe import Recipe
 
@@ -65,7 +65,7 @@ def test_stock_is_a_native_model_of_other_sizes(pico: MakeModel, tokens: Path, t
     assert shards(tmp_path / "stock") == shards(tmp_path / "exported")
     assert config(tmp_path / "stock") == config(tmp_path / "exported")
     sizes = {"intermediate_size": STOCK_WIDTHS[family]}
-    assert config(tmp_path / "stock") == config(source) | sizes | older_rope(config(source)["rope_parameters"])
+    assert config(tmp_path / "stock") == config(source) | sizes | legacy_rope(config(source)["rope_parameters"])
     assert not list((tmp_path / "stock").glob("*.py"))
     assert streamlap.verify(tmp_path / "stock")["ok"]
     assert torch.equal(logits(tmp_path / "stock"), logits(tmp_path / "factored"))
@@ -118,7 +118,7 @@ def test_whole_groups_of_heads_are_other_head_counts(pico: MakeModel, tmp_path: 
     write(out, weights, config(source) | {"quantization_config": place})
     streamlap.export(out, tmp_path / "stock", to="stock")
     heads = {"num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 8}
-    positions = older_rope(config(source)["rope_parameters"])
+    positions = legacy_rope(config(source)["rope_parameters"])
     assert config(tmp_path / "stock") == config(source) | heads | positions
     assert torch.equal(logits(tmp_path / "stock"), logits(out))
 

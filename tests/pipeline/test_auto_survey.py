@@ -77,6 +77,9 @@ def test_the_survey_in_use_is_not_emptied_away(source: Path, tokens: Path, tmp_p
     ):
         streamlap.compress(source, tmp_path / "out", recipe, overwrite=True)
     assert streamlap.verify(tmp_path / "out")["ok"]
+    copy = (tmp_path / "out" / "streamlap_survey.json").rename(tmp_path / "out" / "own.json")
+    streamlap.compress(source, tmp_path / "out", recipe, survey=str(copy), overwrite=True)
+    assert copy.is_file()
 
 
 def test_a_survey_that_was_renamed_serves_the_rest_of_the_run(

@@ -205,8 +205,10 @@ def test_death_twice(compress: Compress, whole: dict[str, Any], tmp_path: Path) 
 def test_death_while_an_old_result_is_replaced(
     compress: Compress, whole: dict[str, Any], tmp_path: Path, stride: int
 ) -> None:
-    """With --overwrite: at no step do the remains of the old result pass for a model or for a run to resume."""
+    """With --overwrite: at no step do the remains of the old result pass for a model or for a run to resume, nor
+    does somebody's own file among them go, or keep them from being replaced."""
     compress(tmp_path / "old", ratio=0.5)
+    (tmp_path / "old" / "notes.txt").write_bytes(b"mine")
     begun = 0
     for step in (*range(1, 9), *range(9, 45, stride)):
         out = Path(shutil.copytree(tmp_path / "old", tmp_path / str(step)))
@@ -216,7 +218,7 @@ def test_death_while_an_old_result_is_replaced(
         begun += is_begun(out)
         assert not (kept and is_begun(out))
         compress(out, overwrite=True)
-        assert contents(out) == whole
+        assert contents(out) == whole | {"notes.txt": b"mine"}
         shutil.rmtree(out)
     assert begun < 10, "only the last steps are those of the new run"
 

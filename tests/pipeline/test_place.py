@@ -9,8 +9,10 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import outputs
 import pytest
 from conftest import MakeModel
+from crashes import crash_after
 
 import streamlap
 from streamlap.errors import RecipeError, StreamlapError
@@ -67,6 +69,64 @@ def test_what_is_not_ours_is_not_overwritten_for_what_lies_beside_it(
         with pytest.raises(RecipeError, match=r"thesis\.tex"):
             streamlap.compress(pico("llama"), tmp_path / "out", files=(str(tokens),), overwrite=overwrite)
     assert put(tmp_path / "out", []) == before
+
+
+NOTES = ["notes.txt", "plots/", "config.json.old", "model.py", "model-1-of-2.safetensors", ".env"]
+"""What somebody may have put beside a result."""
+
+
+@pytest.mark.parametrize("state", ["finished", "unfinished"])
+def test_files_of_others_outlive_a_result_that_is_replaced(
+    pico: MakeModel, tokens: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, state: str
+) -> None:  # fmt: skip
+    """Everything of the earlier result goes, also of one of more layers and with another tokenizer."""
+
+    def compress(out: Path, **options: Any) -> None:
+        streamlap.compress(pico("llama"), out, preset="lorap", files=(str(tokens),), **options)
+
+    out = tmp_path / "out"
+    if state == "finished":
+        compress(out, ratio=0.4)
+    else:
+        crash_after(1, monkeypatch, lambda: compress(out, ratio=0.4))
+    ours = ["model-00009-of-00009.safetensors", "spiece.model", "additional_chat_templates/", "modeling_nas.py"]
+    put(out, ours)
+    before = {
+        name: data for name, data in put(out, NOTES).items() if name.partition("/")[0] in {n.strip("/") for n in NOTES}
+    }
+    compress(out, ratio=0.2, overwrite=True)
+    assert f"{out} keeps what streamlap did not write: .env, config.json.old, " in caplog.text
+    compress(tmp_path / "whole", ratio=0.2)
+    assert outputs.contents(out) == outputs.contents(tmp_path / "whole") | before
+    assert {path.name for path in out.iterdir()} == {path.name for path in (tmp_path / "whole").iterdir()} | {
+        name.strip("/") for name in NOTES
+    }
+    assert streamlap.verify(out)["ok"]
+
+
+def test_what_lies_behind_a_link_outlives_it(pico: MakeModel, tokens: Path, tmp_path: Path) -> None:
+    before, out = put(tmp_path / "mine", ["tokenizer.json", "plots/"]), tmp_path / "out"
+    streamlap.compress(pico("llama"), out, preset="lorap", files=(str(tokens),))
+    (out / "tokenizer.json").symlink_to(tmp_path / "mine" / "tokenizer.json")
+    (out / "additional_chat_templates").symlink_to(tmp_path / "mine" / "plots")
+    streamlap.compress(pico("llama"), out, preset="lorap", files=(str(tokens),), overwrite=True)
+    assert put(tmp_path / "mine", []) == before
+    assert not (out / "tokenizer.json").exists()
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "adapter_config.json"])
+def test_what_would_be_read_in_place_of_the_result_is_in_the_way(
+    pico: MakeModel, tokens: Path, tmp_path: Path, name: str
+) -> None:
+    """Of somebody's own, so that it is not removed either."""
+    out = tmp_path / "out"
+    streamlap.compress(pico("llama"), out, preset="lorap", files=(str(tokens),))
+    before = put(out, [name])
+    with pytest.raises(
+        RecipeError, match=rf"--overwrite: .*out holds {name}, which streamlap did not write, .* Move it"
+    ):
+        streamlap.compress(pico("llama"), out, files=(str(tokens),), overwrite=True)
+    assert put(out, []) == before
 
 
 # --- places that cannot be a folder --------------------------------------------------------------------------------------

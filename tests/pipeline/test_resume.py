@@ -86,10 +86,15 @@ def test_an_export_of_another_source_is_refused(
     other, dense = tmp_path / "other", tmp_path / "dense"
     streamlap.compress(source, other, ratio=0.5, files=(str(tokens),))
     crash_after(1, monkeypatch, lambda: streamlap.export_dense(out, dense))
-    with pytest.raises(ResumeMismatch, match=r"source config.json: the folder has '\w+', this run has"):
+    with pytest.raises(ResumeMismatch, match=r"source config.json: the folder has '\w+', this run has") as refusal:
         streamlap.export_dense(other, dense)
-    with pytest.raises(ResumeMismatch, match=r"command: the folder has 'export', this run has None"):
+    assert str(refusal.value).endswith("\nUse the values that the folder has, or choose another folder.")
+    with pytest.raises(ResumeMismatch, match=r"command: the folder has 'export', this run has None") as refusal:
         streamlap.compress(source, dense, files=(str(tokens),))
+    assert str(refusal.value).endswith("has, start over with --overwrite, or choose another folder.")
+    (dense / "notes.txt").write_text("mine")
+    streamlap.compress(source, dense, files=(str(tokens),), overwrite=True)
+    assert (dense / "notes.txt").read_text() == "mine"
 
 
 def test_an_export_writes_alone_and_into_a_new_folder(out: Path, tmp_path: Path) -> None:
@@ -216,16 +221,63 @@ def test_an_output_that_was_moved_is_resumed_where_it_is(broken: Path, whole: di
     assert contents(moved) == whole
 
 
+@pytest.mark.parametrize("step", [4, 13, pytest.param(22, id="at the end")])
 def test_an_output_that_was_moved_away_from_its_work_says_so(
+    compress: Compress, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: int
+) -> None:
+    """Before any work, at whatever step it had died; moved back it goes on, and nothing stays under --work."""
+    out, work, moved = (tmp_path / name for name in ("out", "work", "moved"))
+    said = r"moved was begun at '.*/out' and is now at '.*/moved'; .* under --work '.*/work' are .* Move it back, or start over"
+    with monkeypatch.context() as patch:
+        Disk(patch, at=step, kinds={"rename"})
+        with pytest.raises(Crash):
+            compress(out, work=work)
+    out.rename(moved)
+    before = contents(tmp_path)
+    with pytest.raises(ResumeMismatch, match=said):
+        streamlap.resume(moved)
+    assert contents(tmp_path) == before
+    with pytest.raises(ResumeMismatch, match=said):
+        compress(moved, work=work)
+    moved.rename(out)
+    streamlap.resume(out)
+    assert not list(work.iterdir())
+
+
+def test_a_survey_that_was_moved_away_from_its_work_says_so(
+    source: Path, tokens: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first, second = tmp_path / "first.json", tmp_path / "second.json"
+    crash_after(1, monkeypatch, lambda: streamlap.survey(source, first, files=(str(tokens),), work=tmp_path / "work"))
+    state_of(first).rename(state_of(second))
+    with pytest.raises(ResumeMismatch, match=r"was begun at '.*first\.json\.streamlap' and is now at '.*second\.json"):
+        streamlap.resume(second)
+
+
+def test_hidden_states_that_are_gone_are_missed_by_name(
     compress: Compress, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     out, work = tmp_path / "out", tmp_path / "work"
     crash_after(1, monkeypatch, lambda: compress(out, work=work))
-    moved = out.rename(tmp_path / "moved")
-    with pytest.raises(ResumeMismatch, match=r"is not there; .* if that was moved, move it back"):
-        streamlap.resume(moved)
-    moved.rename(out)
+    work.rename(tmp_path / "moved")
+    with pytest.raises(
+        ResumeMismatch, match=r"work/.*bin is not there; .* If the folder of --work was moved, move it back"
+    ):
+        streamlap.resume(out)
+    (tmp_path / "moved").rename(work)
     streamlap.resume(out)
+    assert not list(work.iterdir())
+
+
+@pytest.mark.parametrize("way", ["compress", "survey"])
+def test_a_run_that_is_replaced_leaves_no_hidden_states(
+    source: Path, tokens: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, way: str
+) -> None:
+    """Wherever --work had put them."""
+    work, run = tmp_path / "work", {"compress": streamlap.compress, "survey": streamlap.survey}[way]
+    crash_after(1, monkeypatch, lambda: run(source, tmp_path / "out", files=(str(tokens),), work=work))
+    assert list(work.iterdir())
+    run(source, tmp_path / "out", files=(str(tokens),), overwrite=True)
     assert not list(work.iterdir())
 
 

@@ -31,7 +31,7 @@ from streamlap.families.layer import StreamLayer
 from streamlap.families.stream import ModelStream
 from streamlap.pipeline import evaluate as evaluating
 from streamlap.pipeline import layers, one_pass, runner, sublayers
-from streamlap.pipeline.hand import LayerInHand
+from streamlap.pipeline.layer_in_hand import LayerInHand
 from streamlap.pipeline.runner import LayerRunner
 from streamlap.planning import schedule as scheduling
 from streamlap.planning.forecast import compression_workload, forecast_layers

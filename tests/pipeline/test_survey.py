@@ -279,6 +279,18 @@ def test_a_file_that_is_there_is_left_alone(measure: Measure, whole: Path, tmp_p
         measure(source / "survey.json")
 
 
+def test_a_folder_that_only_looks_like_the_state_of_a_survey_is_left_alone(measure: Measure, tmp_path: Path) -> None:
+    """Whoever has named a folder so finds everything in it afterwards."""
+    state_of(tmp_path / "mine").mkdir()
+    (state_of(tmp_path / "mine") / "notes.txt").write_text("mine")
+    for overwrite in (False, True):
+        with pytest.raises(
+            RecipeError, match=r"mine\.streamlap holds notes\.txt; wanted the state of survey .*mine alone"
+        ):
+            measure(tmp_path / "mine", overwrite=overwrite)
+    assert [path.name for path in state_of(tmp_path / "mine").iterdir()] == ["notes.txt"]
+
+
 # --- memory ------------------------------------------------------------------------------------------------------------
 
 

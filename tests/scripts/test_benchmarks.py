@@ -32,6 +32,7 @@ import bench_plan
 import bench_presets
 import bench_quality
 import bench_speed
+import bench_trained
 import benchmarks as shared
 import compare_devices
 import memory_group
@@ -177,6 +178,22 @@ def test_quality_keeps_no_figures_of_other_settings(tmp_path: Path) -> None:
     assert bench_quality.earlier(path, {"limit": 5}) == {"dense": row}
     with pytest.raises(SystemExit, match="has figures by other settings"):
         bench_quality.earlier(path, {"limit": 6})
+
+
+@pytest.mark.parametrize("script", [bench_quality, bench_trained])
+def test_a_limit_below_one_window_is_refused_before_any_work(
+    script: ModuleType, tokens: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In the last of the texts, too."""
+    monkeypatch.setattr(shared, "run_streamlap", None)
+    longest = tmp_path / "longest.npy"
+    np.save(longest, np.zeros((2, 64), np.int32))
+    texts = [other_tokens(tmp_path), longest] if script is bench_quality else [longest]
+    words = ["--model", "m", "--calibration", str(tokens), "--limit", "63", "--text", *map(str, texts)]
+    with pytest.raises(SystemExit, match=r"--limit is 63 tokens; .*longest\.npy wants at least 64, one window\."):
+        run(script, words, tmp_path, monkeypatch)
+    shared.check_limit(64, texts)
+    shared.check_limit(None, texts)
 
 
 @pytest.mark.nightly

@@ -59,6 +59,7 @@ def test_a_full_disk_is_seen_before_the_survey_and_before_the_old_result_goes(
 ) -> None:
     out = tmp_path / "out"
     compress(out)
+    (out / "notes.txt").write_bytes(b"x" * 999)  # which stays, and so gives nothing back
     old, room = contents(out), held_bytes(out)
 
     def full_but_for(free: int) -> None:
@@ -155,7 +156,7 @@ def test_a_real_disk_that_fills(
     monkeypatch: pytest.MonkeyPatch, place: str,
 ) -> None:  # fmt: skip
     """The forecast was right, and then somebody else took the space."""
-    monkeypatch.setattr(DiskNeeds, "require", lambda *_: None)
+    monkeypatch.setattr(DiskNeeds, "require", lambda *_, **__: None)
     out, work = (small_disk / "out", None) if place == "output" else (tmp_path / "out", small_disk)
     filler = small_disk / "filler"
     filler.write_bytes(bytes(100 << 10 if place == "output" else 210 << 10))

@@ -596,7 +596,7 @@ def test_a_fingerprint_puts_no_line_of_its_own_into_a_message(tmp_path: Path) ->
         tmp_path, {"fingerprint": {"a\nstreamlap: all is well\x1b[2J": "b\nc" * 999}, "arguments": {}}, []
     )
     with pytest.raises(ResumeMismatch) as caught:
-        journal.check({})
+        journal.check({}, "compress")
     assert len(str(caught.value).splitlines()) == 3
     assert "\x1b" not in str(caught.value)
     assert len(str(caught.value)) < 1000
