@@ -209,7 +209,8 @@ class Pruning(Steps):
             change.backward()  # type: ignore[no-untyped-call]
             self._observe()
         self._adam.zero_grad()
-        loss = mean(distances(self._noisy(target_BLD, number), self.adapted(x_BLD))) / self._update
+        # The first token of a window counts too: few channels make an attention sink of it, and to no other are they important.
+        loss = mean(distances(self._noisy(target_BLD, number), self.adapted(x_BLD), first=0)) / self._update
         loss.backward()  # type: ignore[no-untyped-call]
         if looking and not self.knobs.reads_gradient:
             self._observe()

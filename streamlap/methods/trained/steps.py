@@ -66,14 +66,14 @@ def check_pace(method: str, knobs: Any) -> None:
         check_share(method, name, getattr(knobs, name))
 
 
-def distances(target_BLD: torch.Tensor, y_BLD: torch.Tensor) -> torch.Tensor:
-    """Mean squared distance of each token, over the mean square of its target [B, L - 1]; where some targets are out, [T] of
-    the others.
+def distances(target_BLD: torch.Tensor, y_BLD: torch.Tensor, first: int = 1) -> torch.Tensor:
+    """Mean squared distance of each token from `first` on, over the mean square of its target [B, L - first]; where some
+    targets are out, [T] of the others.
 
-    What follows is a norm, so an error counts by its share of the stream. The first token of a window is left out: models
-    park attention on it, in numbers far larger than any other.
+    What follows is a norm, so an error counts by its share of the stream. The first token of a window is an attention sink,
+    whose hidden state is far larger than any other: it is left out where nothing can destroy it.
     """
-    target_BLD, y_BLD = target_BLD[:, 1:].float(), y_BLD[:, 1:].float()
+    target_BLD, y_BLD = target_BLD[:, first:].float(), y_BLD[:, first:].float()
     if bool((out_BL := rows_out(target_BLD)).any()):
         target_BLD, y_BLD = target_BLD[~out_BL], y_BLD[~out_BL]
     size_BL = target_BLD.square().mean(dim=-1).clamp_min(1e-12)
