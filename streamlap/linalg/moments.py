@@ -121,10 +121,11 @@ def held_sequences(total: int, length: int, tokens: int = HELD_TOKENS) -> Sequen
     return held[: -(-tokens // length)]
 
 
-def fitted_sequences(total: int, length: int) -> Sequence[int]:
-    """Numbers of all others."""
+def fitted_sequences(total: int, length: int, more: int = 0) -> Sequence[int]:
+    """Numbers of all others, and of so many `more` behind them."""
     held = set(held_sequences(total, length))
-    return [number for number in range(total) if number not in held] or list(held)
+    others = [number for number in range(total) if number not in held] or list(held)
+    return [*others, *range(total, total + more)]
 
 
 class Sample:

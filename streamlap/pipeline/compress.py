@@ -142,11 +142,11 @@ def run_compression(run: Run, stream: ModelStream, plan: Plan, tokens_NL: torch.
         recipe = begun_recipe(running.run)
         survey = Path(plan.recipe.survey) if plan.recipe.survey else None
         recipe = replace(recipe, survey=SURVEY_NAME if survey else None)  # the folder keeps a copy, wherever it may go
-        seen_NL = with_redrawn(stream, plan, tokens_NL, running)
+        windows = with_redrawn(stream, plan, tokens_NL, running)
         streams = open_streams(
-            stream, seen_NL, plan.fit.schedule, running.run.hidden, recipe.beside_dense, recipe.anchored
+            stream, windows, plan.fit.schedule, running.run.hidden, recipe.beside_dense, recipe.anchored
         )
-        streams = replace(streams, gradients=loss_gradients(stream, plan, seen_NL, running))
+        streams = replace(streams, gradients=loss_gradients(stream, plan, windows.tokens_NL, running))
         job = Job(stream=stream, plan=plan, out=out, streams=streams, session=running)
         compress_layers(job)
         gain, outer = write_outer(job)

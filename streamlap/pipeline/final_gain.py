@@ -8,7 +8,6 @@ from __future__ import annotations
 import json
 
 from streamlap.families.stream import ModelStream
-from streamlap.linalg.moments import held_sequences
 from streamlap.methods.final.gain import CLOSE, STEPS, GainStep
 from streamlap.pipeline.divergence import last_rows
 from streamlap.pipeline.layers import Job
@@ -49,7 +48,7 @@ def found_gain(job: Job) -> float:
 def best_gain(stream: ModelStream, streams: Streams) -> float:
     """On held-out tokens of both streams behind the last layer."""
     assert streams.dense is not None, "a run beside the dense model keeps its stream"
-    head, gain, numbers = stream.head(), 1.0, held_sequences(*streams.tokens_NL.shape)
+    head, gain, numbers = stream.head(), 1.0, streams.windows.held
     for _ in range(STEPS):
         step = GainStep(gain=gain)
         for dense_TD, x_TD in last_rows(stream, streams.dense, streams.compressed, numbers):

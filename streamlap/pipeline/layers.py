@@ -66,7 +66,7 @@ def compress_layers(job: Job) -> None:
     """Every layer, from the first without a journal line. Raises Interrupted between two layers where a stop is due."""
     stream, journal = job.stream, job.session.journal
     first = journal.next_layer
-    kwargs = stream.layer_kwargs(job.streams.tokens_NL.shape[1])
+    kwargs = stream.layer_kwargs(job.streams.windows.shape_NL[1])
     done = tuple(sum(line["seconds"].values()) for line in journal.layers)
     progress = Progress("compress", stream.depth, first, done)
     with start_runner(stream, job.plan.fit, job.streams.banks, progress) as runner:
@@ -90,7 +90,7 @@ def begin(job: Job, runner: LayerRunner, first: int) -> None:
     """What comes before layer `first`: the embeddings, or what a run left that died after its commit."""
     if first == 0:
         for bank in job.streams.lasting:
-            runner.enter(bank, job.streams.tokens_NL)
+            runner.enter(bank, job.streams.windows.tokens_NL)
     else:
         job.streams.drop(first - 1)
         remove_file(state_path(job.session.state, first - 1))
@@ -173,7 +173,7 @@ def propagate(
     Args: following, the arguments of the next layer, none for the last; trained, whether the layer was trained after it was
     edited, so that what lies between its sub-layers is stale.
     """
-    out_NL, seen = torch.zeros(hand.streams.tokens_NL.shape, dtype=torch.bool), None
+    out_NL, seen = torch.zeros(hand.streams.windows.shape_NL, dtype=torch.bool), None
     if following or final:
         if following and hand.streams.between is not None:
             seen = next_inputs(hand, following[0])

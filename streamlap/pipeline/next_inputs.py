@@ -5,7 +5,7 @@ Shape suffixes: N windows, L length, B batch, D hidden, I in.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -13,7 +13,7 @@ import torch
 from streamlap.errors import StreamlapError
 from streamlap.families.layer import StreamLayer
 from streamlap.linalg.gram import Gram
-from streamlap.linalg.moments import Moments, fitted_sequences
+from streamlap.linalg.moments import Moments
 from streamlap.linalg.rows import any_out, blanked
 from streamlap.pipeline.layer_in_hand import LayerInHand
 
@@ -27,17 +27,16 @@ def next_inputs(hand: LayerInHand, kwargs: Mapping[str, Any]) -> InputSum | None
         frame = hand.runner.stream.frame(hand.index + 1, kwargs)
     except StreamlapError:  # which comes again, once this layer is committed and that one is read
         return None
-    sequences, length, _ = hand.streams.compressed.shape_NLD
-    return InputSum(frame, (sequences, length))
+    return InputSum(frame, hand.streams.windows.fitted)
 
 
 class InputSum:
     """The Gram of what the first sub-layer of a layer will read, summed while the stream before it is made."""
 
-    def __init__(self, layer: StreamLayer, shape_NL: tuple[int, int]) -> None:
+    def __init__(self, layer: StreamLayer, fitted: Sequence[int]) -> None:
         self._layer, self._moments = layer, Moments()
         self._name = next(iter(layer.family.sublayers))
-        self._fitted = set(fitted_sequences(*shape_NL))
+        self._fitted = set(fitted)
         self._next = 0
 
     def see(self, x_BLD: torch.Tensor) -> None:

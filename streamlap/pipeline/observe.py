@@ -17,11 +17,11 @@ from streamlap.errors import NumericalError
 from streamlap.families.layer import Edit, StreamLayer
 from streamlap.families.linears import Sublayer
 from streamlap.linalg.gram import Gram
-from streamlap.linalg.moments import HELD_TOKENS, Moments, Sample, held_sequences
+from streamlap.linalg.moments import HELD_TOKENS, Moments, Sample
 from streamlap.linalg.rows import any_out, blanked, finite_rows
 from streamlap.methods.base import Captured
 from streamlap.pipeline.runner import LayerRunner
-from streamlap.pipeline.streams import Source
+from streamlap.pipeline.streams import Source, Windows
 from streamlap.system.meters import PhaseClock
 
 Rows = tuple[torch.Tensor, torch.Tensor]
@@ -48,6 +48,7 @@ class SublayerStatistics:
     """One sub-layer of a layer with both its streams; see `methods.base.StreamStatistics`."""
 
     runner: LayerRunner
+    windows: Windows
     clock: PhaseClock
     layer: StreamLayer
     index: int
@@ -122,7 +123,7 @@ class SublayerStatistics:
 
     def held_middles(self, edits: Sequence[Edit]) -> Sample:
         with self.layer.tried(edits):
-            (found,) = self._gather([self._missing], [self.target, self.compressed], self._held)
+            (found,) = self._gather([self._missing], [self.target, self.compressed], self.windows.held)
         return found.held
 
     @property
@@ -131,13 +132,7 @@ class SublayerStatistics:
 
     @property
     def _shape_NL(self) -> tuple[int, int]:  # noqa: N802
-        sequences, length, _ = self.compressed.states.bank.shape_NLD
-        return sequences, length
-
-    @property
-    def _held(self) -> Sequence[int]:
-        """Numbers of the sequences that are held out."""
-        return held_sequences(*self._shape_NL)
+        return self.windows.shape_NL
 
     def _input(self, x_BLD: torch.Tensor, _: Sequence[int]) -> Rows:
         """What the first linears read."""
@@ -265,7 +260,7 @@ class SublayerStatistics:
         self, look: Look, into: Gathered, batches: Sequence[torch.Tensor], numbers: Sequence[int], careful: bool
     ) -> None:
         """Take in the sequences of these numbers."""
-        held, alone, first = set(self._held), self._shape_NL[0] == 1, 0
+        held, fitted, first = set(self.windows.held), set(self.windows.fitted), 0
         for parts in zip(*(torch.split(x_BLD, self.runner.ladder.micro) for x_BLD in batches), strict=True):
             those = numbers[first : first + len(parts[0])]
             first += len(those)
@@ -280,7 +275,7 @@ class SublayerStatistics:
                 good = slice(None) if out_BL is None else ~out_BL[place]
                 if number in held:
                     into.held.update(x_BLI[place][good], anchor_BLA[place][good])
-                if number not in held or alone:
+                if number in fitted:
                     into.moments.update(x_BLI[place][good], anchor_BLA[place][good])
 
 

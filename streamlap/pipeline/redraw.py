@@ -1,4 +1,5 @@
-"""More calibration windows where they are few: each again, with half of its tokens drawn anew from the model's own predictions.
+"""More calibration windows where they are few: each that is fitted to again, with half of its tokens drawn anew from the dense
+model's own predictions. None that is held out is among them: half of it would be fitted to.
 
 Few windows cover little of the vocabulary, and directions that no token uses are cut first. A token that the dense model
 predicts at a position could have stood there. One forward gives one for every position. Rare tokens are preferred: the first
@@ -17,7 +18,7 @@ from streamlap.families.stream import HEAD_TOKENS, ModelStream
 from streamlap.linalg.rows import MOST_OUT, rows_out
 from streamlap.pipeline.evaluate import stream_layers
 from streamlap.pipeline.session import Session
-from streamlap.pipeline.streams import open_bank
+from streamlap.pipeline.streams import Windows, open_bank
 from streamlap.planning.plan import Plan
 from streamlap.store.hidden import HiddenBank
 from streamlap.store.journal import REDRAWN_NAME, read_tokens, write_tokens
@@ -30,22 +31,22 @@ RARITY = 3.0
 """A token that was seen n times, in all windows so far, is drawn as if it were (n + 1) ** RARITY times less likely."""
 
 
-def with_redrawn(stream: ModelStream, plan: Plan, tokens_NL: torch.Tensor, session: Session) -> torch.Tensor:
+def with_redrawn(stream: ModelStream, plan: Plan, tokens_NL: torch.Tensor, session: Session) -> Windows:
     """The windows, and behind them those that the plan has beside them; made once in a run, and kept in its state.
 
     Raises Interrupted where a stop is asked for.
     """
     if not plan.redrawn:
-        return tokens_NL
+        return Windows(tokens_NL=tokens_NL)
     path = session.state / REDRAWN_NAME
     if not path.is_file():
         write_tokens(path, redrawn(stream, plan, tokens_NL, session))
-    return torch.cat([tokens_NL, read_tokens(path)])
+    return Windows(tokens_NL=torch.cat([tokens_NL, read_tokens(path)]), redrawn=plan.redrawn)
 
 
 def redrawn(stream: ModelStream, plan: Plan, tokens_NL: torch.Tensor, session: Session) -> torch.Tensor:
     """A forward through the dense model, inside the memory that the plan claims for its loop, and the draws at the head."""
-    chosen_NL, fit = tokens_NL[: plan.redrawn], plan.fit
+    chosen_NL, fit = tokens_NL[Windows(tokens_NL=tokens_NL).fitted], plan.fit
     bank = open_bank(stream, chosen_NL, fit.schedule, session.run.hidden, "redraw")
 
     def stop(index: int) -> None:

@@ -14,6 +14,7 @@ from pathlib import Path
 import torch
 
 from streamlap.families.stream import ModelStream, batch_of
+from streamlap.linalg.moments import fitted_sequences, held_sequences
 from streamlap.planning.schedule import Schedule
 from streamlap.store.hidden import HiddenBank
 
@@ -62,10 +63,38 @@ class Source:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Windows:
+    """The calibration windows: as they were given, and behind them those that were redrawn, none of which is held out."""
+
+    tokens_NL: torch.Tensor
+    redrawn: int = 0
+
+    @property
+    def held(self) -> Sequence[int]:
+        """Numbers of those that are held out."""
+        return held_sequences(*self._given_NL)
+
+    @property
+    def fitted(self) -> Sequence[int]:
+        """Numbers of those that are fitted to."""
+        return fitted_sequences(*self._given_NL, self.redrawn)
+
+    @property
+    def shape_NL(self) -> tuple[int, int]:  # noqa: N802
+        sequences, length = self.tokens_NL.shape
+        return sequences, length
+
+    @property
+    def _given_NL(self) -> tuple[int, int]:  # noqa: N802
+        sequences, length = self.shape_NL
+        return sequences - self.redrawn, length
+
+
+@dataclass(frozen=True, kw_only=True)
 class Streams:
     """The windows, and the banks of their hidden states."""
 
-    tokens_NL: torch.Tensor
+    windows: Windows
     compressed: HiddenBank
     dense: HiddenBank | None = None
     """The dense model's stream between layers, where layers are made beside it; as durable as the compressed one."""
@@ -103,19 +132,20 @@ class Streams:
 
 
 def open_streams(
-    stream: ModelStream, tokens_NL: torch.Tensor, schedule: Schedule, folder: Path, beside_dense: bool, between: bool
+    stream: ModelStream, windows: Windows, schedule: Schedule, folder: Path, beside_dense: bool, between: bool
 ) -> Streams:
     """The banks in the memory that the schedule gives them; of the dense stream, and of what lies between sub-layers, where
     these are asked for. The latter is in `folder` only where no memory is: a run that dies begins its layer anew."""
+    tokens_NL = windows.tokens_NL
     compressed = open_bank(stream, tokens_NL, schedule, folder)
     if not beside_dense:
-        return Streams(tokens_NL=tokens_NL, compressed=compressed)
+        return Streams(windows=windows, compressed=compressed)
     dense = open_bank(stream, tokens_NL, schedule, folder, "dense")
     if not between:
-        return Streams(tokens_NL=tokens_NL, compressed=compressed, dense=dense)
+        return Streams(windows=windows, compressed=compressed, dense=dense)
     within = replace(schedule, tier=schedule.between or schedule.tier)
     return Streams(
-        tokens_NL=tokens_NL, compressed=compressed, dense=dense,
+        windows=windows, compressed=compressed, dense=dense,
         between=open_bank(stream, tokens_NL, within, folder if within.tier == "disk" else None, "between"),
     )  # fmt: skip
 

@@ -43,18 +43,18 @@ def rebuild_in_sequence(hand: LayerInHand) -> tuple[LayerEdits, LayerEdits]:
     """Both sub-layers, rebuilt and applied. The dense stream is then behind the layer, the compressed one between them."""
     layer, dense, after = hand.layer, hand.dense, hand.next_dense
     run, run_dense = (functools.partial(functools.partial, call) for call in (layer.run_sublayer, layer.run_dense))
-    weight_NL = torch.ones(hand.streams.tokens_NL.shape)
+    weight_NL = torch.ones(hand.streams.windows.shape_NL)
     size_NL = dense_sizes(hand.runner, hand.clock, layer, hand.index, dense)
     target = Source(states=dense, part=run_dense(ATTENTION), onward=run_dense(FFN), keep=after, weight_NL=weight_NL)
     attention = rebuild(hand, SublayerStatistics(
-        runner=hand.runner, clock=hand.clock, layer=layer, index=hand.index, sublayer=ATTENTION,
+        runner=hand.runner, windows=hand.streams.windows, clock=hand.clock, layer=layer, index=hand.index, sublayer=ATTENTION,
         dense=Source(states=dense), target=target, compressed=Source(states=hand.compressed), summed=hand.inputs,
         size_NL=size_NL.get(ATTENTION),
     ))  # fmt: skip
     hand.inputs.clear()
     compressed = Source(states=hand.compressed, part=run(ATTENTION), keep=hand.between)
     ffn = rebuild(hand, SublayerStatistics(
-        runner=hand.runner, clock=hand.clock, layer=layer, index=hand.index, sublayer=FFN,
+        runner=hand.runner, windows=hand.streams.windows, clock=hand.clock, layer=layer, index=hand.index, sublayer=FFN,
         dense=Source(states=dense, part=run_dense(ATTENTION)), target=Source(states=after), compressed=compressed,
         weight_NL=weight_NL, size_NL=size_NL.get(FFN),
     ))  # fmt: skip
@@ -74,12 +74,12 @@ def rebuild_parallel(hand: LayerInHand) -> tuple[LayerEdits, LayerEdits]:
     hand.runner.carry(layer, hand.index, dense, after, weigh)
     target = Source(states=dense, part=functools.partial(layer.run_dense, ATTENTION))
     attention = rebuild(hand, SublayerStatistics(
-        runner=hand.runner, clock=hand.clock, layer=layer, index=hand.index, sublayer=ATTENTION,
+        runner=hand.runner, windows=hand.streams.windows, clock=hand.clock, layer=layer, index=hand.index, sublayer=ATTENTION,
         dense=Source(states=dense), target=target, compressed=Source(states=hand.compressed), summed=hand.inputs,
     ))  # fmt: skip
     hand.inputs.clear()
     ffn = rebuild(hand, SublayerStatistics(
-        runner=hand.runner, clock=hand.clock, layer=layer, index=hand.index, sublayer=FFN,
+        runner=hand.runner, windows=hand.streams.windows, clock=hand.clock, layer=layer, index=hand.index, sublayer=FFN,
         dense=Source(states=dense), target=Source(states=after), compressed=Source(states=hand.compressed),
         weight_NL=torch.cat(weights),
     ))  # fmt: skip

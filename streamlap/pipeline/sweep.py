@@ -23,7 +23,7 @@ from streamlap.pipeline.observe import SublayerStatistics
 from streamlap.pipeline.runner import LayerRunner, start_runner
 from streamlap.pipeline.session import Session
 from streamlap.pipeline.sizes import dense_sizes
-from streamlap.pipeline.streams import HiddenStates, LayerPart, Source, open_bank
+from streamlap.pipeline.streams import HiddenStates, LayerPart, Source, Windows, open_bank
 from streamlap.planning.cuts import LAYER
 from streamlap.planning.survey import Perturbation, SurveyPlan
 from streamlap.planning.survey_file import Point
@@ -122,7 +122,8 @@ def carry_through(sweep: Sweep, runner: LayerRunner, layer: StreamLayer, index: 
     def statistics(sublayer: str, given: HiddenStates, target: HiddenStates) -> SublayerStatistics:
         """A sub-layer on the dense stream, which stands for the compressed one too."""
         return SublayerStatistics(
-            runner=runner, clock=PhaseClock(runner.progress.phase), layer=layer, index=index, sublayer=sublayer,
+            runner=runner, windows=Windows(tokens_NL=sweep.tokens_NL), clock=PhaseClock(runner.progress.phase), layer=layer,
+            index=index, sublayer=sublayer,
             dense=Source(states=given), target=Source(states=target), compressed=Source(states=given),
             size_NL=sizes.get(sublayer),
         )  # fmt: skip

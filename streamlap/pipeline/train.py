@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import TypeVar
 
 from streamlap.errors import CheckpointError, NumericalError
-from streamlap.linalg.moments import fitted_sequences, held_sequences
 from streamlap.linalg.rows import any_out, blanked, paired
 from streamlap.methods.trained.base import Lesson, Pair, Trained, Training
 from streamlap.pipeline.layer_in_hand import LayerInHand
@@ -36,8 +35,7 @@ class Lessons:
 
     @classmethod
     def of(cls, hand: LayerInHand) -> Lessons:
-        sequences, length, _ = hand.streams.compressed.shape_NLD
-        return cls(hand=hand, held=held_sequences(sequences, length), train=fitted_sequences(sequences, length))
+        return cls(hand=hand, held=hand.streams.windows.held, train=hand.streams.windows.fitted)
 
     def pairs(self, numbers: Iterable[int]) -> Iterator[Pair]:
         """The sequences of these numbers, one by one: no result depends on how many fit into a forward. Tokens that are out of

@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass, fields
 
 from streamlap.families.stream import ModelStream
-from streamlap.linalg.moments import held_sequences
 from streamlap.planning.forecast import LayerPlan, forward_flops
 from streamlap.planning.schedule import Fit, Schedule
 from streamlap.planning.survey import SurveyCost
@@ -79,17 +78,17 @@ def layer_traffic(layer: LayerPlan, work: Workload, schedule: Schedule, last: bo
     )
 
 
-def first_traffic(stream: ModelStream, choice: Fit, layer: LayerPlan, redrawn: int, final: bool) -> Traffic:
+def first_traffic(stream: ModelStream, choice: Fit, layer: LayerPlan, redrawn: int, compared: int) -> Traffic:
     """Around the layers: what lies outside them is copied, and generation 0 is made. Of the embedding table at most a row a
-    token is read for each stream. So many redrawn windows take a forward through all layers, and the head; `final`, the head
-    once more, where predictions for held-out tokens of both streams are compared at the end."""
+    token is read for each stream. So many redrawn windows take a forward through all layers, and the head. So many windows are
+    `compared` at the end: the head once more, for the predictions of both streams."""
     outer, stored = stream.outer_tensors(), stream.source.info(f"{stream.family.embedding}.weight")
     shape_NL, streams = (choice.work.sequences, choice.work.length), layer.generations_written
     rows = streams * min(stored.nbytes, math.prod(shape_NL) * stored.nbytes // stored.shape[0])
-    held = final * streams * choice.work.batch(1) * len(held_sequences(*shape_NL))
+    held = streams * choice.work.batch(compared)
     states, away = choice.work.generation * streams, choice.work.device.type != "cpu"
     on_disk = choice.schedule.tier == "disk"
-    weights = (redraw_bytes(stream) if redrawn else 0) + choice.work.head_stored * final
+    weights = (redraw_bytes(stream) if redrawn else 0) + choice.work.head_stored * (compared > 0)
     passing = stream.depth * choice.work.batch(redrawn)
     return Traffic(
         read=sum(info.nbytes for info in outer.values()) + rows + weights + (passing + held) * on_disk,

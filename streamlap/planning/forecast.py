@@ -13,7 +13,6 @@ from typing import Any
 import torch
 
 from streamlap.families.stream import ModelStream
-from streamlap.linalg.moments import held_sequences
 from streamlap.loader.forms import Form
 from streamlap.methods.anchored.costs import input_sum_bytes
 from streamlap.methods.base import Cost, Layout, Natives
@@ -102,9 +101,10 @@ class LayerPlan:
 
 
 def forecast_layers(
-    stream: ModelStream, recipe: Recipe, candidates: Iterable[Candidates], shape_NL: tuple[int, int]
+    stream: ModelStream, recipe: Recipe, candidates: Iterable[Candidates], shape_NL: tuple[int, int], held: int
 ) -> tuple[LayerPlan, ...]:
-    """Every layer for so many calibration tokens. Layers of equal shapes and budgets are computed once."""
+    """Every layer for so many calibration tokens, of whose windows so many are held out. Layers of equal shapes and budgets are
+    computed once."""
     known: dict[str, LayerPlan] = {}
     result = []
     those = [(found, largest_layout(stream, index, found)) for index, found in enumerate(candidates)]
@@ -112,7 +112,7 @@ def forecast_layers(
     for index, ((found, layout), place) in enumerate(zip(those, places(gone, recipe.format), strict=True)):
         key = f"{shape_key(stream, index, layout)} {len(str(place))} {index == 0} {index + 1 == stream.depth}"
         if key not in known:
-            known[key] = forecast_layer(stream, recipe, index, found, layout, place, shape_NL)
+            known[key] = forecast_layer(stream, recipe, index, found, layout, place, shape_NL, held)
         result.append(replace(known[key], index=index, candidates=found, layout=layout, place=place))
     return tuple(result)
 
@@ -125,7 +125,7 @@ def shape_key(stream: ModelStream, index: int, layout: Layout) -> str:
 
 def forecast_layer(
     stream: ModelStream, recipe: Recipe, index: int, candidates: Candidates, layout: Layout, place: int | None,
-    shape_NL: tuple[int, int],
+    shape_NL: tuple[int, int], held: int,
 ) -> LayerPlan:  # fmt: skip
     absent = place is None
     copied, made = ({}, {}) if absent else planned_tensors(stream, index, layout, recipe.format, place)
@@ -140,7 +140,9 @@ def forecast_layer(
     anchored, last = recipe.anchored, index + 1 == stream.depth and not recipe.final
     onward = index + 1 < stream.depth and not anchored
     steps = forward_flops(natives, kept, shape_NL) if recipe.trained else dense_flops
-    read, between = anchored_reads(index, candidates, shape_NL, last) if anchored else (ONE_PASS_READS - last, 0)
+    read, between = (
+        anchored_reads(index, candidates, held / shape_NL[0], last) if anchored else (ONE_PASS_READS - last, 0)
+    )
     if anchored and stream.parallel(index):
         read, between = read + between + PARALLEL_READS, 0
     normed = anchored and bool(stream.family.normed)  # what norms divide by takes a pass of its own
@@ -180,10 +182,9 @@ def layer_training(
     return 0, TrainingCost(parameters=0, held_bytes=0, state_bytes=0)
 
 
-def anchored_reads(index: int, candidates: Candidates, shape_NL: tuple[int, int], last: bool) -> tuple[float, float]:
+def anchored_reads(index: int, candidates: Candidates, held: float, last: bool) -> tuple[float, float]:
     """Generations that the passes of a layer read, and those of what lies between its sub-layers. Layouts that are compared are
-    tried on what is held out of two streams, and rivals look at all of both."""
-    held = len(held_sequences(*shape_NL)) / shape_NL[0]
+    tried on what is held out of two streams, this share of them, and rivals look at all of both."""
     tried = [
         held * sum(len(found.layouts) for found in rivals if len(found.layouts) > 1) + len(rivals) - 1
         for rivals in candidates.values()

@@ -18,7 +18,7 @@ import torch
 
 from streamlap.errors import RecipeError, UnsupportedModel
 from streamlap.families.stream import ModelStream
-from streamlap.linalg.moments import fitted_sequences
+from streamlap.linalg.moments import fitted_sequences, held_sequences
 from streamlap.output.formats import CONFIGS
 from streamlap.planning.allocate import layer_parameters
 from streamlap.planning.disk import COMPANION_BYTES
@@ -310,13 +310,14 @@ def make_plan(
     redrawn = redrawn_windows(decided.recipe, stream.has_head, shape_NL)
     windows_NL, shape_NL = shape_NL, (shape_NL[0] + redrawn, shape_NL[1])
     for method in decided.recipe.distilled:
-        method.require_steps(method.epochs * len(fitted_sequences(*shape_NL)))
-    layers = forecast_layers(stream, decided.recipe, decided.candidates, shape_NL)
+        method.require_steps(method.epochs * len(fitted_sequences(*windows_NL)))
+    held = len(held_sequences(*windows_NL))
+    layers = forecast_layers(stream, decided.recipe, decided.candidates, shape_NL, held)
     gradient = decided.recipe.reads_gradient
     work = compression_workload(stream, layers, shape_NL, bool(decided.recipe.final or redrawn), gradient)
     choice = fit(work, settings.caps, settings.overlap, memory)
     outer, final = stream.outer_tensors(), bool(decided.recipe.final)
-    first = first_traffic(stream, choice, layers[0], redrawn, final)
+    first = first_traffic(stream, choice, layers[0], redrawn, held * final)
     first_flops = redraw_flops(stream, redrawn, shape_NL[1])
     if gradient:
         first, first_flops = first + gradient_traffic(stream, choice), first_flops + gradient_flops(stream, shape_NL)

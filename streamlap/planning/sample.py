@@ -16,6 +16,7 @@ import torch
 
 from streamlap.errors import RecipeError
 from streamlap.families.stream import ModelStream
+from streamlap.linalg.moments import fitted_sequences
 from streamlap.recipe import Recipe
 
 log = logging.getLogger(__name__)
@@ -42,10 +43,10 @@ def fitted_inputs(stream: ModelStream, sublayers: Iterable[str]) -> int:
 
 
 def redrawn_windows(recipe: Recipe, has_head: bool, shape_NL: tuple[int, int]) -> int:
-    """How many windows there will be beside those that were given: as many again where these hold few tokens, for methods that
-    fit to them. Only a model with a head can draw."""
+    """How many windows there will be beside those that were given: as many again as are fitted to, where the tokens are few,
+    for methods that fit to them. Only a model with a head can draw."""
     wanted = recipe.anchored and recipe.calibration.redraw and has_head
-    return shape_NL[0] if wanted and math.prod(shape_NL) < FEW_TOKENS else 0
+    return len(fitted_sequences(*shape_NL)) if wanted and math.prod(shape_NL) < FEW_TOKENS else 0
 
 
 def check_sample(tokens_NL: torch.Tensor, inputs: int) -> None:

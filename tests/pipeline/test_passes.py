@@ -107,7 +107,7 @@ def test_summed_inputs_leave_out_what_is_held_out_and_what_is_bad(pico: MakeMode
     layer = stream.layer(1, stream.layer_kwargs(16)[1])
     x_NLD = torch.randn(12, 16, 32)
     x_NLD[2, 5] = torch.nan
-    seen = InputSum(layer, (12, 16))
+    seen = InputSum(layer, fitted_sequences(12, 16))
     for x_BLD in torch.split(x_NLD, 5):
         seen.see(x_BLD)
     (gram,) = seen.grams()

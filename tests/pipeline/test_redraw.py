@@ -15,8 +15,10 @@ from transformers import AutoModel, AutoModelForCausalLM
 
 import streamlap
 from streamlap.errors import RecipeError, ResumeMismatch
+from streamlap.linalg.moments import fitted_sequences, held_sequences
 from streamlap.pipeline import compress as compressing
 from streamlap.pipeline import redraw
+from streamlap.pipeline.streams import Windows
 from streamlap.planning import sample
 from streamlap.recipe import Calibration
 from streamlap.store.journal import REDRAWN_NAME, STATE_FOLDER
@@ -31,26 +33,48 @@ def seen(monkeypatch: pytest.MonkeyPatch) -> list[torch.Tensor]:
     found: list[torch.Tensor] = []
     real = redraw.with_redrawn
 
-    def watched(*args: Any) -> torch.Tensor:
-        found.append(real(*args))
-        return found[-1]
+    def watched(*args: Any) -> Windows:
+        windows = real(*args)
+        found.append(windows.tokens_NL)
+        return windows
 
     monkeypatch.setattr(compressing, "with_redrawn", watched)
     return found
 
 
-def test_each_window_is_seen_again_with_half_of_it_drawn(
+def test_each_window_that_is_fitted_to_is_seen_again_with_half_of_it_drawn(
     source: Path, tokens: Path, tmp_path: Path, seen: list[torch.Tensor]
 ) -> None:
     report = streamlap.compress(source, tmp_path / "out", files=(str(tokens),))
     given_NL = torch.from_numpy(np.load(tokens).astype(np.int64))
     (all_NL,) = seen
-    assert all_NL.shape == (2 * WINDOWS, LENGTH)
+    fitted = fitted_sequences(WINDOWS, LENGTH)
+    assert all_NL.shape == (WINDOWS + len(fitted), LENGTH)
     assert torch.equal(all_NL[:WINDOWS], given_NL)
-    kept = float((all_NL[WINDOWS:] == given_NL).double().mean())
+    kept = float((all_NL[WINDOWS:] == given_NL[fitted]).double().mean())
     assert 0.4 < kept < 0.65
-    assert torch.equal(all_NL[WINDOWS:, 0], given_NL[:, 0]), "nothing predicts the first token"
-    assert (report.redrawn, report.calibration_tokens) == (WINDOWS, (WINDOWS, LENGTH))
+    assert torch.equal(all_NL[WINDOWS:, 0], given_NL[fitted, 0]), "nothing predicts the first token"
+    assert (report.redrawn, report.calibration_tokens) == (len(fitted), (WINDOWS, LENGTH))
+
+
+def test_what_is_held_out_is_seen_once_and_fitted_to_never(
+    source: Path, tokens: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Were the window that is held out fitted to as it was redrawn, half of its tokens would judge what was made for them."""
+    found: list[tuple[list[int], list[int], int]] = []
+    real = compressing.compress_layers
+
+    def watched(job: Any) -> None:
+        windows = job.streams.windows
+        found.append((list(windows.held), list(windows.fitted), len(windows.tokens_NL)))
+        real(job)
+
+    monkeypatch.setattr(compressing, "compress_layers", watched)
+    streamlap.compress(source, tmp_path / "out", files=(str(tokens),))
+    ((held, fitted, total),) = found
+    assert held == list(held_sequences(WINDOWS, LENGTH))
+    assert sorted([*held, *fitted]) == list(range(total))
+    assert total == WINDOWS + len(fitted_sequences(WINDOWS, LENGTH))
 
 
 def test_draws_are_from_the_predictions_of_the_dense_model(
@@ -65,6 +89,7 @@ def test_draws_are_from_the_predictions_of_the_dense_model(
     given_NL = torch.from_numpy(np.load(tokens).astype(np.int64))
     with torch.no_grad():
         likely_NL = model(given_NL).logits[:, :-1].argmax(dim=-1)
+    likely_NL = likely_NL[fitted_sequences(WINDOWS, LENGTH)]
     assert (seen[0][WINDOWS:, 1:] == likely_NL).double().mean() > 0.99
 
 
@@ -110,11 +135,11 @@ def test_a_decoder_without_a_head_draws_none(pico: MakeModel, tokens: Path, tmp_
 
 def test_the_plan_counts_them(source: Path, tokens: Path) -> None:
     without, with_them = (streamlap.plan(source, files=(str(tokens),), redraw=redraw) for redraw in (False, True))
-    assert with_them.redrawn == WINDOWS
+    assert with_them.redrawn == len(fitted_sequences(WINDOWS, LENGTH)) == 11
     assert with_them.calibration_tokens == without.calibration_tokens == (WINDOWS, LENGTH)
     assert with_them.flops > 1.5 * without.flops
     assert with_them.read_bytes > without.read_bytes
-    assert with_them.generation_bytes == 2 * without.generation_bytes
+    assert with_them.generation_bytes * WINDOWS == without.generation_bytes * (WINDOWS + with_them.redrawn)
 
 
 def test_a_run_that_dies_after_them_draws_no_more(
