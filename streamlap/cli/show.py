@@ -11,6 +11,7 @@ from tqdm import tqdm
 
 from streamlap.demo import DemoResult
 from streamlap.errors import few
+from streamlap.output.card import OWN_LOADER
 from streamlap.output.report import Report
 from streamlap.pipeline.adapt import Recovered
 from streamlap.pipeline.evaluate import Evaluation
@@ -71,12 +72,13 @@ def describe_site(site: dict[str, Any]) -> str:
 
 
 def describe_report(report: Report) -> list[str]:
+    registered = "import streamlap; " if report.format in OWN_LOADER else ""
     return [
         f"{report.out}: {len(report.layers)} layers in {report.seconds:.1f} s, peak RAM {show_size(report.peak_ram_bytes)}",
         *describe_parameters(report.parameters.to_json()),
         describe_cache(report.kv_cache.to_json()),
         *describe_numerics(report),
-        f"load it with: import streamlap; {report.loader}.from_pretrained({report.out!r})",
+        f"load it with: {registered}{report.loader}.from_pretrained({report.out!r})",
     ]
 
 

@@ -28,8 +28,8 @@ TASKS_SECTION = re.compile(rf"\n*^{TASKS}\n\n((?:\|.*\n?)*)", re.MULTILINE)
 TaskRow = tuple[str, str, float, int | None, str]
 """Task, metric, value, documents that were scored (None of a group of tasks), version of lm-eval."""
 
-IMPORT = dict.fromkeys(("factored", "nas"), "import streamlap  # registers the loader\n")
-"""Format -> what has to be imported before it is loaded."""
+OWN_LOADER = ("factored", "nas")
+"""Formats whose loader is registered by importing streamlap."""
 
 LOADING = {
     "factored": "Where streamlap is not installed, `from_pretrained(..., trust_remote_code=True)` uses the loader files in "
@@ -55,6 +55,7 @@ def model_card(
     ]
     front += [f"{key}: {json.dumps(value, ensure_ascii=False)}" for key, value in licence.items()]
     front += ["tags:", "- streamlap", *["- low-rank"] * (to == "factored"), "- pruned"]
+    registered = "import streamlap  # registers the loader\n" if to in OWN_LOADER else ""
     ratio = f"{parameters.ratio_decoder:.2%} of the decoder linears, {parameters.ratio_total:.2%} of the whole model"
     return "\n".join(
         [
@@ -65,7 +66,7 @@ def model_card(
             f"| whole model | {parameters.total_before:,} | {parameters.total_after:,} |",
             f"| keys and values, bytes a token | {cache.before:,} | {cache.after:,} |", "",
             made, "",
-            "```python", f"{IMPORT.get(to, '')}from transformers import {loader}", "",
+            "```python", f"{registered}from transformers import {loader}", "",
             f'model = {loader}.from_pretrained("path/to/this/folder")', "```", "",
             LOADING[to], "",
         ]

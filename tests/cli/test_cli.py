@@ -68,6 +68,18 @@ def test_a_text_column_is_an_option_of_all_that_read_text(
     assert "text_column: body" in recipe
 
 
+@pytest.mark.parametrize(("to", "words"), [("factored", "import streamlap; Auto"), ("stock", "with: Auto")])
+def test_the_last_line_says_how_the_format_is_loaded(
+    pico: MakeModel, tokens: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
+    to: str, words: str,
+) -> None:  # fmt: skip
+    """A plain checkpoint asks for no import."""
+    command = ("compress", pico("llama"), tmp_path / "out", "--format", to, "--calibration", tokens)
+    code, stdout, _ = run(monkeypatch, capsys, *command)
+    assert code == 0
+    assert f"{words}ModelForCausalLM.from_pretrained(" in stdout.splitlines()[-1]
+
+
 def test_the_main_job_in_words(
     pico: MakeModel, tokens: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
