@@ -15,6 +15,7 @@ from dataclasses import dataclass
 import torch
 
 from streamlap.errors import NumericalError
+from streamlap.linalg.products import product
 
 BLOCK = 256
 """Rows that are looked at together."""
@@ -30,12 +31,12 @@ class Factors:
 
 def merged_gradient(at: Factors, gradient: Factors) -> torch.Tensor:
     """g_B A + B g_A - g_B g_A [O, I]: what a step of gradient descent at rate 1 takes from B A."""
-    return gradient.b_OR @ at.a_RI + (at.b_OR - gradient.b_OR) @ gradient.a_RI
+    return product(gradient.b_OR, at.a_RI).add_(product(at.b_OR - gradient.b_OR, gradient.a_RI))
 
 
 def importance(w_OI: torch.Tensor, at: Factors, gradient: Factors, scale: float) -> torch.Tensor:
     """|G * (W + c B A)| [O, I], of all entries."""
-    return (merged_gradient(at, gradient) * (w_OI + scale * (at.b_OR @ at.a_RI))).abs()
+    return (merged_gradient(at, gradient) * product(at.b_OR, at.a_RI).mul_(scale).add_(w_OI)).abs_()
 
 
 def line_importance(w_OI: torch.Tensor, at: Factors, gradient: Factors, scale: float, dim: int) -> torch.Tensor:

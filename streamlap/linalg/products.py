@@ -3,20 +3,61 @@
 torch's `@` is MKL on x86, and MKL runs float32 at half speed on processors that are not Intel's. oneDNN, which torch also has,
 does not. The bits of neither depend on the number of threads.
 
-Shape suffixes: M rows, K inner, N columns.
+Shape suffixes: M rows, K inner, N columns; T tokens, O out, I in.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
 import torch
+from torch.overrides import TorchFunctionMode
 
 
 def product(a_MK: torch.Tensor, b_KN: torch.Tensor) -> torch.Tensor:
     """a b, in their dtype and on their device."""
-    if a_MK.dtype != torch.float32 or a_MK.device.type != "cpu" or not _has_onednn() or 0 in (*a_MK.shape, *b_KN.shape):
+    if not _serves(a_MK, b_KN):
         return a_MK @ b_KN
     made_MN: torch.Tensor = torch.ops.mkldnn._linear_pointwise(_packed(a_MK), _packed(b_KN).T, None, "none", [], "")
     return made_MN
+
+
+class Linears(TorchFunctionMode):
+    """Within it `torch.nn.functional.linear` and its gradients are made of `product`. Their bits are not those of transformers,
+    so it is for training, not for a stream."""
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Sequence[type], args: Sequence[Any] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:  # fmt: skip
+        if func is torch.nn.functional.linear and not kwargs and _serves(*args[:2]):
+            return _Linear.apply(*args)  # type: ignore[no-untyped-call]
+        return func(*args, **(kwargs or {}))
+
+
+class _Linear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, w_OI: torch.Tensor, bias_O: torch.Tensor | None = None) -> torch.Tensor:
+        ctx.save_for_backward(x, w_OI)
+        y_TO = product(x.reshape(-1, x.shape[-1]), w_OI.T)
+        return (y_TO if bias_O is None else y_TO.add_(bias_O)).view(*x.shape[:-1], len(w_OI))
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        x, w_OI = ctx.saved_tensors
+        of_x, of_w, *of_bias = ctx.needs_input_grad
+        g_TO, x_TI = gradient.reshape(-1, len(w_OI)), x.reshape(-1, x.shape[-1])
+        return (
+            product(g_TO, w_OI).view(x.shape) if of_x else None, product(g_TO.T, x_TI) if of_w else None,
+            *(g_TO.sum(dim=0) if wanted else None for wanted in of_bias),
+        )  # fmt: skip
+
+
+def _serves(a: torch.Tensor, b: torch.Tensor) -> bool:
+    """Whether oneDNN is there for both, and is the better one."""
+    plain = a.dtype == b.dtype == torch.float32 and a.device.type == "cpu"
+    return plain and 0 not in (*a.shape, *b.shape) and _has_onednn()
 
 
 def _has_onednn() -> bool:

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from streamlap.errors import CheckpointError, NumericalError
+from streamlap.linalg.products import Linears
 from streamlap.linalg.rows import any_out, blanked, paired
 from streamlap.methods.trained.base import Lesson, Pair, Trained, Training
 from streamlap.pipeline.layer_in_hand import LayerInHand
@@ -78,7 +79,8 @@ def run_epochs(
 ) -> None:
     """All epochs, from where a run that died has left them; `take` gives what is taught of the sequences of these numbers."""
     path = state_path(session.state, lessons.hand.index)
-    training.begin(training.measure(take(lessons.held)))
+    with Linears():
+        training.begin(training.measure(take(lessons.held)))
     if not math.isfinite(training.held[0]):
         raise NumericalError(
             f"{lessons.hand.layer.prefix}: the loss on held-out tokens is {training.held[0]} before training; wanted a number. "
@@ -86,8 +88,9 @@ def run_epochs(
         )
     take_up(training, path)
     while not training.ends:
-        train_epoch(training, lessons, take, epochs)
-        training.close_epoch(training.measure(take(lessons.held)))
+        with Linears():
+            train_epoch(training, lessons, take, epochs)
+            training.close_epoch(training.measure(take(lessons.held)))
         ShardFolder(path.parent).write(path.name, training.state())
         if session.stops.due() and not training.ends:
             raise session.stops.stopped(f"in layer {lessons.hand.index} after {training.epoch} of {epochs} epochs")

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from streamlap.linalg import products
-from streamlap.linalg.products import product
+from streamlap.linalg.products import Linears, product
 
 LAYOUTS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
     "rows": lambda x: x,
@@ -42,6 +42,44 @@ def test_products_are_those_of_exact_numbers(left: str, right: str, dtype: torch
 def test_products_of_any_size(shape: tuple[int, int, int]) -> None:
     a, b = pair(*shape, torch.float32)
     torch.testing.assert_close(product(a, b), a @ b, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("shape", [(7, 33), (2, 7, 33), (33,)])
+def test_linears_and_their_gradients_are_those_of_torch(shape: tuple[int, ...], bias: bool) -> None:
+    generator = torch.Generator().manual_seed(0)
+    given = [torch.randn(size, generator=generator) for size in (shape, (17, 33), *[(17,)] * bias)]
+
+    def run() -> list[torch.Tensor]:
+        tensors = [tensor.clone().requires_grad_() for tensor in given]
+        y = torch.nn.functional.linear(*tensors)
+        y.square().sum().backward()
+        return [y, *(tensor.grad for tensor in tensors)]
+
+    wanted = run()
+    with Linears():
+        made = run()
+    assert "_Linear" in str(made[0].grad_fn)
+    for one, other in zip(made, wanted, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-4)
+
+
+def test_linears_make_no_gradient_that_nobody_wants() -> None:
+    x, w = pair(5, 3, 4, torch.float32)
+    w = w.T.contiguous().requires_grad_()
+    with Linears():
+        torch.nn.functional.linear(x, w).sum().backward()
+        assert not torch.nn.functional.linear(x, w.detach()).requires_grad
+    assert x.grad is None
+    torch.testing.assert_close(w.grad, x.sum(dim=0).expand(4, 3))
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_other_dtypes_keep_the_linears_of_torch(dtype: torch.dtype) -> None:
+    x, w = pair(5, 3, 4, dtype)
+    with Linears():
+        made = torch.nn.functional.linear(x, w.T)
+    assert torch.equal(made, torch.nn.functional.linear(x, w.T))
 
 
 def test_threads_do_not_move_a_bit() -> None:

@@ -214,7 +214,7 @@ def test_a_plan_counts_memory_operations_and_bytes(source: Path) -> None:
     stream = ModelStream(source, dtype="float32")
     recipes = [Recipe(ratio=0.4, dtype="float32").override(refine=epochs) for epochs in (0, EPOCHS)]
     without, within = (
-        forecast_layers(stream, recipe, decide(stream, recipe).candidates, SHAPE_NL) for recipe in recipes
+        forecast_layers(stream, recipe, decide(stream, recipe).candidates, SHAPE_NL, 1) for recipe in recipes
     )
     before, after = (compression_workload(stream, layers, SHAPE_NL) for layers in (without, within))
     layer = {name: tensor for name, tensor in stream.layer_tensors(0).items() if tensor.dtype.is_floating_point}

@@ -127,7 +127,7 @@ def compression_schedules(source: Path, overlap: bool, dtype: str = "bfloat16") 
     """Those that some cap leads to, from the richest to the leanest."""
     stream = ModelStream(source, dtype=dtype)
     decided = decide(stream, streamlap.Recipe().override(preset="lorap"))
-    planned = forecast_layers(stream, decided.recipe, decided.candidates, SHAPE_NL)
+    planned = forecast_layers(stream, decided.recipe, decided.candidates, SHAPE_NL, 1)
     return reachable(schedules(compression_workload(stream, planned, SHAPE_NL), overlap))
 
 

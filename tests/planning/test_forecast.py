@@ -35,7 +35,7 @@ SHAPE_NL = (12, 16)
 def foretold(source: Path, **settings: object) -> tuple[LayerPlan, ...]:
     recipe = Recipe().override(**settings)
     stream = ModelStream(source, dtype=recipe.dtype)
-    return forecast_layers(stream, recipe, decide(stream, recipe).candidates, SHAPE_NL)
+    return forecast_layers(stream, recipe, decide(stream, recipe).candidates, SHAPE_NL, 1)
 
 
 def shards(out: Path) -> list[Path]:
