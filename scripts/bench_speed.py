@@ -34,6 +34,8 @@ import torch
 from benchmarks import Result
 
 from streamlap.families.stream import BATCH_TOKENS, ModelStream
+from streamlap.linalg.moments import held_sequences
+from streamlap.linalg.products import product
 from streamlap.methods import PRESETS
 from streamlap.planning.forecast import forecast_layers
 from streamlap.planning.layouts import layer_entries
@@ -79,7 +81,8 @@ def workload(
 ) -> Workload:
     """From headers; `plan` is the product's own, made with the flags of the run: it knows where hidden states lie."""
     stream, recipe = ModelStream(model, device), Recipe(preset=preset, methods=PRESETS[preset])
-    foretold, layers = forecast_layers(stream, recipe, decide(stream, recipe).candidates, shape_NL), []
+    held, candidates = len(held_sequences(*shape_NL)), decide(stream, recipe).candidates
+    foretold, layers = forecast_layers(stream, recipe, candidates, shape_NL, held), []
     for layer, planned in zip(foretold, plan["layers"], strict=True):
         shapes = products(stream.layer_tensors(layer.index))
         if layer.index + 1 < stream.depth:
@@ -106,10 +109,10 @@ def measure_rates(work: Workload, out: Path) -> dict[str, float]:
     rates = {
         "read": disk_speed.read_rate(work.shard, disk_speed.DISK_BYTES * 4),
         "write": disk_speed.measure_disk(out).write,
-        "products": machine.matmul_rate(work.device, torch.float64, *size),
+        "products": machine.matmul_rate(work.device, torch.float64, *size, multiply=product),
     }
     if any(layer.flops32 for layer in work.layers):
-        rates["products32"] = machine.matmul_rate(work.device, torch.float32, *size)
+        rates["products32"] = machine.matmul_rate(work.device, torch.float32, *size, multiply=product)
     if any(layer.upload_bytes for layer in work.layers):
         rates["upload"] = machine.upload_rate(work.device)
     for rows, columns in sorted(linears):
