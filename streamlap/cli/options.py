@@ -239,8 +239,8 @@ class RecipeOptions(TextOptions):
         bool | None,
         typer.Option(
             "--redraw/--no-redraw",
-            help="See each calibration window again, with half of its tokens drawn from the model's predictions, where all "
-            "windows together hold fewer than 131,072 tokens; default yes, with preset best.",
+            help="See each calibration window that is fitted to again, with half of its tokens drawn from the model's "
+            "predictions, where all windows together hold fewer than 131,072 tokens; default yes, with preset best.",
         ),
     ] = None
     no_survey: Annotated[

@@ -255,7 +255,8 @@ def check_new(out: Path, entries: Collection[str]) -> None:
 
 def check_survey(survey: str | None, out: Path) -> None:
     """Refuse to remove the survey in use with the result that it lies in."""
-    if survey and Path(survey).resolve() in [path.resolve() for path in written_files(out)]:
+    going = {path.resolve() for path in (*written_files(out), out / STATE_FOLDER)}
+    if survey and going.intersection([found := Path(survey).resolve(), *found.parents]):
         raise RecipeError(
             f"--overwrite would remove survey {survey}; wanted one outside {out}. Copy it and give the copy by --survey."
         )

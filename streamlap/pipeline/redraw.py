@@ -1,5 +1,6 @@
-"""More calibration windows where they are few: each that is fitted to again, with half of its tokens drawn anew from the dense
-model's own predictions. None that is held out is among them: half of it would be fitted to.
+"""More calibration windows where they are few: each window that is fitted to comes a second time, with half of its tokens drawn
+anew from the dense model's own predictions. A window that is held out does not: half of it would be fitted to. A single window
+is held out and fitted to, and comes again.
 
 Few windows cover little of the vocabulary, and directions that no token uses are cut first. A token that the dense model
 predicts at a position could have stood there. One forward gives one for every position. Rare tokens are preferred: the first

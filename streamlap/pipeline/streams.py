@@ -76,7 +76,7 @@ class Windows:
 
     @property
     def fitted(self) -> Sequence[int]:
-        """Numbers of those that are fitted to."""
+        """Numbers of those that are fitted to: the others, and all that were redrawn. One that was given alone is both."""
         return fitted_sequences(*self._given_NL, self.redrawn)
 
     @property

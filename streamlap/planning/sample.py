@@ -25,7 +25,7 @@ MOST_INPUTS = 16
 """Inputs for each token beyond which nothing is fitted: the result would be that of the damping."""
 
 FEW_TOKENS = 1 << 17
-"""Fewer are few: windows are then seen twice, see `pipeline.redraw`."""
+"""Fewer are few: windows that are fitted to are then seen twice, see `pipeline.redraw`."""
 
 ADVICE = "Give more --samples, a longer --length or more text."
 

@@ -78,7 +78,8 @@ def test_linears_make_no_gradient_that_nobody_wants() -> None:
 def test_other_dtypes_keep_the_linears_of_torch(dtype: torch.dtype) -> None:
     x, w = pair(5, 3, 4, dtype)
     with Linears():
-        made = torch.nn.functional.linear(x, w.T)
+        made = torch.nn.functional.linear(x.requires_grad_(), w.T)
+    assert "_Linear" not in str(made.grad_fn)
     assert torch.equal(made, torch.nn.functional.linear(x, w.T))
 
 

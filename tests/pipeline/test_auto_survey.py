@@ -80,6 +80,11 @@ def test_the_survey_in_use_is_not_emptied_away(source: Path, tokens: Path, tmp_p
     copy = (tmp_path / "out" / "streamlap_survey.json").rename(tmp_path / "out" / "own.json")
     streamlap.compress(source, tmp_path / "out", recipe, survey=str(copy), overwrite=True)
     assert copy.is_file()
+    (tmp_path / "out" / ".streamlap").mkdir()
+    within = copy.rename(tmp_path / "out" / ".streamlap" / "own.json")  # which is emptied whole
+    with pytest.raises(RecipeError, match=r"--overwrite would remove survey .*own\.json; wanted one outside"):
+        streamlap.compress(source, tmp_path / "out", recipe, survey=str(within), overwrite=True)
+    assert within.is_file()
 
 
 def test_a_survey_that_was_renamed_serves_the_rest_of_the_run(

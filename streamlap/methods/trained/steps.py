@@ -71,7 +71,8 @@ def distances(target_BLD: torch.Tensor, y_BLD: torch.Tensor, first: int = 1) -> 
     targets are out, [T] of the others.
 
     What follows is a norm, so an error counts by its share of the stream. The first token of a window is an attention sink,
-    whose hidden state is far larger than any other: it is left out where nothing can destroy it.
+    whose hidden state is far larger than any other. By default it is left out. The steps of `loraprune` count it: else they
+    would remove the channels that make the sink.
     """
     target_BLD, y_BLD = target_BLD[:, first:].float(), y_BLD[:, first:].float()
     if bool((out_BL := rows_out(target_BLD)).any()):
