@@ -31,25 +31,26 @@ class Linears(TorchFunctionMode):
         self, func: Callable[..., Any], types: Sequence[type], args: Sequence[Any] = (),
         kwargs: Mapping[str, Any] | None = None,
     ) -> Any:  # fmt: skip
-        if func is torch.nn.functional.linear and not kwargs and _serves(*args[:2]):
-            return _Linear.apply(*args)  # type: ignore[no-untyped-call]
-        return func(*args, **(kwargs or {}))
+        if func is not torch.nn.functional.linear or kwargs or not _serves(*args[:2]):
+            return func(*args, **(kwargs or {}))
+        x, w_OI, *bias = args
+        y_TO = _Linear.apply(x.reshape(-1, x.shape[-1]), w_OI, *bias)  # type: ignore[no-untyped-call]
+        return y_TO.view(*x.shape[:-1], len(w_OI))
 
 
 class _Linear(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, w_OI: torch.Tensor, bias_O: torch.Tensor | None = None) -> torch.Tensor:
-        ctx.save_for_backward(x, w_OI)
-        y_TO = product(x.reshape(-1, x.shape[-1]), w_OI.T)
-        return (y_TO if bias_O is None else y_TO.add_(bias_O)).view(*x.shape[:-1], len(w_OI))
+    def forward(ctx: Any, x_TI: torch.Tensor, w_OI: torch.Tensor, bias_O: torch.Tensor | None = None) -> torch.Tensor:
+        of_x, of_w, *_ = ctx.needs_input_grad
+        ctx.save_for_backward(x_TI if of_w else None, w_OI if of_x else None)
+        y_TO = product(x_TI, w_OI.T)
+        return y_TO if bias_O is None else y_TO.add_(bias_O)
 
     @staticmethod
-    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        x, w_OI = ctx.saved_tensors
-        of_x, of_w, *of_bias = ctx.needs_input_grad
-        g_TO, x_TI = gradient.reshape(-1, len(w_OI)), x.reshape(-1, x.shape[-1])
+    def backward(ctx: Any, g_TO: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        (x_TI, w_OI), of_bias = ctx.saved_tensors, ctx.needs_input_grad[2:]
         return (
-            product(g_TO, w_OI).view(x.shape) if of_x else None, product(g_TO.T, x_TI) if of_w else None,
+            None if w_OI is None else product(g_TO, w_OI), None if x_TI is None else product(g_TO.T, x_TI),
             *(g_TO.sum(dim=0) if wanted else None for wanted in of_bias),
         )  # fmt: skip
 

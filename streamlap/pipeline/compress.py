@@ -230,18 +230,26 @@ def check_output(folder: Path, out: Path, overwrite: bool) -> None:
         raise RecipeError(
             f"--overwrite: {out} was not written by streamlap ({min(entries)}, ...); choose another folder."
         )
-    if overwrite and (rivals := entries.intersection(RIVALS)):
-        raise RecipeError(
-            f"--overwrite: {out} holds {min(rivals)}, which streamlap did not write, and which would be read in place of the "
-            "result; wanted none. Move it, or choose another folder."
-        )
-    if not overwrite:
+    if overwrite:
+        check_rivals(out)
+    else:
         check_new(out, entries - {STATE_FOLDER})
 
 
 def check_meanwhile(out: Path) -> None:
-    """Refuse, once nobody else can write there, what another process has finished since `check_output`."""
+    """Refuse, once nobody else can write there, what has come into the folder since `check_output`, or since a run that goes on
+    was stopped."""
     check_new(out, {path.name for path in written_files(out)})
+    check_rivals(out)
+
+
+def check_rivals(out: Path) -> None:
+    """Refuse an output folder with weights that loaders would take."""
+    if rivals := contents(out).intersection(RIVALS):
+        raise RecipeError(
+            f"{out} holds {min(rivals)}, which streamlap did not write, and which would be read in place of the result; wanted "
+            "none. Move it, or choose another folder."
+        )
 
 
 def check_new(out: Path, entries: Collection[str]) -> None:
@@ -255,16 +263,18 @@ def check_new(out: Path, entries: Collection[str]) -> None:
 
 def check_survey(survey: str | None, out: Path) -> None:
     """Refuse to remove the survey in use with the result that it lies in."""
-    going = {path.resolve() for path in (*written_files(out), out / STATE_FOLDER)}
-    if survey and going.intersection([found := Path(survey).resolve(), *found.parents]):
+    if not survey:
+        return
+    going, used = {path.resolve() for path in (*written_files(out), out / STATE_FOLDER)}, Path(survey).resolve()
+    if going.intersection([used, *used.parents]):
         raise RecipeError(
             f"--overwrite would remove survey {survey}; wanted one outside {out}. Copy it and give the copy by --survey."
         )
 
 
 def empty_output(out: Path) -> None:
-    """Remove an earlier result, and nothing that streamlap did not write. Cut short, what is left is no model and no run to
-    resume, and is still known as ours."""
+    """Remove an earlier result, and nothing that streamlap did not write. Cut short, what is left is no model and no run that
+    can be resumed, and is still known as ours."""
     with OutputLock(out):
         remove_begun(out)
         for mark in (out / "config.json", out / STATE_FOLDER / JOURNAL_NAME):

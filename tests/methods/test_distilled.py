@@ -23,6 +23,7 @@ from streamlap.errors import NumericalError, RecipeError
 from streamlap.families.layer import StreamLayer
 from streamlap.families.stream import ModelStream
 from streamlap.families.watch import linear_outputs
+from streamlap.linalg import products
 from streamlap.linalg.gram import Gram
 from streamlap.linalg.moments import Moments
 from streamlap.loader.forms import LowRank, read_row
@@ -271,6 +272,35 @@ def test_in_the_first_layer_importance_comes_from_the_noise(source: Path) -> Non
         else:
             with pytest.raises(NumericalError, match=r"layers\.0 attention: the importance of all 2 groups is zero"):
                 training.step(0, taught)
+
+
+def test_what_only_the_first_token_needs_is_important(source: Path) -> None:
+    """Few channels make an attention sink of it. Nothing else is missed here, and there is no noise."""
+    training, x_BLD = pruning(source, LoraPrune(rank=3, noise=0.0))
+    target_BLD = training.layer(x_BLD)
+    target_BLD[:, 0] *= 2
+    taught = lesson(x_BLD, target_BLD)
+    training.begin(training.measure([taught]))
+    assert training.held == [0.0], "what is reported leaves it out"
+    training.step(0, taught)
+    assert all(len(scores_G.unique()) > 1 for scores_G in training.scores.values())
+
+
+def test_steps_and_measures_take_their_products_from_onednn(
+    source: Path, tokens: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Those of the streams are torch's own."""
+    seen, real = list[bool](), products._Linear.apply
+
+    def apply(*args: Any) -> Any:
+        seen.append(torch.is_grad_enabled())
+        return real(*args)
+
+    monkeypatch.setattr(products._Linear, "apply", apply)
+    streamlap.compress(source, tmp_path / "dense", preset="lorap", files=(str(tokens),), dtype="float32")
+    assert seen == []
+    streamlap.compress(source, tmp_path / "out", RECIPES["pclora"], files=(str(tokens),))
+    assert set(seen) == {True, False}
 
 
 def test_a_run_ends_with_just_what_the_budget_holds(source: Path) -> None:

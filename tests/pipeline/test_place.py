@@ -12,7 +12,7 @@ from typing import Any
 import outputs
 import pytest
 from conftest import MakeModel
-from crashes import crash_after
+from crashes import crash_after, dies_at
 
 import streamlap
 from streamlap.errors import RecipeError, StreamlapError
@@ -122,11 +122,26 @@ def test_what_would_be_read_in_place_of_the_result_is_in_the_way(
     out = tmp_path / "out"
     streamlap.compress(pico("llama"), out, preset="lorap", files=(str(tokens),))
     before = put(out, [name])
-    with pytest.raises(
-        RecipeError, match=rf"--overwrite: .*out holds {name}, which streamlap did not write, .* Move it"
-    ):
+    with pytest.raises(RecipeError, match=rf"out holds {name}, which streamlap did not write, .* Move it"):
         streamlap.compress(pico("llama"), out, files=(str(tokens),), overwrite=True)
     assert put(out, []) == before
+
+
+def test_what_came_between_a_stop_and_the_next_run_is_in_the_way_too(
+    pico: MakeModel, tokens: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "out"
+
+    def begin() -> None:
+        streamlap.compress(pico("llama"), out, preset="lorap", files=(str(tokens),))
+
+    dies_at(compressing, "write_outer", monkeypatch, begin)
+    put(out, ["model.safetensors"])
+    with pytest.raises(RecipeError, match=r"out holds model\.safetensors, which streamlap did not write"):
+        streamlap.resume(out)
+    (out / "model.safetensors").unlink()
+    streamlap.resume(out)
+    assert streamlap.verify(out)["ok"]
 
 
 # --- places that cannot be a folder --------------------------------------------------------------------------------------
