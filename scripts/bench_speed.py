@@ -19,10 +19,11 @@ Shape suffixes: O rows, I columns.
 from __future__ import annotations
 
 import argparse
+import math
 import statistics
 import sys
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -34,9 +35,11 @@ import torch
 from benchmarks import Result
 
 from streamlap.families.stream import BATCH_TOKENS, ModelStream
+from streamlap.linalg.gram import LARGE
 from streamlap.linalg.moments import held_sequences
 from streamlap.linalg.products import product
 from streamlap.methods import PRESETS
+from streamlap.methods.anchored.costs import SINGLE
 from streamlap.planning.forecast import forecast_layers
 from streamlap.planning.layouts import layer_entries
 from streamlap.planning.plan import decide
@@ -62,7 +65,8 @@ class LayerWork:
     """Of its forwards."""
     flops64: int
     flops32: int
-    decompositions: tuple[int, ...]
+    decompositions: tuple[tuple[int, str], ...]
+    """Size and dtype of each."""
     linears: tuple[tuple[int, int], ...]
     """(O, I) of the products of a forward before and one after it is edited, once for each."""
 
@@ -85,12 +89,16 @@ def workload(
     foretold, layers = forecast_layers(stream, recipe, candidates, shape_NL, held), []
     for layer, planned in zip(foretold, plan["layers"], strict=True):
         shapes = products(stream.layer_tensors(layer.index))
+        sides = {side for shape in shapes for side in shape}
         if layer.index + 1 < stream.depth:
             shapes += products(layer_entries(stream, layer.index, layer.layout))
         layers.append(LayerWork(
             read_bytes=planned["read_bytes"] - layer.copied_bytes, write_bytes=planned["write_bytes"],
             upload_bytes=layer.source_bytes * (stream.device.type == "cuda"), flops=layer.flops, flops64=layer.flops64,
-            flops32=layer.flops32, decompositions=layer.decompositions, linears=tuple(shapes),
+            flops32=layer.flops32, linears=tuple(shapes),
+            decompositions=tuple(
+                eigen_problem(size, sides) if layer.flops32 else (size, "float64") for size in layer.decompositions
+            ),
         ))  # fmt: skip
     shard = max(model.glob("*.safetensors"), key=lambda path: path.stat().st_size)
     return Workload(device=device, dtype=stream.dtype, shard=shard, layers=tuple(layers))
@@ -104,7 +112,7 @@ def products(tensors: Mapping[str, Any]) -> list[tuple[int, int]]:
 def measure_rates(work: Workload, out: Path) -> dict[str, float]:
     """Every rate that the floor divides by, by name. Bytes/s, FLOP/s, n^3/s."""
     linears = {shape for layer in work.layers for shape in layer.linears}
-    sizes = {size for layer in work.layers for size in layer.decompositions}
+    problems = {problem for layer in work.layers for problem in layer.decompositions}
     size = (PRODUCT_SIZE, PRODUCT_SIZE, PRODUCT_SIZE)
     rates = {
         "read": disk_speed.read_rate(work.shard, disk_speed.DISK_BYTES * 4),
@@ -117,13 +125,25 @@ def measure_rates(work: Workload, out: Path) -> dict[str, float]:
         rates["upload"] = machine.upload_rate(work.device)
     for rows, columns in sorted(linears):
         rates[linear_name(rows, columns)] = machine.matmul_rate(work.device, work.dtype, BATCH_TOKENS, columns, rows)
-    for size in sorted(sizes):
-        rates[f"eigh {size}"] = machine.eigh_rate(work.device, size)
+    for size, kind in sorted(problems):
+        rates[eigen_name(size, kind)] = machine.eigh_rate(work.device, size, getattr(torch, kind))
     return rates
 
 
 def linear_name(rows: int, columns: int) -> str:
     return f"linear {rows} x {columns}"
+
+
+def eigen_name(size: int, kind: str) -> str:
+    return f"eigh {size} {kind}"
+
+
+def eigen_problem(size: int, sides: Collection[int]) -> tuple[int, str]:
+    """Size and dtype of a decomposition, the sides of the layer's matrices being these. The forecast counts one in float32 as a
+    smaller one in float64."""
+    if size <= LARGE and size in sides:
+        return size, "float64"
+    return math.ceil(size / SINGLE), "float32"
 
 
 def better(one: dict[str, float], other: dict[str, float]) -> dict[str, float]:
@@ -143,7 +163,7 @@ def floor(layer: LayerWork, rates: dict[str, float]) -> dict[str, float]:
         "upload": layer.upload_bytes / rates["upload"] if layer.upload_bytes else 0.0,
         "forward": layer.flops * per_weight / weights,
         "products": layer.flops64 / rates["products"] + (layer.flops32 and layer.flops32 / rates["products32"]),
-        "decompositions": sum(size**3 / rates[f"eigh {size}"] for size in layer.decompositions),
+        "decompositions": sum(size**3 / rates[eigen_name(size, kind)] for size, kind in layer.decompositions),
     }
 
 

@@ -74,9 +74,9 @@ def matmul_rate(
     return 2 * tokens * columns * rows / _seconds(lambda: multiply(x, w.T), device)
 
 
-def eigh_rate(device: str, size: int = 2048) -> float:
-    """size^3 per second of a float64 eigen-decomposition as the solvers do it."""
-    x = _random(device, size, size).double()
+def eigh_rate(device: str, size: int = 2048, dtype: torch.dtype = torch.float64) -> float:
+    """size^3 per second of an eigen-decomposition as the solvers do it."""
+    x = _random(device, size, size).to(dtype)
     gram = x @ x.T
     return size**3 / _seconds(lambda: eigh(gram), device)
 

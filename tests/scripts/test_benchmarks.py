@@ -364,11 +364,11 @@ def test_runs_on_a_gpu_are_judged_together() -> None:
 
 def test_floor_by_hand() -> None:
     layer = bench_speed.LayerWork(
-        read_bytes=200, write_bytes=30, upload_bytes=0, flops=600, flops64=14, flops32=12, decompositions=(2, 4, 2),
-        linears=((2, 5), (2, 5), (4, 5)),
+        read_bytes=200, write_bytes=30, upload_bytes=0, flops=600, flops64=14, flops32=12,
+        decompositions=((2, "float64"), (4, "float32"), (2, "float64")), linears=((2, 5), (2, 5), (4, 5)),
     )  # fmt: skip
     rates = {"read": 100.0, "write": 10.0, "products": 7.0, "products32": 12.0, "linear 2 x 5": 100.0, "linear 4 x 5": 50.0,
-             "eigh 2": 8.0, "eigh 4": 32.0}  # fmt: skip
+             "eigh 2 float64": 8.0, "eigh 4 float32": 32.0}  # fmt: skip
     parts = bench_speed.floor(layer, rates)
     # Half of the operations go at 100 and half at 50: 3 + 6 seconds.
     assert parts == pytest.approx(
@@ -376,6 +376,14 @@ def test_floor_by_hand() -> None:
     )
     assert bench_speed.overlapped(parts) == pytest.approx(16)
     assert bench_speed.overlapped(parts | {"upload": 20}) == pytest.approx(25)
+
+
+def test_decompositions_are_measured_as_they_are_done() -> None:
+    """A forecast counts one in float32 as a smaller one in float64."""
+    sizes = [4096, 2048, 1025, 1024, 576]
+    counted = [int(bench_speed.SINGLE * size) if size > bench_speed.LARGE else size for size in sizes]
+    kinds = ["float32", "float32", "float32", "float64", "float64"]
+    assert [bench_speed.eigen_problem(size, sizes) for size in counted] == list(zip(sizes, kinds, strict=True))
 
 
 @pytest.mark.parametrize(("depth", "counted"), [(1, [0]), (2, [0, 1]), (3, [1, 2])])
