@@ -87,7 +87,7 @@ def test_a_full_work_disk_is_seen_before_anything_is_made(
         shutil, "disk_usage", lambda path: Usage(10**9, 0, 0 if shm in [path, *path.parents] else 10**9)
     )
     work = shm / f"streamlap-{os.getpid()}"
-    with pytest.raises(BudgetError, match=r"the hidden states takes 245,760 bytes under /dev/shm/.*and 0 are free"):
+    with pytest.raises(BudgetError, match=r"the hidden states takes 235,520 bytes under /dev/shm/.*and 0 are free"):
         compress(tmp_path / "out", work=work)
     assert not (tmp_path / "out").exists()
     assert not work.exists()
