@@ -72,9 +72,9 @@ def weights(folder: Path) -> dict[str, bytes]:
 
 
 def test_a_recovered_folder_loses_what_was_measured(small: Path, lesson: Path, tmp_path: Path) -> None:
-    found = streamlap.recover(small, tmp_path / "out", lesson, **KNOBS)
+    found = streamlap.recover(small, tmp_path / "out", lesson, **KNOBS | {"epochs": 8})
     assert found.kept
-    assert found.after < found.before - 0.02
+    assert found.after < found.before - 0.05
     assert not found.distilled
     assert found.before == pytest.approx(held_loss(small, lesson), abs=1e-5)
     assert found.after == pytest.approx(held_loss(tmp_path / "out", lesson), abs=1e-5)

@@ -23,7 +23,7 @@ from outputs import contents
 
 import streamlap
 from streamlap.errors import BudgetError, CheckpointError, StreamlapError
-from streamlap.pipeline.compress import held_bytes
+from streamlap.pipeline.old_result import held_bytes
 from streamlap.planning.disk import DiskNeeds
 from streamlap.store.hidden import HiddenBank
 from streamlap.store.lock import OutputLock

@@ -209,7 +209,7 @@ class Pruning(Steps):
             change.backward()  # type: ignore[no-untyped-call]
             self._observe()
         self._adam.zero_grad()
-        # The first token of a window counts too: few channels make an attention sink of it, and to no other are they important.
+        # The first token counts too: the few channels that make an attention sink of it matter to no other token.
         loss = mean(distances(self._noisy(target_BLD, number), self.adapted(x_BLD), first=0)) / self._update
         loss.backward()  # type: ignore[no-untyped-call]
         if looking and not self.knobs.reads_gradient:

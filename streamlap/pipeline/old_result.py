@@ -1,0 +1,104 @@
+"""What an output folder holds already: the run to go on with, an earlier result to replace, or what is somebody's own."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import shutil
+from collections.abc import Collection
+from pathlib import Path
+
+from streamlap.errors import RecipeError, few
+from streamlap.output.folder import RECIPE_NAME, companions, written_files
+from streamlap.pipeline.place import check_apart, contents
+from streamlap.pipeline.session import remove_begun
+from streamlap.store.foreign import ADAPTER
+from streamlap.store.journal import JOURNAL_NAME, STATE_FOLDER, Journal
+from streamlap.store.lock import LOCKS, OutputLock
+from streamlap.store.shards import SINGLE_NAME
+from streamlap.store.sink import fsync_folder, remove_file
+
+RIVALS = (SINGLE_NAME, ADAPTER)
+"""Files that streamlap does not write, and that loaders read in place of the shards beside them."""
+
+log = logging.getLogger(__name__)
+
+
+def check_output(folder: Path, out: Path, overwrite: bool) -> None:
+    """Refuse an output folder that is the input or holds something else; an earlier result is refused unless `overwrite`."""
+    check_apart(folder, out)
+    companions(folder)  # what cannot be copied at the end is said at the start
+    entries = contents(out)
+    ours = STATE_FOLDER in entries or RECIPE_NAME in entries
+    if overwrite and entries and not ours:
+        raise RecipeError(
+            f"--overwrite: {out} was not written by streamlap ({min(entries)}, ...); choose another folder."
+        )
+    if overwrite:
+        check_rivals(out)
+    else:
+        check_new(out, entries - {STATE_FOLDER})
+
+
+def check_meanwhile(out: Path) -> None:
+    """Refuse, once nobody else can write there, what has come into the folder since `check_output`, or since a run that goes on
+    was stopped."""
+    check_new(out, {path.name for path in written_files(out)})
+    check_rivals(out)
+
+
+def check_rivals(out: Path) -> None:
+    """Refuse an output folder with weights that loaders would take."""
+    if rivals := contents(out).intersection(RIVALS):
+        raise RecipeError(
+            f"{out} holds {min(rivals)}, which streamlap did not write, and which would be read in place of the result; wanted "
+            "none. Move it, or choose another folder."
+        )
+
+
+def check_new(out: Path, entries: Collection[str]) -> None:
+    """Refuse an output folder with these entries, unless its run is to go on."""
+    if entries and not Journal.exists(out):
+        state = "holds a finished model" if RECIPE_NAME in entries else f"is not empty ({min(entries)}, ...)"
+        raise RecipeError(
+            f"output folder {out} {state}; wanted a new one. Choose another, or --overwrite a streamlap output."
+        )
+
+
+def check_survey(survey: str | None, out: Path) -> None:
+    """Refuse to remove the survey in use with the result that it lies in."""
+    if not survey:
+        return
+    going, used = {path.resolve() for path in (*written_files(out), out / STATE_FOLDER)}, Path(survey).resolve()
+    if going.intersection([used, *used.parents]):
+        raise RecipeError(
+            f"--overwrite would remove survey {survey}; wanted one outside {out}. Copy it and give the copy by --survey."
+        )
+
+
+def empty_output(out: Path) -> None:
+    """Remove an earlier result, and nothing that streamlap did not write. Cut short, what is left is no model and no run that
+    can be resumed, and is still known as ours."""
+    with OutputLock(out):
+        remove_begun(out)
+        for mark in (out / "config.json", out / STATE_FOLDER / JOURNAL_NAME):
+            remove_file(mark)
+            fsync_folder(mark.parent)
+        for path in written_files(out):
+            remove_file(path)
+            if path.parent != out:
+                with contextlib.suppress(OSError):  # others may lie there
+                    path.parent.rmdir()
+        for path in (out / STATE_FOLDER).iterdir():
+            if path.is_dir() and not path.is_symlink():
+                shutil.rmtree(path)
+            elif path.name not in LOCKS:
+                remove_file(path)
+    if left := contents(out) - {STATE_FOLDER}:
+        log.warning("%s keeps what streamlap did not write: %s", out, few(left))
+
+
+def held_bytes(out: Path) -> int:
+    """Of what `empty_output` removes; 0 where there is no folder."""
+    files = [*written_files(out), *(out / STATE_FOLDER).rglob("*")] if out.exists() else []
+    return sum(path.lstat().st_size for path in files if path.is_file())
