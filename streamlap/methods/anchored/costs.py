@@ -65,7 +65,8 @@ def anchored_cost(
     compared, held, sums = len(found) > 1, 4 * HELD_TOKENS * (f + d), max(first, last_sums)
     moments = [(first, held * moves), (last_sums, held)]
     for shape in found:
-        moments += [(_removing(shape), 0), (_building(shape, compared), held)]
+        refitted = 2 * item * d * shape.width * shape.prunes
+        moments += [(_removing(shape), 0), (_building(shape, compared), held + refitted)]
     if compared:
         lasts = sum(d * (item * shape.width + _item(f) * d * (shape.last_rank > 0)) for shape in found)
         rank = max((rank for shape in found for _, rank in shape.ranks), default=0)
@@ -176,7 +177,8 @@ def _building(shape: Shapes, compared: bool) -> int:
         for each, rank in shape.ranks
     ]
     inner = bases + max(2 * bases, *making, 0)
-    fitting = _item(w) * w * (w + d) + RUN * w * d * shape.gained + max(RUN * w * d, 4 * HELD_TOKENS * (w + 4 * d))
+    fitting = _item(w) * w * (w + d * (1 + shape.prunes)) + RUN * w * d * shape.gained
+    fitting += max(RUN * w * d, 4 * HELD_TOKENS * (w + 4 * d))
     rank = shape.last_rank
     cut = _item(w) * w * (w + d) + max(_finding((d, w), rank), _refitting((d, w), rank)) if rank else 0
     return shape.edits + max(inner, fitting, cut) + shape.last_edit

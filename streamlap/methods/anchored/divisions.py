@@ -12,7 +12,7 @@ import torch
 
 from streamlap.families.layer import Edit, StreamLayer
 from streamlap.linalg.anchor import root
-from streamlap.linalg.obs import removals
+from streamlap.linalg.obs import Pruned, removals
 from streamlap.linalg.products import product
 from streamlap.linalg.solution import Solution, joined
 from streamlap.linalg.subspace import Subspace, best_basis, subspace
@@ -29,6 +29,8 @@ class Division:
 
     kept: torch.Tensor | None
     """The channels that stay, ascending; None where all do."""
+    last_DK: torch.Tensor | None = None
+    """down of these channels as it acts on the hidden states, fitted again to give what it gave with all. It waits in RAM."""
     subspaces: list[Subspace] = field(default_factory=list)
     """Of gate and up, with rows for all channels, where they are known. Whoever builds takes them away."""
     notes: tuple[str, ...] = ()
@@ -40,14 +42,17 @@ class Divisions:
 
     errors: Mapping[str, float]
     """Of each, as `Solved.error`."""
-    kept: Mapping[int, torch.Tensor]
-    """Width -> the channels that it would keep, where these are not all."""
+    kept: Mapping[str, torch.Tensor]
+    """The channels that each would keep, where these are not all."""
+    lasts: Mapping[str, Last]
     subspaces: list[Subspace]
     """Of gate and up; none where no layout cuts a rank."""
 
-    def division(self, layout: Layout) -> Division:
-        down = layout.get("down")
-        return Division(kept=None if down is None else self.kept.get(down.shape[1]), subspaces=self.subspaces)
+    def division(self, name: str) -> Division:
+        """Of the layout of this name; what is known of the others goes with `self`."""
+        kept = self.kept.get(name)
+        last_DK = None if kept is None else self.lasts[name].w_DK
+        return Division(kept=kept, last_DK=last_DK, subspaces=self.subspaces)
 
 
 @dataclass(kw_only=True)
@@ -86,10 +91,12 @@ def compare(inputs: Inputs, layouts: Layouts) -> Solution[Divisions]:
     for name, layout in layouts.items():
         edits = truncated(statistics.layer, aims, whole, ranks.get(name), kept[counts[name]])
         held = statistics.held_middles(edits)
-        errors[name] = map_error(lasts.pop(name).cut(_rank(layout, "down"), device), held)
+        errors[name] = map_error(lasts[name].cut(_rank(layout, "down"), device), held)
+        lasts[name].metric_DD = None
         notes = joined(notes, *(edit.notes for edit in edits))
-    fewer = {width: kept_K for width, kept_K in kept.items() if width < statistics.layer.native("down").shape[1]}
-    return Solution(Divisions(errors=errors, kept=fewer, subspaces=whole), notes=notes)
+    width = statistics.layer.native("down").shape[1]
+    fewer = {name: kept[count] for name, count in counts.items() if count < width}
+    return Solution(Divisions(errors=errors, kept=fewer, lasts=lasts, subspaces=whole), notes=notes)
 
 
 def shortened(
@@ -103,19 +110,26 @@ def shortened(
         kept_K, notes = pruned.value.kept_K, joined(notes, pruned.notes)
         kept[len(kept_K)] = kept_K
         for name in (name for name, count in counts.items() if count == len(kept_K)):
-            last = torch.cat(
-                [pruned.value.w_OF[:, some].to("cpu", dtype) for some in torch.split(kept_K, PIECE)], dim=1
-            )
-            lasts[name] = Last(w_DK=last)
+            lasts[name] = Last(w_DK=columns_of(pruned.value, dtype))
             if _rank(layouts[name], "down") is not None:
                 lasts[name].metric_DD = gram.metric(pruned.value.w_OF).cpu()
     return kept, lasts, notes
 
 
-def channels_to_keep(inputs: Inputs, count: int) -> Solution[torch.Tensor]:
-    """So many channels, those that stay, ascending."""
-    (pruned,) = removals(inputs.statistics.layer.acting("down"), inputs.middle(), [count])
-    return Solution(pruned.value.kept_K, notes=pruned.notes)
+def columns_of(pruned: Pruned, dtype: torch.dtype) -> torch.Tensor:
+    """The inputs that are left of a linear, fitted again, [O, K], in RAM."""
+    parts = torch.split(pruned.kept_K, PIECE)
+    return torch.cat([pruned.w_OF[:, some].to("cpu", dtype) for some in parts], dim=1)
+
+
+def only_division(inputs: Inputs, count: int) -> Division:
+    """That of a single layout, of so many channels."""
+    layer = inputs.statistics.layer
+    if count == layer.native("down").shape[1]:
+        return Division(kept=None)
+    (pruned,) = removals(layer.acting("down"), inputs.middle(), [count])
+    last_DK = columns_of(pruned.value, layer.storage_dtype("down"))
+    return Division(kept=pruned.value.kept_K, last_DK=last_DK, notes=pruned.notes)
 
 
 def width_of(layout: Layout, layer: StreamLayer) -> int:

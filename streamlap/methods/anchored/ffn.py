@@ -25,9 +25,9 @@ from streamlap.methods.anchored.costs import anchored_cost
 from streamlap.methods.anchored.divisions import (
     Division,
     Divisions,
-    channels_to_keep,
     compare,
     on_rows,
+    only_division,
     subspaces,
     width_of,
 )
@@ -115,40 +115,38 @@ class FfnAnchored(Knobs):
         inputs = self._inputs(statistics, layouts)
         if len(layouts) == 1:
             ((name, layout),) = layouts.items()
-            division = self._division(inputs, layout)
+            division = only_division(inputs, width_of(layout, statistics.layer))
             built = self._build(inputs, layout, division)
             return replace(built, errors={name: built.error}, notes=joined(inputs.notes, division.notes, built.notes))
         compared = compare(inputs, layouts)
-        name = best_variant(compared.value)
-        built = self._build(inputs, layouts[name], compared.value.division(layouts[name]))
+        name, notes = best_variant(compared.value), joined(inputs.notes, compared.notes)
         errors = {variant: error for variant, error in compared.value.errors.items() if math.isfinite(error)}
-        return replace(
-            built, errors=errors | {name: built.error}, notes=joined(inputs.notes, compared.notes, built.notes)
-        )
+        division = compared.value.division(name)
+        del compared  # what is known of the others
+        built = self._build(inputs, layouts[name], division)
+        return replace(built, errors=errors | {name: built.error}, notes=joined(notes, built.notes))
 
     def _inputs(self, statistics: StreamStatistics, layouts: Layouts) -> Inputs:
         width, layer = statistics.layer.native("down").shape[1], statistics.layer
         prunes = any(width_of(layout, layer) < width for layout in layouts.values())
         return read_inputs(statistics, layer.family.sublayers["ffn"].reads, self.input_step, prunes)
 
-    def _division(self, inputs: Inputs, layout: Layout) -> Division:
-        """Of one layout, the only one."""
-        layer = inputs.statistics.layer
-        count = width_of(layout, layer)
-        if count == layer.native("down").shape[1]:
-            return Division(kept=None)
-        chosen = channels_to_keep(inputs, count)
-        return Division(kept=chosen.value, notes=chosen.notes)
-
     def _build(self, inputs: Inputs, layout: Layout, division: Division) -> Solved:
         """One layout in full; subspaces that are known already serve it."""
         statistics, layer, kept = inputs.statistics, inputs.statistics.layer, division.kept
         edits, channels = inner_edits(layer, inputs.aims, layout, division)
         seen = statistics.middles(edits)
-        output = output_aim(layer, "down", channels, seen, self.step)
+        output = output_aim(layer, "down", channels, seen, self.step, _in_order(division, channels))
         last, _ = low_rank_edit(layer, output.value, layout.get("down"), channels if kept is not None else None)
         notes = joined(output.notes, *(edit.notes for edit in (*edits, last)))
         return Solved(edits=[*edits, last], error=held_error(layer, last, seen), notes=notes)
+
+
+def _in_order(division: Division, channels: torch.Tensor | None) -> torch.Tensor | None:
+    """`Division.last_DK` with its columns as the channels now come."""
+    if division.kept is None or division.last_DK is None or channels is None:
+        return None
+    return division.last_DK[:, torch.searchsorted(division.kept, channels).cpu()].to(channels.device)
 
 
 def _channels(parameters: int, width: int, each: int, biases: int, share: float) -> int:

@@ -108,20 +108,29 @@ def _part_of_the_way(
 
 
 def output_aim(
-    layer: StreamLayer, role: str, columns: torch.Tensor | None, seen: Captured, step: float | None
-) -> Solution[Aim]:
+    layer: StreamLayer, role: str, columns: torch.Tensor | None, seen: Captured, step: float | None,
+    refitted_OI: torch.Tensor | None = None,
+) -> Solution[Aim]:  # fmt: skip
     """The last linear of a sub-layer, moved to add to the compressed stream what brings it to the dense one.
 
-    `columns`: which of its inputs are left, in the order in which they now come; None where nothing changed.
+    What inputs that went had given is made up for by `refitted_OI`. What earlier layers have lost is noise to a fit beside
+    that, which held-out tokens let in by a fifth to a half. So where the step is theirs to choose, the first is done by a step
+    of its own.
+
+    Args: columns, which of its inputs are left, in the order in which they now come; None where nothing changed; refitted_OI,
+    the linear of these as it acts on the hidden states, fitted again to give what it gave with all.
     """
     dense, gain_O = layer.linear(role), layer.gain(role)
     w_OI = dense.weight if columns is None else dense.weight[:, columns]
     t_OI, notes = w_OI, tuple[str, ...]()
     if step != 0:
         acting_OI = w_OI if gain_O is None else w_OI * gain_O[:, None]
-        found = anchored(acting_OI, seen.gram, seen.cross_IA)
-        x_TI, target_TO = (rows.to(found.value) for rows in (seen.held.x_TI, seen.held.anchor_TA))
-        t_OI, notes = _part_of_the_way(acting_OI, found.value, x_TI, target_TO, step), found.notes
+        x_TI, target_TO = (rows.to(seen.cross_IA) for rows in (seen.held.x_TI, seen.held.anchor_TA))
+        begin_OI = acting_OI
+        if step is None and refitted_OI is not None:
+            begin_OI = _part_of_the_way(acting_OI, refitted_OI.to(x_TI.dtype), x_TI, target_TO, None)
+        found = anchored(begin_OI, seen.gram, seen.cross_IA)
+        t_OI, notes = _part_of_the_way(begin_OI, found.value, x_TI, target_TO, step), found.notes
         if gain_O is not None:
             t_OI.sub_(acting_OI).mul_(without(gain_O)[:, None]).add_(w_OI)
     return Solution(Aim(role=role, t_OI=t_OI, bias_O=dense.bias, gram=seen.gram, gain_O=gain_O), notes=notes)
