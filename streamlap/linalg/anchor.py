@@ -69,13 +69,14 @@ def anchored(
 def best_step(w_OI: torch.Tensor, to_OI: torch.Tensor, x_TI: torch.Tensor, target_TO: torch.Tensor) -> float:
     """The b in [0, 1] for which W + b (W' - W) is nearest to the target on held-out tokens; W' is `to_OI`.
 
-    The error is a parabola in b, so its minimum is known without a grid.
+    The error is a parabola in b, so its minimum is known without a grid. Both maps come panel by panel to where the target is,
+    in its dtype.
     """
-    made_TO, moved_TO = (torch.zeros(target_TO.shape, dtype=to_OI.dtype, device=to_OI.device) for _ in range(2))
+    made_TO, moved_TO = (torch.zeros_like(target_TO) for _ in range(2))
     for at in panels(w_OI.shape[1]):
-        x_TP, w_OP = x_TI[:, at].to(to_OI.dtype), w_OI[:, at].to(to_OI.dtype)
+        x_TP, w_OP = x_TI[:, at].to(target_TO), w_OI[:, at].to(target_TO)
         made_TO += product(x_TP, w_OP.T)
-        moved_TO += product(x_TP, (to_OI[:, at] - w_OP).T)
+        moved_TO += product(x_TP, (to_OI[:, at].to(target_TO) - w_OP).T)
     missing_TO = made_TO.neg_().add_(target_TO)
     # Sums of rows first: the bits of one sum over everything depend on the number of threads.
     power, gain = (float((rows_TO * moved_TO).sum(dim=1).sum()) for rows_TO in (moved_TO, missing_TO))

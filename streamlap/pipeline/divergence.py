@@ -22,15 +22,21 @@ Head = Callable[[torch.Tensor], torch.Tensor]
 
 @torch.no_grad()
 def mean_divergence(
-    stream: ModelStream, head: Head, dense: HiddenBank, copy: HiddenBank, perturbed: Perturbation
+    stream: ModelStream,
+    head: Head,
+    dense: HiddenBank,
+    copy: HiddenBank,
+    perturbed: Perturbation,
+    numbers: Sequence[int],
 ) -> float:
-    """KL(dense || copy) of the predictions, nats a token; the streams are behind the last layer.
+    """KL(dense || copy) of the predictions, nats a token; the streams are behind the last layer. The copy has the sequences of
+    these numbers alone.
 
     Over one in `SCORED` of the positions, and of these the tokens that are out of neither stream. Raises NumericalError where
     there is none, or where it is no number.
     """
     total, tokens = 0.0, 0
-    for dense_TD, copy_TD in last_rows(stream, dense, copy, every=SCORED):
+    for dense_TD, copy_TD in last_rows(stream, dense, copy, numbers, whole=False, every=SCORED):
         total += divergence(head(dense_TD), head(copy_TD))
         tokens += len(dense_TD)
     mean = total / tokens if tokens else math.nan
@@ -43,13 +49,20 @@ def mean_divergence(
 
 
 def last_rows(
-    stream: ModelStream, dense: HiddenBank, other: HiddenBank, numbers: Sequence[int] | None = None, every: int = 1
+    stream: ModelStream,
+    dense: HiddenBank,
+    other: HiddenBank,
+    numbers: Sequence[int],
+    whole: bool = True,
+    every: int = 1,
 ) -> Iterator[tuple[torch.Tensor, ...]]:
     """Rows of two streams behind the last layer, as many at a time as the head takes; without tokens that are out of either.
 
-    Args: numbers, of the sequences that are looked at, all where it is None; every, one of so many positions.
+    Args: numbers, of the sequences that are looked at; whole, whether the other stream has more than these; every, one of so
+    many positions.
     """
-    for pair in zip(dense.read(stream.depth, numbers), other.read(stream.depth, numbers), strict=True):
+    others = other.read(stream.depth, numbers if whole else None)
+    for pair in zip(dense.read(stream.depth, numbers), others, strict=True):
         here = [x_BLD[:, ::every].to(stream.device) for x_BLD in pair]  # one may come from the disk and one be there
         out_BL = any_out(*here)
         rows = (x_BLD.flatten(0, 1) if out_BL is None else x_BLD[~out_BL] for x_BLD in here)

@@ -59,9 +59,9 @@ class LayerRunner:
         is the one before it."""
         return self.stream.layer(index, kwargs, self.staging, back)
 
-    def require_few(self, where: str, out_NL: torch.Tensor) -> torch.Tensor:
-        """The same, where they are few enough. Raises NumericalError."""
-        require_few(out_NL, self.most_out, where)
+    def require_few(self, where: str, out_NL: torch.Tensor, most: float | None = None) -> torch.Tensor:
+        """The same, where they are few enough: at most this share, or the runner's own. Raises NumericalError."""
+        require_few(out_NL, self.most_out if most is None else most, where)
         return out_NL
 
     def enter(self, bank: HiddenBank, tokens_NL: torch.Tensor) -> torch.Tensor:
@@ -69,8 +69,10 @@ class LayerRunner:
         states = HiddenStates(bank=bank, generation=0)
         return self.take(states, self.stream.embed(tokens_NL), self.stream.family.embedding)
 
-    def take(self, states: HiddenStates, batches: Iterator[torch.Tensor], where: str) -> torch.Tensor:
-        """Write a generation."""
+    def take(
+        self, states: HiddenStates, batches: Iterator[torch.Tensor], where: str, most: float | None = None
+    ) -> torch.Tensor:
+        """Write a generation, of which no more than `most` of the tokens may be out."""
         outs: list[torch.Tensor] = []
 
         def noted(x_BLD: torch.Tensor) -> torch.Tensor:
@@ -78,7 +80,7 @@ class LayerRunner:
             return x_BLD
 
         states.bank.write(states.generation, map(noted, batches), self.writer)
-        return self.require_few(where, torch.cat(outs).cpu())
+        return self.require_few(where, torch.cat(outs).cpu(), most)
 
     def together(
         self, states: Sequence[HiddenStates], phase: str, numbers: Sequence[int] | None = None
@@ -109,9 +111,13 @@ class LayerRunner:
 
     def carry(
         self, part: LayerPart, index: int, states: HiddenStates, into: HiddenStates,
-        watch: Callable[[torch.Tensor], None] | None = None,
+        watch: Callable[[torch.Tensor], None] | None = None, numbers: Sequence[int] | None = None,
+        most: float | None = None,
     ) -> torch.Tensor:  # fmt: skip
-        """Hidden states through a part of layer `index` into another place, a batch at a time, each shown to `watch`."""
+        """Hidden states through a part of layer `index` into another place, a batch at a time, each shown to `watch`.
+
+        Args: numbers, of the only sequences to carry; most, the share of tokens that may be out, if not the runner's own.
+        """
 
         def step(x_BLD: torch.Tensor) -> torch.Tensor:
             y_BLD = self.ladder.climb("propagate", index, lambda: self.forward(part, x_BLD))
@@ -120,8 +126,8 @@ class LayerRunner:
             return y_BLD
 
         with self.claim("propagate"):
-            batches = self.together([states], "propagate")
-            return self.take(into, (step(x_BLD) for (x_BLD,) in batches), self.stream.layer_name(index))
+            batches = self.together([states], "propagate", numbers)
+            return self.take(into, (step(x_BLD) for (x_BLD,) in batches), self.stream.layer_name(index), most)
 
     def forward(self, part: LayerPart, x_BLD: torch.Tensor) -> torch.Tensor:
         """The output of a part, computed on as many sequences at a time as fit."""

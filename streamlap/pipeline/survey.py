@@ -1,8 +1,9 @@
 """The measuring sweep: how far the model's predictions move when one sub-layer is cut and all else stays dense.
 
 One pass over the layers carries the dense stream and, of every layer passed, a copy for each sub-layer, in which that
-sub-layer alone is rebuilt smaller. At the head the divergence of every copy from the dense model is measured. The result
-is a small file, which serves every ratio; `planning.allocate` reads it.
+sub-layer alone is rebuilt smaller. A copy has the windows that are held out, to which nothing is fitted. At the head the
+divergence of every copy from the dense model is measured. The result is a small file, which serves every ratio;
+`planning.allocate` reads it.
 
 What a killed sweep needs to go on lies in a folder beside the file. The loop is in `sweep`.
 
@@ -83,7 +84,7 @@ def survey(
 
     A killed run goes on when it is called again, or by `resume`; till then its state is in the folder `file` + ".streamlap".
 
-    Args: files, samples, length, seed, text_column, the calibration windows (default: 16 of 256 tokens); dtype, compute dtype;
+    Args: files, samples, length, seed, text_column, the calibration windows (default: 64 of 256 tokens); dtype, compute dtype;
     shape, that of the results which it serves, see `methods.SHAPES`; overwrite, whether an earlier survey is replaced; options,
     single fields of RunSettings. Raises a StreamlapError before the first layer for what can be checked from headers, and
     Interrupted where it was stopped.
@@ -227,7 +228,7 @@ def check_file(file: Path, overwrite: bool) -> None:
 def run_survey(run: Run, stream: ModelStream, plan: SurveyPlan, tokens_NL: torch.Tensor, deadline: float) -> Survey:
     """The checked sweep, from its next layer to the finished file."""
     marks, file = stream_marks(stream, tokens_NL), run.out
-    hidden = disk_generations(stream.depth, plan.per_layer) * plan.fit.work.generation
+    hidden = disk_generations(stream.depth, plan.per_layer, windows_of(tokens_NL)) * plan.fit.work.generation
     needs = DiskNeeds(output_bytes=COMPANION_BYTES, hidden_bytes=hidden)
     with session(
         run, {**marks, "shape": plan.shape}, needs, deadline, lambda: check_file(file, overwrite=False), tokens_NL

@@ -1,5 +1,8 @@
 """The loop of a survey: the dense stream through every layer, and of every layer passed, copies in which a sub-layer is cut.
 
+Sub-layers are fitted to most windows of the dense stream. The copies have the others: what was fitted to says little of what a
+cut loses, least in the first layer, which knows each token by itself.
+
 A layer is committed as in `layers`: the streams that feed the next one are on the disk, then comes the journal line, then those
 that fed it go.
 
@@ -48,6 +51,12 @@ class Sweep:
     dense: HiddenBank
     dense_middle: HiddenBank
     copies: dict[Perturbation, HiddenBank]
+    """Of the windows that are held out alone. These may be the ones with tokens that are out, so as many may be as will; the
+    dense stream has no more of them than anywhere else."""
+
+    @property
+    def windows(self) -> Windows:
+        return Windows(tokens_NL=self.tokens_NL)
 
     def begun(self, layers: int) -> list[HiddenBank]:
         """The streams that have something in them once so many layers are done."""
@@ -57,8 +66,9 @@ class Sweep:
 def open_sweep(stream: ModelStream, plan: SurveyPlan, tokens_NL: torch.Tensor, session: Session) -> Sweep:
     folder, schedule = session.run.hidden, plan.fit.schedule
     between = folder if schedule.tier == "disk" else None
+    held_NL = tokens_NL[Windows(tokens_NL=tokens_NL).held]
     copies = {
-        perturbed: open_bank(stream, tokens_NL, schedule, folder, f"{perturbed.sublayer}-{perturbed.index:05d}")
+        perturbed: open_bank(stream, held_NL, schedule, folder, f"{perturbed.sublayer}-{perturbed.index:05d}")
         for perturbed in plan.perturbations
     }
     return Sweep(
@@ -112,7 +122,7 @@ def carry_through(sweep: Sweep, runner: LayerRunner, layer: StreamLayer, index: 
     for perturbed, bank in sweep.copies.items():
         if perturbed.index < index:
             before, after = (HiddenStates(bank=bank, generation=generation) for generation in (index, index + 1))
-            runner.carry(whole, index, before, after)
+            runner.carry(whole, index, before, after, most=1.0)
     before, between, after = (
         HiddenStates(bank=bank, generation=generation)
         for bank, generation in ((sweep.dense, index), (sweep.dense_middle, index), (sweep.dense, index + 1))
@@ -122,7 +132,7 @@ def carry_through(sweep: Sweep, runner: LayerRunner, layer: StreamLayer, index: 
     def statistics(sublayer: str, given: HiddenStates, target: HiddenStates) -> SublayerStatistics:
         """A sub-layer on the dense stream, which stands for the compressed one too."""
         return SublayerStatistics(
-            runner=runner, windows=Windows(tokens_NL=sweep.tokens_NL), clock=PhaseClock(runner.progress.phase), layer=layer,
+            runner=runner, windows=sweep.windows, clock=PhaseClock(runner.progress.phase), layer=layer,
             index=index, sublayer=sublayer,
             dense=Source(states=given), target=Source(states=target), compressed=Source(states=given),
             size_NL=sizes.get(sublayer),
@@ -132,7 +142,7 @@ def carry_through(sweep: Sweep, runner: LayerRunner, layer: StreamLayer, index: 
     errors = dict[str, float]()
     if LAYER in cut:
         passed = HiddenStates(bank=cut[LAYER], generation=index + 1)
-        runner.carry(torch.clone, index, before, passed)
+        runner.carry(torch.clone, index, before, passed, numbers=sweep.windows.held, most=1.0)
         errors[LAYER] = 1.0
     runner.carry(attention, index, before, between)
     if "attention" in cut:
@@ -154,7 +164,7 @@ def perturb_sublayer(sweep: Sweep, statistics: SublayerStatistics, rest: LayerPa
         error = finite_error(made.error)
     with layer.tried(made.edits):
         after = HiddenStates(bank=sweep.copies[perturbed], generation=index + 1)
-        runner.carry(rest, index, statistics.dense.states, after)
+        runner.carry(rest, index, statistics.dense.states, after, numbers=sweep.windows.held, most=1.0)
     return error
 
 
@@ -168,7 +178,7 @@ def head_divergences(sweep: Sweep) -> dict[Perturbation, float]:
         if perturbed not in found:
             if stops.due(moved=len(found) > begun):
                 raise stops.stopped(f"at the head, with {len(found)} of {len(sweep.copies)} perturbations measured")
-            found[perturbed] = mean_divergence(sweep.stream, head, sweep.dense, copy, perturbed)
+            found[perturbed] = mean_divergence(sweep.stream, head, sweep.dense, copy, perturbed, sweep.windows.held)
             named = {str(perturbed): value for perturbed, value in found.items()}
             write_durably(path, json.dumps(named, allow_nan=False).encode())
     return found

@@ -8,7 +8,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 from streamlap.errors import RecipeError, StreamlapError, shown
-from streamlap.families.stream import HEAD_TOKENS, ModelStream
+from streamlap.families.stream import HEAD_TOKENS, ModelStream, batch_of
+from streamlap.linalg.moments import held_sequences
 from streamlap.loader.forms import Removed
 from streamlap.methods.base import Cost, Layout
 from streamlap.methods.removed import Removal
@@ -21,11 +22,14 @@ from streamlap.planning.workload import Workload, evaluation_workload
 from streamlap.recipe import AUTO, Recipe
 from streamlap.settings import RunSettings
 
-DEFAULT_SAMPLES = 16
+DEFAULT_SAMPLES = 64
 DEFAULT_LENGTH = 256
 
-SCORED = 4
+SCORED = 2
 """Of so many positions one is scored: the head costs as much as many layers, and neighbours say much the same."""
+
+DENSE_PASSES = 5
+"""Forwards of the dense stream through a layer: onward, and for the sums that its two sub-layers are fitted to."""
 
 MOST_INPUTS_ALONE = 4
 """Inputs for each token beyond which no compression makes a survey for itself: the fits of wide layers to few tokens take far
@@ -108,13 +112,14 @@ def forecast_survey(
         return None
     stored = [stream.layer_tensors(index).values() for index in range(stream.depth)]
     head = stream.source.info(stream.head_name)
-    # Of each sub-layer's own pass over the dense stream the sums are a small part beside the copies that follow.
-    copies = [2 + sum(cut.index <= index for cut in plan.perturbations) for index in range(stream.depth)]
+    held_NL = len(held_sequences(*pieces_NL)), pieces_NL[1]
+    copies = [sum(cut.index <= index for cut in plan.perturbations) for index in range(stream.depth)]
     layers = (
-        count * forward_flops(stream.natives(index), sum(info.numel for info in tensors), pieces_NL)
+        part * forward_flops(stream.natives(index), sum(info.numel for info in tensors), windows_NL)
         for index, (count, tensors) in enumerate(zip(copies, stored, strict=True))
+        for part, windows_NL in ((DENSE_PASSES, pieces_NL), (count, held_NL))
     )
-    scored = 2 * len(plan.perturbations) * -(-math.prod(pieces_NL) // SCORED)
+    scored = 2 * len(plan.perturbations) * -(-math.prod(held_NL) // SCORED)
     solves = solve_flops([found.cost for found in plan.perturbations.values()], math.prod(pieces_NL))
     return SurveyCost(
         peak_ram=plan.fit.peak_ram, peak_vram=plan.fit.peak_vram, flops=sum(layers) + 2 * scored * head.numel,
@@ -138,9 +143,15 @@ def perturbed_candidate(stream: ModelStream, index: int, sublayer: str, cut: Cut
     return candidate(sublayer, method, stream.natives(index), budget)
 
 
-def disk_generations(depth: int, per_layer: int) -> int:
+def disk_generations(depth: int, per_layer: int, shape_NL: tuple[int, int]) -> int:
     """Most that are on the disk at one time: in the last layer each stream before and after it, and one between sub-layers."""
-    return 1 + per_layer * (depth - 1) + 1 + per_layer * depth + 1
+    return 3 + copied_generations(per_layer * (2 * depth - 1), shape_NL)
+
+
+def copied_generations(copies: int, shape_NL: tuple[int, int]) -> int:
+    """Generations of the dense stream that so many copies take, which have the windows that are held out alone."""
+    held, whole = (-(-count // batch_of(shape_NL[1])) for count in (len(held_sequences(*shape_NL)), shape_NL[0]))
+    return -(-copies * held // whole)
 
 
 def survey_workload(
@@ -158,7 +169,7 @@ def survey_workload(
     return replace(
         work, edits=most, solve=max(found.cost.both_bytes for found in perturbations.values()) + most,
         capture=max(found.cost.capture_bytes for found in perturbations.values()) + most, head=work.head + second,
-        streams=2 + len(perturbations),
+        streams=2 + copied_generations(len(perturbations), (sequences, length)),
     )  # fmt: skip
 
 

@@ -374,16 +374,16 @@ def test_a_divergence_is_the_mean_of_the_good_tokens(pico: MakeModel) -> None:
     scored_NL = ~(rows_out(dense_NLD) | rows_out(copy_NLD))
     scored_NL &= torch.arange(16) % SCORED == 0
     banks = []
-    for x_NLD in (dense_NLD, copy_NLD):
-        bank = HiddenBank((3, 16, 32), torch.float32, 2)
+    for x_NLD in (torch.cat([hidden_states()[:1], dense_NLD]), copy_NLD):
+        bank = HiddenBank((len(x_NLD), 16, 32), torch.float32, 2)
         bank.write(stream.depth, x_NLD.split(2))
         banks.append(bank)
     cut, head = Perturbation(index=0, sublayer="ffn", keep=0.8), stream.head()
     wanted = divergence(head(dense_NLD[scored_NL]), head(copy_NLD[scored_NL])) / int(scored_NL.sum())
-    assert mean_divergence(stream, stream.head(), banks[0], banks[1], cut) == pytest.approx(wanted, rel=1e-6)
+    assert mean_divergence(stream, stream.head(), *banks, cut, range(1, 4)) == pytest.approx(wanted, rel=1e-6)
     banks[1].write(stream.depth, torch.full_like(copy_NLD, math.nan).split(2))
     with pytest.raises(NumericalError, match="layer 0 ffn: divergence nan over 0 tokens"):
-        mean_divergence(stream, stream.head(), banks[0], banks[1], cut)
+        mean_divergence(stream, stream.head(), *banks, cut, range(1, 4))
 
 
 def test_a_divergence_that_is_nan_is_not_zero(pico: MakeModel) -> None:
@@ -392,8 +392,8 @@ def test_a_divergence_that_is_nan_is_not_zero(pico: MakeModel) -> None:
     bank = HiddenBank((3, 16, 32), torch.float32, 3)
     bank.write(stream.depth, torch.randn(3, 16, 32).split(3))
     stream.head = lambda: lambda x_TD: torch.full((len(x_TD), 4), math.inf)  # type: ignore[method-assign]
-    with pytest.raises(NumericalError, match="divergence nan over 12 tokens"):
-        mean_divergence(stream, stream.head(), bank, bank, Perturbation(index=0, sublayer="ffn", keep=0.8))
+    with pytest.raises(NumericalError, match="divergence nan over 24 tokens"):
+        mean_divergence(stream, stream.head(), bank, bank, Perturbation(index=0, sublayer="ffn", keep=0.8), range(3))
 
 
 # --- what a method is compared by -------------------------------------------------------------------------------------------

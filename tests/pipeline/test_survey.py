@@ -24,6 +24,7 @@ from streamlap.errors import BudgetError, Interrupted, RecipeError, ResumeMismat
 from streamlap.families.layer import Edit
 from streamlap.families.stream import ModelStream
 from streamlap.linalg.allocation import LEAST, MOST
+from streamlap.linalg.moments import held_sequences
 from streamlap.loader.forms import Form
 from streamlap.methods.base import Cost, Solved
 from streamlap.output.inspect import count_parameters
@@ -142,7 +143,7 @@ def test_divergences_are_those_of_the_whole_model(
     """Against transformers, with the same sub-layer of the same layer silenced."""
     silence(monkeypatch)
     found = measure(tmp_path / "survey.json")
-    ids_NL = torch.from_numpy(np.load(tokens).astype(np.int64))
+    ids_NL = torch.from_numpy(np.load(tokens).astype(np.int64))[list(held_sequences(12, 16))]
 
     def log_probabilities(silent: str | None) -> torch.Tensor:
         model = AutoModelForCausalLM.from_pretrained(source)

@@ -21,6 +21,7 @@ import streamlap
 from streamlap.errors import RecipeError, UnsupportedModel
 from streamlap.families.stream import ModelStream
 from streamlap.linalg.allocation import POWER
+from streamlap.linalg.moments import held_sequences
 from streamlap.loader.forms import Removed
 from streamlap.methods.anchored.ffn import FfnAnchored
 from streamlap.methods.anchored.groups import AttentionGroups
@@ -254,10 +255,11 @@ def test_a_layer_that_goes_is_measured_as_a_model_without_it(source: Path, token
     model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)
     whole = list(model.model.layers)
     with torch.no_grad():
-        p_NLV = model(ids(tokens), use_cache=False).logits.double().log_softmax(-1)
+        held_NL = ids(tokens)[list(held_sequences(*ids(tokens).shape))]
+        p_NLV = model(held_NL, use_cache=False).logits.double().log_softmax(-1)
         for index in range(1, DEPTH):
             model.model.layers = torch.nn.ModuleList(layer for layer in whole if layer is not whole[index])
-            q_NLV = model(ids(tokens), use_cache=False).logits.double().log_softmax(-1)
+            q_NLV = model(held_NL, use_cache=False).logits.double().log_softmax(-1)
             wanted = float((p_NLV.exp() * (p_NLV - q_NLV)).sum(-1)[:, ::SCORED].mean())
             assert found.layers[index][LAYER][0].kl == pytest.approx(wanted, rel=1e-3)
 

@@ -177,7 +177,7 @@ def _building(shape: Shapes, compared: bool) -> int:
         for each, rank in shape.ranks
     ]
     inner = bases + max(2 * bases, *making, 0)
-    fitting = _item(w) * w * (w + d * (1 + shape.prunes)) + RUN * w * d * shape.gained
+    fitting = _item(w) * w * (w + d) + RUN * w * d * shape.gained
     fitting += max(RUN * w * d, 4 * HELD_TOKENS * (w + 4 * d))
     rank = shape.last_rank
     cut = _item(w) * w * (w + d) + max(_finding((d, w), rank), _refitting((d, w), rank)) if rank else 0

@@ -146,7 +146,7 @@ def _in_order(division: Division, channels: torch.Tensor | None) -> torch.Tensor
     """`Division.last_DK` with its columns as the channels now come."""
     if division.kept is None or division.last_DK is None or channels is None:
         return None
-    return division.last_DK[:, torch.searchsorted(division.kept, channels).cpu()].to(channels.device)
+    return division.last_DK[:, torch.searchsorted(division.kept, channels).cpu()]
 
 
 def _channels(parameters: int, width: int, each: int, biases: int, share: float) -> int:

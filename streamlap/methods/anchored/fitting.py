@@ -20,6 +20,7 @@ from streamlap.linalg.products import product
 from streamlap.linalg.solution import Solution, joined
 from streamlap.linalg.storage import as_stored, balanced
 from streamlap.linalg.subspace import Subspace, refit, subspace, two_factors
+from streamlap.linalg.triangles import panels
 from streamlap.loader.forms import Form, Pivoted
 from streamlap.loader.linears import LowRankLinear, PivotedLinear, StoredLinear
 from streamlap.methods.base import Captured, StreamStatistics
@@ -118,21 +119,24 @@ def output_aim(
     of its own.
 
     Args: columns, which of its inputs are left, in the order in which they now come; None where nothing changed; refitted_OI,
-    the linear of these as it acts on the hidden states, fitted again to give what it gave with all.
+    the linear of these as it acts on the hidden states, fitted again to give what it gave with all; it may be in RAM.
     """
     dense, gain_O = layer.linear(role), layer.gain(role)
     w_OI = dense.weight if columns is None else dense.weight[:, columns]
     t_OI, notes = w_OI, tuple[str, ...]()
     if step != 0:
-        acting_OI = w_OI if gain_O is None else w_OI * gain_O[:, None]
+        begin_OI = w_OI if gain_O is None else w_OI * gain_O[:, None]
         x_TI, target_TO = (rows.to(seen.cross_IA) for rows in (seen.held.x_TI, seen.held.anchor_TA))
-        begin_OI = acting_OI
         if step is None and refitted_OI is not None:
-            begin_OI = _part_of_the_way(acting_OI, refitted_OI.to(x_TI.dtype), x_TI, target_TO, None)
+            assert columns is not None, "what lost nothing is not fitted again"  # so that W is a copy
+            part = best_step(begin_OI, refitted_OI, x_TI, target_TO)
+            for at in panels(begin_OI.shape[1]):
+                begin_OI[:, at] += part * (refitted_OI[:, at].to(x_TI) - begin_OI[:, at])
         found = anchored(begin_OI, seen.gram, seen.cross_IA)
         t_OI, notes = _part_of_the_way(begin_OI, found.value, x_TI, target_TO, step), found.notes
         if gain_O is not None:
-            t_OI.sub_(acting_OI).mul_(without(gain_O)[:, None]).add_(w_OI)
+            del begin_OI
+            t_OI.sub_(w_OI * gain_O[:, None]).mul_(without(gain_O)[:, None]).add_(w_OI)
     return Solution(Aim(role=role, t_OI=t_OI, bias_O=dense.bias, gram=seen.gram, gain_O=gain_O), notes=notes)
 
 
