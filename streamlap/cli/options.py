@@ -95,7 +95,7 @@ TEXT = typer.Option(
 Samples = Annotated[
     int | None,
     typer.Option(
-        help="Windows to draw; default 128, for survey 16, for recover 1024. They are drawn from the first 2^20 tokens of the "
+        help="Windows to draw; default 128, for survey 32, for recover 1024. They are drawn from the first 2^20 tokens of the "
         "text, or from the first 4 x samples x length if that is more."
     ),
 ]

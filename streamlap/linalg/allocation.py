@@ -14,7 +14,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-LEAST, MOST = 0.8, 1.6
+LEAST, MOST = 0.8, 2.0
 """Bounds on a share, as multiples of the uniform one."""
 
 POWER = 7 / 3

@@ -13,7 +13,7 @@ import torch
 from streamlap.errors import NumericalError
 from streamlap.families.stream import HEAD_TOKENS, ModelStream
 from streamlap.linalg.rows import any_out
-from streamlap.planning.survey import SCORED, Perturbation
+from streamlap.planning.survey import Perturbation
 from streamlap.store.hidden import HiddenBank
 
 Head = Callable[[torch.Tensor], torch.Tensor]
@@ -32,11 +32,10 @@ def mean_divergence(
     """KL(dense || copy) of the predictions, nats a token; the streams are behind the last layer. The copy has the sequences of
     these numbers alone.
 
-    Over one in `SCORED` of the positions, and of these the tokens that are out of neither stream. Raises NumericalError where
-    there is none, or where it is no number.
+    Over the tokens that are out of neither stream. Raises NumericalError where there is none, or where it is no number.
     """
     total, tokens = 0.0, 0
-    for dense_TD, copy_TD in last_rows(stream, dense, copy, numbers, whole=False, every=SCORED):
+    for dense_TD, copy_TD in last_rows(stream, dense, copy, numbers, whole=False):
         total += divergence(head(dense_TD), head(copy_TD))
         tokens += len(dense_TD)
     mean = total / tokens if tokens else math.nan
@@ -54,16 +53,14 @@ def last_rows(
     other: HiddenBank,
     numbers: Sequence[int],
     whole: bool = True,
-    every: int = 1,
 ) -> Iterator[tuple[torch.Tensor, ...]]:
     """Rows of two streams behind the last layer, as many at a time as the head takes; without tokens that are out of either.
 
-    Args: numbers, of the sequences that are looked at; whole, whether the other stream has more than these; every, one of so
-    many positions.
+    Args: numbers, of the sequences that are looked at; whole, whether the other stream has more than these.
     """
     others = other.read(stream.depth, numbers if whole else None)
     for pair in zip(dense.read(stream.depth, numbers), others, strict=True):
-        here = [x_BLD[:, ::every].to(stream.device) for x_BLD in pair]  # one may come from the disk and one be there
+        here = [x_BLD.to(stream.device) for x_BLD in pair]  # one may come from the disk and one be there
         out_BL = any_out(*here)
         rows = (x_BLD.flatten(0, 1) if out_BL is None else x_BLD[~out_BL] for x_BLD in here)
         yield from zip(*(torch.split(x_TD, HEAD_TOKENS) for x_TD in rows), strict=True)

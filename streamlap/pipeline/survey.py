@@ -84,7 +84,7 @@ def survey(
 
     A killed run goes on when it is called again, or by `resume`; till then its state is in the folder `file` + ".streamlap".
 
-    Args: files, samples, length, seed, text_column, the calibration windows (default: 64 of 256 tokens); dtype, compute dtype;
+    Args: files, samples, length, seed, text_column, the calibration windows (default: 32 of 256 tokens); dtype, compute dtype;
     shape, that of the results which it serves, see `methods.SHAPES`; overwrite, whether an earlier survey is replaced; options,
     single fields of RunSettings. Raises a StreamlapError before the first layer for what can be checked from headers, and
     Interrupted where it was stopped.

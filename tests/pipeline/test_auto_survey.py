@@ -122,7 +122,7 @@ def test_pieces_are_few_short_and_from_everywhere() -> None:
     tokens_NL = torch.arange(64 * 2048).view(64, 2048)
     pieces_NL = survey_pieces(tokens_NL)
     assert pieces_NL.shape == (DEFAULT_SAMPLES, DEFAULT_LENGTH)
-    assert pieces_NL[:, 0].tolist() == [2048 * place for place in range(64)]
+    assert pieces_NL[:, 0].tolist() == [4096 * place for place in range(32)]
     assert survey_pieces(tokens_NL[:, :100]).shape == (64, 100)
     assert torch.equal(survey_pieces(tokens_NL[:3, :7]), tokens_NL[:3, :7])
 
