@@ -39,7 +39,7 @@ class Subspace:
     """W' = basis_OR @ map_RI, for several ranks at once: its first R columns and rows are the answer for rank R."""
 
     basis_OR: torch.Tensor
-    """Its columns are orthonormal on the rows that it was found for."""
+    """Its columns are orthonormal on the rows that it was found for, as they count."""
     map_RI: torch.Tensor
     energies: torch.Tensor
     """All min(O, I) energies, descending. The sum of those beyond R is the squared error of rank R, in units of the Gram."""
@@ -52,7 +52,7 @@ class Subspace:
 
 def subspace(
     t_OI: torch.Tensor, gram: Gram, rank: int, root_II: torch.Tensor | None = None,
-    serves: torch.Tensor | None = None,
+    serves: torch.Tensor | None = None, gain_O: torch.Tensor | None = None,
 ) -> Solution[Subspace]:  # fmt: skip
     """The best rank-R subspace of the map T on inputs with Gram S, and the error of rank R.
 
@@ -61,13 +61,13 @@ def subspace(
     energy of rank R would drown in the rounding of float32.
 
     Args: gram positive semi-definite; 1 <= rank <= min(O, I); root_II the root of the Gram where it is known; serves the
-    rows of T that the subspace is best for, all where it is None. Energies and error are those of the served rows. Any other
-    row is the best combination of map_RI.
+    rows of T that the subspace is best for, all where it is None; gain_O, what each row is multiplied by before it counts.
+    Energies and error are those of the served rows, multiplied. Any other row is the best combination of map_RI.
     """
     kind = torch.promote_types(t_OI.dtype, gram.dtype)
-    found = _find(t_OI, gram, rank, root_II, serves, kind)
+    found = _find(t_OI, gram, rank, root_II, serves, gain_O, kind)
     if found is None:
-        found = _find(t_OI, gram, rank, None, serves, torch.float64)
+        found = _find(t_OI, gram, rank, None, serves, gain_O, torch.float64)
         assert found is not None, "float64 is wide enough"
     value, notes = found.value, found.notes
     value = Subspace(value.basis_OR.to(kind), value.map_RI.to(kind), value.energies.to(kind))
@@ -79,20 +79,24 @@ def subspace(
 
 def _find(
     t_OI: torch.Tensor, gram: Gram, rank: int, root_II: torch.Tensor | None, serves: torch.Tensor | None,
-    dtype: torch.dtype,
+    gain_O: torch.Tensor | None, dtype: torch.dtype,
 ) -> Solution[Subspace] | None:  # fmt: skip
     """The same in this dtype, and where there are more columns than served rows with these rows alone; None where float32
     is too narrow."""
     if (len(t_OI) if serves is None else len(serves)) > t_OI.shape[1]:
-        return _of_columns(t_OI, gram, rank, root_II, serves, dtype)
+        return _of_columns(t_OI, gram, rank, root_II, serves, gain_O, dtype)
     t_NI = t_OI if serves is None else t_OI[serves]
+    gain_N = gain_O if gain_O is None or serves is None else gain_O[serves]
+    if gain_N is not None:
+        t_NI = t_NI.to(dtype) * gain_N.to(dtype)[:, None]
     energies, vectors = _spectrum(gram.metric(t_NI, dtype))
     energies = energies.flip(0).clamp_min(0.0)
     if dtype == torch.float32 and not _is_clear(energies, rank):
         return None
     basis_NR = vectors[:, -rank:].flip(1)
     del vectors
-    return Solution(Subspace(basis_NR, _mapped(basis_NR, t_NI), energies))
+    map_RI = _mapped(basis_NR, t_NI)
+    return Solution(Subspace(_without(gain_N, basis_NR), map_RI, energies))
 
 
 def best_basis(metric_OO: torch.Tensor, rank: int) -> torch.Tensor:
@@ -109,12 +113,12 @@ def _mapped(basis_NR: torch.Tensor, t_NI: torch.Tensor) -> torch.Tensor:
 
 def _of_columns(
     t_OI: torch.Tensor, gram: Gram, rank: int, root_II: torch.Tensor | None, serves: torch.Tensor | None,
-    dtype: torch.dtype,
+    gain_O: torch.Tensor | None, dtype: torch.dtype,
 ) -> Solution[Subspace] | None:  # fmt: skip
     """T goes through in blocks of rows: all but the basis has the size of the Gram."""
     factor = root(gram.to(dtype)) if root_II is None else Solution(root_II)
     root_II, notes = factor.value, factor.notes
-    square_II = functools.reduce(torch.Tensor.add_, map(squares, row_blocks(t_OI, dtype, serves)))
+    square_II = functools.reduce(torch.Tensor.add_, map(squares, row_blocks(t_OI, dtype, serves, gain_O)))
     energies, vectors = _spectrum(product(product(root_II.T, square_II), root_II))
     energies = energies.flip(0).clamp_min(0.0)
     into_IR = product(root_II, vectors[:, -rank:].flip(1))
@@ -127,17 +131,34 @@ def _of_columns(
         return Solution(Subspace(basis_OR, product(into_IR.T, square_II), energies), notes=notes)
     if dtype == torch.float32:
         return None
-    basis_NR = orthonormal(torch.cat([product(t, into_IR) for t in row_blocks(t_OI, dtype, serves)]))
-    parts = zip(torch.split(basis_NR, BLOCK), row_blocks(t_OI, dtype, serves), strict=True)
+    basis_NR = orthonormal(torch.cat([product(t, into_IR) for t in row_blocks(t_OI, dtype, serves, gain_O)]))
+    parts = zip(torch.split(basis_NR, BLOCK), row_blocks(t_OI, dtype, serves, gain_O), strict=True)
     map_RI = functools.reduce(torch.Tensor.add_, (product(basis.T, t) for basis, t in parts))
-    return Solution(Subspace(basis_NR, map_RI, energies), notes=notes)
+    gain_N = gain_O if gain_O is None or serves is None else gain_O[serves]
+    return Solution(Subspace(_without(gain_N, basis_NR), map_RI, energies), notes=notes)
 
 
-def row_blocks(t_OI: torch.Tensor, dtype: torch.dtype, rows: torch.Tensor | None = None) -> Iterator[torch.Tensor]:
-    """The rows of T, or those that are named, in `dtype`, some at a time."""
+def _without(gain_N: torch.Tensor | None, basis_NR: torch.Tensor) -> torch.Tensor:
+    """The basis of rows that were multiplied, for the rows as they are."""
+    return basis_NR if gain_N is None else basis_NR / gain_N.to(basis_NR.dtype)[:, None]
+
+
+def row_blocks(
+    t_OI: torch.Tensor, dtype: torch.dtype, rows: torch.Tensor | None = None, gain_O: torch.Tensor | None = None
+) -> Iterator[torch.Tensor]:
+    """The rows of T, or those that are named, in `dtype`, each multiplied by its gain, some at a time."""
+    if gain_O is not None:
+        gain_N = gain_O if rows is None else gain_O[rows]
+        gains = (gain.to(dtype)[:, None] for gain in torch.split(gain_N, BLOCK))
+        return (t * gain for t, gain in zip(row_blocks(t_OI, dtype, rows), gains, strict=True))
     if rows is None:
         return (t.to(dtype) for t in torch.split(t_OI, BLOCK))
     return (t_OI[some].to(dtype) for some in torch.split(rows, BLOCK))
+
+
+def energies_of(t_OI: torch.Tensor, gram: Gram) -> torch.Tensor:
+    """[O]: the energy of what each row of T gives, the diagonal of T S T'."""
+    return torch.cat([(gram.times(t) * t).sum(dim=1) for t in row_blocks(t_OI, gram.dtype)])
 
 
 def _is_clear(energies: torch.Tensor, rank: int) -> bool:

@@ -10,7 +10,7 @@ from streamlap.linalg import pivot
 from streamlap.linalg.anchor import root
 from streamlap.linalg.gram import Gram
 from streamlap.linalg.pivot import folded_order, others, output_order, pivot_rows, shared_pivot_rows
-from streamlap.linalg.subspace import refit, subspace, two_factors
+from streamlap.linalg.subspace import energies_of, refit, subspace, two_factors
 from streamlap.loader.linears import PivotedLinear
 
 SHAPES = [(12, 12), (8, 20), (20, 8)]
@@ -309,3 +309,26 @@ def test_orders_agree_with_the_module(rows: int, columns: int, rank: int, groups
     assert torch.equal(
         order_O.view(groups, -1) // (rows // groups), torch.arange(groups)[:, None].expand(-1, rows // groups)
     )
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("served", [None, 6, 15])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_rows_count_by_their_gain(shape: tuple[int, int], served: int | None, dtype: torch.dtype) -> None:
+    """No map of that rank errs less where errors of rows are multiplied first; in every branch, and undone in the basis."""
+    t_OI, gram_II = problem(shape)
+    gain_O = torch.logspace(-1, 1, shape[0], dtype=torch.float64)
+    serves = None if served is None else torch.arange(min(served, shape[0]))
+    served_N = torch.arange(shape[0]) if serves is None else serves
+    found = subspace(t_OI.to(dtype), Gram.of(gram_II.to(dtype)), 3, None, serves, gain_O).value
+    w_OI = (found.basis_OR @ found.map_RI).double()
+    counted = measured(t_OI[served_N] * gain_O[served_N, None], w_OI[served_N] * gain_O[served_N, None], gram_II)
+    optimum_NI = plain(t_OI[served_N] * gain_O[served_N, None], gram_II, 3)
+    least = measured(t_OI[served_N] * gain_O[served_N, None], optimum_NI, gram_II)
+    assert counted == pytest.approx(least, rel=1e-6 if dtype == torch.float64 else 1e-3)
+    assert float(found.energies[3:].sum()) == pytest.approx(least, rel=1e-6 if dtype == torch.float64 else 1e-2)
+
+
+def test_energies_are_those_of_what_each_row_gives() -> None:
+    t_OI, gram_II = problem((20, 8))
+    torch.testing.assert_close(energies_of(t_OI, Gram.of(gram_II)), (t_OI @ gram_II @ t_OI.T).diagonal())

@@ -188,9 +188,10 @@ def _finding(shape: tuple[int, int], rank: int) -> int:
     """A subspace: of the smaller side the squares, LAPACK's copies, and of columns the root; the map in blocks; basis and map.
     Either may have to go to float64."""
     (rows, columns), small = shape, min(shape)
+    counted = _item(columns) * rows * columns * (rows <= columns)
     squares = 5 if rows <= columns else 6
     panels = 2 * WIDE * PANEL * (rows + columns) if rows <= columns else 2 * WIDE * BLOCK * columns
-    return WIDE * (squares * small * small + rank * columns) + panels + _item(columns) * rank * rows
+    return WIDE * (squares * small * small + rank * columns) + panels + _item(columns) * rank * rows + counted
 
 
 def _refitting(shape: tuple[int, int], rank: int) -> int:

@@ -5,19 +5,25 @@ Shape suffixes: D out of down, F channels, K channels kept, R rank.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 
 from streamlap.families.layer import Edit, StreamLayer
 from streamlap.linalg.anchor import root
+from streamlap.linalg.gram import Gram
 from streamlap.linalg.obs import Pruned, removals
 from streamlap.linalg.products import product
 from streamlap.linalg.solution import Solution, joined
-from streamlap.linalg.subspace import Subspace, best_basis, subspace
+from streamlap.linalg.subspace import Subspace, best_basis, energies_of, subspace
+from streamlap.linalg.triangles import panels
 from streamlap.methods.anchored.fitting import Aim, Inputs, dense_edit, map_error, narrowed, truncated_edit
 from streamlap.methods.base import Layout, Layouts
+
+LEAST_GAIN = 0.01
+"""Share of the mean below which no row of gate and up counts; see `weighed`."""
 
 PIECE = 4096
 """Columns that go to RAM at a time."""
@@ -78,10 +84,11 @@ def compare(inputs: Inputs, layouts: Layouts) -> Solution[Divisions]:
 
     It is estimated: each layout keeps its own channels, and its down is fitted again for the lost channels, but not for
     the ranks. The subspaces of gate and up are computed once, for the channels of the layout of middle width, for all."""
-    statistics, aims = inputs.statistics, inputs.aims
+    statistics = inputs.statistics
     counts = {name: width_of(layout, statistics.layer) for name, layout in layouts.items()}
     ranks = {name: rank for name, layout in layouts.items() if (rank := _rank(layout, "up"))}
     kept, lasts, notes = shortened(inputs, layouts, counts)
+    aims = inputs.aims
     whole: list[Subspace] = []
     if ranks:
         middle = sorted(counts[name] for name in ranks)[len(ranks) // 2]
@@ -105,6 +112,8 @@ def shortened(
     """Width -> the channels that it would keep; layout -> its down; and notes."""
     layer, gram = inputs.statistics.layer, inputs.middle()
     w_DF, dtype = layer.acting("down"), layer.storage_dtype("down")
+    if any(_rank(layout, "up") for layout in layouts.values()):
+        inputs.aims = weighed(inputs.aims, gram, w_DF)
     kept, lasts, notes = dict[int, torch.Tensor](), dict[str, Last](), tuple[str, ...]()
     for pruned in removals(w_DF, gram, sorted(set(counts.values()), reverse=True)):
         kept_K, notes = pruned.value.kept_K, joined(notes, pruned.notes)
@@ -122,12 +131,35 @@ def columns_of(pruned: Pruned, dtype: torch.dtype) -> torch.Tensor:
     return torch.cat([pruned.w_OF[:, some].to("cpu", dtype) for some in parts], dim=1)
 
 
-def only_division(inputs: Inputs, count: int) -> Division:
-    """That of a single layout, of so many channels."""
+def weighed(aims: Sequence[Aim], middle: Gram, w_DF: torch.Tensor) -> list[Aim]:
+    """gate and up, each row of which counts as much as its channel moves the hidden states.
+
+    A channel gives down act(g) u. An error of u is multiplied by act(g) on its way, of mean square E(act(g) u)^2 / E u^2 as far
+    as the two are independent, and by the length of a column of down; an error of g likewise.
+
+    Args: middle, the Gram of what down reads; w_DF, down as it acts on the hidden states.
+    """
+    length_F = torch.cat([w_DF[:, at].to(middle.dtype).norm(dim=0) for at in panels(len(middle))])
+    moves_F, found = middle.diagonal_I.clamp_min(0).sqrt() * length_F, []
+    for aim in aims:
+        own_F = energies_of(aim.t_OI, aim.gram).clamp_min(0).sqrt()
+        gain_F = moves_F.to(own_F.dtype) / own_F
+        mean = float(gain_F[gain_F.isfinite()].mean())
+        least = LEAST_GAIN * mean if 0 < mean < math.inf else 1.0
+        found.append(replace(aim, gain_O=gain_F.nan_to_num(least, least, least).clamp_min(least) / least))
+    return found
+
+
+def only_division(inputs: Inputs, layout: Layout) -> Division:
+    """That of a single layout."""
     layer = inputs.statistics.layer
+    count = width_of(layout, layer)
     if count == layer.native("down").shape[1]:
         return Division(kept=None)
-    (pruned,) = removals(layer.acting("down"), inputs.middle(), [count])
+    w_DF, middle = layer.acting("down"), inputs.middle()
+    if _rank(layout, "up"):
+        inputs.aims = weighed(inputs.aims, middle, w_DF)
+    (pruned,) = removals(w_DF, middle, [count])
     last_DK = columns_of(pruned.value, layer.storage_dtype("down"))
     return Division(kept=pruned.value.kept_K, last_DK=last_DK, notes=pruned.notes)
 
@@ -148,7 +180,7 @@ def subspaces(aims: Sequence[Aim], serves: torch.Tensor | None, rank: int) -> So
     root_II = root(gram)
     notes = root_II.notes
     for aim in aims:
-        sub = subspace(aim.t_OI, gram, rank, root_II.value, serves)
+        sub = subspace(aim.t_OI, gram, rank, root_II.value, serves, aim.gain_O)
         found.append(Subspace(sub.value.basis_OR.cpu(), sub.value.map_RI.cpu(), sub.value.energies.cpu()))
         notes = joined(notes, sub.notes)
     return Solution(found, notes=notes)

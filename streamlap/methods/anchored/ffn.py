@@ -115,7 +115,7 @@ class FfnAnchored(Knobs):
         inputs = self._inputs(statistics, layouts)
         if len(layouts) == 1:
             ((name, layout),) = layouts.items()
-            division = only_division(inputs, width_of(layout, statistics.layer))
+            division = only_division(inputs, layout)
             built = self._build(inputs, layout, division)
             return replace(built, errors={name: built.error}, notes=joined(inputs.notes, division.notes, built.notes))
         compared = compare(inputs, layouts)
