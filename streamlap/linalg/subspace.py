@@ -39,7 +39,7 @@ class Subspace:
     """W' = basis_OR @ map_RI, for several ranks at once: its first R columns and rows are the answer for rank R."""
 
     basis_OR: torch.Tensor
-    """Its columns are orthonormal on the rows that it was found for, as they count."""
+    """Its columns are orthonormal on the rows that it was found for, multiplied by their gain."""
     map_RI: torch.Tensor
     energies: torch.Tensor
     """All min(O, I) energies, descending. The sum of those beyond R is the squared error of rank R, in units of the Gram."""

@@ -12,7 +12,7 @@ import torch
 
 from streamlap.errors import NumericalError
 from streamlap.families.stream import HEAD_TOKENS, ModelStream
-from streamlap.linalg.rows import any_out
+from streamlap.linalg.rows import MOST_OUT, any_out, rows_out
 from streamlap.planning.survey import Perturbation
 from streamlap.store.hidden import HiddenBank
 
@@ -32,7 +32,8 @@ def mean_divergence(
     """KL(dense || copy) of the predictions, nats a token; the streams are behind the last layer. The copy has the sequences of
     these numbers alone.
 
-    Over the tokens that are out of neither stream. Raises NumericalError where there is none, or where it is no number.
+    Over the tokens that are out of neither stream. Raises NumericalError where there is none, where it is no number, or where
+    more than `MOST_OUT` of the tokens that the dense stream has are out of the copy.
     """
     total, tokens = 0.0, 0
     for dense_TD, copy_TD in last_rows(stream, dense, copy, numbers, whole=False):
@@ -43,6 +44,12 @@ def mean_divergence(
         raise NumericalError(
             f"layer {perturbed.index} {perturbed.sublayer}: divergence {mean} over {tokens} tokens; wanted a number. Try dtype "
             "float32."
+        )
+    there = sum(int((~rows_out(x_BLD)).sum()) for x_BLD in dense.read(stream.depth, numbers))
+    if tokens < (1 - MOST_OUT) * there:
+        raise NumericalError(
+            f"layer {perturbed.index} {perturbed.sublayer}: its cut made {there - tokens} of {there} tokens NaN or infinite; "
+            f"wanted at most {MOST_OUT:.0%}. Try dtype float32."
         )
     return max(0.0, mean)
 

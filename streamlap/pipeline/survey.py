@@ -50,7 +50,7 @@ from streamlap.planning.survey import (
     MOST_INPUTS_ALONE,
     SurveyPlan,
     check_served,
-    disk_generations,
+    hidden_bytes,
     pieces_of,
     plan_survey,
 )
@@ -228,7 +228,7 @@ def check_file(file: Path, overwrite: bool) -> None:
 def run_survey(run: Run, stream: ModelStream, plan: SurveyPlan, tokens_NL: torch.Tensor, deadline: float) -> Survey:
     """The checked sweep, from its next layer to the finished file."""
     marks, file = stream_marks(stream, tokens_NL), run.out
-    hidden = disk_generations(stream.depth, plan.per_layer, windows_of(tokens_NL)) * plan.fit.work.generation
+    hidden = hidden_bytes(plan.fit.work, stream.depth, plan.per_layer)
     needs = DiskNeeds(output_bytes=COMPANION_BYTES, hidden_bytes=hidden)
     with session(
         run, {**marks, "shape": plan.shape}, needs, deadline, lambda: check_file(file, overwrite=False), tokens_NL

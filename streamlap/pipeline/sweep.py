@@ -51,8 +51,8 @@ class Sweep:
     dense: HiddenBank
     dense_middle: HiddenBank
     copies: dict[Perturbation, HiddenBank]
-    """Of the windows that are held out alone. These may be the ones with tokens that are out, so as many may be as will; the
-    dense stream has no more of them than anywhere else."""
+    """Of the windows that are held out alone. All tokens of these may be out on the dense stream; `mean_divergence` says where
+    a copy has lost more."""
 
     @property
     def windows(self) -> Windows:

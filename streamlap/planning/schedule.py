@@ -85,6 +85,8 @@ def make_schedule(
 
 def _cpu_schedule(work: Workload, overlap: bool, tier: str, micro: int, places: int) -> Schedule:
     bank, batches = _hidden(work, overlap, tier, work.batch(batch_of(work.length)), places)
+    if bank and work.partial:
+        bank["hidden states"] += work.partial * work.batch(work.partial_sequences)
     after = {"edits": work.edits, "activations": work.activations(micro, work.inner_after)}
     ram = {
         "layers": {
@@ -103,7 +105,8 @@ def _gpu_schedule(work: Workload, overlap: bool, tier: str, micro: int, places: 
     full = work.batch(batch_of(work.length))
     slab = {"staging": paged(work.staged)}  # of exact size, see `accelerator.slab`; every part begins at a page
     if tier != "vram" and places:
-        slab["hidden states"] = places * paged(full)
+        rooms = work.partial * -(-work.partial_sequences // batch_of(work.length))  # all of one size
+        slab["hidden states"] = (places + rooms) * paged(full)
     slab["hidden batches"] = _on_their_way(work, overlap, tier) * paged(full)
     ram = {
         "layers": slab,
@@ -111,7 +114,9 @@ def _gpu_schedule(work: Workload, overlap: bool, tier: str, micro: int, places: 
         "propagate": {"writer": CHUNK_BYTES},
         "head": {"head": work.head_stored, **slab},  # as long as something of a slab is in use all of it is there
     }
-    resident = {"hidden states": places * full} if tier == "vram" else {}
+    resident = (
+        {"hidden states": places * full + work.partial * work.batch(work.partial_sequences)} if tier == "vram" else {}
+    )
     vram = {
         "layers": {
             "layer": work.computed,

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 from streamlap.errors import RecipeError, StreamlapError, shown
-from streamlap.families.stream import HEAD_TOKENS, ModelStream, batch_of
+from streamlap.families.stream import HEAD_TOKENS, ModelStream
 from streamlap.linalg.moments import held_sequences
 from streamlap.loader.forms import Removed
 from streamlap.methods.base import Cost, Layout
@@ -23,8 +23,8 @@ from streamlap.recipe import AUTO, Recipe
 from streamlap.settings import RunSettings
 
 DEFAULT_SAMPLES = 32
-"""Few, and not for the time alone: what a cut that is fitted to little loses on its held-out windows is what one that is fitted
-to more loses on text of another kind, most of all in the first layers."""
+"""Few, and not for the time alone. Shares are wanted for text of another kind. With few tokens to fit to, what cuts lose on
+held-out windows is nearer to that: most of all the first layers lose more."""
 
 DEFAULT_LENGTH = 256
 
@@ -143,15 +143,9 @@ def perturbed_candidate(stream: ModelStream, index: int, sublayer: str, cut: Cut
     return candidate(sublayer, method, stream.natives(index), budget)
 
 
-def disk_generations(depth: int, per_layer: int, shape_NL: tuple[int, int]) -> int:
-    """Most that are on the disk at one time: in the last layer each stream before and after it, and one between sub-layers."""
-    return 3 + copied_generations(per_layer * (2 * depth - 1), shape_NL)
-
-
-def copied_generations(copies: int, shape_NL: tuple[int, int]) -> int:
-    """Generations of the dense stream that so many copies take, which have the windows that are held out alone."""
-    held, whole = (-(-count // batch_of(shape_NL[1])) for count in (len(held_sequences(*shape_NL)), shape_NL[0]))
-    return -(-copies * held // whole)
+def hidden_bytes(work: Workload, depth: int, per_layer: int) -> int:
+    """Most that is on the disk at one time: in the last layer each stream before and after it, and one between sub-layers."""
+    return 3 * work.generation + per_layer * (2 * depth - 1) * work.batch(work.partial_sequences)
 
 
 def survey_workload(
@@ -169,7 +163,7 @@ def survey_workload(
     return replace(
         work, edits=most, solve=max(found.cost.both_bytes for found in perturbations.values()) + most,
         capture=max(found.cost.capture_bytes for found in perturbations.values()) + most, head=work.head + second,
-        streams=2 + copied_generations(len(perturbations), (sequences, length)),
+        streams=2, partial=len(perturbations), partial_sequences=len(held_sequences(sequences, length)),
     )  # fmt: skip
 
 

@@ -56,8 +56,12 @@ class Workload:
     streams: int = 1
     """Hidden states kept beside each other: one where layers are edited in one pass; two where they are trained from where
     they are dense, beside the dense model's stream; three where sub-layers are rebuilt, with that between them."""
+    partial: int = 0
+    """Further streams, of some of the sequences alone."""
+    partial_sequences: int = 0
+    """Of how many."""
     between: int = 0
-    """Of these, those that are nothing any more once a layer is done."""
+    """Of `streams`, those that are nothing any more once a layer is done."""
     capture: int = 0
     """What the sums over tokens hold, with the edits so far, where a solve looks at the streams itself."""
     waiting: int = 0

@@ -16,13 +16,14 @@ import torch
 from conftest import MakeModel
 from crashes import crash_after, keep_on_disk
 from faults import Crash
+from picos import VOCABULARY
 from torch import nn
 from transformers import AutoModelForCausalLM
 
 import streamlap
 from streamlap.errors import BudgetError, Interrupted, RecipeError, ResumeMismatch, UnsupportedModel
 from streamlap.families.layer import Edit
-from streamlap.families.stream import ModelStream
+from streamlap.families.stream import ModelStream, batch_of
 from streamlap.linalg.allocation import LEAST, MOST
 from streamlap.linalg.moments import held_sequences
 from streamlap.loader.forms import Form
@@ -302,9 +303,9 @@ def workload(stream: ModelStream) -> Workload:
 def test_the_claims_hold_every_stream(source: Path) -> None:
     stream = ModelStream(source)
     work = workload(stream)
-    assert work.streams == 2 + 2 * DEPTH
+    assert (work.streams, work.partial, work.partial_sequences) == (2, 2 * DEPTH, 1)
     in_ram, on_disk = (make_schedule(work, True, tier, 12) for tier in ("ram", "disk"))
-    assert in_ram.ram["layers"]["hidden states"] == work.streams * work.generation
+    assert in_ram.ram["layers"]["hidden states"] == 2 * work.generation + 2 * DEPTH * work.generation // 12
     assert "hidden states" not in on_disk.ram["layers"]
     assert on_disk.ram["propagate"]["edits"] == work.edits > 0
     assert work.solve > work.edits
@@ -318,13 +319,21 @@ def test_a_cap_that_is_too_small_is_refused_first(measure: Measure, tmp_path: Pa
 
 
 def test_a_cap_below_all_streams_keeps_them_on_the_disk(
-    measure: Measure, whole: Path, source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """One byte less than the fastest schedule takes, and nothing else is free."""
-    work = workload(ModelStream(source))
+    np.save(tmp_path / "many.npy", np.random.default_rng(0).integers(0, VOCABULARY, (2048, 16)))
+
+    def measure(file: Path, **options: Any) -> None:
+        streamlap.survey(source, file, files=(str(tmp_path / "many.npy"),), **options)
+
+    measure(tmp_path / "whole.json")
+    stream = ModelStream(source)
+    planned = plan_survey(stream, (2048, 16), RunSettings(), "free")
+    work = survey_workload(stream, planned.perturbations, 2048, 16)
     seen: list[str] = []
     monkeypatch.setattr(scheduling, "ram_bytes", lambda: 0)
-    cap = scheduling.RUNTIME_BYTES + peak(make_schedule(work, True, "ram", 12).ram) - 1
+    cap = scheduling.RUNTIME_BYTES + peak(make_schedule(work, True, "ram", batch_of(16)).ram) - 1
     fit = scheduling.fit
 
     def note(*arguments: Any) -> Any:
@@ -336,7 +345,7 @@ def test_a_cap_below_all_streams_keeps_them_on_the_disk(
     monkeypatch.setattr("streamlap.pipeline.runner.LayerRunner.require_baseline", lambda *_: None)
     measure(tmp_path / "survey.json", max_ram=cap)
     assert seen == ["disk"]
-    assert (tmp_path / "survey.json").read_bytes() == whole.read_bytes()
+    assert (tmp_path / "survey.json").read_bytes() == (tmp_path / "whole.json").read_bytes()
 
 
 # --- what compress makes of it -----------------------------------------------------------------------------------------

@@ -71,7 +71,7 @@ def anchored_cost(
         lasts = sum(d * (item * shape.width + _item(f) * d * (shape.last_rank > 0)) for shape in found)
         rank = max((rank for shape in found for _, rank in shape.ranks), default=0)
         bases = _item(n) * len(reads) * rank * (f + n)
-        moments += [(max(map(_removing, found)), lasts), (_finding((f, n), rank), lasts + bases)]
+        moments += [(max(map(_removing, found)), lasts), (_finding((f, n), rank, True), lasts + bases)]
         moments += [(_trying(shape, item), lasts + bases + held) for shape in found]
     return Cost(
         workspace_bytes=inputs + max(work for work, _ in moments), capture_bytes=inputs + sums,
@@ -173,25 +173,30 @@ def _building(shape: Shapes, compared: bool) -> int:
     d, w = shape.last[0], shape.width
     bases = sum(_item(shape.inputs) * rank * (rows + shape.inputs) for (rows, _), rank in shape.ranks)
     making = [
-        _refitting(each, rank) if compared else max(_refitting(each, rank), _finding((shape.last[1], each[1]), rank))
+        _refitting(each, rank)
+        if compared
+        else max(_refitting(each, rank), _finding((shape.last[1], each[1]), rank, shape.prunes))
         for each, rank in shape.ranks
     ]
     inner = bases + max(2 * bases, *making, 0)
-    fitting = _item(w) * w * (w + d) + RUN * w * d * shape.gained
-    fitting += max(RUN * w * d, 4 * HELD_TOKENS * (w + 4 * d))
+    fitting = _item(w) * w * (w + d) + RUN * w * d * shape.gained + max(RUN * w * d, 4 * HELD_TOKENS * (w + 4 * d))
     rank = shape.last_rank
     cut = _item(w) * w * (w + d) + max(_finding((d, w), rank), _refitting((d, w), rank)) if rank else 0
     return shape.edits + max(inner, fitting, cut) + shape.last_edit
 
 
-def _finding(shape: tuple[int, int], rank: int) -> int:
+def _finding(shape: tuple[int, int], rank: int, weighed: bool = False) -> int:
     """A subspace: of the smaller side the squares, LAPACK's copies, and of columns the root; the map in blocks; basis and map.
-    Either may have to go to float64."""
+    Either may have to go to float64. Where rows are `weighed`, the map as it counts, unless it is the larger side."""
     (rows, columns), small = shape, min(shape)
-    counted = _item(columns) * rows * columns * (rows <= columns)
     squares = 5 if rows <= columns else 6
     panels = 2 * WIDE * PANEL * (rows + columns) if rows <= columns else 2 * WIDE * BLOCK * columns
-    return WIDE * (squares * small * small + rank * columns) + panels + _item(columns) * rank * rows + counted
+    return (
+        WIDE * (squares * small * small + rank * columns)
+        + panels
+        + _item(columns) * rank * rows
+        + weighed * WIDE * small * columns
+    )
 
 
 def _refitting(shape: tuple[int, int], rank: int) -> int:

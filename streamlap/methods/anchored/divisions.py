@@ -22,8 +22,8 @@ from streamlap.linalg.triangles import panels
 from streamlap.methods.anchored.fitting import Aim, Inputs, dense_edit, map_error, narrowed, truncated_edit
 from streamlap.methods.base import Layout, Layouts
 
-LEAST_GAIN = 0.01
-"""Share of the mean below which no row of gate and up counts; see `weighed`."""
+LEAST_COUNT, MOST_COUNT = 0.01, 100.0
+"""Bounds on how much a row of gate or up counts, as multiples of the median; see `weighed`."""
 
 PIECE = 4096
 """Columns that go to RAM at a time."""
@@ -143,10 +143,12 @@ def weighed(aims: Sequence[Aim], middle: Gram, w_DF: torch.Tensor) -> list[Aim]:
     moves_F, found = middle.diagonal_I.clamp_min(0).sqrt() * length_F, []
     for aim in aims:
         own_F = energies_of(aim.t_OI, aim.gram).clamp_min(0).sqrt()
-        gain_F = moves_F.to(own_F.dtype) / own_F
-        mean = float(gain_F[gain_F.isfinite()].mean())
-        least = LEAST_GAIN * mean if 0 < mean < math.inf else 1.0
-        found.append(replace(aim, gain_O=gain_F.nan_to_num(least, least, least).clamp_min(least) / least))
+        counts_F = moves_F.to(own_F.dtype) / own_F
+        median = float(counts_F[counts_F.isfinite()].nanmedian())
+        if 0 < median < math.inf:
+            counts_F = (counts_F / median).nan_to_num(LEAST_COUNT).clamp(LEAST_COUNT, MOST_COUNT)
+            aim = replace(aim, counts_O=counts_F)
+        found.append(aim)
     return found
 
 
@@ -180,7 +182,7 @@ def subspaces(aims: Sequence[Aim], serves: torch.Tensor | None, rank: int) -> So
     root_II = root(gram)
     notes = root_II.notes
     for aim in aims:
-        sub = subspace(aim.t_OI, gram, rank, root_II.value, serves, aim.gain_O)
+        sub = subspace(aim.t_OI, gram, rank, root_II.value, serves, aim.counts_O)
         found.append(Subspace(sub.value.basis_OR.cpu(), sub.value.map_RI.cpu(), sub.value.energies.cpu()))
         notes = joined(notes, sub.notes)
     return Solution(found, notes=notes)

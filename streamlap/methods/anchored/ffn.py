@@ -136,13 +136,13 @@ class FfnAnchored(Knobs):
         statistics, layer, kept = inputs.statistics, inputs.statistics.layer, division.kept
         edits, channels = inner_edits(layer, inputs.aims, layout, division)
         seen = statistics.middles(edits)
-        output = output_aim(layer, "down", channels, seen, self.step, _in_order(division, channels))
+        output = output_aim(layer, "down", channels, seen, self.step, in_order(division, channels))
         last, _ = low_rank_edit(layer, output.value, layout.get("down"), channels if kept is not None else None)
         notes = joined(output.notes, *(edit.notes for edit in (*edits, last)))
         return Solved(edits=[*edits, last], error=held_error(layer, last, seen), notes=notes)
 
 
-def _in_order(division: Division, channels: torch.Tensor | None) -> torch.Tensor | None:
+def in_order(division: Division, channels: torch.Tensor | None) -> torch.Tensor | None:
     """`Division.last_DK` with its columns as the channels now come."""
     if division.kept is None or division.last_DK is None or channels is None:
         return None

@@ -43,6 +43,8 @@ class Aim:
     """Those that are left; None is all."""
     gain_O: torch.Tensor | None = None
     """What its outputs are multiplied by before they count; see `StreamLayer.gain`."""
+    counts_O: torch.Tensor | None = None
+    """How much each row counts where directions are chosen for all of them; None is all alike."""
 
 
 @dataclass(kw_only=True)
@@ -114,9 +116,8 @@ def output_aim(
 ) -> Solution[Aim]:  # fmt: skip
     """The last linear of a sub-layer, moved to add to the compressed stream what brings it to the dense one.
 
-    What inputs that went had given is made up for by `refitted_OI`. What earlier layers have lost is noise to a fit beside
-    that, which held-out tokens let in by a fifth to a half. So where the step is theirs to choose, the first is done by a step
-    of its own.
+    `refitted_OI` makes up for what inputs that went had given. What earlier layers have lost is mostly noise to a fit, and
+    held-out tokens let in about half of it. So where they choose the step, each of the two has its own.
 
     Args: columns, which of its inputs are left, in the order in which they now come; None where nothing changed; refitted_OI,
     the linear of these as it acts on the hidden states, fitted again to give what it gave with all; it may be in RAM.
@@ -130,7 +131,9 @@ def output_aim(
         if step is None and refitted_OI is not None:
             assert columns is not None, "what lost nothing is not fitted again"  # so that W is a copy
             part = best_step(begin_OI, refitted_OI, x_TI, target_TO)
-            for at in panels(begin_OI.shape[1]):
+            for at in (
+                panels(begin_OI.shape[1]) if part else ()
+            ):  # what is not finite is no better, and 0 times it is NaN
                 begin_OI[:, at] += part * (refitted_OI[:, at].to(x_TI) - begin_OI[:, at])
         found = anchored(begin_OI, seen.gram, seen.cross_IA)
         t_OI, notes = _part_of_the_way(begin_OI, found.value, x_TI, target_TO, step), found.notes
