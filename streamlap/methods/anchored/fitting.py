@@ -131,10 +131,9 @@ def output_aim(
         if step is None and refitted_OI is not None:
             assert columns is not None, "what lost nothing is not fitted again"  # so that W is a copy
             part = best_step(begin_OI, refitted_OI, x_TI, target_TO)
-            for at in (
-                panels(begin_OI.shape[1]) if part else ()
-            ):  # what is not finite is no better, and 0 times it is NaN
-                begin_OI[:, at] += part * (refitted_OI[:, at].to(x_TI) - begin_OI[:, at])
+            if part:  # what is not finite is no better, and 0 times it is NaN
+                for at in panels(begin_OI.shape[1]):
+                    begin_OI[:, at] += part * (refitted_OI[:, at].to(x_TI) - begin_OI[:, at])
         found = anchored(begin_OI, seen.gram, seen.cross_IA)
         t_OI, notes = _part_of_the_way(begin_OI, found.value, x_TI, target_TO, step), found.notes
         if gain_O is not None:
