@@ -383,7 +383,7 @@ def test_a_divergence_is_the_mean_of_the_good_tokens(pico: MakeModel) -> None:
     copy_NLD[2] = math.nan  # a third, of which the cut alone is to blame
     banks[1].write(stream.depth, copy_NLD.split(2))
     with pytest.raises(
-        NumericalError, match="layer 0 ffn: its cut made 1[67] of 4. tokens NaN or infinite; wanted at most 10%"
+        NumericalError, match=r"layer 0 ffn: its cut made 1[67] of 4. tokens NaN or infinite; wanted at most 10%"
     ):
         mean_divergence(stream, stream.head(), *banks, cut, range(1, 4))
     banks[1].write(stream.depth, torch.full_like(copy_NLD, math.nan).split(2))
