@@ -240,9 +240,9 @@ def tiny_inputs_of_large_weights(pico: MakeModel, folder: Path) -> Path:
 def test_what_the_storage_dtype_cannot_hold_is_refused(pico: MakeModel, tokens: Path, tmp_path: Path) -> None:
     """Rows of a matrix are stored as they are: no other factor can take from them."""
     source, out = tiny_inputs_of_large_weights(pico, tmp_path / "source"), tmp_path / "out"
-    words = r"model.layers.2 attention: self_attn.o_proj: the largest number is 8\.\d+e\+04; wanted at most 65504"
+    words = r"model.layers.2 attention: self_attn.o_proj: the largest number is 1\.\d+e\+05; wanted at most 65504"
     with pytest.raises(NumericalError, match=words):
-        streamlap.compress(source, out, ratio=0.2, files=(str(tokens),), redraw=False)
+        streamlap.compress(source, out, ratio=0.4, files=(str(tokens),), redraw=False)
     assert not (out / "config.json").exists()
 
 
