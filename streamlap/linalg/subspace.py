@@ -86,9 +86,8 @@ def _find(
     if (len(t_OI) if serves is None else len(serves)) > t_OI.shape[1]:
         return _of_columns(t_OI, gram, rank, root_II, serves, gain_O, dtype)
     t_NI = t_OI if serves is None else t_OI[serves]
-    gain_N = gain_O if gain_O is None or serves is None else gain_O[serves]
-    if gain_N is not None:
-        t_NI = t_NI.to(dtype) * gain_N.to(dtype)[:, None]
+    if gain_O is not None:
+        t_NI = t_NI.to(dtype) * (gain_O if serves is None else gain_O[serves]).to(dtype)[:, None]
     energies, vectors = _spectrum(gram.metric(t_NI, dtype))
     energies = energies.flip(0).clamp_min(0.0)
     if dtype == torch.float32 and not _is_clear(energies, rank):
@@ -96,7 +95,7 @@ def _find(
     basis_NR = vectors[:, -rank:].flip(1)
     del vectors
     map_RI = _mapped(basis_NR, t_NI)
-    return Solution(Subspace(_without(gain_N, basis_NR), map_RI, energies))
+    return Solution(Subspace(_without(gain_O, serves, basis_NR), map_RI, energies))
 
 
 def best_basis(metric_OO: torch.Tensor, rank: int) -> torch.Tensor:
@@ -134,13 +133,14 @@ def _of_columns(
     basis_NR = orthonormal(torch.cat([product(t, into_IR) for t in row_blocks(t_OI, dtype, serves, gain_O)]))
     parts = zip(torch.split(basis_NR, BLOCK), row_blocks(t_OI, dtype, serves, gain_O), strict=True)
     map_RI = functools.reduce(torch.Tensor.add_, (product(basis.T, t) for basis, t in parts))
-    gain_N = gain_O if gain_O is None or serves is None else gain_O[serves]
-    return Solution(Subspace(_without(gain_N, basis_NR), map_RI, energies), notes=notes)
+    return Solution(Subspace(_without(gain_O, serves, basis_NR), map_RI, energies), notes=notes)
 
 
-def _without(gain_N: torch.Tensor | None, basis_NR: torch.Tensor) -> torch.Tensor:
-    """The basis of rows that were multiplied, for the rows as they are."""
-    return basis_NR if gain_N is None else basis_NR / gain_N.to(basis_NR.dtype)[:, None]
+def _without(gain_O: torch.Tensor | None, serves: torch.Tensor | None, basis_NR: torch.Tensor) -> torch.Tensor:
+    """The basis of served rows that were multiplied, for these rows as they are."""
+    if gain_O is None:
+        return basis_NR
+    return basis_NR / (gain_O if serves is None else gain_O[serves]).to(basis_NR.dtype)[:, None]
 
 
 def row_blocks(

@@ -85,8 +85,8 @@ def make_schedule(
 
 def _cpu_schedule(work: Workload, overlap: bool, tier: str, micro: int, places: int) -> Schedule:
     bank, batches = _hidden(work, overlap, tier, work.batch(batch_of(work.length)), places)
-    if bank and work.partial:
-        bank["hidden states"] += work.partial * work.batch(work.partial_sequences)
+    if bank:
+        bank["hidden states"] += work.partial_bytes
     after = {"edits": work.edits, "activations": work.activations(micro, work.inner_after)}
     ram = {
         "layers": {
@@ -114,9 +114,7 @@ def _gpu_schedule(work: Workload, overlap: bool, tier: str, micro: int, places: 
         "propagate": {"writer": CHUNK_BYTES},
         "head": {"head": work.head_stored, **slab},  # as long as something of a slab is in use all of it is there
     }
-    resident = (
-        {"hidden states": places * full + work.partial * work.batch(work.partial_sequences)} if tier == "vram" else {}
-    )
+    resident = {"hidden states": places * full + work.partial_bytes} if tier == "vram" else {}
     vram = {
         "layers": {
             "layer": work.computed,

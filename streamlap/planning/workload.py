@@ -88,6 +88,11 @@ class Workload:
         return self.sequences * self.length * self.width * self.itemsize
 
     @property
+    def partial_bytes(self) -> int:
+        """One generation of each of the partial streams."""
+        return self.partial * self.batch(self.partial_sequences)
+
+    @property
     def disk_generations(self) -> int:
         """Generations on the disk while a layer is done, where the disk keeps them: what was there and what is coming, and the
         gradients. The sweeps that make these have never more of them and of their inputs than one beyond their number."""
