@@ -441,6 +441,27 @@ def test_training_brings_both_starts_nearer(source: Path) -> None:
         assert begin == "random" or training.held[0] < 0.9, "the closed form is worth something"
 
 
+def test_a_warm_start_that_training_makes_worse_is_what_is_written(source: Path) -> None:
+    """Also where the run goes on from the disk after the epochs that made it worse."""
+    training, x_BLD = fading(source, PcLora(epochs=2, learning_rate=1.0))
+    taught = lesson(x_BLD, training.layer(x_BLD))
+    training.begin(training.measure([taught]))
+    start = {name: master.detach().clone() for name, master in training.masters.items()}
+    while not training.ends:
+        for place in range(4):
+            training.step(place, taught)
+        training.close_epoch(training.measure([taught]))
+    assert min(training.held) == training.held[0]
+    state = {name: tensor.clone() for name, tensor in training.state().items()}
+    again, _ = fading(source, PcLora(epochs=2, learning_rate=1.0))
+    again.begin(again.measure([taught]))
+    again.load(state)
+    assert again.ends
+    for each in (training, again):
+        each.finish()
+        assert all(torch.equal(each.masters[name], tensor) for name, tensor in start.items())
+
+
 # --- what is refused -----------------------------------------------------------------------------------------------------
 
 

@@ -162,6 +162,12 @@ class Fading(BestSteps):
     def ends(self) -> bool:
         return self.epoch >= self.knobs.epochs
 
+    def begin(self, loss: float) -> None:
+        """Take down the loss before the first epoch. A closed form is what is written where no epoch is better."""
+        super().begin(loss)
+        if self.knobs.begin == "warm":
+            self.keep()
+
     def fade_to(self, left: float) -> None:
         """So much is left of the weight."""
         for adapter in self.adapted.adapters.values():

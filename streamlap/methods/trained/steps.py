@@ -194,7 +194,7 @@ class BestSteps(Steps):
     """The same, with what served held-out tokens best."""
 
     best: dict[str, torch.Tensor]
-    """Empty while nothing is better than the start."""
+    """Empty while nothing is better than the start, unless the start itself was kept."""
 
     def __init__(self, pace: Pace, masters: Mapping[str, torch.Tensor], sizes: Mapping[str, float], steps: int) -> None:
         super().__init__(pace, masters, sizes, steps)
@@ -205,10 +205,14 @@ class BestSteps(Steps):
         """The masters as they are kept."""
         return {name: master.detach() for name, master in self.masters.items()}
 
+    def keep(self) -> None:
+        """Have the masters, as they are now, be the best."""
+        self.best = {name: tensor.clone() for name, tensor in self.rounded.items()}
+
     def close_epoch(self, loss: float) -> None:
         """Take down the loss after an epoch, and the masters where it is the least so far."""
         if loss < min(self.held):
-            self.best = {name: tensor.clone() for name, tensor in self.rounded.items()}
+            self.keep()
         self.held.append(loss)
 
     def parts(self) -> dict[str, Mapping[str, torch.Tensor]]:
