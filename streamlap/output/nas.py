@@ -15,6 +15,7 @@ import torch
 
 from streamlap.errors import UnsupportedModel
 from streamlap.families.cache import window_of
+from streamlap.families.linears import ROLES, SUBLAYERS
 from streamlap.families.stream import ModelStream
 from streamlap.loader.configuration_nas import MULTIPLE, NAS
 from streamlap.loader.forms import Dense, Form, Removed
@@ -71,7 +72,8 @@ def check_layers(stream: ModelStream, layers: Sequence[Mapping[str, Form]]) -> N
 
 def nas_config(stream: ModelStream, raw: Mapping[str, Any], layers: Sequence[Mapping[str, Form]]) -> dict[str, Any]:
     """config.json for layers of these forms; `raw`, that of the source with the sizes of the first layer."""
-    biased = layers[0]["q"].bias
+    # A flag for the attention of all layers; those that have no bias get zeros.
+    biased = any(forms[role].bias for forms in layers for role in SUBLAYERS["attention"].roles)
     groups = raw.get("num_key_value_heads") or stream.config.num_key_value_heads
     heads = raw["num_attention_heads"] // groups
     rope = dict(getattr(stream.config, "rope_parameters", None) or {})
@@ -115,13 +117,14 @@ def block(forms: Mapping[str, Form], hidden: int, heads_in_group: int, exact: bo
 
 
 def nas_tensors(prefix: str, forms: Mapping[str, Form], entries: Mapping[str, TensorEntry]) -> dict[str, TensorEntry]:
-    """The tensors of the layer `prefix`: nothing of an attention that is gone, nor of its norm; and zeros for the bias of o
-    where q, k and v alone have one, since there is one flag for all four."""
+    """The tensors of the layer `prefix`: nothing of an attention that is gone, nor of its norm; and zeros for the biases that
+    some linears of an attention lack, since there is one flag for all four."""
     if isinstance(forms["q"], Removed):
         gone = (f"{prefix}.self_attn.", f"{prefix}.input_layernorm.")
         return {name: entry for name, entry in entries.items() if not name.startswith(gone)}
-    bias = f"{prefix}.self_attn.o_proj.bias"
-    if not forms["q"].bias or bias in entries:
+    roles = SUBLAYERS["attention"].roles
+    if not any(forms[role].bias for role in roles):
         return dict(entries)
-    weight = entries[f"{prefix}.self_attn.o_proj.weight"]
-    return {**entries, bias: torch.zeros(forms["o"].shape[0], dtype=weight.dtype)}
+    dtype = entries[f"{prefix}.{ROLES['q']}.weight"].dtype
+    zeros = {f"{prefix}.{ROLES[role]}.bias": torch.zeros(forms[role].shape[0], dtype=dtype) for role in roles}
+    return {**zeros, **entries}

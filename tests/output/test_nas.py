@@ -13,12 +13,17 @@ import pytest
 import torch
 from conftest import MakeModel
 from crashes import crash_after
+from folders import FAMILIES as CONFIGS_OF
+from folders import logits as model_logits
+from folders import make_case
 from outputs import contents
 from safetensors import safe_open
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 import streamlap
 from streamlap.errors import CheckpointError, UnsupportedModel
+from streamlap.families.linears import ROLES
 from streamlap.families.stream import ModelStream
 from streamlap.loader.configuration_nas import DeciLMConfig, ffn_width
 from streamlap.loader.forms import Dense, Form, LowRank, Removed
@@ -123,6 +128,21 @@ def test_a_killed_run_gives_the_same_bytes(
     crash_after(2, monkeypatch, lambda: streamlap.compress(source, tmp_path / "out", **given))
     streamlap.resume(tmp_path / "out")
     assert contents(tmp_path / "out") == contents(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("biased", [("q",), ("k", "o"), ("o",), ("up",)])
+def test_biases_of_some_linears_of_some_layers_stay(tmp_path: Path, biased: tuple[str, ...]) -> None:
+    """There is one flag for the attention of all layers."""
+    case = make_case(
+        tmp_path / "out", CONFIGS_OF["llama"](), {f"model.layers.1.{ROLES[role]}": {"bias": 1} for role in biased}
+    )
+    streamlap.export(case.folder, tmp_path / "nas", to="nas")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "nas")
+    assert torch.equal(model_logits(model), model_logits(case.reference))
+    assert model.config.attention_bias == (biased != ("up",))
+    stored = {name for shard in (tmp_path / "nas").glob("*.safetensors") for name in load_file(shard)}
+    assert stored == {name for name, _ in model.named_parameters()}
+    assert streamlap.verify(tmp_path / "nas")["ok"]
 
 
 # --- config.json -------------------------------------------------------------------------------------------------------
