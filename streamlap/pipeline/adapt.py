@@ -172,12 +172,24 @@ class Adapting:
         self._adam = torch.optim.AdamW(self._parameters.values(), lr=0.0, betas=BETAS, weight_decay=0.0, fused=True)
 
     def step(self, numbers: Sequence[int], tokens_NL: torch.Tensor) -> None:
-        """One step, over the windows of these numbers."""
+        """One step, over the windows of these numbers. Raises NumericalError where its gradients are not finite."""
         self.model.train()
         self._adam.zero_grad()
+        tokens = 0
         for number in numbers:
-            (self._losses(number, tokens_NL).mean() / len(numbers)).backward()  # type: ignore[no-untyped-call]
-        torch.nn.utils.clip_grad_norm_(self._parameters.values(), MOST_NORM)
+            losses_P = self._losses(number, tokens_NL)
+            losses_P.sum().backward()  # type: ignore[no-untyped-call]
+            tokens += losses_P.numel()
+        # Of the sum, not the mean, on the way back: so float16 holds them. Those of the adapters are float32.
+        for tensor in self._parameters.values():
+            if tensor.grad is not None:
+                tensor.grad /= tokens
+        norm = float(torch.nn.utils.clip_grad_norm_(self._parameters.values(), MOST_NORM))
+        if not math.isfinite(norm):
+            raise NumericalError(
+                f"the gradients of step {self.done + 1} of {self._steps} have the norm {norm}; wanted a number. Take dtype "
+                "float32 or bfloat16; if it is one of these already, a lower learning_rate."
+            )
         for group in self._adam.param_groups:
             group["lr"] = self.knobs.rate(self.done, self._steps)
         self._adam.step()

@@ -91,10 +91,11 @@ def recover(
     files = (text,) if isinstance(text, str | Path) else tuple(text)
     names = tuple(map(str, files))
     rows = has_rows(names)
-    calibration = Calibration(
-        files=names, samples=samples or (None if rows and len(names) == 1 else SAMPLES), seed=knobs.seed,
-        length=length or (None if rows else min(LENGTH, stream.context)), text_column=text_column,
-    )  # fmt: skip
+    if samples is None and not (rows and len(names) == 1):
+        samples = SAMPLES
+    if length is None and not rows:
+        length = min(LENGTH, stream.context)
+    calibration = Calibration(files=names, samples=samples, length=length, seed=knobs.seed, text_column=text_column)
     tokens_NL = calibration_tokens(
         calibration, folder, stream.vocabulary, stream.context, settings.trust_remote_code, settings.caps.ram
     )

@@ -1,6 +1,7 @@
 """Recovery: LoRA on a compressed model, merged into what it stores, kept where held-out loss falls."""
 
 import json
+import math
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -10,13 +11,13 @@ import numpy as np
 import pytest
 import torch
 from conftest import MakeModel
-from picos import VOCABULARY
+from picos import VOCABULARY, random_pico
 from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
 import streamlap
 from streamlap.cli import app
-from streamlap.errors import BudgetError, Interrupted, RecipeError, ResumeMismatch
+from streamlap.errors import BudgetError, Interrupted, NumericalError, RecipeError, ResumeMismatch
 from streamlap.families.stream import ModelStream
 from streamlap.linalg.moments import held_sequences
 from streamlap.methods.trained.recovery import Likely, Recovery, divergence, prediction_losses
@@ -111,6 +112,33 @@ def trained(job: RecoveryJob, steps: int = 3) -> Adapting:
     for step in range(steps):
         adapting.step(job.batch(step), job.tokens_NL)
     return adapting
+
+
+@pytest.mark.parametrize(("dtype", "most"), [("float32", 1e-5), ("float16", 0.02)])
+def test_small_gradients_are_those_of_the_mean_loss(lesson: Path, tmp_path: Path, dtype: str, most: float) -> None:
+    """The final norm makes them so small that float16 would lose a fifth of those of the mean."""
+    model = random_pico("llama", num_hidden_layers=2)
+    model.model.norm.weight.data.mul_(1e-4)
+    model.save_pretrained(tmp_path)
+    job = make_job(tmp_path, tmp_path, lesson)
+    whole, other = (
+        Adapting(ModelStream(tmp_path, dtype=name), job.knobs, None, 8, False) for name in ("float32", dtype)
+    )
+    torch.stack([whole._losses(number, job.tokens_NL).mean() for number in job.batch(0)]).mean().backward()
+    other.step(job.batch(0), job.tokens_NL)
+    for (name, wanted), found in zip(whole._parameters.items(), other._parameters.values(), strict=True):
+        assert (found.grad - wanted.grad).norm() <= most * wanted.grad.norm(), name
+
+
+def test_a_gradient_that_is_no_number_ends_the_run(
+    source: Path, small: Path, lesson: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else every adapter would be NaN from there on, and nothing gained."""
+    monkeypatch.setattr(adapt, "prediction_losses", lambda *_: prediction_losses(*_) * math.inf)
+    with pytest.raises(
+        NumericalError, match=r"gradients of step 1 of 8 have the norm (nan|inf); wanted a number. Take dtype"
+    ):
+        trained(make_job(source, small, lesson))
 
 
 def test_merging_changes_no_logit(source: Path, small: Path, lesson: Path) -> None:
@@ -230,6 +258,8 @@ def other_vocabulary(pico: MakeModel) -> dict[str, Any]:
         (lambda pico: {"learning_rate": 2.0}, RecipeError, "learning_rate is 2.0"),
         (lambda pico: {"speed": 1}, RecipeError, "no options 'speed'"),
         (lambda pico: {"samples": 1, "length": 16}, RecipeError, "wanted two"),
+        (lambda pico: {"samples": 0}, RecipeError, "samples is 0; wanted"),
+        (lambda pico: {"length": False}, RecipeError, "length is False; wanted"),
         (lambda pico: {"max_ram": "1MiB"}, BudgetError, "0.0 MiB are left"),
     ],
 )
