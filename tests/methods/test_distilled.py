@@ -26,9 +26,9 @@ from streamlap.families.watch import linear_outputs
 from streamlap.linalg import products
 from streamlap.linalg.gram import Gram
 from streamlap.linalg.moments import Moments
-from streamlap.loader.forms import LowRank, read_row
+from streamlap.loader.forms import Dense, LowRank, read_row
 from streamlap.methods import PRESETS
-from streamlap.methods.base import Layout
+from streamlap.methods.base import Layout, ParameterBudget
 from streamlap.methods.trained.base import Lesson
 from streamlap.methods.trained.loraprune import LoraPrune, Pruning
 from streamlap.methods.trained.pclora import DECAYS, Fading, PcLora, closed_form
@@ -419,6 +419,26 @@ def test_every_linear_becomes_factors_with_a_bias_within_the_budget(pico: MakeMo
     assert all(isinstance(form, LowRank) and form.bias for form in layout.values())
     dense, kept = (sum(forms[role].parameters(4) for role in natives) for forms in (natives, layout))
     assert 0.96 * (1 - ratio) < kept / dense <= 1 - ratio
+
+
+def test_a_linear_that_could_stay_dense_has_the_highest_rank_that_stores_less(
+    source: Path, tokens: Path, tmp_path: Path
+) -> None:
+    report = streamlap.compress(source, tmp_path / "out", RECIPES["pclora"], files=(str(tokens),), ratio=0.02)
+    ranks = {edit.path.rpartition(".")[2]: edit.row["rank"] for edit in report.layers[0].edits}
+    assert ranks["q_proj"] == 15, "of 32 x 32"
+    assert ranks["gate_proj"] == 19, "of 48 x 32"
+    assert report.parameters.ratio_decoder >= 0.02
+    assert streamlap.verify(tmp_path / "out")["ok"]
+
+
+def test_a_linear_that_no_factors_make_smaller_is_refused() -> None:
+    budget = ParameterBudget(ratio=0.1, parameters=10_000, itemsize=2, head_dim=8)
+    natives = {"gate": Dense((1, 32)), "up": Dense((48, 32)), "down": Dense((32, 48))}
+    with pytest.raises(
+        RecipeError, match=r"pclora: gate \[1, 32\] has no rank at which two factors store less; wanted"
+    ):
+        PcLora().layout("ffn", natives, budget)
 
 
 def test_a_random_start_that_learns_nothing_is_refused(source: Path) -> None:

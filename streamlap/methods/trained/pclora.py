@@ -83,7 +83,8 @@ class PcLora(Pace):
             raise RecipeError("pclora: fade is 1, with which the weight is never gone; wanted a number below 1.")
 
     def layout(self, sublayer: str, natives: Natives, budget: ParameterBudget) -> Layout:
-        """Of all linears the same share, less a bias each."""
+        """Of all linears the same share, less a bias each. What could stay dense has the highest rank that stores less: here
+        every linear becomes factors. Raises RecipeError where there is no such rank."""
         own = {role: natives[role] for role in SUBLAYERS[sublayer].roles if role in natives}
         left = budget.parameters - sum(native.shape[0] for native in own.values())
         sites = [
@@ -91,7 +92,13 @@ class PcLora(Pace):
             for role, native in own.items()
         ]
         ranks = share_ranks(sites, left)
-        return {role: LowRank(native.shape, True, ranks[role] or min(native.shape)) for role, native in own.items()}
+        for site in sites:
+            if not site.most:
+                raise RecipeError(
+                    f"pclora: {site.name} {list(site.shape)} has no rank at which two factors store less; wanted a larger "
+                    "matrix. Take another preset."
+                )
+        return {site.name: LowRank(site.shape, True, ranks[site.name] or site.most) for site in sites}
 
     def cost(self, sublayer: str, natives: Natives, layout: Layout, budget: ParameterBudget) -> Cost:
         if self.begin == "random":
