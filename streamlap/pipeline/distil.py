@@ -17,6 +17,7 @@ from streamlap.errors import NumericalError, located
 from streamlap.families.layer import StreamLayer
 from streamlap.linalg.gram import Gram
 from streamlap.linalg.moments import Moments
+from streamlap.linalg.rows import any_out, struck
 from streamlap.linalg.solution import joined
 from streamlap.methods.trained.base import Distilled
 from streamlap.methods.trained.steps import HeldLoss
@@ -46,10 +47,16 @@ def distil_layer(hand: LayerInHand, method: Distilled, session: Session) -> Laye
 
 
 def stored_loss(layer: StreamLayer, lessons: Lessons) -> float:
-    """Loss on held-out tokens of the layer as it is written."""
+    """Loss on held-out tokens of the layer as it is written, without those that overflow in it."""
     found = HeldLoss()
     for x_BLD, target_BLD in lessons.pairs(lessons.held):
-        found.update(x_BLD, target_BLD, layer(x_BLD))
+        y_BLD = layer(x_BLD)
+        found.update(x_BLD, struck(target_BLD, any_out(y_BLD)), y_BLD)
+    if not found.tokens:
+        raise NumericalError(
+            "as it is written, no token of the windows that are held out has finite numbers behind it; wanted some. Take dtype "
+            "float32 or bfloat16."
+        )
     return found.value
 
 

@@ -9,6 +9,7 @@ import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -26,12 +27,13 @@ from streamlap.errors import NumericalError
 from streamlap.families import stream as families_stream
 from streamlap.families.layer import StreamLayer
 from streamlap.families.stream import ModelStream
-from streamlap.linalg.rows import MOST_OUT, any_out, blanked, carried, marked, paired, require_few, rows_out
+from streamlap.linalg.rows import MOST_OUT, any_out, blanked, carried, marked, paired, require_few, rows_out, struck
 from streamlap.linalg.statistics import Energy
 from streamlap.methods import AttentionAnchored, FfnAnchored
 from streamlap.methods.base import Solved
 from streamlap.methods.trained.steps import distances
 from streamlap.output.report import LayerReport
+from streamlap.pipeline.distil import stored_loss
 from streamlap.pipeline.divergence import divergence, mean_divergence
 from streamlap.pipeline.observe import SublayerStatistics
 from streamlap.planning.survey import Perturbation
@@ -365,6 +367,20 @@ def test_a_survey_leaves_them_out(sources: dict[str, Path], few: Path, tmp_path:
     for layer in found.layers:
         for (probe,) in layer.values():
             assert math.inf > probe.kl > 0
+
+
+def test_held_out_tokens_that_overflow_in_a_written_layer_are_left_out() -> None:
+    x_BLD, target_BLD = hidden_states(0.0), torch.randn(3, 16, 32)
+
+    def lost(out_BL: torch.Tensor) -> float:
+        lessons = SimpleNamespace(held=[0], pairs=lambda _: [(x_BLD, target_BLD)])
+        return stored_loss(lambda x_BLD: struck(x_BLD / 2, out_BL), lessons)
+
+    out_BL = rows_out(marked(hidden_states()))
+    missed, wanted = (distances(target_BLD, y_BLD)[~out_BL[:, 1:]].mean() for y_BLD in (x_BLD / 2, x_BLD))
+    assert lost(out_BL) == pytest.approx(float(missed / wanted), rel=1e-6)
+    with pytest.raises(NumericalError, match="no token of the windows that are held out has finite numbers behind it"):
+        lost(torch.ones_like(out_BL))
 
 
 def test_a_divergence_is_the_mean_of_the_good_tokens(pico: MakeModel) -> None:
