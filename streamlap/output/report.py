@@ -123,8 +123,8 @@ class KvCache:
 
     @property
     def ratio(self) -> float:
-        """Share that is gone."""
-        return 1.0 - self.after / self.before
+        """Share that is gone; 0 where there was none, as in a model without a layer of attention."""
+        return 1.0 - self.after / self.before if self.before else 0.0
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self) | {"ratio": self.ratio}

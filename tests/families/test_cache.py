@@ -63,3 +63,11 @@ def test_heads_that_are_gone_keep_nothing(pico: MakeModel, tokens: Path, tmp_pat
     )
     assert streamlap.inspect(tmp_path / "out")["kv_cache_bytes_per_token"] == report.kv_cache.to_json()
     assert f"| {report.kv_cache.before:,} | {report.kv_cache.after:,} |" in (tmp_path / "out" / "README.md").read_text()
+
+
+def test_a_model_without_a_layer_of_attention_has_none(pico: MakeModel, tokens: Path, tmp_path: Path) -> None:
+    source = pico("qwen3_5_text", num_hidden_layers=1, layer_types=["linear_attention"])
+    none = {"before": 0, "after": 0, "ratio": 0.0}
+    assert streamlap.inspect(source)["kv_cache_bytes_per_token"] == none
+    report = streamlap.compress(source, tmp_path / "out", preset="lorap", files=(str(tokens),))
+    assert report.kv_cache.to_json() == none
