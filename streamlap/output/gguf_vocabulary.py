@@ -5,23 +5,26 @@ From tokenizer.json alone, by the library tokenizers. What would be read otherwi
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from tokenizers import Tokenizer
 
-from streamlap.errors import CheckpointError, UnsupportedModel, shown
+from streamlap.errors import CheckpointError, StreamlapError, UnsupportedModel, first_line, shown
 from streamlap.untrusted.json import parse_json
-from streamlap.untrusted.paths import CONFIG_BYTES, checked, read_bytes
+from streamlap.untrusted.paths import CONFIG_BYTES, checked, read_bytes, read_object
 
 TOKENIZER, SETTINGS, TEMPLATE = "tokenizer.json", "tokenizer_config.json", "chat_template.jinja"
 MOST_BYTES = 256 << 20
 
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6
 """Kinds of tokens, as GGUF numbers them."""
+SPACE = "\u2581"
+"""What a space is among pieces of text."""
 BYTE_TOKEN = re.compile(r"<0x[0-9A-F]{2}>")
 
 LETTERS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|"
@@ -33,20 +36,48 @@ SPLITS = {LETTERS + r"\p{N}{1,3}" + REST: "llama-bpe", LETTERS + r"\p{N}" + REST
 def add_vocabulary(writer: Any, folder: Path, size: int) -> None:
     """Args: size, rows of the embedding; those that no token has are marked as unused.
 
-    Raises CheckpointError where there is no tokenizer.json, UnsupportedModel for one that llama.cpp would read otherwise.
+    Raises CheckpointError where there is no tokenizer.json or a malformed one, UnsupportedModel for one that llama.cpp would
+    read otherwise.
     """
     if not checked(folder, folder / TOKENIZER).is_file():
         raise CheckpointError(
             f"{folder} has no {TOKENIZER}, and a GGUF file holds the tokenizer; wanted one. Put it there."
         )
-    text = read_bytes(folder, TOKENIZER, MOST_BYTES).decode("utf-8", errors="replace")
-    table, tokenizer = parse_json(text.encode()), Tokenizer.from_str(text)
+    with well_formed(TOKENIZER):
+        text = read_bytes(folder, TOKENIZER, MOST_BYTES).decode("utf-8", errors="replace")
+        table, tokenizer = parse_json(text.encode()), Tokenizer.from_str(text)
+        add_tokens(writer, table, tokenizer, size)
+    with well_formed(f"{TOKENIZER} or {SETTINGS}"):
+        add_specials(writer, folder, tokenizer)
+
+
+@contextlib.contextmanager
+def well_formed(names: str) -> Iterator[None]:
+    """Raise CheckpointError for whatever goes wrong in the block, in which the files of these names are read."""
+    try:
+        yield
+    except StreamlapError:
+        raise
+    except BaseException as error:
+        # A panic in the tokenizers library is no Exception; a Ctrl-C is none either, and goes on.
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
+        raise CheckpointError(
+            f"{names} cannot be used ({first_line(error)}); wanted it as transformers saves it. Mend it, or put the original "
+            "there."
+        ) from error
+
+
+def add_tokens(writer: Any, table: Mapping[str, Any], tokenizer: Tokenizer, size: int) -> None:
+    """Tokens, what each is, and how text is split and merged into them. Args: table, tokenizer.json."""
     model = table["model"]
     if model.get("type") != "BPE":
         raise UnsupportedModel(
             f"{TOKENIZER} is of type {shown(model.get('type'))}; wanted BPE, which a GGUF file can hold."
         )
     tokens = {number: token for token, number in tokenizer.get_vocab(with_added_tokens=True).items()}
+    if not tokens:
+        raise CheckpointError(f"{TOKENIZER} has no token; wanted those of the model. Put the original there.")
     if max(tokens) >= size:
         raise CheckpointError(
             f"{TOKENIZER} has a token {max(tokens)}; wanted none above {size - 1}, the last of the embedding."
@@ -58,6 +89,7 @@ def add_vocabulary(writer: Any, folder: Path, size: int) -> None:
     merges = [pair if isinstance(pair, str) else " ".join(pair) for pair in model["merges"]]
     check_normalizer(table, ("Prepend", "Replace") if model.get("byte_fallback") else ("NFC",))
     if model.get("byte_fallback"):
+        check_spaces(table)
         writer.add_tokenizer_model("llama")
         writer.add_tokenizer_pre("default")
         writer.add_token_scores(scores(merges, tokens, size))
@@ -66,7 +98,6 @@ def add_vocabulary(writer: Any, folder: Path, size: int) -> None:
         writer.add_tokenizer_model("gpt2")
         writer.add_tokenizer_pre(split_of(table))
         writer.add_token_merges(merges)
-    add_specials(writer, folder, tokenizer)
 
 
 def kind_of(number: int, tokens: Mapping[int, str], added: Mapping[int, bool], model: Mapping[str, Any]) -> int:
@@ -105,6 +136,27 @@ def check_normalizer(table: Mapping[str, Any], known: tuple[str, ...]) -> None:
         )
 
 
+def check_spaces(table: Mapping[str, Any]) -> None:
+    """Raise UnsupportedModel where text is split otherwise than at spaces, before its pieces are merged."""
+    before = table.get("pre_tokenizer") or {}
+    if not all(map(at_spaces, before.get("pretokenizers", [before] if before else []))):
+        raise unknown_split(before, "none, Metaspace, or a split at spaces")
+
+
+def at_spaces(part: Mapping[str, Any]) -> bool:
+    """Whether a part of a pre-tokenizer splits at spaces, and keeps them."""
+    if part.get("type") == "Metaspace":
+        return part.get("replacement") == SPACE
+    return part.get("type") == "Split" and part.get("pattern") == {"String": " "} and part.get("behavior") != "Removed"
+
+
+def unknown_split(before: Mapping[str, Any], wanted: str) -> UnsupportedModel:
+    return UnsupportedModel(
+        f"{TOKENIZER} splits text by {shown(before)}, which has no name in GGUF that is known here; wanted {wanted}. Write the "
+        "format stock, and give that folder to llama.cpp's own converter."
+    )
+
+
 def split_of(table: Mapping[str, Any]) -> str:
     """What llama.cpp calls the way in which text is split before its bytes are merged."""
     before = table.get("pre_tokenizer") or {}
@@ -127,10 +179,7 @@ def split_of(table: Mapping[str, Any]) -> str:
         name = SPLITS[patterns[0]]
         if merges_all is (name != "llama-bpe") and not parts[1].get("add_prefix_space"):
             return name
-    raise UnsupportedModel(
-        f"{TOKENIZER} splits text by {shown(before)}, which has no name in GGUF that is known here; wanted the way of gpt-2, "
-        "smollm, llama 3 or qwen2. Write the format stock, and give that folder to llama.cpp's own converter."
-    )
+    raise unknown_split(before, "the way of gpt-2, smollm, llama 3 or qwen2")
 
 
 def add_specials(writer: Any, folder: Path, tokenizer: Tokenizer) -> None:
@@ -158,6 +207,7 @@ def add_specials(writer: Any, folder: Path, tokenizer: Tokenizer) -> None:
     if checked(folder, folder / TEMPLATE).is_file():
         template = read_bytes(folder, TEMPLATE, CONFIG_BYTES).decode("utf-8", errors="replace")
     if isinstance(template, str):
+        template.encode()  # JSON can hold half of a surrogate pair, and a file of text cannot
         writer.add_chat_template(template)
 
 
@@ -170,7 +220,7 @@ def special_ids(folder: Path) -> dict[str, int]:
 
 
 def table_of(folder: Path, name: str) -> dict[str, Any]:
+    """The JSON object in a file; an empty one where there is no such file. Raises CheckpointError where it is none."""
     if not checked(folder, folder / name).is_file():
         return {}
-    table = parse_json(read_bytes(folder, name, CONFIG_BYTES))
-    return table if isinstance(table, dict) else {}
+    return read_object(folder, name, CONFIG_BYTES)

@@ -18,7 +18,7 @@ from streamlap.errors import RecipeError, UnsupportedModel
 from streamlap.families.stream import ModelStream
 from streamlap.loader.forms import Dense, Form, Removed
 from streamlap.output.gguf import in_pairs, rope_factors, write_gguf
-from streamlap.output.gguf_vocabulary import SPLITS, add_vocabulary, scores, split_of
+from streamlap.output.gguf_vocabulary import SPLITS, add_tokens, add_vocabulary, check_spaces, scores, split_of
 
 gguf = pytest.importorskip("gguf")
 
@@ -204,3 +204,22 @@ def test_pieces_of_text_are_merged_in_the_order_of_their_scores(tmp_path: Path) 
     by_score = scores(["a b", "ab a"], {number: token for token, number in vocab.items()}, 6)
     assert by_score == found["add_token_scores"]
     assert by_score[4] > by_score[5] > by_score[2] == by_score[0]
+
+
+SPACES = {"type": "Split", "pattern": {"String": " "}, "behavior": "MergedWithPrevious", "invert": False}
+METASPACE = {"type": "Metaspace", "replacement": "\u2581", "prepend_scheme": "first", "split": False}
+
+
+def test_pieces_of_text_are_split_at_spaces_alone() -> None:
+    for before in (None, SPACES, METASPACE, {"type": "Sequence", "pretokenizers": [SPACES, METASPACE]}):
+        check_spaces({"pre_tokenizer": before})
+    bytes_too = {"type": "Sequence", "pretokenizers": [SPACES, {"type": "ByteLevel"}]}
+    digits = {"type": "Digits", "individual_digits": True}
+    others = (digits, bytes_too, SPACES | {"pattern": {"Regex": " "}}, SPACES | {"behavior": "Removed"},
+              METASPACE | {"replacement": "_"})  # fmt: skip
+    for before in others:
+        with pytest.raises(UnsupportedModel, match="wanted none, Metaspace, or a split at spaces"):
+            check_spaces({"pre_tokenizer": before})
+    pieces = {"type": "BPE", "byte_fallback": True, "merges": []}
+    with pytest.raises(UnsupportedModel, match=r"splits text by .*Digits"):
+        add_tokens(Written(), {"model": pieces, "pre_tokenizer": digits}, Tokenizer(models.BPE({"a": 0}, [])), 6)

@@ -14,11 +14,12 @@ import tracemalloc
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
 import yaml
-from conftest import MakeModel
+from conftest import MakeModel, make_tokenizer
 from folders import FAMILIES as CONFIGS
 from folders import all_kinds, make_case
 from safetensors.torch import load_file, save_file
@@ -30,6 +31,7 @@ from streamlap.errors import CheckpointError, RecipeError, ResumeMismatch, Strea
 from streamlap.families.stream import ModelStream
 from streamlap.output.card import licence_of
 from streamlap.output.folder import card_of, companions
+from streamlap.output.gguf_vocabulary import add_vocabulary
 from streamlap.output.report import KvCache, Parameters, Report
 from streamlap.pipeline.session import versions_mark
 from streamlap.planning.survey_file import Survey
@@ -329,6 +331,30 @@ def test_links_of_the_hubs_cache_are_followed(sharded: Path, tokens: Path, tmp_p
     assert streamlap.verify(snapshot)["ok"], "the repository's folder may be a link itself"
     (snapshot / "tokenizer.json").symlink_to("../../../other--model")
     refused(snapshot, (lambda folder: None, WRONG, ("tokenizer.json", "outside the checkpoint")))
+
+
+EMPTY_BPE = b'{"version": "1.0", "model": {"type": "BPE", "vocab": {}, "merges": []}}'
+TOKENIZERS: dict[str, tuple[str, bytes, tuple[str, ...]]] = {
+    "nothing": ("tokenizer.json", b"", ("tokenizer.json cannot be used", "Expecting value", "put the original there")),
+    "a list": ("tokenizer.json", b"[]", ("tokenizer.json cannot be used",)),
+    "no model": ("tokenizer.json", b'{"version": "1.0"}', ("tokenizer.json cannot be used",)),
+    "deep": ("tokenizer.json", b"[" * 100_000, ("tokenizer.json cannot be used", "nested too deeply")),
+    "a model of text": ("tokenizer.json", b'{"version": "1.0", "model": "BPE"}', ("tokenizer.json cannot be used",)),
+    "no token": ("tokenizer.json", EMPTY_BPE, ("tokenizer.json has no token",)),
+    "settings cut short": ("tokenizer_config.json", b"{", ("tokenizer_config.json is not JSON",)),
+    "settings in a list": ("tokenizer_config.json", b"[]", ("tokenizer_config.json holds a list",)),
+    "half a letter": ("tokenizer_config.json", rb'{"chat_template": "\ud800"}', ("surrogates not allowed",)),
+}
+
+
+@pytest.mark.parametrize("case", TOKENIZERS)
+def test_a_hostile_tokenizer_is_not_written_as_gguf(tmp_path: Path, case: str) -> None:
+    name, raw, words = TOKENIZERS[case]
+    make_tokenizer().save_pretrained(tmp_path)
+    (tmp_path / "chat_template.jinja").unlink(missing_ok=True)
+    add_vocabulary(Mock(), tmp_path, 300)
+    (tmp_path / name).write_bytes(raw)
+    refused_by(lambda: add_vocabulary(Mock(), tmp_path, 300), CheckpointError, *words)
 
 
 def test_what_can_run_code_is_not_copied(source: Path, tokens: Path, tmp_path: Path) -> None:
