@@ -8,6 +8,7 @@ Shape suffixes: O out, I in, P pairs of a head.
 
 from __future__ import annotations
 
+import contextlib
 import math
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -95,24 +96,23 @@ def write_gguf(stream: ModelStream, layers: Sequence[Mapping[str, Form]], path: 
     gguf, arch = library(), architecture(stream, layers)
     temporary = path.with_name(f"{path.name}.tmp")
     try:
-        writer = gguf.GGUFWriter(temporary, arch)
-        add_settings(writer, stream, layers, kind, name)
-        add_vocabulary(writer, stream.folder, stream.vocabulary)
-        planned = list(tensors(stream, layers, arch, kind))
-        for place in planned:
-            place.announce(writer)
-        writer.write_header_to_file(temporary)
-        writer.write_kv_data_to_file()
-        writer.write_ti_data_to_file()
-        for place in planned:
-            writer.write_tensor_data(place.data())
-        writer.close()
+        with contextlib.closing(gguf.GGUFWriter(temporary, arch)) as writer:
+            add_settings(writer, stream, layers, kind, name)
+            add_vocabulary(writer, stream.folder, stream.vocabulary)
+            planned = list(tensors(stream, layers, arch, kind))
+            for place in planned:
+                place.announce(writer)
+            writer.write_header_to_file(temporary)
+            writer.write_kv_data_to_file()
+            writer.write_ti_data_to_file()
+            for place in planned:
+                writer.write_tensor_data(place.data())
         with temporary.open("rb") as file:
             os.fsync(file.fileno())
         temporary.replace(path)
         fsync_folder(path.parent)
     except OSError as error:
-        raise disk_error(error, path) from error
+        raise disk_error(error, path, resumes=False) from error
     finally:
         temporary.unlink(missing_ok=True)
     return path.stat().st_size

@@ -138,14 +138,17 @@ def durable(path: Path, wanted_bytes: int = 0) -> Iterator[DurableFile]:
         file.discard()
 
 
-def disk_error(error: OSError, path: Path, wanted_bytes: int = 0) -> StreamlapError:
+def disk_error(error: OSError, path: Path, wanted_bytes: int = 0, resumes: bool = True) -> StreamlapError:
+    """Args: resumes, whether the same command goes on from what is on the disk, and does not begin anew."""
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
         return BudgetError(
             f"the disk under {path.parent} is full while writing {path.name}"
             + (f" ({wanted_bytes:,} bytes)" if wanted_bytes else "")
-            + ". Free some space and run the same command again: it resumes after the last finished layer."
+            + ". Free some space and run the same command again"
+            + (": it resumes after the last finished layer." if resumes else ".")
         )
-    return StreamlapError(f"cannot write {path}: {error.strerror or error}. Mend that and run again to resume.")
+    again = "run again to resume" if resumes else "run the same command again"
+    return StreamlapError(f"cannot write {path}: {error.strerror or error}. Mend that and {again}.")
 
 
 def fsync_folder(folder: Path) -> None:

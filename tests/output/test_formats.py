@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 import streamlap
 from streamlap.errors import RecipeError, UnsupportedModel
 from streamlap.families.stream import ModelStream
+from streamlap.output.formats import CONFIGS
 from streamlap.output.nas import legacy_rope
 from streamlap.planning.widths import step_of
 from streamlap.recipe import Recipe
@@ -129,6 +131,25 @@ def write(folder: Path, weights: dict[str, torch.Tensor], table: dict[str, Any])
     folder.mkdir()
     save_file({name: weight.contiguous() for name, weight in weights.items()}, folder / "model.safetensors")
     (folder / "config.json").write_text(json.dumps(table))
+
+
+def test_biases_may_change_what_a_layer_says_of_itself(pico: MakeModel) -> None:
+    """As the attention of an opt does. Only where layers go does it matter which kind stands where."""
+    stream = ModelStream(pico("opt", enable_bias=False))
+    layers = [{role: replace(form, bias=True) for role, form in stream.natives(index).items()} for index in range(3)]
+    assert CONFIGS["stock"](stream, layers)["enable_bias"]
+
+
+def test_the_card_of_a_dense_export_has_the_sizes_of_the_original(
+    pico: MakeModel, tokens: Path, tmp_path: Path
+) -> None:
+    settings = {"ratio": 0.5, "files": (str(tokens),), "shape": "nas"}
+    report = streamlap.compress(pico("llama", tokenizer=True), tmp_path / "out", **settings)
+    streamlap.export(tmp_path / "out", tmp_path / "dense", to="dense")
+    card, numbers = (tmp_path / "dense" / "README.md").read_text(), report.parameters
+    assert f"| whole model | {numbers.total_before:,} | {numbers.total_before:,} |" in card
+    assert f"| decoder linears | {numbers.decoder_before:,} | {numbers.decoder_before:,} |" in card
+    assert f"{numbers.total_after:,}" not in card
 
 
 def test_what_stock_cannot_express_is_refused(pico: MakeModel, tokens: Path, tmp_path: Path) -> None:

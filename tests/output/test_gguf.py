@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +16,10 @@ from tokenizers import Tokenizer, decoders, models
 from transformers import AutoModelForCausalLM
 
 import streamlap
-from streamlap.errors import RecipeError, UnsupportedModel
+from streamlap.errors import BudgetError, RecipeError, StreamlapError, UnsupportedModel
 from streamlap.families.stream import ModelStream
 from streamlap.loader.forms import Dense, Form, Removed
-from streamlap.output.gguf import in_pairs, rope_factors, write_gguf
+from streamlap.output.gguf import Planned, in_pairs, rope_factors, write_gguf
 from streamlap.output.gguf_vocabulary import SPLITS, add_tokens, add_vocabulary, check_spaces, scores, split_of
 
 gguf = pytest.importorskip("gguf")
@@ -144,6 +146,19 @@ def test_what_cannot_be_held_is_refused(pico: MakeModel, tokens: Path, tmp_path:
     file.touch()
     with pytest.raises(RecipeError, match="is there already"):
         streamlap.export(source, file, to="gguf")
+
+
+@pytest.mark.parametrize(("number", "kind"), [(errno.ENOSPC, BudgetError), (errno.EIO, StreamlapError)])
+def test_a_file_that_cannot_be_written_is_begun_anew(
+    pico: MakeModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int, kind: type[StreamlapError]
+) -> None:
+    def fail(_: Planned) -> None:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(Planned, "data", fail)
+    with pytest.raises(kind, match=r"run the same command again\.$"):
+        streamlap.export(pico("llama", tokenizer=True), tmp_path / "m.gguf", to="gguf")
+    assert not list(tmp_path.iterdir())
 
 
 # --- tokenizers --------------------------------------------------------------------------------------------------------
