@@ -62,11 +62,11 @@ class StoredLoraLinear(Linear):
         sides = [(self.lora_B[name], self.lora_A[name], self.scaling[name]) for name in every]
         left_OS = torch.cat([b.get_parameter("weight") * scale for b, _, scale in sides], 1)
         right_SI = torch.cat([a.get_parameter("weight") for _, a, _ in sides], 0)
-        bias_O = stored.bias
+        bias_O, (_, dtype) = stored.bias, self._get_base_layer_device_and_dtype(stored)
         for added_O in (
             b.get_parameter("bias") * scale for b, _, scale in sides if "bias" in dict(b.named_parameters())
         ):
-            bias_O = added_O.to(left_OS) if bias_O is None else (bias_O + added_O).to(bias_O)
+            bias_O = added_O.to(dtype) if bias_O is None else (bias_O + added_O).to(bias_O)
         merged = stored.plus(left_OS, right_SI, bias_O)
         if safe_merge and not all(parameter.isfinite().all() for parameter in merged.parameters()):
             raise ValueError(f"seen numbers that are not finite after merging {names}; wanted a sound adapter")
