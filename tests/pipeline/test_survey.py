@@ -22,6 +22,7 @@ from transformers import AutoModelForCausalLM
 
 import streamlap
 from streamlap.errors import BudgetError, Interrupted, RecipeError, ResumeMismatch, UnsupportedModel
+from streamlap.families import stream as streaming
 from streamlap.families.layer import Edit
 from streamlap.families.stream import ModelStream, batch_of
 from streamlap.linalg.allocation import LEAST, MOST
@@ -231,6 +232,18 @@ def test_hidden_states_go_where_they_are_told(
     measure(file, work=work)
     assert file.read_bytes() == whole.read_bytes()
     assert not list(work.iterdir())
+
+
+@pytest.mark.parametrize("family", ["llama", "cohere", "gpt_neox", "stablelm"])
+def test_it_does_not_matter_where_hidden_states_are(
+    pico: MakeModel, measure: Measure, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, family: str
+) -> None:
+    """Of several batches; also where both sub-layers read the input of the layer."""
+    monkeypatch.setattr(streaming, "BATCH_TOKENS", 5 * 16)
+    measure(tmp_path / "ram.json", model=pico(family))
+    keep_on_disk(monkeypatch)
+    measure(tmp_path / "disk.json", model=pico(family))
+    assert (tmp_path / "ram.json").read_bytes() == (tmp_path / "disk.json").read_bytes()
 
 
 def test_what_a_death_after_the_commit_left_goes(
