@@ -31,6 +31,9 @@ ANCHORED_READS, ANCHORED_WRITES, ANCHORED_SPILLS = 4, 2, 1
 sub-layers, which is written once, where memory does not keep it, and read twice. The first layer reads one more, for what its
 attention reads."""
 
+ANCHORED_STREAMS = 3
+"""The compressed stream, the dense model's, and what lies between its sub-layers: hidden states kept for such a layer, whether
+or not there is something between."""
 
 HEAD_COPIES, GRADIENT_COPIES = 6, 4
 """Of the logits in float32 where predictions are compared, and where their loss is differentiated: with what a bend of the
@@ -270,8 +273,8 @@ def mixed_flops(natives: Natives, length: int) -> int:
 def next_input_bytes(stream: ModelStream, layers: Sequence[LayerPlan]) -> int:
     """What summing the inputs of a layer takes while its stream is made, where it is rebuilt beside the dense model."""
     first = {layer.index: next(iter(stream.family_of(layer.index).sublayers.values())).reads[:1] for layer in layers}
-    spilled = [layer.index for layer in layers if layer.generations_spilled]
-    widths = [stream.native(index, role).shape[1] for index in spilled for role in first[index]]
+    rebuilt = [layer.index for layer in layers if layer.streams == ANCHORED_STREAMS]
+    widths = [stream.native(index, role).shape[1] for index in rebuilt for role in first[index]]
     return max(map(input_sum_bytes, widths), default=0)
 
 

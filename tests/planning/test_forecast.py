@@ -18,6 +18,7 @@ from streamlap.families.table import FAMILIES
 from streamlap.loader.forms import Dense, Form, LowRank, Pivoted
 from streamlap.loader.linears import LowRankLinear, PivotedLinear
 from streamlap.methods.anchored.attention import AttentionAnchored
+from streamlap.methods.anchored.costs import input_sum_bytes
 from streamlap.methods.anchored.ffn import FfnAnchored
 from streamlap.methods.anchored.ranks import RankSite
 from streamlap.methods.base import Method
@@ -147,6 +148,17 @@ def test_the_workload_is_that_of_the_largest_layer(pico: MakeModel) -> None:
     assert work.solve >= work.edits
     assert (work.inner, work.inner_after) == (48, 32)
     assert work.copied == 48 * 32 * 2, "no piece is larger than the largest tensor"
+
+
+@pytest.mark.parametrize("family", ["llama", "cohere"])
+def test_what_sums_the_inputs_of_the_next_layer_is_counted(pico: MakeModel, family: str) -> None:
+    """Also where nothing lies between sub-layers."""
+    source = pico(family)
+    works = [
+        compression_workload(ModelStream(source), foretold(source, preset=preset), SHAPE_NL)
+        for preset in ("best", "lorap")
+    ]
+    assert [work.inputs for work in works] == [input_sum_bytes(32), 0]
 
 
 def test_a_compressed_model_is_refused(pico: MakeModel, tokens: Path, tmp_path: Path) -> None:
