@@ -18,7 +18,7 @@ from streamlap.methods.anchored.costs import input_sum_bytes
 from streamlap.methods.base import Cost, Layout, Natives
 from streamlap.methods.trained.base import TrainingCost
 from streamlap.output.depth import is_gone, places
-from streamlap.planning.layouts import Candidates, largest_layout, planned_tensors
+from streamlap.planning.layouts import Candidates, largest_layout, made_anew, planned_tensors
 from streamlap.planning.workload import Workload, head_bytes, layer_workload
 from streamlap.recipe import Recipe
 from streamlap.store.sink import shard_bytes
@@ -131,7 +131,13 @@ def forecast_layer(
     shape_NL: tuple[int, int], held: int,
 ) -> LayerPlan:  # fmt: skip
     absent = place is None
-    copied, made = ({}, {}) if absent else planned_tensors(stream, index, layout, recipe.format, place)
+    anew = {
+        role: form
+        for name, rivals in candidates.items()
+        for found in rivals
+        for role, form in made_anew(stream, index, name, found).items()
+    }
+    copied, made = ({}, {}) if absent else planned_tensors(stream, index, {**anew, **layout}, recipe.format, place)
     natives, stored = stream.natives(index), stream.layer_tensors(index).values()
     costs = [found.cost for rivals in candidates.values() for found in rivals]
     dense_flops = forward_flops(natives, sum(info.numel for info in stored), shape_NL)

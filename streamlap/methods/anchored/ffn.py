@@ -42,6 +42,7 @@ from streamlap.methods.anchored.fitting import (
     output_aim,
     pivoted,
     read_inputs,
+    stays,
 )
 from streamlap.methods.anchored.knobs import Knobs
 from streamlap.methods.anchored.ranks import RankSite
@@ -173,7 +174,7 @@ def inner_edits(
     form, kept = layout.get("up"), division.kept
     left = list(aims) if kept is None else [narrowed(aim, kept) for aim in aims]
     if form is None or not form.rank:
-        return [dense_edit(layer, aim, kept) for aim in left], kept
+        return [dense_edit(layer, aim, kept) for aim in left if not stays(layer, aim)], kept
     found = Solution(division.subspaces)
     if not found.value:
         found = subspaces(aims, kept, form.rank)
