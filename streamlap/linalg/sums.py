@@ -13,6 +13,12 @@ from streamlap.linalg.products import product
 from streamlap.linalg.triangles import panels
 
 
+def total(x_TI: torch.Tensor, dtype: torch.dtype | None = None) -> float:
+    """The sum of all numbers, made in `dtype`, with the same bits on any number of threads: each row is summed, a panel at a
+    time, and then the rows. In one sum of a large array to one number the parts depend on how many threads share it."""
+    return float(torch.stack([x_TI[:, at].sum(dim=1, dtype=dtype) for at in panels(x_TI.shape[1])]).sum(dim=0).sum())
+
+
 class Sum:
     """A sum of products b' a [I, A] over tokens, as exact for a billion of them as for a thousand: in float64, or in float32
     with what rounding takes from each sum beside it (Kahan), of which eight bits do."""
