@@ -63,7 +63,11 @@ MOST_SHARES = 16
 
 @dataclass(frozen=True, kw_only=True)
 class FfnAnchored(Knobs):
-    """Knobs of the method. `Edit.error` is the share of a linear's energy, in the metric of its inputs, that was cut."""
+    """Knobs of the method. `Edit.error` is the share of a linear's energy, in the metric of its inputs, that was cut.
+
+    Where channels go, each row of gate and up has its energy times the square of what it counts (`divisions.weighed`), and
+    where several layouts are compared it is that of the channels of the layout of middle width, not of the one that is built.
+    """
 
     sublayer: ClassVar[str] = "ffn"
     needs: ClassVar[tuple[str, ...]] = ()
