@@ -99,8 +99,8 @@ HELD_SEQUENCES = 8
 
 
 def held_sequences(total: int, length: int, tokens: int = HELD_TOKENS) -> Sequence[int]:
-    """Numbers (from 0) of the sequences that no sub-layer is fitted to: every eighth, or the last of fewer, up to so many
-    tokens. A single one serves for both."""
+    """Numbers (from 0) of the sequences that no sub-layer is fitted to: every eighth, or the last of fewer, until they have so
+    many tokens. A single one serves for both."""
     held = range(HELD_SEQUENCES - 1, total, HELD_SEQUENCES) or [total - 1]
     return held[: -(-tokens // length)]
 
