@@ -15,7 +15,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 LEAST, MOST = 0.8, 2.0
-"""Bounds on a share, as multiples of the uniform one."""
+"""Bounds on a share, as multiples of the uniform one of the parts that are shared out together."""
 
 POWER = 7 / 3
 """p. The larger, the nearer all shares are to the uniform one: what is cut from a part goes with its loss to the power of
@@ -80,7 +80,12 @@ def allocate_kinds(
     kinds: Mapping[str, Sequence[Part]], total: int, floors: Mapping[str, float]
 ) -> dict[str, list[int]]:
     """The same of parts of several kinds. All parts of a kind together keep at least the share of them in `floors`, which is at
-    most the uniform one: points of one kind tell less of another, the further the cuts are from them."""
+    most the uniform one: points of one kind tell less of another, the further the cuts are from them.
+
+    A kind that would get less is given its floor, and that is shared out by itself. So the bounds on its shares are multiples
+    of its floor, which may be lower than those of the uniform share. Those on the others are multiples of the share that is
+    then left for all of them.
+    """
     free, counts = dict(kinds), dict[str, list[int]]()
     while free:
         left = total - sum(map(sum, counts.values()))

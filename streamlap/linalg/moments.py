@@ -56,18 +56,6 @@ class Moments:
             if self._waiting == most:
                 self._add()
 
-    def merge(self, other: Moments) -> None:
-        """Take in what another instance has seen."""
-        if not other.tokens:
-            return
-        other._flush()
-        assert other._gram is not None
-        assert other._cross is not None
-        gram, cross = self._sums(len(other._gram), other._cross.shape[1], other._gram.device)
-        gram.merge(other._gram)
-        cross.merge(other._cross)
-        self.tokens += other.tokens
-
     def finish(self) -> tuple[Gram, torch.Tensor]:
         """S, and C' [I, A] in the dtype to solve in; the sums end here. At least one token must have come."""
         self._flush()
@@ -85,11 +73,6 @@ class Moments:
             return True
         return all(map(all_finite, (self._gram.diagonal_I, self._cross.total[0])))
 
-    def _sums(self, inputs: int, anchors: int, device: torch.device) -> tuple[GramSum, Sum]:
-        if self._gram is None or self._cross is None:
-            self._gram, self._cross = GramSum(inputs, device), Sum((inputs, anchors), device)
-        return self._gram, self._cross
-
     def _flush(self) -> None:
         """Sum the tokens that wait, and free the memory that they waited in."""
         if self._waiting:
@@ -102,9 +85,10 @@ class Moments:
             held[:, self._waiting :] = 0  # which adds nothing, and a chunk in one piece needs no copy
         x_IT, anchor_AT = (held.to(wide) for held in self._chunk)
         self._waiting = 0
-        gram, cross = self._sums(len(x_IT), len(anchor_AT), x_IT.device)
-        gram.add(x_IT)
-        cross.add(x_IT, anchor_AT)
+        if self._gram is None or self._cross is None:
+            self._gram, self._cross = GramSum(len(x_IT), x_IT.device), Sum((len(x_IT), len(anchor_AT)), x_IT.device)
+        self._gram.add(x_IT)
+        self._cross.add(x_IT, anchor_AT)
 
 
 HELD_TOKENS = 4096
@@ -115,8 +99,8 @@ HELD_SEQUENCES = 8
 
 
 def held_sequences(total: int, length: int, tokens: int = HELD_TOKENS) -> Sequence[int]:
-    """Numbers (from 0) of the sequences that no sub-layer is fitted to: every eighth, or the last of fewer, up to so many
-    tokens. A single one serves for both."""
+    """Numbers (from 0) of the sequences that no sub-layer is fitted to: every eighth, or the last of fewer, until they have so
+    many tokens. A single one serves for both."""
     held = range(HELD_SEQUENCES - 1, total, HELD_SEQUENCES) or [total - 1]
     return held[: -(-tokens // length)]
 

@@ -16,6 +16,7 @@ from streamlap.linalg.anchor import root
 from streamlap.linalg.gram import DAMPING, Gram
 from streamlap.linalg.products import product
 from streamlap.linalg.solution import Solution, joined
+from streamlap.linalg.sums import total
 from streamlap.linalg.triangles import panels, solve_right, solve_triangular
 
 ROUNDS = 16
@@ -81,7 +82,7 @@ class Rest:
     def loss(self, out_Q: torch.Tensor) -> float:
         """What it costs to remove the inputs Q: tr(W_Q [(S^-1)_QQ]^-1 W_Q')."""
         w_OQ = self.w_OF[:, out_Q]
-        return float((solve_right(self._root(self.rows(out_Q)[:, out_Q]), w_OQ) * w_OQ).sum())
+        return total(solve_right(self._root(self.rows(out_Q)[:, out_Q]), w_OQ) * w_OQ)
 
     def remove(self, out_Q: torch.Tensor) -> float:
         """Remove the inputs Q; gives back what that costs."""
@@ -94,7 +95,7 @@ class Rest:
         self._inverse.subtract(solve_triangular(factor_QQ, rows_QF, upper=False))
         self.alive_F[out_Q] = False
         self.w_OF[:, ~self.alive_F] = 0.0
-        return float((weight_OQ * w_OQ).sum())
+        return total(weight_OQ * w_OQ)
 
     def _root(self, part_QQ: torch.Tensor) -> torch.Tensor:
         factor_QQ = root(Gram.of(part_QQ))

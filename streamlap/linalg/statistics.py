@@ -39,12 +39,6 @@ class Energy:
             self.sum_I = square_I if self.sum_I is None else self.sum_I.add_(square_I)
         self.tokens += x_TI.shape[0]
 
-    def merge(self, other: Energy) -> None:
-        """Take in what another instance has seen."""
-        if other.sum_I is not None:
-            self.sum_I = other.sum_I if self.sum_I is None else self.sum_I + other.sum_I.to(self.sum_I)
-        self.tokens += other.tokens
-
     @property
     def finite(self) -> bool:
         """Whether every number that came was: one that was not shows in the sum of its channel."""

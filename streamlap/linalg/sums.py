@@ -13,6 +13,12 @@ from streamlap.linalg.products import product
 from streamlap.linalg.triangles import panels
 
 
+def total(x_TI: torch.Tensor, dtype: torch.dtype | None = None) -> float:
+    """The sum of all numbers, made in `dtype`, with the same bits on any number of threads: each row is summed, a panel at a
+    time, and then the rows. In one sum of a large array to one number the parts depend on how many threads share it."""
+    return float(torch.stack([x_TI[:, at].sum(dim=1, dtype=dtype) for at in panels(x_TI.shape[1])]).sum(dim=0).sum())
+
+
 class Sum:
     """A sum of products b' a [I, A] over tokens, as exact for a billion of them as for a thousand: in float64, or in float32
     with what rounding takes from each sum beside it (Kahan), of which eight bits do."""
@@ -22,21 +28,10 @@ class Sum:
         wide = self.total.dtype == torch.float64
         self._lost = None if wide else torch.zeros_like(self.total, dtype=torch.bfloat16)
 
-    @property
-    def shape(self) -> torch.Size:
-        return self.total.shape
-
     def add(self, b_IT: torch.Tensor, a_AT: torch.Tensor) -> None:
         """The products are in the dtype of a and b."""
         for at in panels(len(b_IT)):
-            self._add(at, product(b_IT[at], a_AT.T))
-
-    def merge(self, other: Sum) -> None:
-        for at in panels(len(self.total)):
-            self._add(at, other.total[at].to(self.total.device, copy=True))
-
-    def _add(self, at: slice, more: torch.Tensor) -> None:
-        _add(self.total[at], None if self._lost is None else self._lost[at], more)
+            _add(self.total[at], None if self._lost is None else self._lost[at], product(b_IT[at], a_AT.T))
 
 
 class GramSum:
@@ -48,13 +43,6 @@ class GramSum:
         self._lost = [None if wide else torch.zeros_like(self._square_II[at, at]) for at in panels(size)]
         """Of the squares on the diagonal, which S fills whole."""
 
-    def __len__(self) -> int:
-        return len(self._square_II)
-
-    @property
-    def device(self) -> torch.device:
-        return self._square_II.device
-
     @property
     def diagonal_I(self) -> torch.Tensor:  # noqa: N802
         return self._square_II.diagonal()
@@ -63,10 +51,6 @@ class GramSum:
         """The products are in the dtype of x."""
         for number, at in enumerate(panels(len(x_IT))):
             self._add(number, at, product(x_IT[at], x_IT[at.start :].T))
-
-    def merge(self, other: GramSum) -> None:
-        for number, at in enumerate(panels(len(self))):
-            self._add(number, at, other._square_II[at, at.start :].to(self.device, copy=True))
 
     def gram(self) -> Gram:
         """S, in the memory of this sum, which ends here."""

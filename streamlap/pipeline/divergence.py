@@ -13,6 +13,7 @@ import torch
 from streamlap.errors import NumericalError
 from streamlap.families.stream import HEAD_TOKENS, ModelStream
 from streamlap.linalg.rows import MOST_OUT, any_out, rows_out
+from streamlap.linalg.sums import total
 from streamlap.planning.survey import Perturbation
 from streamlap.store.hidden import HiddenBank
 
@@ -35,11 +36,11 @@ def mean_divergence(
     Over the tokens that are out of neither stream. Raises NumericalError where there is none, where it is no number, or where
     more than `MOST_OUT` of the tokens that the dense stream has are out of the copy.
     """
-    total, tokens = 0.0, 0
+    sum_kl, tokens = 0.0, 0
     for dense_TD, copy_TD in last_rows(stream, dense, copy, numbers, whole=False):
-        total += divergence(head(dense_TD), head(copy_TD))
+        sum_kl += divergence(head(dense_TD), head(copy_TD))
         tokens += len(dense_TD)
-    mean = total / tokens if tokens else math.nan
+    mean = sum_kl / tokens if tokens else math.nan
     if not math.isfinite(mean):
         raise NumericalError(
             f"layer {perturbed.index} {perturbed.sublayer}: divergence {mean} over {tokens} tokens; wanted a number. Try dtype "
@@ -76,4 +77,4 @@ def last_rows(
 def divergence(dense_TV: torch.Tensor, copy_TV: torch.Tensor) -> float:
     """Sum over tokens of KL(dense || copy), from logits."""
     p_TV, q_TV = dense_TV.float().log_softmax(dim=-1), copy_TV.float().log_softmax(dim=-1)
-    return float((p_TV.exp() * (p_TV - q_TV)).sum(dtype=torch.float64))
+    return total(p_TV.exp() * (p_TV - q_TV), torch.float64)

@@ -40,7 +40,7 @@ class InputSum:
         self._next = 0
 
     def see(self, x_BLD: torch.Tensor) -> None:
-        """The next batch of the stream."""
+        """The next sequences of the stream."""
         out_BL = any_out(x_BLD)
         x_BLI = self._layer.sublayer_input(self._name, blanked(x_BLD, out_BL))
         for place, x_LI in enumerate(x_BLI):

@@ -229,7 +229,8 @@ class SublayerStatistics:
                 if keeper is not None:
                     x_BLD = self._through("dense", keeper.onward, batches[sources.index(keeper)])
                     if keeper.weight_NL is not None:
-                        keeper.weight_NL[those] = evenly(x_BLD.float())[..., 0].nan_to_num().cpu()
+                        parts = torch.split(x_BLD, self.runner.ladder.micro)
+                        keeper.weight_NL[those] = torch.cat([weights(some_BLD) for some_BLD in parts])
                     yield x_BLD
 
         if keeper is None:
@@ -283,3 +284,8 @@ def evenly(target_BLD: torch.Tensor) -> torch.Tensor:
     """Weight of each token, [B, L, 1]: 1 / root mean square. What follows is a norm, so an error counts relative to the size of
     the stream. Else a few huge tokens would decide everything."""
     return target_BLD.square().mean(dim=-1, keepdim=True).clamp_min(1e-12).rsqrt()
+
+
+def weights(target_BLD: torch.Tensor) -> torch.Tensor:
+    """The same as [B, L] on the CPU; of tokens that are out, some number."""
+    return evenly(target_BLD.float())[..., 0].nan_to_num().cpu()

@@ -114,7 +114,8 @@ class LayerRunner:
         watch: Callable[[torch.Tensor], None] | None = None, numbers: Sequence[int] | None = None,
         most: float | None = None,
     ) -> torch.Tensor:  # fmt: skip
-        """Hidden states through a part of layer `index` into another place, a batch at a time, each shown to `watch`.
+        """Hidden states through a part of layer `index` into another place, a batch at a time. What comes out is shown to
+        `watch`, as many sequences at a time as are in one forward.
 
         Args: numbers, of the only sequences to carry; most, the share of tokens that may be out, if not the runner's own.
         """
@@ -122,7 +123,8 @@ class LayerRunner:
         def step(x_BLD: torch.Tensor) -> torch.Tensor:
             y_BLD = self.ladder.climb("propagate", index, lambda: self.forward(part, x_BLD))
             if watch is not None:
-                watch(y_BLD)
+                for some_BLD in torch.split(y_BLD, self.ladder.micro):
+                    watch(some_BLD)
             return y_BLD
 
         with self.claim("propagate"):

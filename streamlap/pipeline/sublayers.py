@@ -22,7 +22,7 @@ from streamlap.errors import NumericalError, located
 from streamlap.linalg.solution import joined
 from streamlap.methods.base import Solved, finite_error
 from streamlap.pipeline.layer_in_hand import LayerEdits, LayerInHand, refuse_overflow
-from streamlap.pipeline.observe import SublayerStatistics, evenly
+from streamlap.pipeline.observe import SublayerStatistics, weights
 from streamlap.pipeline.sizes import dense_sizes
 from streamlap.pipeline.streams import Source
 from streamlap.planning.layouts import Candidate
@@ -66,12 +66,8 @@ def rebuild_parallel(hand: LayerInHand) -> tuple[LayerEdits, LayerEdits]:
     """The same where both read the input of the layer. First the dense stream goes through the whole layer, since what lies
     between the sub-layers does not lead on. The FFN then adds to what the new attention has made of the compressed stream."""
     layer, dense, after = hand.layer, hand.dense, hand.next_dense
-    weights: list[torch.Tensor] = []
-
-    def weigh(x_BLD: torch.Tensor) -> None:
-        weights.append(evenly(x_BLD.float())[..., 0].nan_to_num().cpu())
-
-    hand.runner.carry(layer, hand.index, dense, after, weigh)
+    found: list[torch.Tensor] = []
+    hand.runner.carry(layer, hand.index, dense, after, lambda x_BLD: found.append(weights(x_BLD)))
     target = Source(states=dense, part=functools.partial(layer.run_dense, ATTENTION))
     attention = rebuild(hand, SublayerStatistics(
         runner=hand.runner, windows=hand.streams.windows, clock=hand.clock, layer=layer, index=hand.index, sublayer=ATTENTION,
@@ -81,7 +77,7 @@ def rebuild_parallel(hand: LayerInHand) -> tuple[LayerEdits, LayerEdits]:
     ffn = rebuild(hand, SublayerStatistics(
         runner=hand.runner, windows=hand.streams.windows, clock=hand.clock, layer=layer, index=hand.index, sublayer=FFN,
         dense=Source(states=dense), target=Source(states=after), compressed=Source(states=hand.compressed),
-        weight_NL=torch.cat(weights),
+        weight_NL=torch.cat(found),
     ))  # fmt: skip
     return attention, ffn
 

@@ -50,6 +50,7 @@ class Sweep:
     session: Session
     dense: HiddenBank
     dense_middle: HiddenBank
+    """The dense stream between the sub-layers; of a parallel layer then also that behind it, until its FFN is cut."""
     copies: dict[Perturbation, HiddenBank]
     """Of the windows that are held out alone. All tokens of these may be out on the dense stream; `mean_divergence` says where
     a copy has lost more."""
@@ -147,10 +148,14 @@ def carry_through(sweep: Sweep, runner: LayerRunner, layer: StreamLayer, index: 
     runner.carry(attention, index, before, between)
     if "attention" in cut:
         errors["attention"] = perturb_sublayer(sweep, statistics("attention", before, between), whole)
-    given = before if layer.parallel else between
-    rest: LayerPart = whole if layer.parallel else ffn
-    runner.carry(rest, index, given, after)
-    return errors | {"ffn": perturb_sublayer(sweep, statistics("ffn", given, after), rest)}
+    if not layer.parallel:
+        runner.carry(ffn, index, between, after)
+        return errors | {"ffn": perturb_sublayer(sweep, statistics("ffn", between, after), ffn)}
+    # What lies before the layer and behind it is read side by side, so it cannot be in one bank yet.
+    runner.carry(layer, index, before, between)
+    errors["ffn"] = perturb_sublayer(sweep, statistics("ffn", before, between), layer)
+    runner.carry(torch.clone, index, between, after)
+    return errors
 
 
 def perturb_sublayer(sweep: Sweep, statistics: SublayerStatistics, rest: LayerPart) -> float:

@@ -18,7 +18,7 @@ from streamlap.methods.anchored.costs import input_sum_bytes
 from streamlap.methods.base import Cost, Layout, Natives
 from streamlap.methods.trained.base import TrainingCost
 from streamlap.output.depth import is_gone, places
-from streamlap.planning.layouts import Candidates, largest_layout, planned_tensors
+from streamlap.planning.layouts import Candidates, largest_layout, made_anew, planned_tensors
 from streamlap.planning.workload import Workload, head_bytes, layer_workload
 from streamlap.recipe import Recipe
 from streamlap.store.sink import shard_bytes
@@ -31,6 +31,9 @@ ANCHORED_READS, ANCHORED_WRITES, ANCHORED_SPILLS = 4, 2, 1
 sub-layers, which is written once, where memory does not keep it, and read twice. The first layer reads one more, for what its
 attention reads."""
 
+ANCHORED_STREAMS = 3
+"""The compressed stream, the dense model's, and what lies between its sub-layers: hidden states kept for such a layer, whether
+or not there is something between."""
 
 HEAD_COPIES, GRADIENT_COPIES = 6, 4
 """Of the logits in float32 where predictions are compared, and where their loss is differentiated: with what a bend of the
@@ -128,7 +131,13 @@ def forecast_layer(
     shape_NL: tuple[int, int], held: int,
 ) -> LayerPlan:  # fmt: skip
     absent = place is None
-    copied, made = ({}, {}) if absent else planned_tensors(stream, index, layout, recipe.format, place)
+    anew = {
+        role: form
+        for name, rivals in candidates.items()
+        for found in rivals
+        for role, form in made_anew(stream, index, name, found).items()
+    }
+    copied, made = ({}, {}) if absent else planned_tensors(stream, index, {**anew, **layout}, recipe.format, place)
     natives, stored = stream.natives(index), stream.layer_tensors(index).values()
     costs = [found.cost for rivals in candidates.values() for found in rivals]
     dense_flops = forward_flops(natives, sum(info.numel for info in stored), shape_NL)
@@ -270,8 +279,8 @@ def mixed_flops(natives: Natives, length: int) -> int:
 def next_input_bytes(stream: ModelStream, layers: Sequence[LayerPlan]) -> int:
     """What summing the inputs of a layer takes while its stream is made, where it is rebuilt beside the dense model."""
     first = {layer.index: next(iter(stream.family_of(layer.index).sublayers.values())).reads[:1] for layer in layers}
-    spilled = [layer.index for layer in layers if layer.generations_spilled]
-    widths = [stream.native(index, role).shape[1] for index in spilled for role in first[index]]
+    rebuilt = [layer.index for layer in layers if layer.streams == ANCHORED_STREAMS]
+    widths = [stream.native(index, role).shape[1] for index in rebuilt for role in first[index]]
     return max(map(input_sum_bytes, widths), default=0)
 
 

@@ -132,6 +132,16 @@ def distilled(name: str, method: Distilled, sublayer: str, natives: Natives, bud
     return Candidate(name=name, layouts={"": layout}, cost=method.cost(sublayer, natives, layout, budget))
 
 
+def made_anew(stream: ModelStream, index: int, sublayer: str, found: Candidate) -> Layout:
+    """Linears that a candidate makes anew though they keep their form: beside the dense model the last one of a sub-layer is
+    fitted, and those that read its input may be moved."""
+    method = found.solver
+    if method is None or method.needs or isinstance(method, Removal):
+        return {}
+    part, natives = stream.family_of(index).sublayers[sublayer], stream.natives(index)
+    return {role: natives[role] for role in (part.roles if method.moves_inputs else (part.writes,))}
+
+
 def possible_layouts(candidates: Candidates) -> Iterator[Layout]:
     """What the layer may become: one thing, or as many as there are ways to choose among candidates and their variants."""
     tries = [

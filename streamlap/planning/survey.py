@@ -11,11 +11,11 @@ from streamlap.errors import RecipeError, StreamlapError, shown
 from streamlap.families.stream import HEAD_TOKENS, ModelStream
 from streamlap.linalg.moments import held_sequences
 from streamlap.loader.forms import Removed
-from streamlap.methods.base import Cost, Layout
+from streamlap.methods.base import Cost
 from streamlap.methods.removed import Removal
 from streamlap.planning.cuts import CUTS, LAYER, Cut, cuts_of
 from streamlap.planning.forecast import forward_flops, solve_flops
-from streamlap.planning.layouts import REMOVED, Candidate, budget_of, candidate, planned_tensors
+from streamlap.planning.layouts import REMOVED, Candidate, budget_of, candidate, made_anew, planned_tensors
 from streamlap.planning.sample import fitted_inputs
 from streamlap.planning.schedule import Fit, Memory, fit, require_fit
 from streamlap.planning.workload import Workload, evaluation_workload
@@ -152,11 +152,7 @@ def survey_workload(
     stream: ModelStream, perturbations: Mapping[Perturbation, Candidate], sequences: int, length: int
 ) -> Workload:
     """Sizes of `survey`. Edits of two sub-layers are never there at once."""
-    most = max(
-        edit_bytes(stream, perturbed.index, layout)
-        for perturbed, found in perturbations.items()
-        for layout in found.layouts.values()
-    )
+    most = max(edit_bytes(stream, perturbed, found) for perturbed, found in perturbations.items())
     work = evaluation_workload(stream, sequences, length)
     tokens = min(HEAD_TOKENS, sequences * length)
     second = tokens * stream.vocabulary * (work.itemsize + 5 * 4)  # its logits, and what is made of both in float32
@@ -167,9 +163,13 @@ def survey_workload(
     )  # fmt: skip
 
 
-def edit_bytes(stream: ModelStream, index: int, layout: Layout) -> int:
-    """What the edits of a layout take: as stored, and in the compute dtype where they run in another."""
-    made = planned_tensors(stream, index, layout)[1].values()
-    return sum(
-        tensor.nbytes + tensor.numel() * stream.dtype.itemsize * (tensor.dtype != stream.dtype) for tensor in made
+def edit_bytes(stream: ModelStream, perturbed: Perturbation, found: Candidate) -> int:
+    """What the edits of a cut take: as stored, and in the compute dtype where they run in another."""
+    anew = made_anew(stream, perturbed.index, perturbed.sublayer, found)
+    tables = [planned_tensors(stream, perturbed.index, {**anew, **layout})[1] for layout in found.layouts.values()]
+    return max(
+        sum(
+            made.nbytes + made.numel() * stream.dtype.itemsize * (made.dtype != stream.dtype) for made in table.values()
+        )
+        for table in tables
     )

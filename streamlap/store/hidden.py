@@ -26,6 +26,8 @@ from streamlap.store.worker import Worker
 IN_FLIGHT = 2
 """Batches that may wait for the disk while the next is computed."""
 
+TWO_AT_ONCE = "two generations of a bank are read side by side, and memory keeps one"
+
 INLINE = Worker(overlap=False)
 HOST = Cpu(torch.device("cpu"))
 
@@ -65,24 +67,30 @@ class HiddenBank:
     def read(self, generation: int, numbers: Sequence[int] | None = None) -> Iterator[torch.Tensor]:
         """Batches [B, L, D] in order: in the device's memory where they stay there, else in the host's; of the sequences of
         these `numbers` alone, where they are given. No batch that was given is held here when the next is asked for, but where
-        it stays. Raises ResumeMismatch when the generation is not whole."""
+        it stays. Raises ResumeMismatch when the generation is not whole.
+
+        Memory keeps one generation, so two of one bank are never read side by side."""
         if numbers is not None:
             for first in range(0, len(numbers), self.batch):
                 yield self.pick(generation, numbers[first : first + self.batch])
             return
         if generation == self._kept_generation:
-            for place in range(len(self._kept)):
-                yield landed(self._kept[place])
+            kept = self._kept
+            for place in range(len(kept)):
+                yield landed(kept[place])
+                assert self._kept is kept, TWO_AT_ONCE
             return
-        self._kept, self._kept_generation = [], -1
+        kept, self._kept_generation = [], -1
+        self._kept = kept
         if self._tier == "disk":
             yield from self._read_file(generation)
             return
         for x_BLD in self._read_file(generation):
             # at its place at once, since `write` may be replacing what was read before
-            self._kept.append(self._accelerator.move(x_BLD) if self._tier == "vram" else x_BLD)
+            kept.append(self._accelerator.move(x_BLD) if self._tier == "vram" else x_BLD)
             del x_BLD
-            yield landed(self._kept[-1])
+            yield landed(kept[-1])
+            assert self._kept is kept, TWO_AT_ONCE
         self._kept_generation = generation
 
     def pick(self, generation: int, numbers: Sequence[int]) -> torch.Tensor:

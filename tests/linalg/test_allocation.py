@@ -119,6 +119,23 @@ def test_a_kind_keeps_its_floor_and_its_parts_still_differ() -> None:
     assert len(set(shares["attention"])) == len(set(shares["ffn"])) == 3
 
 
+def test_shares_of_a_kind_at_its_floor_are_bounded_by_multiples_of_that() -> None:
+    """They may be lower than those of the uniform share allow."""
+    total = 6500
+    kinds = {
+        "attention": [Part(parameters=1000, curve=Curve(scale=1e-6 * scale)) for scale in (1.0, 1e-2, 1e-4)],
+        "ffn": [Part(parameters=2000, curve=Curve(scale=scale)) for scale in (1.0, 0.1, 1e-4)],
+    }
+    counts = allocate_kinds(kinds, total, {"attention": 0.6, "ffn": 0.7})
+    assert sum(counts["attention"]) == 1800
+    for name, uniform in (("attention", 0.6), ("ffn", (total - 1800) / 6000)):
+        low, high = LEAST * uniform, min(1.0, MOST * uniform)
+        shares = [count / part.parameters for count, part in zip(counts[name], kinds[name], strict=True)]
+        assert all(low - 1e-3 <= share <= high + 1e-3 for share in shares)
+        assert min(shares) == pytest.approx(low, abs=1e-3)
+    assert min(counts["attention"]) / 1000 < LEAST * total / 9000
+
+
 def test_a_floor_that_is_not_reached_changes_nothing() -> None:
     kinds = kinds_of(0.1)
     parts = [part for own in kinds.values() for part in own]

@@ -80,19 +80,6 @@ def test_a_float32_sum_over_many_chunks_keeps_what_each_adds(monkeypatch: pytest
     assert torch.equal(crossed.total, torch.full((SIZE, 2), wanted).float())
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_sums_of_parts_merge(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(grams, "LARGE", 0 if dtype == torch.float32 else LARGE)
-    left, right, whole = (GramSum(SIZE, CPU) for _ in range(3))
-    left.add(tokens().to(dtype).T)
-    right.add(tokens(seed=1).to(dtype).T)
-    whole.merge(left)
-    whole.merge(right)
-    wanted_II = matrix() + tokens(seed=1).T @ tokens(seed=1)
-    torch.testing.assert_close(whole.gram().dense(torch.float64), wanted_II, rtol=1e-5, atol=1e-4)
-    torch.testing.assert_close(left.gram().dense(torch.float64), matrix(), rtol=1e-5, atol=1e-4)
-
-
 def test_products_with_a_gram() -> None:
     gram, t_OI = Gram.of(matrix()), tokens(5, seed=2)
     assert torch.equal(gram.dense(), matrix())

@@ -216,16 +216,6 @@ def test_energy_of_many_rows_in_any_dtype(dtype: torch.dtype) -> None:
     torch.testing.assert_close(energy.scale(), x_TI.double().square().mean(0).sqrt(), rtol=precision, atol=0)
 
 
-def test_merged_energies_equal_one_that_saw_everything() -> None:
-    x_TI = torch.randn(40, 7, generator=torch.Generator().manual_seed(0))
-    left, right, empty = Energy(), Energy(), Energy()
-    left.update(x_TI[:13])
-    right.update(x_TI[13:])
-    empty.merge(left)
-    empty.merge(right)
-    torch.testing.assert_close(empty.scale(), x_TI.double().square().mean(0).sqrt(), rtol=1e-12, atol=0)
-
-
 def test_a_dead_channel_weighs_a_little_and_not_zero() -> None:
     energy = Energy()
     energy.update(torch.tensor([[0.0, 3.0], [0.0, 4.0]]))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 
@@ -45,6 +47,17 @@ def test_what_is_left_is_what_refits_give(counts: list[int], monkeypatch: pytest
         assert torch.count_nonzero(pruned.w_OF) == refit_OK.numel()
     assert found == counts
     assert torch.equal(w_OF, before)
+
+
+def test_threads_do_not_move_a_bit_of_what_removal_costs(threads: Callable[[int], None]) -> None:
+    generator = torch.Generator().manual_seed(0)
+    w_OF = torch.randn(1500, 48, generator=generator, dtype=torch.float64)
+    gram_FF, found = torch.eye(48, dtype=torch.float64), set()
+    for count in (1, 2, 3, 4):
+        threads(count)
+        rest = Rest(w_OF, Gram.of(gram_FF), TINY)
+        found.add((rest.loss(torch.arange(40)), rest.remove(torch.arange(40))))
+    assert len(found) == 1
 
 
 def test_the_first_to_go_has_the_lowest_score() -> None:

@@ -9,6 +9,7 @@ import torch
 
 from streamlap.linalg import products
 from streamlap.linalg.products import Linears, product
+from streamlap.linalg.sums import total
 
 LAYOUTS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
     "rows": lambda x: x,
@@ -96,6 +97,16 @@ def test_threads_do_not_move_a_bit() -> None:
         torch.set_num_threads(threads)
     assert torch.equal(made[0], made[1])
     assert torch.equal(made[0], made[2])
+
+
+@pytest.mark.parametrize("shape", [(1, 40000), (300, 1100)])
+def test_threads_do_not_move_a_bit_of_a_total(threads: Callable[[int], None], shape: tuple[int, int]) -> None:
+    x_TI, found = torch.randn(shape, generator=torch.Generator().manual_seed(0)), set()
+    for count in (1, 2, 3, 4):
+        threads(count)
+        found.add((total(x_TI), total(x_TI, torch.float64)))
+    assert len(found) == 1
+    assert found.pop()[1] == pytest.approx(float(x_TI.double().sum()), rel=1e-12)
 
 
 def test_without_onednn_it_is_the_plain_product(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -18,6 +19,7 @@ from streamlap.families.shell import AfterLayers
 from streamlap.families.stream import ModelStream
 from streamlap.families.table import FAMILIES
 from streamlap.methods.final.gain import LEAST, MOST, STEPS, FinalGain, GainStep
+from streamlap.pipeline import divergence as measuring
 from streamlap.pipeline import final_gain, layers
 from streamlap.pipeline.divergence import last_rows
 from streamlap.pipeline.streams import Streams
@@ -55,6 +57,17 @@ def test_predictions_that_are_right_stay() -> None:
     dense_TV = 3 * torch.randn(20, 50)
     assert fitted(dense_TV, dense_TV + 5) == pytest.approx(1.0, abs=1e-5), "a shift of all logits is nothing"
     assert fitted(dense_TV, 0.8 * dense_TV) == pytest.approx(1.25, abs=1e-3)
+
+
+def test_threads_do_not_move_a_bit_of_the_gain_or_the_divergence(threads: Callable[[int], None]) -> None:
+    dense_TV = 4 * torch.randn(40, 5000, generator=torch.Generator().manual_seed(0))
+    z_TV, found = dense_TV + 0.3 * torch.randn(40, 5000, generator=torch.Generator().manual_seed(1)), set()
+    for count in (1, 2, 3, 4):
+        threads(count)
+        step = GainStep(gain=1.0)
+        step.update(dense_TV, z_TV)
+        found.add((step.slope, step.curvature, measuring.divergence(dense_TV, z_TV)))
+    assert len(found) == 1
 
 
 @pytest.mark.parametrize(("z", "wanted"), [(0.0, 1.0), (float("nan"), 1.0), (1e-3, MOST), (1e3, LEAST)])

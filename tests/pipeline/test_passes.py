@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -17,11 +18,12 @@ from streamlap.linalg.moments import fitted_sequences, held_sequences
 from streamlap.methods.anchored.attention import AttentionAnchored
 from streamlap.methods.anchored.ffn import FfnAnchored
 from streamlap.methods.base import Captured
-from streamlap.pipeline import layers
+from streamlap.pipeline import layers, observe
 from streamlap.pipeline.next_inputs import InputSum
 from streamlap.pipeline.observe import SublayerStatistics
 from streamlap.planning import schedule as scheduling
-from streamlap.planning.schedule import Schedule
+from streamlap.planning.schedule import Schedule, make_schedule
+from streamlap.planning.workload import Workload
 from streamlap.store.hidden import HiddenBank
 
 LAYERS, DIVISIONS = 3, 4
@@ -76,6 +78,30 @@ def test_the_plan_knows_what_norms_and_parallel_layers_read_more(
     plan = streamlap.plan(pico(family), files=(str(tokens),), redraw=False)
     planned = sum(layer.generations_read + layer.between_read for layer in plan.layers)
     assert sum((count or 12) / 12 for _, _, count in in_layers) == pytest.approx(planned)
+
+
+@pytest.mark.parametrize("family", ["llama", "cohere"])
+def test_what_leaves_a_pass_is_looked_at_as_few_sequences_at_a_time_as_it_was_made(
+    pico: MakeModel, tokens: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, family: str
+) -> None:
+    """Memory is claimed for so many."""
+    seen: list[int] = []
+
+    def noted(look: Callable[..., Any], place: int) -> Callable[..., Any]:
+        def call(*args: Any) -> Any:
+            seen.append(len(args[place]))
+            return look(*args)
+
+        return call
+
+    def schedules(work: Workload, overlap: bool) -> list[Schedule]:
+        return [make_schedule(work, overlap, "ram", 2)]
+
+    monkeypatch.setattr(scheduling, "schedules", schedules)
+    monkeypatch.setattr(observe, "evenly", noted(observe.evenly, 0))
+    monkeypatch.setattr(InputSum, "see", noted(InputSum.see, 1))
+    streamlap.compress(pico(family), tmp_path / "out", files=(str(tokens),), redraw=False, survey=None)
+    assert max(seen) == 2
 
 
 def test_inputs_that_are_summed_while_their_stream_is_made_are_those_of_a_pass_of_their_own(

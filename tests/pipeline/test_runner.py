@@ -186,13 +186,6 @@ def test_every_cap_gives_the_same_perplexity(
         assert not list((tmp_path / "work").glob("*"))
 
 
-@pytest.fixture
-def threads() -> Iterator[Callable[[int], None]]:
-    before = torch.get_num_threads()
-    yield torch.set_num_threads
-    torch.set_num_threads(before)
-
-
 @pytest.mark.parametrize("count", [1, 3])
 def test_any_number_of_threads_gives_the_same_bytes(
     compress: Compress, source: Path, windows: Path, whole: dict[str, Any], tmp_path: Path,

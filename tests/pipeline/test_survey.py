@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -22,11 +22,13 @@ from transformers import AutoModelForCausalLM
 
 import streamlap
 from streamlap.errors import BudgetError, Interrupted, RecipeError, ResumeMismatch, UnsupportedModel
-from streamlap.families.layer import Edit
+from streamlap.families import stream as streaming
+from streamlap.families.layer import Edit, StreamLayer
 from streamlap.families.stream import ModelStream, batch_of
 from streamlap.linalg.allocation import LEAST, MOST
 from streamlap.linalg.moments import held_sequences
 from streamlap.loader.forms import Form
+from streamlap.methods.anchored.attention import AttentionAnchored
 from streamlap.methods.base import Cost, Solved
 from streamlap.output.inspect import count_parameters
 from streamlap.pipeline import survey as surveying
@@ -101,6 +103,9 @@ def test_a_deeper_cut_moves_the_predictions_more(
 
 class Silence:
     """A method whose sub-layer adds nothing, or, with `keeps`, is what it was."""
+
+    needs: tuple[str, ...] = ()
+    moves_inputs = False
 
     def __init__(self, last: str, keeps: bool = False) -> None:
         self.last, self.keeps = last, keeps
@@ -233,6 +238,18 @@ def test_hidden_states_go_where_they_are_told(
     assert not list(work.iterdir())
 
 
+@pytest.mark.parametrize("family", ["llama", "cohere", "gpt_neox", "stablelm"])
+def test_it_does_not_matter_where_hidden_states_are(
+    pico: MakeModel, measure: Measure, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, family: str
+) -> None:
+    """Of several batches; also where both sub-layers read the input of the layer."""
+    monkeypatch.setattr(streaming, "BATCH_TOKENS", 5 * 16)
+    measure(tmp_path / "ram.json", model=pico(family))
+    keep_on_disk(monkeypatch)
+    measure(tmp_path / "disk.json", model=pico(family))
+    assert (tmp_path / "ram.json").read_bytes() == (tmp_path / "disk.json").read_bytes()
+
+
 def test_what_a_death_after_the_commit_left_goes(
     measure: Measure, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -310,6 +327,26 @@ def test_the_claims_hold_every_stream(source: Path) -> None:
     assert on_disk.ram["propagate"]["edits"] == work.edits > 0
     assert work.solve > work.edits
     assert in_ram.ram["head"]["head"] > 2 * 12 * 16 * stream.vocabulary * 4
+
+
+def test_the_claims_hold_what_is_fitted_and_stays_dense(
+    measure: Measure, source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As o does, where the cut is small."""
+    monkeypatch.setitem(CUTS, "free", CUTS["free"] | {"attention": (0.9, AttentionAnchored())})
+    real, seen = StreamLayer.tried, dict[str, int]()
+
+    def tried(layer: StreamLayer, edits: Sequence[Edit]) -> Any:
+        tensors = [tensor for edit in edits for tensor in edit.module.state_dict().values()]
+        seen.update((edit.role, sum(tensor.nbytes for tensor in tensors)) for edit in edits[-1:])
+        return real(layer, edits)
+
+    monkeypatch.setattr(StreamLayer, "tried", tried)
+    measure(tmp_path / "survey.json")
+    stream = ModelStream(source)
+    for perturbed, found in plan_survey(stream, (12, 16), RunSettings(), "free").perturbations.items():
+        made = seen[LASTS[perturbed.sublayer]]
+        assert made <= planning.edit_bytes(stream, perturbed, found) <= 1.05 * made
 
 
 def test_a_cap_that_is_too_small_is_refused_first(measure: Measure, tmp_path: Path) -> None:

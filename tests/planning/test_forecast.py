@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from concurrent.futures import Future
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -18,11 +20,15 @@ from streamlap.families.table import FAMILIES
 from streamlap.loader.forms import Dense, Form, LowRank, Pivoted
 from streamlap.loader.linears import LowRankLinear, PivotedLinear
 from streamlap.methods.anchored.attention import AttentionAnchored
+from streamlap.methods.anchored.costs import input_sum_bytes
 from streamlap.methods.anchored.ffn import FfnAnchored
+from streamlap.methods.anchored.groups import AttentionGroups
 from streamlap.methods.anchored.ranks import RankSite
 from streamlap.methods.base import Method
 from streamlap.methods.lorap.ffn import FfnLorap
 from streamlap.output.inspect import count_parameters
+from streamlap.pipeline import layers
+from streamlap.pipeline.layer_in_hand import LayerEdits, LayerInHand
 from streamlap.planning import forecast as foretelling
 from streamlap.planning.forecast import LayerPlan, compression_workload, forecast_layers
 from streamlap.planning.layouts import planned_tensors
@@ -36,6 +42,10 @@ def foretold(source: Path, **settings: object) -> tuple[LayerPlan, ...]:
     recipe = Recipe().override(**settings)
     stream = ModelStream(source, dtype=recipe.dtype)
     return forecast_layers(stream, recipe, decide(stream, recipe).candidates, SHAPE_NL, 1)
+
+
+def anchored_with(*shares: float) -> tuple[Method, ...]:
+    return AttentionAnchored(), FfnAnchored(shares=shares)
 
 
 def shards(out: Path) -> list[Path]:
@@ -72,6 +82,36 @@ def test_no_shard_is_larger_than_was_foretold_where_methods_compete(
     alone = {"methods": (AttentionAnchored(), FfnAnchored(shares=(0.5,)))}
     sizes = compressed_sizes(source, tmp_path / "alone", tokens, **alone)
     assert [layer.output_bytes for layer in foretold(source, ratio=0.5, **alone)] == sizes
+
+
+@pytest.mark.parametrize(
+    ("settings", "kept"),
+    [
+        ({"methods": anchored_with(0.5)}, {"k", "v"}),
+        ({"methods": (AttentionAnchored(input_step=0.5), FfnAnchored(shares=(0.5,)))}, set()),
+        ({"shape": "nas", "methods": (AttentionGroups(), FfnAnchored(shares=(1.0,)))}, {"q", "k", "v"}),
+    ],
+)
+def test_edits_beside_the_dense_model_are_those_foretold(
+    pico: MakeModel, tokens: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, settings: dict[str, Any],
+    kept: set[str],
+) -> None:  # fmt: skip
+    """A linear that is fitted or moved is made anew, dense or not; one that is neither is copied."""
+    real, seen = layers.write_shard, []
+
+    def note(job: layers.Job, hand: LayerInHand, made: LayerEdits) -> Future[str]:
+        assert set(hand.layer.family.roles) - {edit.role for edit in made.edits} == kept
+        tensors = [tensor for edit in made.edits for tensor in edit.module.state_dict().values()]
+        seen.append(sum(tensor.nbytes for tensor in tensors))
+        return real(job, hand, made)
+
+    monkeypatch.setattr(layers, "write_shard", note)
+    source, settings = pico("llama", num_key_value_heads=1), {"ratio": 0.3, "survey": None} | settings
+    streamlap.compress(source, tmp_path / "out", files=(str(tokens),), **settings)
+    planned = foretold(source, **settings)
+    assert [layer.edits_bytes for layer in planned] == seen
+    stored = [sum(tensor.nbytes for tensor in load_file(path).values()) for path in shards(tmp_path / "out")]
+    assert [layer.edits_bytes + layer.copied_bytes for layer in planned] == stored
 
 
 def compressed_sizes(source: Path, out: Path, tokens: Path, **settings: object) -> list[int]:
@@ -134,10 +174,6 @@ def test_of_settings_that_are_compared_one_is_built(pico: MakeModel) -> None:
     assert both.flops64 > compared.flops64
 
 
-def anchored_with(*shares: float) -> tuple[Method, ...]:
-    return AttentionAnchored(), FfnAnchored(shares=shares)
-
-
 def test_the_workload_is_that_of_the_largest_layer(pico: MakeModel) -> None:
     source = pico("llama", dtype=torch.bfloat16)
     stream, layers = ModelStream(source, dtype="bfloat16"), foretold(source, ratio=0.5, preset="lorap")
@@ -147,6 +183,17 @@ def test_the_workload_is_that_of_the_largest_layer(pico: MakeModel) -> None:
     assert work.solve >= work.edits
     assert (work.inner, work.inner_after) == (48, 32)
     assert work.copied == 48 * 32 * 2, "no piece is larger than the largest tensor"
+
+
+@pytest.mark.parametrize("family", ["llama", "cohere"])
+def test_what_sums_the_inputs_of_the_next_layer_is_counted(pico: MakeModel, family: str) -> None:
+    """Also where nothing lies between sub-layers."""
+    source = pico(family)
+    works = [
+        compression_workload(ModelStream(source), foretold(source, preset=preset), SHAPE_NL)
+        for preset in ("best", "lorap")
+    ]
+    assert [work.inputs for work in works] == [input_sum_bytes(32), 0]
 
 
 def test_a_compressed_model_is_refused(pico: MakeModel, tokens: Path, tmp_path: Path) -> None:

@@ -154,6 +154,16 @@ def test_a_pass_that_is_left_in_the_middle_is_begun_anew(tmp_path: Path) -> None
         assert torch.equal(torch.cat(list(bank.read(0))), states())
 
 
+@pytest.mark.parametrize("kept", [0, 1])
+def test_two_generations_of_a_bank_are_not_read_side_by_side(tmp_path: Path, kept: int) -> None:
+    """Whichever is in memory."""
+    bank = make_bank("ram and disk", tmp_path)
+    for generation in (1 - kept, kept):
+        bank.write(generation, states(generation).split(3))
+    with pytest.raises(AssertionError, match="two generations"):
+        list(zip(bank.read(0), bank.read(1), strict=True))
+
+
 @pytest.mark.parametrize("resumed", [True, False])
 def test_one_generation_is_in_memory_and_not_two(tmp_path: Path, resumed: bool) -> None:
     make_bank("disk", tmp_path).write(0, states().split(1))

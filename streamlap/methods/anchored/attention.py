@@ -16,7 +16,7 @@ import torch
 from streamlap.linalg.solution import joined
 from streamlap.loader.forms import Pivoted
 from streamlap.methods.anchored.costs import anchored_cost
-from streamlap.methods.anchored.fitting import held_error, low_rank_edit, output_aim, read_inputs
+from streamlap.methods.anchored.fitting import held_error, low_rank_edit, output_aim, read_inputs, stays
 from streamlap.methods.anchored.knobs import Knobs
 from streamlap.methods.anchored.ranks import RankSite
 from streamlap.methods.base import Cost, Layouts, Natives, ParameterBudget, Solved, StreamStatistics
@@ -64,6 +64,8 @@ class AttentionAnchored(Knobs):
         inputs = read_inputs(statistics, ("q", "k", "v"), self.input_step)
         layer, edits, columns = statistics.layer, [], None
         for aim in inputs.aims:
+            if aim.role not in layout and stays(layer, aim):
+                continue
             edit, order = low_rank_edit(layer, aim, layout.get(aim.role))
             edits.append(edit)
             if order is not None:

@@ -42,6 +42,7 @@ from streamlap.methods.anchored.fitting import (
     output_aim,
     pivoted,
     read_inputs,
+    stays,
 )
 from streamlap.methods.anchored.knobs import Knobs
 from streamlap.methods.anchored.ranks import RankSite
@@ -62,7 +63,11 @@ MOST_SHARES = 16
 
 @dataclass(frozen=True, kw_only=True)
 class FfnAnchored(Knobs):
-    """Knobs of the method. `Edit.error` is the share of a linear's energy, in the metric of its inputs, that was cut."""
+    """Knobs of the method. `Edit.error` is the share of a linear's energy, in the metric of its inputs, that was cut.
+
+    Where channels go, each row of gate and up has its energy times the square of what it counts (`divisions.weighed`), and
+    where several layouts are compared it is that of the channels of the layout of middle width, not of the one that is built.
+    """
 
     sublayer: ClassVar[str] = "ffn"
     needs: ClassVar[tuple[str, ...]] = ()
@@ -173,7 +178,7 @@ def inner_edits(
     form, kept = layout.get("up"), division.kept
     left = list(aims) if kept is None else [narrowed(aim, kept) for aim in aims]
     if form is None or not form.rank:
-        return [dense_edit(layer, aim, kept) for aim in left], kept
+        return [dense_edit(layer, aim, kept) for aim in left if not stays(layer, aim)], kept
     found = Solution(division.subspaces)
     if not found.value:
         found = subspaces(aims, kept, form.rank)

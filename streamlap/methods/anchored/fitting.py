@@ -61,7 +61,7 @@ class Inputs:
         if self.seen_middle:
             return self.seen_middle.pop()
         layer = self.statistics.layer
-        moved = [dense_edit(layer, aim) for aim in self.aims if aim.t_OI is not layer.linear(aim.role).weight]
+        moved = [dense_edit(layer, aim) for aim in self.aims if not stays(layer, aim)]
         return self.statistics.middle_gram(moved)
 
 
@@ -146,6 +146,11 @@ def without(gain_O: torch.Tensor) -> torch.Tensor:
     """1 / gain. A row of hardly any gain brings nothing to the hidden states, but a norm divides each row by the size of all.
     So below `LEAST_GAIN` of the mean a row is moved the less the smaller its gain is."""
     return gain_O / gain_O.square().clamp_min(float((LEAST_GAIN * gain_O.abs().mean()).square()))
+
+
+def stays(layer: StreamLayer, aim: Aim) -> bool:
+    """Whether nothing has moved the linear or taken rows from it, so that dense it needs no edit."""
+    return aim.rows is None and aim.t_OI is layer.linear(aim.role).weight
 
 
 def narrowed(aim: Aim, kept: torch.Tensor) -> Aim:

@@ -15,7 +15,7 @@ from streamlap.linalg.heads import group_order
 from streamlap.linalg.solution import joined
 from streamlap.loader.forms import Dense
 from streamlap.methods.anchored.costs import anchored_cost
-from streamlap.methods.anchored.fitting import dense_edit, held_error, narrowed, output_aim, read_inputs
+from streamlap.methods.anchored.fitting import dense_edit, held_error, narrowed, output_aim, read_inputs, stays
 from streamlap.methods.anchored.knobs import Steps
 from streamlap.methods.base import Cost, Layout, Layouts, Natives, ParameterBudget, Solved, StreamStatistics
 
@@ -62,16 +62,18 @@ class AttentionGroups(Steps):
         (layout,), layer = layouts.values(), statistics.layer
         read = read_inputs(statistics, ("q", "k", "v"), self.input_step, bool(layout))
         aims, notes = read.aims, read.notes
-        rows = {aim.role: torch.arange(len(aim.t_OI), device=aim.t_OI.device) for aim in aims}
+        rows = dict[str, torch.Tensor]()
         if layout:
             size = layer.head_dim
+            rows = {aim.role: torch.arange(len(aim.t_OI), device=aim.t_OI.device) for aim in aims}
             heads, queries = len(rows["v"]) // size, layer.native("o").shape[1] // size
             order = group_order(layer.acting("o"), read.middle(), heads, queries)
             kept_G = order.value[0][heads - layout["v"].shape[0] // size :].sort().values
             rows = {role: index.view(heads, -1)[kept_G].flatten() for role, index in rows.items()}
             notes = joined(notes, order.notes)
-        edits = [dense_edit(layer, narrowed(aim, rows[aim.role]), rows[aim.role]) for aim in aims]
+            aims = [narrowed(aim, rows[aim.role]) for aim in aims]
+        edits = [dense_edit(layer, aim, rows.get(aim.role)) for aim in aims if not stays(layer, aim)]
         seen = statistics.middles(edits)
-        output = output_aim(layer, "o", rows["q"] if layout else None, seen, self.step)
-        edits.append(dense_edit(layer, output.value, rows["q"] if layout else None))
+        output = output_aim(layer, "o", rows.get("q"), seen, self.step)
+        edits.append(dense_edit(layer, output.value, rows.get("q")))
         return Solved(edits=edits, error=held_error(layer, edits[-1], seen), notes=joined(notes, output.notes))

@@ -14,6 +14,8 @@ from dataclasses import dataclass
 
 import torch
 
+from streamlap.linalg.sums import total
+
 STEPS = 5
 """Most steps of Newton's; the divergence is convex in the gain."""
 
@@ -43,8 +45,8 @@ class GainStep:
         q_TV = (self.gain * z_TV).softmax(dim=-1)
         mean_T1 = (q_TV * z_TV).sum(dim=-1, keepdim=True)
         aim_T1 = dense_TV.float().softmax(dim=-1).mul_(z_TV).sum(dim=-1, keepdim=True)
-        self.slope += float((mean_T1 - aim_T1).sum(dtype=torch.float64))
-        self.curvature += float(q_TV.mul_((z_TV - mean_T1).square_()).sum(dtype=torch.float64))
+        self.slope += total(mean_T1 - aim_T1, torch.float64)
+        self.curvature += total(q_TV.mul_((z_TV - mean_T1).square_()), torch.float64)
 
     @property
     def next(self) -> float:
