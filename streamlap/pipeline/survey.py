@@ -152,7 +152,7 @@ def survey_beside(
     """The survey of this model on these calibration windows, in a file beside the output, for all ratios: found, or made now.
 
     None, with a warning, where it cannot be had: for want of memory, of a place to write, of tokens for layers so wide, or of a
-    head. Raises Interrupted where it was stopped; the same call goes on.
+    head. Raises Interrupted where it was stopped; the same call goes on. Raises ResumeMismatch where another process makes it.
     """
     tokens_NL = survey_pieces(tokens_NL)
     marks = stream_marks(stream, tokens_NL)
@@ -179,6 +179,8 @@ def survey_beside(
         raise Interrupted(
             f"{str(stopped).split(';')[0]} of the survey; give the same command again to go on"
         ) from stopped
+    except ResumeMismatch:
+        raise  # another process is measuring it, and is about to write into the same output
     except StreamlapError as error:
         log.warning("no survey, so all layers keep the same share: %s", first_line(error))
         return None

@@ -16,12 +16,13 @@ from outputs import contents
 from transformers import AutoModel
 
 import streamlap
-from streamlap.errors import RecipeError
+from streamlap.errors import RecipeError, ResumeMismatch
 from streamlap.pipeline import layers
 from streamlap.pipeline import survey as surveying
-from streamlap.pipeline.survey import DEFAULT_LENGTH, DEFAULT_SAMPLES, survey_pieces
+from streamlap.pipeline.survey import DEFAULT_LENGTH, DEFAULT_SAMPLES, state_of, survey_pieces
 from streamlap.planning.survey_file import Survey
 from streamlap.recipe import AUTO, Recipe
+from streamlap.store.lock import OutputLock
 
 
 @pytest.fixture
@@ -160,6 +161,19 @@ def test_one_begun_in_another_ratio_goes_on(
     dies_at(surveying, "points", monkeypatch, lambda: compress(source, tokens, tmp_path / "one"))
     monkeypatch.setattr(surveying, "sweep_layers", lambda sweep: None if sweep.session.journal.next_layer else 1 / 0)
     assert compress(source, tokens, tmp_path / "two", ratio=0.3)
+
+
+def test_a_second_run_does_not_pass_by_the_first_one_in_its_survey(source: Path, tokens: Path, tmp_path: Path) -> None:
+    """Else it would take the lock of the output, and the first would die after its survey."""
+    compress(source, tokens, tmp_path / "out")
+    (file,) = tmp_path.glob("streamlap-survey-*.json")
+    file.unlink()
+    with (
+        OutputLock(state_of(file)),
+        pytest.raises(ResumeMismatch, match=r"streamlap-survey-.* is being written by process .*; wanted it free"),
+    ):
+        compress(source, tokens, tmp_path / "second")
+    assert not (tmp_path / "second").exists()
 
 
 @pytest.mark.parametrize("case", ["head", "wide", "budget"])
