@@ -51,7 +51,13 @@ Machine = Annotated[
     ),
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout instead of text.")]
-Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace an earlier result of streamlap.")]
+Overwrite = Annotated[
+    bool,
+    typer.Option(
+        "--overwrite",
+        help="Replace an earlier result of this command; a stopped run with the same settings goes on all the same.",
+    ),
+]
 Dtype = Annotated[
     str | None,
     typer.Option(

@@ -12,7 +12,7 @@ import io
 import json
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -148,14 +148,14 @@ class Journal:
             ) from error
         return cls(out, start, lines)
 
-    def check(self, fingerprint: Mapping[str, Any], command: object) -> None:
+    def check(self, fingerprint: Mapping[str, Any], command: object, but: Collection[str] = ()) -> None:
         """Raise ResumeMismatch naming every entry in which this run, of that command, differs from the one that began the
-        folder."""
+        folder; the entries `but` are left out."""
         old = self.start["fingerprint"]
         rows = [
             f"  {one_line(key)}: the folder has {one_line(repr(old.get(key)))}, "
             f"this run has {one_line(repr(fingerprint.get(key)))}"
-            for key in sorted({*old, *fingerprint})
+            for key in sorted({*old, *fingerprint} - {*but})
             if old.get(key) != fingerprint.get(key)
         ]
         if rows:
