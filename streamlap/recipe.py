@@ -142,7 +142,7 @@ class Recipe:
                 f"methods have {method_name(self.final[0])}, which is fitted to the dense model's stream, and none that keeps "
                 "it; wanted anchored methods beside it, as those of the preset best are."
             )
-        if self.survey == AUTO and (self.shape == "stock" or not self.anchored):  # in stock one does not pay by itself
+        if self.survey == AUTO and not self.may_survey:
             object.__setattr__(self, "survey", None)
         if self.survey is not None and not (isinstance(self.survey, str) and self.anchored):
             raise RecipeError(
@@ -215,6 +215,11 @@ class Recipe:
         return any(not method.needs for method in self.solving)
 
     @property
+    def may_survey(self) -> bool:
+        """Whether a compression may make a survey for itself. In the shape stock one does not pay unless it is asked for."""
+        return self.anchored and self.shape != "stock"
+
+    @property
     def beside_dense(self) -> bool:
         """Whether the dense model's stream is kept beside the compressed one, as anchored and distilled methods ask for."""
         return self.anchored or bool(self.distilled)
@@ -271,10 +276,14 @@ class Recipe:
         if "methods" in own:
             own["preset"] = own.get("preset", "custom")
         elif {"preset", "shape", "format"} & own.keys():
-            own["shape"] = shape = own.get("shape", shape_for(own.get("format", self.format), self.shape))
+            format = own.get("format", self.format)
+            own.setdefault("shape", shape_for(format, self.shape))
+            shape = shape_for(format, own["shape"])
             preset = own.get("preset", self.preset)
             if preset != "custom":
                 own["methods"] = (*preset_methods(preset, shape), *self.trained)
+        if self.survey is None and not self.may_survey:  # nobody has chosen to have none
+            own.setdefault("survey", DEFAULT_SURVEY)
         if epochs is not None:
             own["methods"] = with_refinement(own.get("methods", self.methods), epochs)
         calibration = replace(

@@ -183,6 +183,22 @@ def test_overrides_replace_single_fields() -> None:
     assert FULL.override(preset="lorap").methods == preset_methods("lorap", "free")
 
 
+def test_a_shape_in_a_call_is_settled_as_in_a_recipe() -> None:
+    assert Recipe().override(shape="free", format="stock") == Recipe(shape="free", format="stock")
+    assert Recipe(format="stock").override(shape="free") == Recipe(format="stock")
+    with pytest.raises(RecipeError, match="format is stock and shape nas"):
+        Recipe().override(shape="nas", format="stock")
+
+
+def test_what_could_have_no_survey_gets_the_default_where_it_can(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "DEFAULT_SURVEY", "auto")
+    assert Recipe(preset="lorap").override(preset="best") == Recipe()
+    assert Recipe.from_dict({"shape": "stock"}).override(shape="nas") == Recipe(shape="nas")
+    assert Recipe(preset="lorap").override(preset="best", survey=None) == Recipe(survey=None)
+    assert Recipe(survey=None).override(shape="nas") == Recipe(shape="nas", survey=None), "somebody wanted none"
+    assert Recipe(preset="lorap").override(ratio=0.3) == Recipe(preset="lorap", ratio=0.3)
+
+
 @pytest.mark.parametrize(
     ("table", "words"),
     [
