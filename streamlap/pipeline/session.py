@@ -6,6 +6,7 @@ import contextlib
 import hashlib
 import json
 import os
+import shlex
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -92,7 +93,8 @@ def session(
     """
     if not Journal.exists(run.folder):
         needs.require(run.folder, run.hidden)
-    with OutputLock(run.folder), stop_requests(deadline, f"streamlap resume {run.out}") as stops:
+    again = f"streamlap resume {shlex.quote(str(run.out))}"
+    with OutputLock(run.folder), stop_requests(deadline, again) as stops:
         check()
         if not Journal.exists(run.folder):
             remove_hidden(run.hidden)  # of a run whose output went without it

@@ -95,11 +95,12 @@ def survey(
     deadline, settings = settings.deadline(), settings.settled()
     dtype, file = parse_dtype(dtype), Path(file)
     check_served(shape)
+    if file.name:
+        check_places(state_of(file), settings.work)
     if not file.name or file.is_dir():
         raise RecipeError(
             f"survey {file} is a folder; wanted the name of a new JSON file, like {file / 'survey.json'}."
         )
-    check_places(state_of(file), settings.work)
     folder = local_folder(str(model), settings.trust_remote_code)
     steady_heap()
     reset_peaks()

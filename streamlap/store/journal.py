@@ -24,6 +24,7 @@ from streamlap.store.sink import STATE_FOLDER as STATE_FOLDER
 from streamlap.store.sink import disk_error, fsync_folder, remove_file, write_durably
 from streamlap.untrusted.json import parse_json, read_limited
 from streamlap.untrusted.npy import read_integers
+from streamlap.untrusted.paths import looking_at
 
 JOURNAL_NAME = "journal.jsonl"
 TOKENS_NAME = "tokens.npy"
@@ -132,7 +133,9 @@ class Journal:
         Changes nothing, so that it may be called without the lock.
         """
         path = out / STATE_FOLDER / JOURNAL_NAME
-        if not path.is_file():
+        with looking_at(path):
+            is_there = path.is_file()
+        if not is_there:
             raise ResumeMismatch(
                 f"{out} has no {STATE_FOLDER}/{JOURNAL_NAME}, so nothing to resume. Run streamlap compress."
             )

@@ -198,14 +198,14 @@ def test_a_compression_whose_source_was_moved_goes_on_by_its_first_command(
 def test_a_survey_and_an_export_whose_source_was_moved_say_how_they_go_on(
     moving: Path, out: Path, tokens: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    file, dense = tmp_path / "survey.json", tmp_path / "dense"
+    file, dense = tmp_path / "survey.json", tmp_path / "a dense one"
     packed = Path(shutil.copytree(out, tmp_path / "packed"))
     crash_after(1, monkeypatch, lambda: streamlap.survey(moving, file, files=(str(tokens),)))
     crash_after(1, monkeypatch, lambda: streamlap.export_dense(packed, dense))
     moved, opened = moving.rename(tmp_path / "after"), packed.rename(tmp_path / "opened")
     for place, command in (
         (file, f"streamlap survey MODEL {file}"),
-        (dense, f"streamlap export MODEL {dense} --to dense"),
+        (dense, f"streamlap export MODEL '{dense}' --to dense"),
     ):
         with pytest.raises(CheckpointError, match="is not there; wanted the same checkpoint") as refusal:
             streamlap.resume(place)
