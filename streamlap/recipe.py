@@ -73,13 +73,25 @@ class Calibration:
                 raise RecipeError(
                     f"calibration: {name} is {shown(value)}; wanted a whole number of at least {least} and below 2^63."
                 )
-        if not isinstance(self.files, list | tuple) or not all(isinstance(file, str) for file in self.files):
+        if not isinstance(self.files, list | tuple) or not all(isinstance(file, str | Path) for file in self.files):
             raise RecipeError(f"calibration: files is {shown(self.files)}; wanted a list of paths.")
         if type(self.redraw) is not bool:
             raise RecipeError(f"calibration: redraw is {shown(self.redraw)}; wanted true or false.")
         if self.text_column is not None and (not isinstance(self.text_column, str) or not self.text_column):
             raise RecipeError(f"calibration: text_column is {shown(self.text_column)}; wanted the name of a column.")
-        object.__setattr__(self, "files", tuple(self.files))
+        object.__setattr__(self, "files", tuple(map(str, self.files)))
+
+    @classmethod
+    def of(cls, value: Any) -> Calibration:
+        """One as it is, or the one that a table of its settings stands for."""
+        if isinstance(value, cls):
+            return value
+        if not isinstance(value, Mapping):
+            raise RecipeError(
+                f"calibration is {shown(value)}; wanted files, samples, length, seed, text_column and redraw."
+            )
+        refuse_unknown("calibration", value, cls)
+        return cls(**value)
 
     def to_dict(self) -> dict[str, Any]:
         """As plain values; without a text column there is no such key, as in the files of earlier versions."""
@@ -119,6 +131,10 @@ class Recipe:
     def __post_init__(self) -> None:
         object.__setattr__(self, "ratio", parse_ratio(self.ratio))
         object.__setattr__(self, "dtype", parse_dtype(self.dtype))
+        object.__setattr__(self, "calibration", Calibration.of(self.calibration))
+        object.__setattr__(self, "methods", parse_methods(self.methods))
+        if isinstance(self.survey, Path):
+            object.__setattr__(self, "survey", str(self.survey))
         if self.preset not in (*PRESETS, "custom"):
             raise RecipeError(f"preset is {shown(self.preset)}; wanted one of {', '.join(PRESETS)}, custom.")
         self._settle_shape()
@@ -142,7 +158,7 @@ class Recipe:
                 f"methods have {method_name(self.final[0])}, which is fitted to the dense model's stream, and none that keeps "
                 "it; wanted anchored methods beside it, as those of the preset best are."
             )
-        if self.survey == AUTO and (self.shape == "stock" or not self.anchored):  # in stock one does not pay by itself
+        if self.survey == AUTO and not self.may_survey:
             object.__setattr__(self, "survey", None)
         if self.survey is not None and not (isinstance(self.survey, str) and self.anchored):
             raise RecipeError(
@@ -215,6 +231,11 @@ class Recipe:
         return any(not method.needs for method in self.solving)
 
     @property
+    def may_survey(self) -> bool:
+        """Whether a compression may make a survey for itself. In the shape stock one does not pay unless it is asked for."""
+        return self.anchored and self.shape != "stock"
+
+    @property
     def beside_dense(self) -> bool:
         """Whether the dense model's stream is kept beside the compressed one, as anchored and distilled methods ask for."""
         return self.anchored or bool(self.distilled)
@@ -269,16 +290,21 @@ class Recipe:
         epochs = own.pop("refine", None)
         refuse_unknown("overrides", own, Recipe)
         if "methods" in own:
-            own["preset"] = own.get("preset", "custom")
+            own |= {"preset": own.get("preset", "custom"), "methods": parse_methods(own["methods"])}
         elif {"preset", "shape", "format"} & own.keys():
-            own["shape"] = shape = own.get("shape", shape_for(own.get("format", self.format), self.shape))
+            format = own.get("format", self.format)
+            own.setdefault("shape", shape_for(format, self.shape))
+            shape = shape_for(format, own["shape"])
             preset = own.get("preset", self.preset)
             if preset != "custom":
                 own["methods"] = (*preset_methods(preset, shape), *self.trained)
+        if self.survey is None and not self.may_survey:  # nobody has chosen to have none
+            own.setdefault("survey", DEFAULT_SURVEY)
         if epochs is not None:
             own["methods"] = with_refinement(own.get("methods", self.methods), epochs)
         calibration = replace(
-            own.get("calibration", self.calibration), **{key: value for key, value in changes.items() if key in within}
+            Calibration.of(own.get("calibration", self.calibration)),
+            **{key: value for key, value in changes.items() if key in within},
         )
         return replace(self, **(own | {"calibration": calibration}))
 
@@ -301,22 +327,12 @@ class Recipe:
         refuse_unknown("recipe", values, cls)
         preset = values.setdefault("preset", "custom" if "methods" in values else "best")
         if "methods" in values:
-            if not isinstance(values["methods"], list):
-                raise RecipeError(
-                    f"methods is {shown(values['methods'])}; wanted a list of some of {', '.join(known_methods())}."
-                )
-            values["methods"] = tuple(parse_method(row) for row in values["methods"])
+            values["methods"] = parse_methods(values["methods"])
         else:
             values["methods"] = preset_methods(preset, shape_for(values.get("format"), values.get("shape", "free")))
         if "refine" in table:
             values["methods"] = with_refinement(values["methods"], table["refine"])
-        calibration = values.get("calibration") or {}
-        if not isinstance(calibration, Mapping):
-            raise RecipeError(
-                f"calibration is {shown(calibration)}; wanted files, samples, length, seed, text_column and redraw."
-            )
-        refuse_unknown("calibration", calibration, Calibration)
-        return cls(**(values | {"calibration": Calibration(**calibration)}))
+        return cls(**(values | {"calibration": Calibration.of(values.get("calibration") or {})}))
 
     @classmethod
     def from_yaml(cls, path: Path) -> Recipe:
@@ -332,6 +348,16 @@ class Recipe:
         if "methods" in table and not table["methods"]:
             raise RecipeError(f"recipe {path} has no methods, so nothing would be compressed; wanted some or a preset.")
         return cls.from_dict({**table, "survey": _beside(path, table["survey"])} if "survey" in table else table)
+
+
+def parse_methods(methods: Any) -> tuple[AnyMethod, ...]:
+    """Methods as they are, and those that rows of a recipe stand for."""
+    if not isinstance(methods, list | tuple):
+        raise RecipeError(f"methods is {shown(methods)}; wanted a list of some of {', '.join(known_methods())}.")
+    kinds = tuple(known_methods().values())
+    if isinstance(methods, tuple) and all(isinstance(method, kinds) for method in methods):
+        return methods  # the very tuple of a preset
+    return tuple(method if isinstance(method, kinds) else parse_method(method) for method in methods)
 
 
 def shape_for(format: Any, shape: Any) -> Any:

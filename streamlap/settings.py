@@ -9,7 +9,9 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
-from streamlap.errors import shown
+import torch
+
+from streamlap.errors import RecipeError, shown
 from streamlap.system.budget import parse_size
 from streamlap.system.device import pick_device
 from streamlap.system.signals import parse_time
@@ -31,10 +33,10 @@ class Caps:
 
 @dataclass(frozen=True, kw_only=True)
 class RunSettings:
-    """Settings of one process. Raises RecipeError, naming the field, for what is no size or time."""
+    """Settings of one process. Raises RecipeError, naming the field, for what is no size, time or device."""
 
     device: str = "auto"
-    """auto, cpu, cuda or cuda:N."""
+    """auto, cpu, cuda or cuda:N. A `torch.device` becomes its name."""
     work: str | Path | None = None
     """Folder for hidden states between layers; None is inside the output."""
     max_ram: int | str | None = None
@@ -49,6 +51,14 @@ class RunSettings:
     """Whether a tokenizer that is code in the model folder may run; no other code of it ever does."""
 
     def __post_init__(self) -> None:
+        if isinstance(self.device, torch.device):
+            object.__setattr__(self, "device", str(self.device))
+        for name, kind, wanted in (
+            ("device", str, "auto, cpu, cuda or cuda:N"), ("overlap", bool, "true or false"),
+            ("trust_remote_code", bool, "true or false"),
+        ):  # fmt: skip
+            if not isinstance(value := getattr(self, name), kind):
+                raise RecipeError(f"{name} is {shown(value)}; wanted {wanted}.")
         for name in ("max_ram", "max_vram"):
             object.__setattr__(self, name, parse_size(getattr(self, name), name))
         if self.stop_after is not None:

@@ -167,6 +167,29 @@ def test_percent_in_a_file_and_in_a_call(tmp_path: Path) -> None:
     assert Recipe.from_dict({"ratio": "0.35"}) == Recipe(ratio=0.35)
 
 
+def test_python_values_become_those_of_a_file() -> None:
+    rows = [{"method": "attention_anchored"}, {"method": "ffn_anchored", "shares": [1.0]}]
+    values: Any = {"methods": rows, "calibration": {"files": [Path("a.txt")], "seed": 3}, "survey": Path("s.json")}
+    wanted = Recipe.from_dict({"methods": rows, "calibration": {"files": ["a.txt"], "seed": 3}, "survey": "s.json"})
+    assert Recipe(preset="custom", **values) == Recipe().override(**values) == wanted
+    assert Recipe().override(files=(Path("a.txt"),)) == Recipe(calibration=Calibration(files=("a.txt",)))
+    assert Recipe().override(methods=rows, refine=2).methods[:2] == wanted.methods
+    assert json.dumps(wanted.to_dict()) == json.dumps(Recipe(preset="custom", **values).to_dict())
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"methods": "best"}, {"methods": None}, {"methods": [1]}, {"methods": [{"method": "magic"}]}, {"calibration": None},
+        {"calibration": {"sample": 1}}, {"calibration": "a.txt"}, {"survey": 3}, {"calibration": {"files": Path("a.txt")}},
+    ],
+)  # fmt: skip
+def test_python_values_of_another_type_are_refused_by_name(values: dict[str, Any]) -> None:
+    for make in (Recipe, Recipe().override):
+        with pytest.raises(RecipeError, match=next(iter(values))):
+            make(**values)
+
+
 # --- the rest ------------------------------------------------------------------------------------------------------------
 
 
@@ -181,6 +204,22 @@ def test_overrides_replace_single_fields() -> None:
     assert (changed.ratio, changed.calibration.seed, changed.calibration.samples) == (0.5, 1, 3)
     assert changed.methods == FULL.methods
     assert FULL.override(preset="lorap").methods == preset_methods("lorap", "free")
+
+
+def test_a_shape_in_a_call_is_settled_as_in_a_recipe() -> None:
+    assert Recipe().override(shape="free", format="stock") == Recipe(shape="free", format="stock")
+    assert Recipe(format="stock").override(shape="free") == Recipe(format="stock")
+    with pytest.raises(RecipeError, match="format is stock and shape nas"):
+        Recipe().override(shape="nas", format="stock")
+
+
+def test_what_could_have_no_survey_gets_the_default_where_it_can(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "DEFAULT_SURVEY", "auto")
+    assert Recipe(preset="lorap").override(preset="best") == Recipe()
+    assert Recipe.from_dict({"shape": "stock"}).override(shape="nas") == Recipe(shape="nas")
+    assert Recipe(preset="lorap").override(preset="best", survey=None) == Recipe(survey=None)
+    assert Recipe(survey=None).override(shape="nas") == Recipe(shape="nas", survey=None), "somebody wanted none"
+    assert Recipe(preset="lorap").override(ratio=0.3) == Recipe(preset="lorap", ratio=0.3)
 
 
 @pytest.mark.parametrize(

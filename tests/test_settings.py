@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 import streamlap
 from streamlap.errors import RecipeError
@@ -41,6 +42,20 @@ def test_text_becomes_numbers_and_a_folder_its_whole_path(tmp_path: Path, monkey
 def test_a_bad_value_is_named(name: str, value: str) -> None:
     with pytest.raises(RecipeError, match=f"{name} is '{value}'; wanted"):
         RunSettings(**{name: value})
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "wanted"),
+    [("device", None, "cuda:N"), ("device", 0, "cuda:N"), ("overlap", "no", "true"), ("trust_remote_code", 1, "true")],
+)
+def test_a_value_of_another_type_is_refused_at_once(name: str, value: Any, wanted: str) -> None:
+    with pytest.raises(RecipeError, match=f"{name} is {value!r}; wanted .*{wanted}"):
+        RunSettings(**{name: value})
+
+
+def test_a_device_of_torch_is_its_name() -> None:
+    assert RunSettings(device=torch.device("cuda", 1)) == RunSettings(device="cuda:1")  # type: ignore[arg-type]
+    assert RunSettings(device=torch.device("cpu")).settled().device == "cpu"  # type: ignore[arg-type]
 
 
 def test_a_device_that_is_not_there_is_refused_where_settings_are_settled() -> None:

@@ -51,20 +51,30 @@ Machine = Annotated[
     ),
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout instead of text.")]
-Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace an earlier result of streamlap.")]
+Overwrite = Annotated[
+    bool,
+    typer.Option(
+        "--overwrite",
+        help="Replace an earlier result of this command; a stopped run with the same settings goes on all the same.",
+    ),
+]
 Dtype = Annotated[
     str | None,
     typer.Option(
+        metavar="DTYPE",
+        parser=worded,
         help="Compute dtype: float32, float16, bfloat16, or short fp32, fp16, bf16; or auto, the checkpoint's dtype where the "
-        "device is fast in it, else float32. For eval on a CPU auto is float32.  [default: auto]"
+        "device is fast in it, else float32. For eval on a CPU auto is float32.  [default: auto]",
     ),
 ]
 Shape = Annotated[
     str | None,
     typer.Option(
+        metavar="SHAPE",
+        parser=worded,
         help="What linears and layers may become: free, every form (low-rank, pivoted, narrower); nas, dense linears, each FFN "
         "with a width of its own, and some layers without attention; stock, dense linears of the same widths in every layer, "
-        "with a survey file also fewer KV heads and layers.  [default: free]"
+        "with a survey file also fewer KV heads and layers.  [default: free]",
     ),
 ]
 Format = Annotated[
@@ -257,6 +267,7 @@ class RecoveryOptions:
         str | None,
         typer.Option(
             metavar="MODEL",
+            parser=worded,
             help="The model that OUT was made of: half of the loss is then the divergence from its predictions. It goes "
             "through memory layer by layer, once.",
         ),

@@ -18,9 +18,10 @@ from huggingface_hub import constants
 
 from streamlap.data.splits import UNSPLIT, DataSet, is_data, kind_of, read_data_set, split_by_names
 from streamlap.data.text import TEXT_SUFFIXES
-from streamlap.errors import BudgetError, CheckpointError, RecipeError, shown
+from streamlap.errors import BudgetError, CheckpointError, RecipeError, one_line, shown
 from streamlap.store.hub import fetch_data_files, list_data_set
 from streamlap.system.budget import existing_ancestor
+from streamlap.untrusted.paths import looking_at
 
 log = logging.getLogger(__name__)
 
@@ -45,8 +46,9 @@ def text_files(name: str, wanted: Collection[str] = CALIBRATION) -> list[Path]:
     if not name:
         raise RecipeError("the name of a text is empty; wanted a file or a data set.")
     match = NAME.fullmatch(name)
-    if not match or Path(name).exists() or _is_local(name, match):
-        return [Path(name)]
+    with looking_at(name, RecipeError):
+        if Path(name).exists() or not match or _is_local(name, match):
+            return [Path(name)]
     hub_id, revision, inside, split = match.group("id", "revision", "inside", "split")
     full = hub_id if revision is None else f"{hub_id}@{unquote(revision)}"
     try:
@@ -55,7 +57,9 @@ def text_files(name: str, wanted: Collection[str] = CALIBRATION) -> list[Path]:
         _require_room(name, sum(listing[path] for path in files if not (folder / path).exists()))
         return fetch_data_files(full, folder.name, files)
     except CheckpointError as error:
-        raise RecipeError(f"{error}; wanted a text file or a data set.") from error
+        raise RecipeError(
+            f"there is no file {one_line(name)} here; as a data set: {error}; wanted a text file or a data set."
+        ) from error
 
 
 def choose_files(data: DataSet, inside: str | None, split: str | None, wanted: Collection[str]) -> list[str]:

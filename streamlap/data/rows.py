@@ -169,9 +169,10 @@ class JsonValues:
     def value(self) -> Any:
         """The next value, whole."""
         self.next_mark()
+        more = True
         while True:
             try:
-                value, self._place = DECODER.raw_decode(self._text, self._place)
+                value, end = DECODER.raw_decode(self._text, self._place)
             except json.JSONDecodeError as error:
                 fault = self.fault(error.msg, error.pos)
                 near = error.pos > len(self._text) - CUT_SHORT or error.msg.startswith("Unterminated string")
@@ -180,6 +181,10 @@ class JsonValues:
             except (ValueError, RecursionError) as error:  # a number of thousands of digits; brackets in brackets
                 raise self.fault(first_line(error)) from error
             else:
+                if more and type(value) in (int, float) and end > len(self._text) - CUT_SHORT:
+                    more = self._grow()  # a number whose other digits have not been read yet is a number too
+                    continue
+                self._place = end
                 if self._place > PIECE_CHARACTERS:
                     self._drop()
                 return value

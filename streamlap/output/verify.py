@@ -5,6 +5,7 @@ Faults are collected, not raised, so that one look shows all of them.
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +16,10 @@ from streamlap.loader.linears import is_permutation
 from streamlap.output.folder import REPORT_NAME
 from streamlap.store.header import check_name
 from streamlap.store.journal import STATE_FOLDER, Journal
-from streamlap.store.shards import INDEX_NAME
+from streamlap.store.shards import INDEX_NAME, files_in, find_shards
 from streamlap.store.sink import file_hash
 from streamlap.store.source import SafetensorsFolder, TensorSource
-from streamlap.untrusted.paths import REPORT_BYTES, check_folder, read_object
+from streamlap.untrusted.paths import REPORT_BYTES, check_folder, looking_at, read_object
 
 Fault = dict[str, str | None]
 
@@ -27,14 +28,15 @@ def verify(out: str | Path) -> dict[str, Any]:
     """{"ok": bool, "faults": [{"file", "tensor", "fault"}]} for a finished output folder or any checkpoint folder.
 
     Checks: the run is finished; headers; hashes from the report; names, shapes and dtypes against config.json on the meta
-    device; every number finite. Raises CheckpointError only when there is no such folder.
+    device; every number finite. Raises CheckpointError only when there is no such folder, or none that can be read.
     """
     folder = Path(out)
-    if not folder.is_dir():
-        raise CheckpointError(f"{folder} is not a folder; wanted one that streamlap wrote.")
-    faults = unfinished(folder)
-    if not faults:
-        faults = [*wrong_hashes(folder), *wrong_tensors(folder)]
+    with looking_at(folder):
+        if not folder.is_dir():
+            raise CheckpointError(f"{folder} is not a folder; wanted one that streamlap wrote.")
+        faults = unfinished(folder)
+        if not faults:
+            faults = [*wrong_hashes(folder), *wrong_tensors(folder)]
     return {"ok": not faults, "faults": faults}
 
 
@@ -44,7 +46,8 @@ def fault(file: str, text: str, tensor: str | None = None) -> Fault:
 
 def unfinished(folder: Path) -> list[Fault]:
     if Journal.exists(folder):
-        return [fault(STATE_FOLDER, f"the run is not finished; go on with: streamlap resume {folder}")]
+        again = f"streamlap resume {shlex.quote(str(folder))}"
+        return [fault(STATE_FOLDER, f"the run is not finished; go on with: {again}")]
     try:
         check_folder(folder)
     except CheckpointError as error:
@@ -77,6 +80,14 @@ def wrong_hashes(folder: Path) -> list[Fault]:
     return faults
 
 
+def weights_name(folder: Path) -> str:
+    """The file or index that is read, by name."""
+    try:
+        return find_shards(folder, files_in(folder), str(folder)).chosen
+    except StreamlapError:
+        return INDEX_NAME
+
+
 def wrong_tensors(folder: Path) -> list[Fault]:
     try:
         read_config(folder)
@@ -85,7 +96,7 @@ def wrong_tensors(folder: Path) -> list[Fault]:
     try:
         source: TensorSource = SafetensorsFolder(folder)
     except StreamlapError as error:
-        return [fault(INDEX_NAME, str(error))]
+        return [fault(weights_name(folder), str(error))]
     faults = []
     try:
         source = ModelStream(folder, source=source).source  # what the model has no place for is not looked at

@@ -32,7 +32,7 @@ from streamlap.pipeline.old_result import check_meanwhile, check_output, check_s
 from streamlap.pipeline.place import check_places, contents
 from streamlap.pipeline.redraw import with_redrawn
 from streamlap.pipeline.runner import check_sublayers
-from streamlap.pipeline.session import Run, session, stream_marks, whole_name
+from streamlap.pipeline.session import Run, goes_on, read_run, session, stream_marks, whole_name
 from streamlap.pipeline.streams import open_streams
 from streamlap.pipeline.survey import survey_beside
 from streamlap.planning.disk import COMPANION_BYTES, DiskNeeds
@@ -43,7 +43,7 @@ from streamlap.recipe import AUTO, Recipe
 from streamlap.settings import RunSettings, split_options
 from streamlap.store.header import read_header
 from streamlap.store.hub import local_folder, model_name
-from streamlap.store.journal import Journal, saved_tokens
+from streamlap.store.journal import STATE_FOLDER, Journal, saved_tokens
 from streamlap.store.sink import ShardFolder, file_hash, shard_names
 from streamlap.system.allocator import steady_heap
 from streamlap.system.meters import reset_peaks
@@ -69,9 +69,9 @@ def compress(
 
     In place of a ratio, `target_size` may say how many bytes all shards may take (a number, or text like 24GB), with `context`
     also the keys and values of `batch` sequences (1) of so many tokens; or `target_params` how many parameters the whole model
-    may have (like 50B). The recipe gets the lowest ratio that will do. `overwrite` replaces an earlier streamlap output, and
-    leaves files there that streamlap did not write. Raises a StreamlapError before the first layer for anything that can be
-    checked from headers, and Interrupted where it was stopped.
+    may have (like 50B). The recipe gets the lowest ratio that will do. `overwrite` replaces an earlier result of `compress`,
+    and leaves files there that streamlap did not write; a stopped run that is this very one goes on all the same. Raises a
+    StreamlapError before the first layer for anything that can be checked from headers, and Interrupted where it was stopped.
     """
     settings, changes = split_options(options)
     deadline = settings.deadline()
@@ -92,15 +92,20 @@ def compress(
     plan.require_fit()
     check_output(folder, out, overwrite)
     run = Run(command="compress", out=out, folder=out, model=whole_name(model, folder), settings=settings, own={})
-    if overwrite or not Journal.exists(out):
+    begun = None
+    if Journal.exists(out) and not overwrite:  # seen before the survey, which may take hours
+        unknown = {"survey"} | ({"recipe ratio"} if target else set())
+        Journal.load(out).check(fingerprint(stream, plan, tokens_NL), run.command, but=unknown)
+        begun = begun_recipe(read_run(out))
+    else:
         disk_needs(stream, plan).require(out, run.hidden, freed=held_bytes(out))
         check_sublayers(stream, plan.fit, tokens_NL, writes=plan.recipe.anchored)
     if plan.recipe.survey == AUTO:
-        found = survey_beside(stream, tokens_NL, out, whole_name(model, folder), settings, recipe, deadline)
-        decided = decide(stream, recipe.override(survey=found and str(found)), target)
+        found = begun.survey if begun else survey_beside(stream, tokens_NL, out, run.model, settings, recipe, deadline)
+        decided = decide(stream, replace(recipe, survey=str(found) if found else None), target)
         plan = make_plan(stream, decided, windows_of(tokens_NL), settings)
         plan.require_fit()
-    if overwrite and contents(out):
+    if overwrite and contents(out) and not goes_on(run, fingerprint(stream, plan, tokens_NL)):
         check_survey(plan.recipe.survey, out)
         empty_output(out)  # after all that may go wrong
     survey = plan.recipe.survey and str(Path(plan.recipe.survey).resolve())
@@ -124,10 +129,12 @@ def resume_compression(run: Run, settings: RunSettings) -> Report:
 def run_compression(run: Run, stream: ModelStream, plan: Plan, tokens_NL: torch.Tensor, deadline: float) -> Report:
     """The checked job, from its next layer to a finished folder."""
     out, needs = run.out, disk_needs(stream, plan)
-    marks = fingerprint(stream, plan, tokens_NL)
-    with session(run, marks, needs, deadline, lambda: check_meanwhile(out), tokens_NL) as running:
+    marks, given = fingerprint(stream, plan, tokens_NL), plan.recipe.survey
+    with session(
+        run, marks, needs, deadline, lambda: check_meanwhile(out), tokens_NL, Path(given) if given else None
+    ) as running:
         recipe = begun_recipe(running.run)
-        survey = Path(plan.recipe.survey) if plan.recipe.survey else None
+        survey = kept_survey(running.run, plan.recipe)
         recipe = replace(recipe, survey=SURVEY_NAME if survey else None)  # the folder keeps a copy, wherever it may go
         windows = with_redrawn(stream, plan, tokens_NL, running)
         streams = open_streams(
@@ -150,13 +157,24 @@ def disk_needs(stream: ModelStream, plan: Plan) -> DiskNeeds:
 
 
 def begun_recipe(run: Run) -> Recipe:
-    """The recipe that a run was begun with. Raises ResumeMismatch where its journal has none."""
+    """The recipe that a run was begun with; its survey is the copy in the state. Raises ResumeMismatch where its journal has
+    none."""
     try:
-        return Recipe.from_dict(run.own["recipe"])
+        recipe = Recipe.from_dict(run.own["recipe"])
     except (KeyError, TypeError, AttributeError, RecipeError) as error:
         raise ResumeMismatch(
             f"{run.folder} has no recipe that can be used ({first_line(error)}). Delete it and give the first command again."
         ) from error
+    survey = kept_survey(run, recipe)
+    return replace(recipe, survey=str(survey) if survey else None)
+
+
+def kept_survey(run: Run, recipe: Recipe) -> Path | None:
+    """The copy in the state of the run, which may have been moved; the file itself where an earlier version kept none."""
+    copy = run.folder / STATE_FOLDER / SURVEY_NAME
+    if recipe.survey is None:
+        return None
+    return copy if copy.is_file() else Path(recipe.survey)
 
 
 def build_report(
@@ -196,6 +214,6 @@ def fingerprint(stream: ModelStream, plan: Plan, tokens_NL: torch.Tensor) -> dic
     # Not the names of files: the tokens that came out of them, or what a survey says, is what counts, however they are spelt.
     rows = recipe.to_dict().items()
     recipe_rows = {f"recipe {key}": value for key, value in rows if key not in ("calibration", "survey")}
-    survey = file_hash(Path(recipe.survey))[:16] if recipe.survey else None
+    survey = None if recipe.survey in (None, AUTO) else file_hash(Path(str(recipe.survey)))[:16]
     drawn = f"{plan.redrawn}, seed {recipe.calibration.seed}" if plan.redrawn else None
     return {**recipe_rows, **stream_marks(stream, tokens_NL), "survey": survey, "redrawn windows": drawn}

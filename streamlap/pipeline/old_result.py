@@ -32,7 +32,7 @@ def check_output(folder: Path, out: Path, overwrite: bool) -> None:
     ours = STATE_FOLDER in entries or RECIPE_NAME in entries
     if overwrite and entries and not ours:
         raise RecipeError(
-            f"--overwrite: {out} was not written by streamlap ({min(entries)}, ...); choose another folder."
+            f"--overwrite: {out} holds no result of compress to replace ({min(entries)}, ...); choose another folder."
         )
     if overwrite:
         check_rivals(out)

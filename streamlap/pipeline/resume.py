@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -17,6 +18,7 @@ from streamlap.pipeline.survey import resume_survey, state_of
 from streamlap.planning.survey_file import Survey
 from streamlap.settings import RunSettings
 from streamlap.store.journal import STATE_FOLDER, Journal
+from streamlap.untrusted.paths import looking_at
 
 COMMANDS: dict[str, Callable[[Run, RunSettings], Report | Survey | Recovered | Exported]] = {
     "compress": resume_compression,
@@ -47,7 +49,8 @@ def resume(
     given = RunSettings(max_ram=max_ram, max_vram=max_vram, stop_after=stop_after)
     path = Path(path)
     path = path if path.name else path.absolute()  # `.` has none
-    folder = state_of(path) if not path.is_dir() and Journal.exists(state_of(path)) else path
+    with looking_at(path):
+        folder = state_of(path) if not path.is_dir() and Journal.exists(state_of(path)) else path
     run = read_run(folder)
     if run.command == "survey":  # its state lies beside its file
         run = replace(run, out=folder.with_name(folder.name.removesuffix(STATE_FOLDER)))
@@ -57,9 +60,12 @@ def resume(
     try:
         return COMMANDS[run.command](run, replace(run.settings, **caps, stop_after=given.stop_after))
     except CheckpointError as error:
-        if Path(run.model).is_absolute() and not Path(run.model).is_dir():
+        with looking_at(run.model):
+            is_gone = Path(run.model).is_absolute() and not Path(run.model).is_dir()
+        if is_gone:
+            again = AGAIN[run.command].format(out=shlex.quote(str(run.out)), **run.own)
             raise CheckpointError(
                 f"{run.model}, of which {run.out} is made, is not there; wanted the same checkpoint. Put it back, or give the "
-                f"first command again with the place where it is now: {AGAIN[run.command].format(out=run.out, **run.own)}."
+                f"first command again with the place where it is now: {again}."
             ) from error
         raise

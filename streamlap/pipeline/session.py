@@ -6,6 +6,7 @@ import contextlib
 import hashlib
 import json
 import os
+import shlex
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -18,11 +19,13 @@ import transformers
 from streamlap.data.calibration import token_hash
 from streamlap.errors import RecipeError, ResumeMismatch, shown
 from streamlap.families.stream import ModelStream
+from streamlap.output.folder import SURVEY_NAME
 from streamlap.planning.disk import DiskNeeds
 from streamlap.settings import RunSettings
 from streamlap.store.hidden import remove_hidden
 from streamlap.store.journal import STATE_FOLDER, Journal, save_tokens
 from streamlap.store.lock import OutputLock
+from streamlap.store.sink import write_durably
 from streamlap.store.source import data_digest
 from streamlap.system.signals import Stops, stop_requests
 from streamlap.version import __version__
@@ -79,23 +82,26 @@ class Session:
 @contextlib.contextmanager
 def session(
     run: Run, marks: Mapping[str, Any], needs: DiskNeeds, deadline: float, check: Callable[[], None],
-    tokens_NL: torch.Tensor | None = None,
+    tokens_NL: torch.Tensor | None = None, survey: Path | None = None,
 ) -> Iterator[Session]:  # fmt: skip
     """The block is the run, from the layer at which its journal stands. A good end removes the state, an
     error leaves it.
 
     Args: marks, all that the bytes of the result depend on; needs, room on the disk for a run that begins; deadline, on the
     clock of `time.monotonic`; check, raises where the output may not be written, and is called once nobody else can write
-    there; tokens_NL, the calibration windows, which are kept beside the journal.
+    there; tokens_NL, the calibration windows, and survey, the file that the run goes by: both are kept beside the journal.
     """
     if not Journal.exists(run.folder):
         needs.require(run.folder, run.hidden)
-    with OutputLock(run.folder), stop_requests(deadline, f"streamlap resume {run.out}") as stops:
+    again = f"streamlap resume {shlex.quote(str(run.out))}"
+    with OutputLock(run.folder), stop_requests(deadline, again) as stops:
         check()
         if not Journal.exists(run.folder):
             remove_hidden(run.hidden)  # of a run whose output went without it
             if tokens_NL is not None:
                 save_tokens(run.folder, tokens_NL)
+            if survey is not None:
+                write_durably(run.folder / STATE_FOLDER / SURVEY_NAME, survey.read_bytes())
         journal = Journal.open(run.folder, marks, run.arguments)
         begun = parse_run(run.out, run.folder, journal.arguments)
         yield Session(run=begun, journal=journal, stops=stops)
@@ -136,6 +142,16 @@ def parse_run(out: Path, folder: Path, arguments: Mapping[str, Any]) -> Run:
             "folder."
         )
     return run
+
+
+def goes_on(run: Run, marks: Mapping[str, Any]) -> bool:
+    """Whether the journal where the run would begin is that of this very run."""
+    with contextlib.suppress(ResumeMismatch):
+        journal = Journal.load(run.folder)
+        journal.check(marks, run.command)
+        parse_run(run.out, run.folder, journal.arguments)
+        return True
+    return False
 
 
 def remove_begun(folder: Path) -> None:

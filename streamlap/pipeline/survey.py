@@ -39,7 +39,7 @@ from streamlap.families.opening import parse_dtype
 from streamlap.families.stream import ModelStream
 from streamlap.pipeline.place import check_apart, check_places, contents
 from streamlap.pipeline.runner import check_sublayers
-from streamlap.pipeline.session import Run, remove_state, session, stream_marks, whole_name
+from streamlap.pipeline.session import Run, goes_on, remove_state, session, stream_marks, whole_name
 from streamlap.pipeline.sweep import Sweep, open_sweep, points, sweep_layers
 from streamlap.planning.disk import COMPANION_BYTES, DiskNeeds
 from streamlap.planning.plan import windows_of
@@ -85,9 +85,9 @@ def survey(
     A killed run goes on when it is called again, or by `resume`; till then its state is in the folder `file` + ".streamlap".
 
     Args: files, samples, length, seed, text_column, the calibration windows (default: 32 of 256 tokens); dtype, compute dtype;
-    shape, that of the results which it serves, see `methods.SHAPES`; overwrite, whether an earlier survey is replaced; options,
-    single fields of RunSettings. Raises a StreamlapError before the first layer for what can be checked from headers, and
-    Interrupted where it was stopped.
+    shape, that of the results which it serves, see `methods.SHAPES`; overwrite, whether an earlier survey is replaced, where it
+    is not this very run, stopped; options, single fields of RunSettings. Raises a StreamlapError before the first layer for
+    what can be checked from headers, and Interrupted where it was stopped.
     """
     settings, others = split_options(options)
     if others:
@@ -95,11 +95,12 @@ def survey(
     deadline, settings = settings.deadline(), settings.settled()
     dtype, file = parse_dtype(dtype), Path(file)
     check_served(shape)
+    if file.name:
+        check_places(state_of(file), settings.work)
     if not file.name or file.is_dir():
         raise RecipeError(
             f"survey {file} is a folder; wanted the name of a new JSON file, like {file / 'survey.json'}."
         )
-    check_places(state_of(file), settings.work)
     folder = local_folder(str(model), settings.trust_remote_code)
     steady_heap()
     reset_peaks()
@@ -112,16 +113,17 @@ def survey(
     check_sample(tokens_NL, fitted_inputs(stream, stream.family.sublayers))
     plan = plan_survey(stream, windows_of(tokens_NL), settings, shape)
     check_apart(folder, state_of(file))
+    run = Run(
+        command="survey", out=file, folder=state_of(file), model=whole_name(model, folder), settings=settings,
+        own={"dtype": dtype, "shape": shape},
+    )  # fmt: skip
+    overwrite = overwrite and not goes_on(run, survey_marks(stream, plan, tokens_NL))
     if not overwrite:
         check_file(file, overwrite=False)
     if overwrite or not Journal.exists(state_of(file)):
         check_sublayers(stream, plan.fit, tokens_NL, writes=True)
     if overwrite:
         check_file(file, overwrite=True)  # which may remove an earlier survey, so it comes last
-    run = Run(
-        command="survey", out=file, folder=state_of(file), model=whole_name(model, folder), settings=settings,
-        own={"dtype": dtype, "shape": shape},
-    )  # fmt: skip
     return run_survey(run, stream, plan, tokens_NL, deadline)
 
 
@@ -152,7 +154,7 @@ def survey_beside(
     """The survey of this model on these calibration windows, in a file beside the output, for all ratios: found, or made now.
 
     None, with a warning, where it cannot be had: for want of memory, of a place to write, of tokens for layers so wide, or of a
-    head. Raises Interrupted where it was stopped; the same call goes on.
+    head. Raises Interrupted where it was stopped; the same call goes on. Raises ResumeMismatch where another process makes it.
     """
     tokens_NL = survey_pieces(tokens_NL)
     marks = stream_marks(stream, tokens_NL)
@@ -179,6 +181,8 @@ def survey_beside(
         raise Interrupted(
             f"{str(stopped).split(';')[0]} of the survey; give the same command again to go on"
         ) from stopped
+    except ResumeMismatch:
+        raise  # another process is measuring it, and is about to write into the same output
     except StreamlapError as error:
         log.warning("no survey, so all layers keep the same share: %s", first_line(error))
         return None
@@ -227,12 +231,10 @@ def check_file(file: Path, overwrite: bool) -> None:
 
 def run_survey(run: Run, stream: ModelStream, plan: SurveyPlan, tokens_NL: torch.Tensor, deadline: float) -> Survey:
     """The checked sweep, from its next layer to the finished file."""
-    marks, file = stream_marks(stream, tokens_NL), run.out
+    marks, file = survey_marks(stream, plan, tokens_NL), run.out
     hidden = hidden_bytes(plan.fit.work, stream.depth, plan.per_layer)
     needs = DiskNeeds(output_bytes=COMPANION_BYTES, hidden_bytes=hidden)
-    with session(
-        run, {**marks, "shape": plan.shape}, needs, deadline, lambda: check_file(file, overwrite=False), tokens_NL
-    ) as running:
+    with session(run, marks, needs, deadline, lambda: check_file(file, overwrite=False), tokens_NL) as running:
         sweep = open_sweep(stream, plan, tokens_NL, running)
         result = written(sweep, marks) if file.exists() else None
         if result is None:
@@ -241,6 +243,11 @@ def run_survey(run: Run, stream: ModelStream, plan: SurveyPlan, tokens_NL: torch
         write_durably(file, (json.dumps(result.to_json(), indent=1) + "\n").encode())
     shutil.rmtree(run.folder, ignore_errors=True)
     return result
+
+
+def survey_marks(stream: ModelStream, plan: SurveyPlan, tokens_NL: torch.Tensor) -> dict[str, Any]:
+    """All that the points of a survey depend on."""
+    return {**stream_marks(stream, tokens_NL), "shape": plan.shape}
 
 
 def identity(stream: ModelStream, marks: Mapping[str, Any]) -> dict[str, str]:

@@ -21,7 +21,7 @@ from streamlap.store.foreign import describe_file, require_config
 from streamlap.store.header import Header, parse_header
 from streamlap.store.shards import PICKLE_SUFFIXES, files_in, find_shards
 from streamlap.store.source import SafetensorsFolder, SafetensorsHeaders, TensorSource
-from streamlap.untrusted.paths import checked
+from streamlap.untrusted.paths import checked, looking_at
 
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+(@[\w./-]+)?")
 WEIGHTS = "*.safetensors"
@@ -144,9 +144,10 @@ def _fetch_headers(hub: HfFileSystem, root: str, folder: Path, shards: Sequence[
 def _folder_here(model: str) -> Path | None:
     """The folder that is called so, if there is one; what is wrong with it is said."""
     folder = Path(model)
-    if not folder.is_dir():
-        return None
-    require_config(folder, files_in(folder), model)
+    with looking_at(folder):
+        if not folder.is_dir():
+            return None
+        require_config(folder, files_in(folder), model)
     return folder
 
 
@@ -154,7 +155,9 @@ def _model_snapshot(model: str, patterns: list[str], trust_remote_code: bool) ->
     name, at, _ = model.partition("@")
     if Path(model).exists():
         raise CheckpointError(describe_file(Path(model)))
-    if at and Path(name).is_dir():
+    with looking_at(name):
+        is_here = bool(at) and Path(name).is_dir()
+    if is_here:
         raise CheckpointError(f"{name} is a folder here, and a folder has no revisions; wanted {name}, or a hub id.")
     if not HUB_ID.fullmatch(model):
         raise CheckpointError(f"{model} is not a folder; wanted a checkpoint folder or a hub id like org/name.")

@@ -12,7 +12,7 @@ import io
 import json
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,7 @@ from streamlap.store.sink import STATE_FOLDER as STATE_FOLDER
 from streamlap.store.sink import disk_error, fsync_folder, remove_file, write_durably
 from streamlap.untrusted.json import parse_json, read_limited
 from streamlap.untrusted.npy import read_integers
+from streamlap.untrusted.paths import looking_at
 
 JOURNAL_NAME = "journal.jsonl"
 TOKENS_NAME = "tokens.npy"
@@ -132,7 +133,9 @@ class Journal:
         Changes nothing, so that it may be called without the lock.
         """
         path = out / STATE_FOLDER / JOURNAL_NAME
-        if not path.is_file():
+        with looking_at(path):
+            is_there = path.is_file()
+        if not is_there:
             raise ResumeMismatch(
                 f"{out} has no {STATE_FOLDER}/{JOURNAL_NAME}, so nothing to resume. Run streamlap compress."
             )
@@ -148,14 +151,14 @@ class Journal:
             ) from error
         return cls(out, start, lines)
 
-    def check(self, fingerprint: Mapping[str, Any], command: object) -> None:
+    def check(self, fingerprint: Mapping[str, Any], command: object, but: Collection[str] = ()) -> None:
         """Raise ResumeMismatch naming every entry in which this run, of that command, differs from the one that began the
-        folder."""
+        folder; the entries `but` are left out."""
         old = self.start["fingerprint"]
         rows = [
             f"  {one_line(key)}: the folder has {one_line(repr(old.get(key)))}, "
             f"this run has {one_line(repr(fingerprint.get(key)))}"
-            for key in sorted({*old, *fingerprint})
+            for key in sorted({*old, *fingerprint} - {*but})
             if old.get(key) != fingerprint.get(key)
         ]
         if rows:

@@ -17,7 +17,7 @@ from typing import Any
 from streamlap.errors import CheckpointError, few, shown
 from streamlap.store.foreign import describe_foreign
 from streamlap.store.header import check_name
-from streamlap.untrusted.paths import CONFIG_BYTES, INDEX_BYTES, read_object
+from streamlap.untrusted.paths import CONFIG_BYTES, INDEX_BYTES, looking_at, read_object
 
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
@@ -76,7 +76,9 @@ def find_shards(folder: Path, files: Collection[str], place: str) -> Shards:
 
 
 def _named_in_config(folder: Path, files: Collection[str]) -> str | None:
-    config = read_object(folder, "config.json", CONFIG_BYTES) if (folder / "config.json").is_file() else {}
+    with looking_at(folder):
+        is_there = (folder / "config.json").is_file()
+    config = read_object(folder, "config.json", CONFIG_BYTES) if is_there else {}
     name: Any = config.get(NAMING_KEY)
     if name is None:
         return None

@@ -10,13 +10,15 @@ inside the folder, or, in a snapshot of the hub's cache, at one of the two place
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import stat
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from streamlap.errors import CheckpointError, first_line, shown
+from streamlap.errors import CheckpointError, StreamlapError, first_line, one_line, shown
 from streamlap.untrusted.json import parse_json, read_limited
 
 CONFIG_BYTES = 16 << 20
@@ -30,6 +32,18 @@ KINDS = {
     stat.S_IFIFO: "a pipe", stat.S_IFSOCK: "a socket", stat.S_IFCHR: "a device", stat.S_IFBLK: "a device",
     stat.S_IFDIR: "a folder",
 }  # fmt: skip
+
+
+@contextlib.contextmanager
+def looking_at(place: str | Path, kind: type[StreamlapError] = CheckpointError) -> Iterator[None]:
+    """What the system says in the block of a place that cannot be looked at is raised as an error of that kind."""
+    try:
+        yield
+    except OSError as error:
+        raise kind(
+            f"{one_line(str(error.filename or place))} cannot be looked at: {error.strerror}; wanted a place that can be read. "
+            "Mend that, or give another."
+        ) from error
 
 
 def check_folder(folder: Path, inner: str = "additional_chat_templates") -> None:

@@ -113,9 +113,12 @@ def test_a_recipe_file_and_options_together(
 EMPTY = [
     ["compress", "", "o"], ["compress", "m", ""], ["compress", "m", "o", "--work", ""], ["plan", ""],
     ["plan", "m", "--recipe", ""], ["survey", "m", ""], ["resume", ""], ["eval", ""], ["inspect", ""], ["verify", ""],
+    ["plan", "m", "--dtype", ""], ["survey", "m", "s.json", "--shape", ""], ["recover", "m", "d", "--text", "t", "--dense", ""],
     ["export", "", "d", "--to", "dense"], ["export", "m", "", "--to", "dense"], ["demo", ""],
 ]  # fmt: skip
 """Calls with a variable of the shell that is not set."""
+LONG = ["x" * 300, "org/" + "x" * 300]
+"""No file can be called so."""
 
 
 @pytest.mark.parametrize(
@@ -146,6 +149,11 @@ EMPTY = [
         (["survey", "m", "."], 2, "survey . is a folder; wanted the name of a new JSON file, like survey.json"),
         (["verify", "nowhere-at-all"], 3, "nowhere-at-all"),
         (["resume", "nowhere-at-all"], 5, "nowhere-at-all"),
+        *((["verify", name], 3, name[:50]) for name in LONG),
+        *((["plan", name], 3, name[:50]) for name in LONG),
+        (["eval", str(bundled("model")), "--text", LONG[0]], 2, LONG[0][:50]),
+        (["survey", "m", LONG[0]], 2, LONG[0][:50]),
+        (["resume", LONG[0]], 3, LONG[0][:50]),
     ],
 )
 def test_exit_codes(

@@ -247,6 +247,7 @@ def test_the_hubs_name_is_refused_with_what_is_there(cache: Path) -> None:
         ("org/x@v9", "org/x@v9 is not a folder, nor a hub id under which a dataset can be had"),
         ("org/absent:train", "org/absent is not a folder, nor"),
         ("org/absent/a.txt", "org/absent is not a folder, nor"),
+        ("texts/2024/cal.txt", "^there is no file texts/2024/cal.txt here; as a data set: texts/2024 is not"),
     ):
         with pytest.raises(RecipeError, match=words):
             text_files(name)

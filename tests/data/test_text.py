@@ -289,6 +289,17 @@ def test_values_come_whole_however_the_text_is_cut(size: int, monkeypatch: pytes
     assert found.next_mark() == ""
 
 
+@pytest.mark.parametrize("number", ["1234567", "-12.5e+3", "7"])
+def test_a_number_is_whole_wherever_the_text_is_cut(tmp_path: Path, number: str) -> None:
+    path = tmp_path / "a.json"
+    for short in range(len(number) + 1):
+        name = "x" * (PIECE_BYTES - len('{"version": "", "n": ') - short)
+        path.write_text(f'{{"version": "{name}", "n": {number}, "data": [{{"text": "a word"}}]}}')
+        assert "".join(read_text(path)) == "a word"
+    found = JsonValues(iter(number))
+    assert (found.value(), found.next_mark()) == (float(number), "")
+
+
 @pytest.mark.parametrize("name", ["a.jsonl", "a.json", "a.parquet"])
 def test_a_row_has_a_bound(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     monkeypatch.setattr(rows_module, "MOST_CHARACTERS", 1000)

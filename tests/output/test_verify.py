@@ -54,6 +54,14 @@ def test_a_missing_and_a_truncated_shard_are_found(out: Path) -> None:
     assert "missing" in faults(out)
 
 
+def test_a_fault_of_all_weights_is_that_of_their_file(out: Path, pico: MakeModel, tmp_path: Path) -> None:
+    single = Path(shutil.copytree(pico("llama"), tmp_path / "single"))
+    for folder, name in ((single, "model.safetensors"), (out, SHARD)):
+        (folder / name).write_bytes(b"not safetensors")
+    assert [row["file"] for row in streamlap.verify(single)["faults"]] == ["model.safetensors"]
+    assert [row["file"] for row in streamlap.verify(out)["faults"]] == [SHARD, "model.safetensors.index.json"]
+
+
 def test_numbers_that_are_not_finite_are_named(out: Path) -> None:
     tensors = load_file(out / SHARD)
     name = "model.layers.0.mlp.up_proj.weight"
@@ -74,6 +82,8 @@ def test_an_unfinished_folder_is_called_that(out: Path) -> None:
     (out / ".streamlap").mkdir()
     (out / ".streamlap" / "journal.jsonl").touch()
     assert "not finished" in faults(out)
+    named = out.rename(out.parent / "my out")
+    assert streamlap.verify(named)["faults"][0]["fault"].endswith(f"go on with: streamlap resume '{named}'")
 
 
 def test_a_folder_without_config_is_no_model(out: Path) -> None:

@@ -5,23 +5,25 @@ from __future__ import annotations
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from conftest import MakeModel
-from crashes import crash_after, dies_at, stopped_at
-from outputs import contents
+from crashes import crash_after, dies_at, in_layer, stopped_at
+from outputs import STATE, contents
 from transformers import AutoModel
 
 import streamlap
-from streamlap.errors import RecipeError
+from streamlap.errors import RecipeError, ResumeMismatch
 from streamlap.pipeline import layers
 from streamlap.pipeline import survey as surveying
-from streamlap.pipeline.survey import DEFAULT_LENGTH, DEFAULT_SAMPLES, survey_pieces
+from streamlap.pipeline.survey import DEFAULT_LENGTH, DEFAULT_SAMPLES, state_of, survey_pieces
 from streamlap.planning.survey_file import Survey
 from streamlap.recipe import AUTO, Recipe
+from streamlap.store.lock import OutputLock
 
 
 @pytest.fixture
@@ -39,7 +41,19 @@ def made(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
 
 
 def compress(source: Path, tokens: Path, out: Path, **options: Any) -> streamlap.Report:
-    return streamlap.compress(source, out, files=(str(tokens),), **{"ratio": 0.4, "survey": AUTO, **options})
+    return streamlap.compress(
+        source,
+        out,
+        files=(str(tokens),),
+        **{**({} if "target_params" in options else {"ratio": 0.4}), "survey": AUTO, **options},
+    )
+
+
+def dies_in_the_second_layer(monkeypatch: pytest.MonkeyPatch, run: Callable[[], object]) -> None:
+    with monkeypatch.context() as patch:
+        in_layer(1, patch, lambda: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            run()
 
 
 def test_one_survey_serves_all_ratios(source: Path, tokens: Path, tmp_path: Path, made: list[Path]) -> None:
@@ -97,6 +111,43 @@ def test_a_survey_that_was_renamed_serves_the_rest_of_the_run(
     first.rename(second)
     compress(source, tokens, tmp_path / "out", survey=str(second))
     assert contents(tmp_path / "out") == contents(tmp_path / "whole")
+
+
+def test_a_run_that_was_moved_has_its_survey_with_it(
+    source: Path, tokens: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole, out = tmp_path / "whole" / "out", tmp_path / "here" / "out"
+    compress(source, tokens, whole)
+    dies_in_the_second_layer(monkeypatch, lambda: compress(source, tokens, out))
+    copy = out / STATE / "streamlap_survey.json"
+    (tmp_path / "here").rename(tmp_path / "there")
+    streamlap.resume(tmp_path / "there" / "out")
+    assert contents(tmp_path / "there" / "out") == contents(whole)
+    dies_in_the_second_layer(monkeypatch, lambda: compress(source, tokens, out))
+    copy.unlink()  # as earlier versions left it
+    streamlap.resume(out)
+    assert contents(out) == contents(whole)
+
+
+def test_a_run_goes_on_by_its_own_survey(
+    source: Path, tokens: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, made: list[Path]
+) -> None:
+    """No other is measured for it; and another run is refused before one is."""
+    compress(source, tokens, tmp_path / "whole", target_params="0.028M")
+    out, bare = tmp_path / "a" / "out", tmp_path / "b" / "out"
+    dies_in_the_second_layer(monkeypatch, lambda: compress(source, tokens, out, target_params="0.028M"))
+    dies_in_the_second_layer(monkeypatch, lambda: compress(source, tokens, bare, survey=None))
+    (file,) = out.parent.glob("*.json")
+    file.unlink()
+    count = len(made)
+    for other in (out, bare):
+        with pytest.raises(ResumeMismatch, match="calibration tokens: the folder has") as refusal:
+            compress(source, tokens, other, samples=5)
+        assert "survey" not in str(refusal.value)
+    compress(source, tokens, out, target_params="0.028M")
+    assert compress(source, tokens, bare).recipe["survey"] is None
+    assert len(made) == count
+    assert contents(out) == contents(tmp_path / "whole")
 
 
 def test_a_plan_counts_it(source: Path, tokens: Path) -> None:
@@ -160,6 +211,19 @@ def test_one_begun_in_another_ratio_goes_on(
     dies_at(surveying, "points", monkeypatch, lambda: compress(source, tokens, tmp_path / "one"))
     monkeypatch.setattr(surveying, "sweep_layers", lambda sweep: None if sweep.session.journal.next_layer else 1 / 0)
     assert compress(source, tokens, tmp_path / "two", ratio=0.3)
+
+
+def test_a_second_run_does_not_pass_by_the_first_one_in_its_survey(source: Path, tokens: Path, tmp_path: Path) -> None:
+    """Else it would take the lock of the output, and the first would die after its survey."""
+    compress(source, tokens, tmp_path / "out")
+    (file,) = tmp_path.glob("streamlap-survey-*.json")
+    file.unlink()
+    with (
+        OutputLock(state_of(file)),
+        pytest.raises(ResumeMismatch, match=r"streamlap-survey-.* is being written by process .*; wanted it free"),
+    ):
+        compress(source, tokens, tmp_path / "second")
+    assert not (tmp_path / "second").exists()
 
 
 @pytest.mark.parametrize("case", ["head", "wide", "budget"])

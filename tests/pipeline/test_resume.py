@@ -198,14 +198,14 @@ def test_a_compression_whose_source_was_moved_goes_on_by_its_first_command(
 def test_a_survey_and_an_export_whose_source_was_moved_say_how_they_go_on(
     moving: Path, out: Path, tokens: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    file, dense = tmp_path / "survey.json", tmp_path / "dense"
+    file, dense = tmp_path / "survey.json", tmp_path / "a dense one"
     packed = Path(shutil.copytree(out, tmp_path / "packed"))
     crash_after(1, monkeypatch, lambda: streamlap.survey(moving, file, files=(str(tokens),)))
     crash_after(1, monkeypatch, lambda: streamlap.export_dense(packed, dense))
     moved, opened = moving.rename(tmp_path / "after"), packed.rename(tmp_path / "opened")
     for place, command in (
         (file, f"streamlap survey MODEL {file}"),
-        (dense, f"streamlap export MODEL {dense} --to dense"),
+        (dense, f"streamlap export MODEL '{dense}' --to dense"),
     ):
         with pytest.raises(CheckpointError, match="is not there; wanted the same checkpoint") as refusal:
             streamlap.resume(place)
@@ -277,8 +277,31 @@ def test_a_run_that_is_replaced_leaves_no_hidden_states(
     work, run = tmp_path / "work", {"compress": streamlap.compress, "survey": streamlap.survey}[way]
     crash_after(1, monkeypatch, lambda: run(source, tmp_path / "out", files=(str(tokens),), work=work))
     assert list(work.iterdir())
-    run(source, tmp_path / "out", files=(str(tokens),), overwrite=True)
+    run(source, tmp_path / "out", files=(str(tokens),), samples=5, overwrite=True)
     assert not list(work.iterdir())
+
+
+@pytest.mark.parametrize("way", ["compress", "survey"])
+def test_a_stopped_run_that_is_told_to_overwrite_goes_on(
+    source: Path, tokens: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, way: str
+) -> None:
+    """It would delete what it committed itself."""
+    run = {"compress": streamlap.compress, "survey": streamlap.survey}[way]
+    append, lines = Journal.append, []
+    monkeypatch.setattr(Journal, "append", lambda self, line: (lines.append(line["index"]), append(self, line))[1])
+
+    def overwrite(name: str, **changes: Any) -> None:
+        run(source, tmp_path / name, files=(str(tokens),), overwrite=True, **changes)
+
+    overwrite("whole")
+    for name, changes, wanted in (("out", {}, [1]), ("other", {"samples": 5}, [0, 1])):
+        overwrite(name, samples=3)  # an earlier result
+        crash_after(1, monkeypatch, lambda name=name: overwrite(name))
+        lines.clear()
+        overwrite(name, **changes)
+        assert lines == wanted
+    out, whole = tmp_path / "out", tmp_path / "whole"
+    assert contents(out) == contents(whole) if way == "compress" else out.read_bytes() == whole.read_bytes()
 
 
 # --- what cannot be resumed ----------------------------------------------------------------------------------------------

@@ -192,9 +192,10 @@ def test_two_do_not_write_into_one_output(run: Run, tmp_path: Path) -> None:
 
 
 def test_a_stop_says_how_to_go_on(run: Run) -> None:
-    with begin(run, deadline=0.0) as running:
-        assert running.stops.due()
-        assert str(running.stops.stopped("here")) == f"stopped here; go on with: streamlap resume {run.out}"
+    for out, name in ((run.out, f"{run.out}"), (run.out / "a b", f"'{run.out / 'a b'}'")):
+        with begin(replace(run, out=out), deadline=0.0) as running:
+            assert running.stops.due()
+            assert str(running.stops.stopped("here")) == f"stopped here; go on with: streamlap resume {name}"
 
 
 # --- a run that goes on --------------------------------------------------------------------------------------------------

@@ -9,7 +9,7 @@ import re
 import shutil
 import subprocess
 from collections import namedtuple
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,8 @@ from faults import Disk
 from outputs import contents
 
 import streamlap
-from streamlap.errors import BudgetError, CheckpointError, StreamlapError
+from streamlap.data.datasets import text_files
+from streamlap.errors import BudgetError, CheckpointError, RecipeError, StreamlapError
 from streamlap.pipeline.old_result import held_bytes
 from streamlap.planning.disk import DiskNeeds
 from streamlap.store.hidden import HiddenBank
@@ -309,6 +310,29 @@ def test_an_output_without_permission(
     assert not (tmp_path / "out" / "config.json").exists()
     with OutputLock(tmp_path / "out"):
         assert failure.value.exit_code == 1  # a failed run holds no lock
+
+
+@pytest.mark.parametrize(
+    ("look", "kind"),
+    [
+        (streamlap.verify, CheckpointError), (streamlap.plan, CheckpointError), (streamlap.resume, CheckpointError),
+        (text_files, RecipeError),
+    ],
+)  # fmt: skip
+def test_a_place_that_may_not_be_looked_at(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, look: Callable[[str], Any], kind: type[StreamlapError]
+) -> None:
+    def denied(path: Path, **_: Any) -> bool:
+        raise PermissionError(errno.EACCES, "Permission denied", str(path))
+
+    (tmp_path / "secret").mkdir()
+    for names in (["is_file", "exists"], ["is_dir"]):  # what is in it may not be looked at, or the place itself
+        for name in names:
+            monkeypatch.setattr(Path, name, denied)
+        with pytest.raises(
+            kind, match=r"secret.* cannot be looked at: Permission denied; wanted a place that can be read"
+        ):
+            look(str(tmp_path / "secret"))
 
 
 @pytest.mark.parametrize("at", [-1, -2])

@@ -575,7 +575,7 @@ def foreign(out: Path) -> None:
 
 OUTPUTS: dict[str, tuple[str, Break, list[str], tuple[str, ...]]] = {
     "not empty": ("out", foreign, [], ("out", "not empty (thesis.tex", "--overwrite")),
-    "overwrite what is not ours": ("out", foreign, ["--overwrite"], ("thesis.tex", "not written by streamlap")),
+    "overwrite what is not ours": ("out", foreign, ["--overwrite"], ("thesis.tex", "holds no result of compress")),
     "a file": ("out", lambda out: out.write_text("x"), [], ("out", "is a file", "folder")),
     "the input": ("source", lambda out: None, [], ("source", "the input")),
     "the input, overwriting": ("source", lambda out: None, ["--overwrite"], ("source", "the input")),
