@@ -31,10 +31,9 @@ from streamlap.methods.anchored.groups import AttentionGroups
 from streamlap.methods.base import Method
 from streamlap.methods.final.gain import FinalGain
 from streamlap.methods.rows import (
-    known_methods,
     method_name,
     method_row,
-    parse_method,
+    parse_methods,
     preset_methods,
     refuse_unknown,
     with_refinement,
@@ -348,16 +347,6 @@ class Recipe:
         if "methods" in table and not table["methods"]:
             raise RecipeError(f"recipe {path} has no methods, so nothing would be compressed; wanted some or a preset.")
         return cls.from_dict({**table, "survey": _beside(path, table["survey"])} if "survey" in table else table)
-
-
-def parse_methods(methods: Any) -> tuple[AnyMethod, ...]:
-    """Methods as they are, and those that rows of a recipe stand for."""
-    if not isinstance(methods, list | tuple):
-        raise RecipeError(f"methods is {shown(methods)}; wanted a list of some of {', '.join(known_methods())}.")
-    kinds = tuple(known_methods().values())
-    if isinstance(methods, tuple) and all(isinstance(method, kinds) for method in methods):
-        return methods  # the very tuple of a preset
-    return tuple(method if isinstance(method, kinds) else parse_method(method) for method in methods)
 
 
 def shape_for(format: Any, shape: Any) -> Any:

@@ -61,6 +61,16 @@ KNOBS: dict[str, tuple[tuple[type, ...], str]] = {
 """Annotation of a knob -> what it may be, and how messages say it."""
 
 
+def parse_methods(methods: Any) -> tuple[AnyMethod, ...]:
+    """Methods as they are, and those that rows of a recipe stand for."""
+    if not isinstance(methods, list | tuple):
+        raise RecipeError(f"methods is {shown(methods)}; wanted a list of some of {', '.join(known_methods())}.")
+    kinds = tuple(known_methods().values())
+    if isinstance(methods, tuple) and all(isinstance(method, kinds) for method in methods):
+        return methods  # the very tuple of a preset
+    return tuple(method if isinstance(method, kinds) else parse_method(method) for method in methods)
+
+
 def parse_method(row: Any) -> AnyMethod:
     known = known_methods()
     if not isinstance(row, Mapping) or row.get("method") not in list(known):

@@ -93,10 +93,8 @@ def compress(
     check_output(folder, out, overwrite)
     run = Run(command="compress", out=out, folder=out, model=whole_name(model, folder), settings=settings, own={})
     begun = None
-    if Journal.exists(out) and not overwrite:  # seen before the survey, which may take hours
-        unknown = {"survey"} | ({"recipe ratio"} if target else set())
-        Journal.load(out).check(fingerprint(stream, plan, tokens_NL), run.command, but=unknown)
-        begun = begun_recipe(read_run(out))
+    if Journal.exists(out) and not overwrite:
+        begun = gone_on_with(run, fingerprint(stream, plan, tokens_NL), target is not None)
     else:
         disk_needs(stream, plan).require(out, run.hidden, freed=held_bytes(out))
         check_sublayers(stream, plan.fit, tokens_NL, writes=plan.recipe.anchored)
@@ -111,6 +109,17 @@ def compress(
     survey = plan.recipe.survey and str(Path(plan.recipe.survey).resolve())
     own = {"recipe": plan.recipe.to_dict() | {"survey": survey}}
     return run_compression(replace(run, own=own), stream, plan, tokens_NL, deadline)
+
+
+def gone_on_with(run: Run, marks: Mapping[str, Any], targeted: bool) -> Recipe:
+    """The recipe of the run that the output folder holds. It is read before the survey, which may take hours.
+
+    Args: marks, the fingerprint of this run, as far as it is known without a survey; targeted, whether the ratio is found by a
+    target, and so goes by the survey too. Raises ResumeMismatch where the folder holds another run.
+    """
+    unknown = {"survey", "recipe ratio"} if targeted else {"survey"}
+    Journal.load(run.folder).check(marks, run.command, but=unknown)
+    return begun_recipe(read_run(run.folder))
 
 
 def resume_compression(run: Run, settings: RunSettings) -> Report:
@@ -129,10 +138,10 @@ def resume_compression(run: Run, settings: RunSettings) -> Report:
 def run_compression(run: Run, stream: ModelStream, plan: Plan, tokens_NL: torch.Tensor, deadline: float) -> Report:
     """The checked job, from its next layer to a finished folder."""
     out, needs = run.out, disk_needs(stream, plan)
-    marks, given = fingerprint(stream, plan, tokens_NL), plan.recipe.survey
-    with session(
-        run, marks, needs, deadline, lambda: check_meanwhile(out), tokens_NL, Path(given) if given else None
-    ) as running:
+    marks, keep = fingerprint(stream, plan, tokens_NL), dict[str, Path]()
+    if plan.recipe.survey is not None:
+        keep[SURVEY_NAME] = Path(plan.recipe.survey)
+    with session(run, marks, needs, deadline, lambda: check_meanwhile(out), tokens_NL, keep) as running:
         recipe = begun_recipe(running.run)
         survey = kept_survey(running.run, plan.recipe)
         recipe = replace(recipe, survey=SURVEY_NAME if survey else None)  # the folder keeps a copy, wherever it may go
@@ -170,7 +179,7 @@ def begun_recipe(run: Run) -> Recipe:
 
 
 def kept_survey(run: Run, recipe: Recipe) -> Path | None:
-    """The copy in the state of the run, which may have been moved; the file itself where an earlier version kept none."""
+    """The copy in the state of the run, which may have been moved; the file itself where that has none."""
     copy = run.folder / STATE_FOLDER / SURVEY_NAME
     if recipe.survey is None:
         return None

@@ -19,7 +19,6 @@ import transformers
 from streamlap.data.calibration import token_hash
 from streamlap.errors import RecipeError, ResumeMismatch, shown
 from streamlap.families.stream import ModelStream
-from streamlap.output.folder import SURVEY_NAME
 from streamlap.planning.disk import DiskNeeds
 from streamlap.settings import RunSettings
 from streamlap.store.hidden import remove_hidden
@@ -82,14 +81,15 @@ class Session:
 @contextlib.contextmanager
 def session(
     run: Run, marks: Mapping[str, Any], needs: DiskNeeds, deadline: float, check: Callable[[], None],
-    tokens_NL: torch.Tensor | None = None, survey: Path | None = None,
+    tokens_NL: torch.Tensor | None = None, keep: Mapping[str, Path] | None = None,
 ) -> Iterator[Session]:  # fmt: skip
     """The block is the run, from the layer at which its journal stands. A good end removes the state, an
     error leaves it.
 
     Args: marks, all that the bytes of the result depend on; needs, room on the disk for a run that begins; deadline, on the
     clock of `time.monotonic`; check, raises where the output may not be written, and is called once nobody else can write
-    there; tokens_NL, the calibration windows, and survey, the file that the run goes by: both are kept beside the journal.
+    there; tokens_NL, the calibration windows, which are kept beside the journal; keep, files of which a copy is kept there too,
+    by the name of the copy.
     """
     if not Journal.exists(run.folder):
         needs.require(run.folder, run.hidden)
@@ -100,8 +100,8 @@ def session(
             remove_hidden(run.hidden)  # of a run whose output went without it
             if tokens_NL is not None:
                 save_tokens(run.folder, tokens_NL)
-            if survey is not None:
-                write_durably(run.folder / STATE_FOLDER / SURVEY_NAME, survey.read_bytes())
+            for name, path in (keep or {}).items():
+                write_durably(run.folder / STATE_FOLDER / name, path.read_bytes())
         journal = Journal.open(run.folder, marks, run.arguments)
         begun = parse_run(run.out, run.folder, journal.arguments)
         yield Session(run=begun, journal=journal, stops=stops)
