@@ -1,7 +1,7 @@
 """How a total of parameters is shared between parts, each of which has its own curve of loss.
 
-A part that keeps the share k of its parameters loses a (1 - k)^p: nothing at k = 1, and ever more as k falls. The sum of the
-losses is least where one more parameter would gain the same in every part.
+A part that keeps the share k of its parameters loses a (1/k - 1)^p: nothing at k = 1, and without bound as k falls. The sum of
+the losses is least where one more parameter would gain the same in every part.
 
 Measured is how far predictions move when one part is cut and all else is whole. That tells how parts compare. It does not tell
 how their losses grow and add up when all are cut, since later parts mend some of what earlier ones lose. So the power is one
@@ -14,12 +14,15 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-LEAST, MOST = 0.8, 2.0
+LEAST, MOST = 0.7, 2.0
 """Bounds on a share, as multiples of the uniform one of the parts that are shared out together."""
 
-POWER = 7 / 3
-"""p. The larger, the nearer all shares are to the uniform one: what is cut from a part goes with its loss to the power of
--1 / (p - 1)."""
+POWER = 1.5
+"""p. The larger, the nearer all shares are to the uniform one. What goes over what stays, 1/k - 1, falls with a part's loss to
+the power of -1 / (p - 1) where little goes, and of -1 / (p + 1) where most does: deep cuts differ less than shallow ones."""
+
+ROUNDS = 50
+"""Most steps to the share at which a curve has a slope; a few will do."""
 
 TINY = 1e-12
 """A loss below this is no more than rounding."""
@@ -27,17 +30,30 @@ TINY = 1e-12
 
 @dataclass(frozen=True, kw_only=True)
 class Curve:
-    """The loss a (1 - keep)^p."""
+    """The loss a (1/keep - 1)^p."""
 
     scale: float
 
     def loss(self, keep: float) -> float:
-        return float(self.scale * (1.0 - keep) ** POWER)
+        return float(self.scale * (1.0 / keep - 1.0) ** POWER) if keep > 0 else math.inf
 
     def keep_at(self, slope: float) -> float:
-        """The share above which the loss falls by less than `slope` per share kept; 0 where it always does."""
-        steepest = max(self.scale, TINY) * POWER  # at keep 0
-        return 0.0 if slope >= steepest else 1.0 - (slope / steepest) ** (1.0 / (POWER - 1.0))
+        """The share above which the loss falls by less than `slope` per share kept; 1 where it always does.
+
+        With y = 1/keep - 1 the slope is a p y^(p - 1) (1 + y)^2. Its logarithm is convex in that of y and rises, so steps by
+        Newton's method reach it from anywhere.
+        """
+        if slope <= 0:
+            return 1.0
+        wanted = math.log(slope) - math.log(max(self.scale, TINY) * POWER)
+        log_y = wanted / (POWER + 1.0)
+        for _ in range(ROUNDS):
+            y = math.exp(log_y)
+            step = ((POWER - 1.0) * log_y + 2.0 * math.log1p(y) - wanted) / (POWER - 1.0 + 2.0 * y / (1.0 + y))
+            log_y -= step
+            if abs(step) < 1e-12:
+                break
+        return 1.0 / (1.0 + math.exp(log_y))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,8 +67,8 @@ class Part:
 
 def fit_curve(points: Sequence[tuple[float, float]]) -> Curve:
     """The curve nearest to measured points (keep, loss), by least squares on the logarithms; a single one lies on it."""
-    scales = [math.log(max(loss, TINY)) - POWER * math.log(1.0 - keep) for keep, loss in points if keep < 1.0]
-    assert scales, "a curve needs a point at which something was cut"
+    scales = [math.log(max(loss, TINY)) - POWER * math.log(1.0 / keep - 1.0) for keep, loss in points if 0 < keep < 1]
+    assert scales, "a curve needs a point at which something was cut, and something stayed"
     return Curve(scale=math.exp(sum(scales) / len(scales)))
 
 

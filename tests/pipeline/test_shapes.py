@@ -17,6 +17,7 @@ from transformers import AutoModelForCausalLM
 import streamlap
 from streamlap.errors import RecipeError, ResumeMismatch
 from streamlap.families.stream import ModelStream
+from streamlap.linalg.allocation import POWER
 from streamlap.methods import WHOLE
 from streamlap.methods.anchored.ffn import FfnAnchored
 from streamlap.methods.lorap.attention import AttentionAwsvd
@@ -26,6 +27,7 @@ from streamlap.planning.layouts import dense_parameters, largest_layout, layer_e
 from streamlap.planning.plan import decide
 from streamlap.planning.survey_file import Point, Survey, model_digest
 from streamlap.planning.target import STEPS, meter, parameters, parse_target
+from streamlap.planning.whole import UNMENDED
 from streamlap.recipe import Recipe
 
 DEPTH = 4
@@ -112,16 +114,16 @@ def test_none_goes_where_all_are_dear(source: Path, tmp_path: Path) -> None:
 
 
 def test_the_least_sum_of_losses_decides_how_many_go(source: Path, tmp_path: Path) -> None:
-    """Against every number of them, by the same curves."""
-    stream = ModelStream(source)
-    file = survey_file(source, tmp_path / "s.json", lambda i, name: 0.01 * 4**i if name == "attention" else 0.02)
+    """Against every number of them, by the same curves. What is removed counts more than what was measured."""
+    stream, alone = ModelStream(source), [0.003 * 4**i for i in range(DEPTH)]
+    file = survey_file(source, tmp_path / "s.json", lambda i, name: alone[i] if name == "attention" else 0.02)
     recipe = Recipe(ratio=0.4, shape="nas", survey=file)
     counts = {name: dense_parameters(stream, 0, name) for name in ("attention", "ffn")}
     losses = []
     for gone in range(DEPTH):
         kept = 0.6 * DEPTH * sum(counts.values()) - (DEPTH - gone) * counts["attention"]
         cut = 1 - kept / (DEPTH * counts["ffn"])
-        losses.append(sum(0.01 * 4**i for i in range(1, gone + 1)) + DEPTH * 0.02 * (cut / 0.2) ** (7 / 3))
+        losses.append(UNMENDED * sum(alone[1 : gone + 1]) + DEPTH * 0.02 * (4 * (1 / (1 - cut) - 1)) ** POWER)
     best = min(range(DEPTH), key=losses.__getitem__)
     assert 0 < best < DEPTH - 1
     assert [row["attention"] for row in shares(source, recipe)] == [1.0, *[0.0] * best, *[1.0] * (DEPTH - 1 - best)]

@@ -30,6 +30,7 @@ from streamlap.planning.allocate import layer_parameters
 from streamlap.planning.cuts import CUTS, LAYER, attention_parameters, cuts_of, group_counts
 from streamlap.planning.layouts import dense_parameters
 from streamlap.planning.survey_file import Point, Survey, model_digest
+from streamlap.planning.whole import UNMENDED
 from streamlap.recipe import Recipe
 
 DEPTH, GONE = 4, 2
@@ -185,8 +186,12 @@ def test_stock_is_the_least_sum_of_all_choices(source: Path, tmp_path: Path, rat
     channel, total = 3 * 32, int((1 - ratio) * DEPTH * (attention + ffn))
 
     def lost(index: int, own: int, wide: int) -> float:
-        heads = kls[index, "attention"] * ((1 - own / attention) / 0.5) ** POWER
-        return heads + kls[index, "ffn"] * ((1 - wide / ffn) / 0.2) ** POWER if wide else kls[index, LAYER]
+        if not wide:
+            return UNMENDED * kls[index, LAYER]
+        return (
+            kls[index, "attention"] * (attention / own - 1) ** POWER
+            + kls[index, "ffn"] * (4 * (ffn / wide - 1)) ** POWER
+        )
 
     def loss(rows: list[tuple[int, int]]) -> float:
         return sum(lost(index, own, wide) for index, (own, wide) in enumerate(rows))
