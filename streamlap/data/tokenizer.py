@@ -17,14 +17,15 @@ from typing import Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import CONFIG_MAPPING, AutoTokenizer, PreTrainedTokenizerBase
 from transformers.models.auto.tokenization_auto import tokenizer_class_from_name
 from transformers.utils.import_utils import is_protobuf_available, is_sentencepiece_available, is_tiktoken_available
 
-from streamlap.errors import CheckpointError, RecipeError, first_line, shown
+from streamlap.errors import CheckpointError, RecipeError, StreamlapError, first_line, shown
 from streamlap.families.bounds import native_config
 from streamlap.families.nas import known_config
 from streamlap.families.table import find_family
+from streamlap.loader.configuration_nas import NAS
 from streamlap.untrusted.paths import CONFIG_BYTES, check_folder, read_object
 
 log = logging.getLogger(__name__)
@@ -44,6 +45,8 @@ VOCABULARY = re.compile(
 MODEL = re.compile(r"\.(model|tiktoken|spm)\b")
 TIKTOKEN = re.compile(rb"[A-Za-z0-9+/]+=* \d+\r?\n")
 """How such a file begins; a model of sentencepiece is no text."""
+GENERIC = {"TokenizersBackend": "PreTrainedTokenizerFast"}
+"""What reads tokenizer.json as it stands, and the name of it that all versions of transformers know."""
 Result = TypeVar("Result")
 Ids = npt.NDArray[np.int64]
 
@@ -86,7 +89,10 @@ class Encoder:
 
 
 def load_tokenizer(folder: Path, of: Path, trust_remote_code: bool = False) -> Any:
-    """AutoTokenizer's, with the config of transformers' own class: `auto_map` in config.json is not heeded."""
+    """AutoTokenizer's, with the config of transformers' own class: `auto_map` in config.json is not heeded.
+
+    It goes by the model_type too, so that has to be the folder's own, also where the model is read as another family's.
+    """
     check_folder(folder)
     if any("\ud800" <= char <= "\udfff" for char in str(folder)):  # bytes that Python could not decode
         raise RecipeError(
@@ -95,7 +101,9 @@ def load_tokenizer(folder: Path, of: Path, trust_remote_code: bool = False) -> A
         )
     raw = known_config(folder)
     find_family(raw)
-    config = native_config(raw, folder)
+    config, own = native_config(raw, folder), model_type_of(folder)
+    if own not in (raw["model_type"], NAS):
+        config = CONFIG_MAPPING[own].from_dict({key: raw[key] for key in ("tokenizer_class",) if key in raw})
     code = check_settings(folder, raw.get("tokenizer_class"), trust_remote_code)
     seen = f"{folder} has no tokenizer that loads"
     wanted = f"wanted one to read {of}. Put its files there, or give token ids as .npy."
@@ -117,6 +125,23 @@ def load_tokenizer(folder: Path, of: Path, trust_remote_code: bool = False) -> A
     if not names and not code and type(tokenizer).vocab_files_names:
         raise RecipeError(f"{seen}; {wanted}")
     return tokenizer
+
+
+def model_type_of(folder: Path) -> str:
+    """As config.json has it."""
+    return str(read_object(folder, "config.json", CONFIG_BYTES)["model_type"])
+
+
+def class_elsewhere(folder: Path, model_type: str) -> str | None:
+    """The class that the settings of a copy have to name, whose config.json has this model_type: the one by which transformers
+    opens the folder's own. None where nothing has to be said: the model_type is the same, or nothing opens here either."""
+    if model_type_of(folder) == model_type:
+        return None
+    try:
+        name = type(load_tokenizer(folder, folder)).__name__
+    except StreamlapError:
+        return None
+    return GENERIC.get(name, name)
 
 
 def missing_packages(folder: Path, names: list[str]) -> list[str]:

@@ -18,12 +18,13 @@ from streamlap.output.formats import CONFIGS, forms_after, source_config
 from streamlap.output.report import LayerReport, Report
 from streamlap.store.shards import INDEX_NAME, PICKLE_SUFFIXES
 from streamlap.store.sink import SHARD, write_durably
-from streamlap.untrusted.paths import checked, read_bytes
+from streamlap.untrusted.paths import checked, read_bytes, read_object
 
 RECIPE_NAME = "streamlap_recipe.yaml"
 REPORT_NAME = "streamlap_report.json"
 KEPT_NAME = "streamlap_kept_channels.json"
 SURVEY_NAME = "streamlap_survey.json"
+TOKENIZER_NAME = "tokenizer_config.json"
 
 COPIED = (
     "tokenizer*", "vocab.*", "merges.txt", "tekken.json", "special_tokens_map.json", "added_tokens.json", "*.model", "spiece.*",
@@ -60,11 +61,15 @@ def named_companions(folder: Path) -> set[Path]:
     return {path for path in found if path.suffix.lower() not in NOT_COPIED and not path.name.startswith(".")}
 
 
-def copy_companions(source: Path, out: Path) -> None:
-    """What `companions` lists, as bytes."""
+def copy_companions(source: Path, out: Path, tokenizer: str | None = None) -> None:
+    """What `companions` lists, as bytes. Args: tokenizer, the class that the tokenizer's settings have to name, if any."""
     for name in companions(source):
         (out / name).parent.mkdir(exist_ok=True)
         write_durably(out / name, read_bytes(source, str(name), MOST_COMPANION_BYTES))
+    if tokenizer is not None:
+        found = source / TOKENIZER_NAME
+        settings = read_object(source, TOKENIZER_NAME, MOST_COMPANION_BYTES) if found.exists() else {}
+        write_json(out / TOKENIZER_NAME, settings | {"tokenizer_class": tokenizer})
 
 
 def written_files(out: Path) -> list[Path]:
@@ -79,15 +84,21 @@ def write_json(path: Path, value: Any, indent: int | None = 2) -> None:
 
 
 def finish_folder(
-    out: Path, stream: ModelStream, base: str, report: Report, recipe_yaml: str, survey: Path | None
+    out: Path,
+    stream: ModelStream,
+    base: str,
+    report: Report,
+    recipe_yaml: str,
+    survey: Path | None,
+    tokenizer: str | None,
 ) -> None:
     """Everything that makes shards and index a model folder. May be run again after a crash: it writes the same bytes.
 
     Args: stream, the source; base, the name that the card gives to it; survey, the file that the recipe goes by, of which it
-    keeps a copy.
+    keeps a copy; tokenizer, as for `copy_companions`.
     """
     source = stream.folder
-    copy_companions(source, out)
+    copy_companions(source, out, tokenizer)
     if survey is not None:
         write_durably(out / SURVEY_NAME, survey.read_bytes())
     write_durably(out / RECIPE_NAME, recipe_yaml.encode())

@@ -13,8 +13,10 @@ from typing import Any
 import torch
 
 from streamlap.data.calibration import calibration_tokens
+from streamlap.data.tokenizer import class_elsewhere
 from streamlap.errors import RecipeError, ResumeMismatch, first_line
 from streamlap.families.stream import ModelStream
+from streamlap.loader.configuration_nas import NAS
 from streamlap.output.depth import CLOSED
 from streamlap.output.folder import (
     KEPT_NAME,
@@ -155,7 +157,8 @@ def run_compression(run: Run, stream: ModelStream, plan: Plan, tokens_NL: torch.
         gain, outer = write_outer(job)
         report = build_report(stream, plan, recipe, out, tokens_NL, running.journal, gain, outer)
         ShardFolder(out).seal(report.shards)
-        finish_folder(out, stream, model_name(running.run.model), report, recipe.to_yaml(), survey)
+        tokenizer = class_elsewhere(stream.folder, NAS if report.format == "nas" else stream.raw_config["model_type"])
+        finish_folder(out, stream, model_name(running.run.model), report, recipe.to_yaml(), survey, tokenizer)
     return report
 
 

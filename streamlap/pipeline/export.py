@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from streamlap.data.tokenizer import class_elsewhere
 from streamlap.errors import RecipeError, ResumeMismatch, UnsupportedModel, shown
 from streamlap.families.stream import ModelStream
 from streamlap.loader.shim import write_nas
@@ -114,7 +115,7 @@ def resume_export(run: Run, settings: RunSettings) -> Exported:
     marks = {"command": "export", "to": to, **source_marks(stream)}
     with session(run, marks, needs, deadline, lambda: check_destination(destination)) as running:
         write_shards(stream, running, to, wanted, placed, config)
-        copy_companions(folder, destination)
+        copy_companions(folder, destination, class_elsewhere(folder, config["model_type"]))
         write_durably(destination / CARD_NAME, card_of(stream, to).encode())
         if to == "nas":
             write_nas(destination, write_durably)
