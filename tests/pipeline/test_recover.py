@@ -308,6 +308,19 @@ def test_a_nas_folder_stays_one(pico: MakeModel, lesson: Path, tmp_path: Path) -
     assert streamlap.verify(tmp_path / "out")["ok"]
 
 
+@pytest.mark.parametrize(("family", "settings"), [("mistral", {"sliding_window": None}), ("qwen2", {})])
+def test_a_nas_folder_has_the_teacher_that_it_was_made_of(
+    pico: MakeModel, lesson: Path, tmp_path: Path, family: str, settings: dict[str, Any]
+) -> None:
+    source, nas = pico(family, tokenizer=True, num_hidden_layers=2, **settings), tmp_path / "nas"
+    streamlap.compress(source, nas, files=(str(lesson),), ratio=0.3, format="nas", multiple=4)
+    found = streamlap.recover(nas, tmp_path / "out", lesson, dense=source, **KNOBS)
+    assert found.kept
+    assert found.distilled
+    with pytest.raises(RecipeError, match=r"is a qwen3 .* a llama or mistral or qwen2 with 300"):
+        streamlap.recover(nas, tmp_path / "other", lesson, dense=pico("qwen3", num_hidden_layers=2), **KNOBS)
+
+
 def test_adapters_are_float32_and_no_forward_is_random(pico: MakeModel, lesson: Path) -> None:
     source = pico("opt", dropout=0.3, attention_dropout=0.2, layerdrop=0.5)
     job = make_job(source, source, lesson)
