@@ -141,6 +141,17 @@ def test_a_gradient_that_is_no_number_ends_the_run(
         trained(make_job(source, small, lesson))
 
 
+def test_a_folder_that_transformers_saved_names_its_code_again(small: Path, lesson: Path, tmp_path: Path) -> None:
+    streamlap.load(small).save_pretrained(tmp_path / "saved")
+    assert streamlap.recover(tmp_path / "saved", tmp_path / "out", lesson, **KNOBS | {"epochs": 8}).kept
+    saved, found, wanted = (
+        json.loads((path / "config.json").read_text()) for path in (tmp_path / "saved", tmp_path / "out", small)
+    )
+    assert "auto_map" not in saved
+    assert found["auto_map"] == wanted["auto_map"]
+    assert all((tmp_path / "out" / f"{name.partition('.')[0]}.py").is_file() for name in found["auto_map"].values())
+
+
 def test_merging_changes_no_logit(source: Path, small: Path, lesson: Path) -> None:
     job = make_job(source, small, lesson)
     adapting, tokens_BL = trained(job), job.tokens_NL[:2]
