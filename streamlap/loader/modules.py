@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from transformers import QuantizedCache
 
 from .forms import Dense, check_size, read_row, short
 from .linears import PARTS, JoinedLinear, PivotedLinear, RemovedLinear, StoredLinear, joined
@@ -41,15 +42,28 @@ def swap_modules(root: nn.Module, modules: Mapping[str, Mapping[str, int]]) -> d
 
 
 class Skipped:
-    """The forward of a module that is gone: it computes nothing, and keeps no keys and values."""
+    """The forward of a module that is gone: it computes nothing, and keeps no keys and values. A cache hears of the tokens all
+    the same, as keys and values of no width: one of a window counts them, and is cut back by that where tokens are guessed."""
 
-    def __init__(self, pair: bool) -> None:
+    def __init__(self, pair: bool, layer_idx: int | None = None) -> None:
         self.pair = pair
         """Whether the module gives two things, as attention does."""
+        self.layer_idx = layer_idx
+        """Its place in a cache."""
 
-    def __call__(self, hidden_states: torch.Tensor, *_: Any, **__: Any) -> Any:
+    def __call__(self, hidden_states: torch.Tensor, *_: Any, past_key_values: Any = None, **__: Any) -> Any:
         zeros = torch.zeros_like(hidden_states)
-        return (zeros, None) if self.pair else zeros
+        if not self.pair:
+            return zeros
+        # Nothing of no width can be quantised, and there no place is cut back.
+        if (
+            past_key_values is not None
+            and self.layer_idx is not None
+            and not isinstance(past_key_values, QuantizedCache)
+        ):
+            none = hidden_states.new_empty(hidden_states.shape[0], 1, hidden_states.shape[1], 0)
+            past_key_values.update(none, none, self.layer_idx)
+        return zeros, None
 
 
 def skip_removed(root: nn.Module) -> None:
@@ -64,7 +78,7 @@ def skip_removed(root: nn.Module) -> None:
         skipped = isinstance(module.__dict__.get("forward"), Skipped)
         if gone and not skipped:
             attention = "attention_mask" in inspect.signature(module.forward).parameters
-            module.__dict__["forward"] = Skipped(attention)
+            module.__dict__["forward"] = Skipped(attention, getattr(module, "layer_idx", None))
         elif skipped and not gone:
             del module.__dict__["forward"]
 

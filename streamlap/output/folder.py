@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 from streamlap.errors import CheckpointError
 from streamlap.families.stream import ModelStream
 from streamlap.families.table import is_language_model
+from streamlap.families.wrappers import is_wrapper
 from streamlap.loader.hf_plugin import FORMAT_VERSION
 from streamlap.loader.shim import NAS_FILES, SHIM_FILES, write_nas, write_shim
 from streamlap.output.card import CARD_NAME, licence_of, model_card
@@ -137,11 +138,11 @@ def result_config(out: Path, stream: ModelStream, report: Report) -> dict[str, A
     return source_config(stream) | {"auto_map": places, "quantization_config": table}
 
 
-def loader_of(stream: ModelStream) -> str:
-    """The class of transformers that loads the result of a checkpoint: that of its task."""
-    if is_language_model(stream.raw_config):
-        return "AutoModelForImageTextToText" if stream.family.wraps else "AutoModelForCausalLM"
-    task = re.fullmatch(r"\w+For(Sequence|Token)Classification", str(stream.raw_config["architectures"][0]))
+def loader_of(config: Mapping[str, Any]) -> str:
+    """The class of transformers that loads a checkpoint, or the result of one, by its parsed config.json: that of its task."""
+    if is_language_model(config):
+        return "AutoModelForImageTextToText" if is_wrapper(config) else "AutoModelForCausalLM"
+    task = re.fullmatch(r"\w+For(Sequence|Token)Classification", str(config["architectures"][0]))
     return f"AutoModelFor{task[1]}Classification" if task else "AutoModel"
 
 

@@ -27,7 +27,7 @@ from streamlap.loader.forms import Dense, Form, Removed
 from streamlap.output.depth import left
 from streamlap.output.gguf_vocabulary import add_vocabulary
 from streamlap.output.nas import FAMILIES as LLAMAS
-from streamlap.output.nas import check_layers
+from streamlap.output.nas import check_shapes
 from streamlap.store.sink import disk_error, fsync_folder
 from streamlap.store.source import require_finite
 
@@ -35,6 +35,8 @@ TYPES = ("f32", "f16", "bf16", "q8_0")
 """What matrices may be stored in. Vectors are float32; a matrix whose rows are no multiple of 32 is f16 in place of q8_0."""
 OTHERS = {"qwen2": "qwen2", "qwen3": "qwen3"}
 """Further model_type -> architecture, where all layers are alike and see all that went before."""
+BIASED = {"qwen2": ("q", "k", "v"), "qwen3": ()}
+"""Which of their linears have a bias in llama.cpp."""
 BLOCK = 32
 """Numbers of a row that q8_0 stores together."""
 F16_MOST = 65504.0
@@ -75,16 +77,42 @@ def architecture(stream: ModelStream, layers: Sequence[Mapping[str, Form]]) -> s
         for row in kept
         for role, form in row.items()
     )
-    plain = alike and not any(window_of(stream, index) for index in range(stream.depth))
-    if family in OTHERS and plain:
+    windows = any(window_of(stream, index) for index in range(stream.depth))
+    own = alike and family in OTHERS
+    if windows or not (own or family in LLAMAS):
+        what = family if alike and not windows else f"{family} with layers that differ or windows"
+        raise UnsupportedModel(
+            f"a {what} is not written as GGUF; wanted a llama, mistral, qwen2 or qwen3. Write the format stock, and give that "
+            "folder to llama.cpp's own converter."
+        )
+    if stream.config.hidden_act != "silu":
+        raise UnsupportedModel(
+            f"hidden_act is {stream.config.hidden_act!r}, and llama.cpp computes silu there; wanted silu. Run this model with "
+            "transformers."
+        )
+    if own:
+        check_own(stream, layers)
         return OTHERS[family]
-    if family in LLAMAS:
-        check_layers(stream, layers)
-        return "llama" if alike else "deci"
-    raise UnsupportedModel(
-        f"a {family} {'' if plain else 'with layers that differ or windows '}is not written as GGUF; wanted a llama, mistral, "
-        "qwen2 or qwen3. Write the format stock, and give that folder to llama.cpp's own converter."
-    )
+    way_out = "Export to dense, and that folder to GGUF: it has the size of the original."
+    check_shapes(stream, layers, "GGUF", way_out)
+    return "llama" if alike else "deci"
+
+
+def check_own(stream: ModelStream, layers: Sequence[Mapping[str, Form]]) -> None:
+    """Raise UnsupportedModel for what llama.cpp does not compute in one of `OTHERS`."""
+    family = stream.family.model_type
+    if rope_of(stream)["rope_type"] == "llama3":
+        raise UnsupportedModel(
+            f"rope_type is 'llama3', which llama.cpp does not read of a {family}; wanted default or linear. Run this model "
+            "with transformers."
+        )
+    for index in left(layers):
+        for role, form in layers[index].items():
+            if form.bias and role not in BIASED[family]:
+                raise UnsupportedModel(
+                    f"{stream.linear_name(index, role)} has a bias, which llama.cpp does not read of a {family}; wanted none "
+                    "there. Run this model with transformers."
+                )
 
 
 def write_gguf(stream: ModelStream, layers: Sequence[Mapping[str, Form]], path: Path, kind: str, name: str) -> int:

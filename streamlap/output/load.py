@@ -5,20 +5,21 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, PreTrainedModel
+import transformers
+from transformers import PreTrainedModel
 
 from streamlap.errors import CheckpointError, shown
 from streamlap.families.opening import SHORT_DTYPES, check_alone, read_config
-from streamlap.families.wrappers import is_wrapper
 from streamlap.loader import hf_plugin as hf_plugin
 from streamlap.loader import modeling_nas as modeling_nas
+from streamlap.output.folder import loader_of
 from streamlap.store.hub import local_folder
 from streamlap.untrusted.paths import check_folder
 
 
 def load(model: str | Path, **options: Any) -> PreTrainedModel:
-    """`AutoModelForCausalLM.from_pretrained` with the loader registered, or `AutoModelForImageTextToText` where the model has a
-    language model beside others; `options` are passed on (dtype, device_map, ...). A dtype may be short, like bf16.
+    """`AutoModelForCausalLM.from_pretrained` with the loader registered, or that of another class where the model has another
+    task: the one that the card names. `options` are passed on (dtype, device_map, ...). A dtype may be short, like bf16.
 
     Unless they say otherwise, no code of the folder runs and no pickle is opened. Raises CheckpointError for links out of the
     folder.
@@ -29,8 +30,8 @@ def load(model: str | Path, **options: Any) -> PreTrainedModel:
     safe = {"trust_remote_code": False, "use_safetensors": True}
     if isinstance(dtype := options.get("dtype"), str):
         options["dtype"] = SHORT_DTYPES.get(dtype.lower(), dtype)
-    classes: Any = AutoModelForImageTextToText if is_wrapper(read_config(folder)) else AutoModelForCausalLM
-    loaded: PreTrainedModel = classes.from_pretrained(folder, **(safe | options))
+    task: Any = getattr(transformers, loader_of(read_config(folder)))
+    loaded: PreTrainedModel = task.from_pretrained(folder, **(safe | options))
     return loaded
 
 

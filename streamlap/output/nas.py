@@ -53,20 +53,24 @@ def check_layers(stream: ModelStream, layers: Sequence[Mapping[str, Form]]) -> N
         raise UnsupportedModel(
             f"hidden_act is {config.hidden_act!r}; the format nas wants silu. Take the format factored."
         )
+    check_shapes(stream, layers, "the format nas", "Wanted the format factored.")
+
+
+def check_shapes(stream: ModelStream, layers: Sequence[Mapping[str, Form]], to: str, way_out: str) -> None:
+    """The same of the shapes alone. Args: to, the format in words; way_out, what to do where it cannot hold them."""
     first = left(layers)[0]
     for index, forms in enumerate(layers):
         for role, form in forms.items() if not is_gone(forms) else ():
             gone = isinstance(form, Removed) and role in stream.family.sublayers["attention"].roles and index > first
             if not isinstance(form, Dense) and not gone:
                 raise UnsupportedModel(
-                    f"{stream.linear_name(index, role)} is {form.kind}; the format nas holds dense linears, and removes "
-                    "attention alone, in layers behind the first. Wanted the format factored."
+                    f"{stream.linear_name(index, role)} is {form.kind}; {to} holds dense linears, and removes attention "
+                    f"alone, in layers behind the first. {way_out}"
                 )
             if role in ("q", "k") and not gone and form.shape != layers[first][role].shape:
                 raise UnsupportedModel(
                     f"{stream.linear_name(index, role)} is {list(form.shape)}, and that of layer {first} "
-                    f"{list(layers[first][role].shape)}; the format nas has the same heads in all layers. Wanted the format "
-                    "factored."
+                    f"{list(layers[first][role].shape)}; {to} has the same heads in all layers. {way_out}"
                 )
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from streamlap.families.opening import read_config
 from streamlap.families.stream import ModelStream
-from streamlap.loader.shim import write_nas, write_shim
+from streamlap.loader.shim import NAS_MAP, write_nas, write_shim
 from streamlap.output.card import CARD_BYTES, CARD_NAME, without_tasks
 from streamlap.output.folder import (
     KEPT_NAME,
@@ -42,11 +42,13 @@ def finish_recovered(out: Path, stream: ModelStream, recovery: Mapping[str, Any]
     if (source / CARD_NAME).is_file():
         card = without_tasks(read_bytes(source, CARD_NAME, CARD_BYTES).decode("utf-8", errors="replace"))
         write_durably(out / CARD_NAME, f"{card.rstrip()}\n\n{card_section(recovery)}\n".encode())
+    config = source_config(stream) if stream.marked else read_config(source)
+    # A folder that transformers saved has no code, and names none.
     if not stream.marked:
         write_nas(out, write_durably)
+        config["auto_map"] = dict(NAS_MAP)
     elif stream.compressed:
-        write_shim(out, write_durably)
-    config = source_config(stream) if stream.marked else read_config(source)
+        config["auto_map"] = write_shim(out, write_durably, wraps=stream.family.wraps)
     write_json(out / "config.json", {key: value for key, value in config.items() if key != NAMING_KEY})
 
 

@@ -203,7 +203,7 @@ def build_report(
         out=str(out), recipe=recipe.to_dict(), layers=layers,
         parameters=count_written(stream, rows, recipe.format, out, names),
         kv_cache=count_cache(stream, rows),
-        shards=hashes, calibration_tokens=windows_of(tokens_NL), kept_channels=KEPT_NAME, loader=loader_of(stream),
+        shards=hashes, calibration_tokens=windows_of(tokens_NL), kept_channels=KEPT_NAME, loader=loader_of(stream.raw_config),
         seconds=sum(sum(layer.seconds.values()) for layer in layers), final_gain=gain, redrawn=plan.redrawn,
         calibration_inputs=fitted_inputs(stream, recipe.edited(stream.family)),
     )  # fmt: skip

@@ -139,7 +139,7 @@ def card_of(stream: ModelStream, to: str) -> str:
     """With what is known of the compressed folder. A dense export has the sizes of the original."""
     rows = {} if to == "dense" else stream.rows
     return model_card(
-        base=base_of(stream.folder), licence=licence_of(stream.folder), to=to, loader=loader_of(stream),
+        base=base_of(stream.folder), licence=licence_of(stream.folder), to=to, loader=loader_of(stream.raw_config),
         parameters=count_parameters(stream, rows), cache=count_cache(stream, rows),
         made=f"Exported as {to} from a result of streamlap.",
     )  # fmt: skip

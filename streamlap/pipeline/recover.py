@@ -24,6 +24,7 @@ from streamlap.families.stream import ModelStream
 from streamlap.loader.configuration_nas import NAS
 from streamlap.methods.trained.recovery import Recovery, merged
 from streamlap.output.folder import companions
+from streamlap.output.nas import FAMILIES as NAS_FAMILIES
 from streamlap.output.recovered import finish_recovered
 from streamlap.pipeline.adapt import BEST_NAME, Recovered, RecoveryJob, require_peft, train_adapters
 from streamlap.pipeline.export import check_destination
@@ -159,13 +160,15 @@ def checked_job(run: Run, settings: RunSettings, stream: ModelStream, tokens_NL:
 
 
 def check_teacher(dense: ModelStream, stream: ModelStream) -> None:
-    """Raise RecipeError for a dense model whose predictions are not about the same vocabulary."""
+    """Raise RecipeError for a dense model whose predictions are not about the same vocabulary, or of another kind. A folder of
+    the format nas is read as a llama, whatever it was made of."""
     dense.require_head()
     seen, wanted = (dense.vocabulary, dense.family.model_type), (stream.vocabulary, stream.family.model_type)
-    if seen != wanted:
+    kinds = NAS_FAMILIES if not stream.marked else (wanted[1],)
+    if seen[0] != wanted[0] or seen[1] not in kinds:
         raise RecipeError(
-            f"--dense {dense.folder} is a {seen[1]} with a vocabulary of {seen[0]}, and {stream.folder} a {wanted[1]} with "
-            f"{wanted[0]}; wanted the model that it was made of."
+            f"--dense {dense.folder} is a {seen[1]} with a vocabulary of {seen[0]}, and {stream.folder} a {' or '.join(kinds)} "
+            f"with {wanted[0]}; wanted the model that it was made of."
         )
 
 

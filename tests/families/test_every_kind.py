@@ -184,7 +184,7 @@ def test_results_open_where_streamlap_is_not(lesson: Path, tmp_path: Path) -> No
         streamlap.compress(
             make_source(name, tmp_path / name), tmp_path / f"{name}-out", ratio=RATIO, files=(str(lesson),)
         )
-        loaders[tmp_path / f"{name}-out"] = loader_of(ModelStream(tmp_path / name))
+        loaders[tmp_path / f"{name}-out"] = loader_of(ModelStream(tmp_path / name).raw_config)
     named = (f"{path}={name}" for path, name in loaders.items())
     run_outside(OUTSIDE, tmp_path, tmp_path / "logits.pt", *named)
     found = torch.load(tmp_path / "logits.pt")

@@ -83,7 +83,7 @@ def test_keys_and_values_are_kept_of_the_rest_alone(folder: Path, ids_BL: torch.
     begun = model(ids_BL[:, :10], use_cache=True)
     logits = model(ids_BL[:, 10:], past_key_values=begun.past_key_values).logits
     torch.testing.assert_close(logits, model(ids_BL).logits[:, 10:], rtol=1e-5, atol=1e-5)
-    kept = [getattr(layer, "keys", None) is not None for layer in begun.past_key_values.layers]
+    kept = [layer.keys.numel() > 0 for layer in begun.past_key_values.layers]
     assert kept == [index not in (1, 3) for index in range(DEPTH)]
     asked = []
     for index, layer in enumerate(model.model.layers):
@@ -91,6 +91,20 @@ def test_keys_and_values_are_kept_of_the_rest_alone(folder: Path, ids_BL: torch.
         layer.mlp.down_proj.register_forward_hook(lambda *_, index=index: asked.append(10 + index))
     model.generate(ids_BL[:1], max_new_tokens=2, do_sample=False)
     assert set(asked) == {0, 2, 10, 11}
+
+
+@torch.no_grad()
+def test_guessed_tokens_are_taken_back_where_a_window_is_gone(
+    pico: MakeModel, ids_BL: torch.Tensor, tmp_path: Path
+) -> None:
+    """A cache counts the tokens of each window, also of one whose attention is gone."""
+    source = pico("mistral", num_hidden_layers=DEPTH, sliding_window=5)
+    model, dense = map(AutoModelForCausalLM.from_pretrained, (strip(source, tmp_path / "stripped"), source))
+    settings = {"max_new_tokens": 8, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+    wanted = model.generate(ids_BL[:1], use_cache=False, **settings)
+    static = {"cache_implementation": "static", "disable_compile": True}
+    for way in ({}, {"prompt_lookup_num_tokens": 3}, {"assistant_model": dense}, static):
+        assert torch.equal(model.generate(ids_BL[:1], **settings, **way), wanted), way
 
 
 @torch.no_grad()

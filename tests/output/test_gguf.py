@@ -19,10 +19,15 @@ import streamlap
 from streamlap.errors import BudgetError, RecipeError, StreamlapError, UnsupportedModel
 from streamlap.families.stream import ModelStream
 from streamlap.loader.forms import Dense, Form, Removed
-from streamlap.output.gguf import Planned, in_pairs, rope_factors, write_gguf
+from streamlap.output.gguf import Planned, architecture, in_pairs, rope_factors, write_gguf
 from streamlap.output.gguf_vocabulary import SPLITS, add_tokens, add_vocabulary, check_spaces, scores, split_of
 
 gguf = pytest.importorskip("gguf")
+
+LLAMA3 = {
+    "rope_type": "llama3", "rope_theta": 10_000.0, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 32,
+}  # fmt: skip
 
 
 def read(path: Path) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
@@ -112,14 +117,7 @@ def test_smaller_types(pico: MakeModel, tmp_path: Path, kind: str, most: float) 
 
 
 def test_frequencies_that_are_scaled_one_by_one(pico: MakeModel) -> None:
-    rope = {
-        "rope_type": "llama3",
-        "rope_theta": 10_000.0,
-        "factor": 8.0,
-        "low_freq_factor": 1.0,
-        "high_freq_factor": 4.0,
-    }
-    stream = ModelStream(pico("llama", rope_parameters=rope | {"original_max_position_embeddings": 32}))
+    stream = ModelStream(pico("llama", rope_parameters=LLAMA3))
     factors = rope_factors(stream)
     assert len(factors) == 4
     assert min(factors) == pytest.approx(1.0)
@@ -146,6 +144,44 @@ def test_what_cannot_be_held_is_refused(pico: MakeModel, tokens: Path, tmp_path:
     file.touch()
     with pytest.raises(RecipeError, match="is there already"):
         streamlap.export(source, file, to="gguf")
+
+
+NOT_COMPUTED: dict[str, tuple[str, dict[str, Any], str]] = {
+    "activation of a qwen2": ("qwen2", {"hidden_act": "gelu"}, "hidden_act is 'gelu', and llama.cpp computes silu"),
+    "activation of a qwen3": ("qwen3", {"hidden_act": "gelu"}, "hidden_act is 'gelu', and llama.cpp computes silu"),
+    "activation of a llama": ("llama", {"hidden_act": "gelu"}, r"wanted silu\. Run this model with transformers\.$"),
+    "positions": ("qwen3", {"rope_parameters": LLAMA3}, "rope_type is 'llama3'"),
+    "biases": ("qwen3", {"attention_bias": True}, r"layers\.0\.self_attn\.\w_proj has a bias, which llama\.cpp"),
+    "windows": ("mistral", {"sliding_window": 8}, "a mistral with layers that differ or windows is not written as GGUF"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", NOT_COMPUTED)
+def test_what_llama_cpp_would_not_compute_is_refused(pico: MakeModel, tmp_path: Path, case: str) -> None:
+    family, settings, words = NOT_COMPUTED[case]
+    with pytest.raises(UnsupportedModel, match=words):
+        streamlap.export(pico(family, tokenizer=True, **settings), tmp_path / "m.gguf", to="gguf")
+    assert not (tmp_path / "m.gguf").exists()
+
+
+def test_a_bias_that_was_added_is_refused(pico: MakeModel) -> None:
+    """Those of q, k and v are a qwen2's own."""
+    stream = ModelStream(pico("qwen2", tokenizer=True))
+    layers: list[dict[str, Form]] = [dict(stream.natives(index)) for index in range(3)]
+    assert architecture(stream, layers) == "qwen2"
+    layers[1]["o"] = Dense(layers[1]["o"].shape, bias=True)
+    with pytest.raises(UnsupportedModel, match=r"layers\.1\.self_attn\.o_proj has a bias"):
+        architecture(stream, layers)
+
+
+def test_shapes_that_no_engine_knows_have_a_way_out(pico: MakeModel) -> None:
+    stream = ModelStream(pico("llama", tokenizer=True))
+    layers: list[dict[str, Form]] = [dict(stream.natives(index)) for index in range(3)]
+    layers[0] |= {role: Removed(layers[0][role].shape) for role in "qkvo"}
+    with pytest.raises(
+        UnsupportedModel, match=r"GGUF holds dense linears, .* Export to dense, and that folder to GGUF"
+    ):
+        architecture(stream, layers)
 
 
 @pytest.mark.parametrize(("number", "kind"), [(errno.ENOSPC, BudgetError), (errno.EIO, StreamlapError)])

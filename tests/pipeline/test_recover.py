@@ -141,6 +141,17 @@ def test_a_gradient_that_is_no_number_ends_the_run(
         trained(make_job(source, small, lesson))
 
 
+def test_a_folder_that_transformers_saved_names_its_code_again(small: Path, lesson: Path, tmp_path: Path) -> None:
+    streamlap.load(small).save_pretrained(tmp_path / "saved")
+    assert streamlap.recover(tmp_path / "saved", tmp_path / "out", lesson, **KNOBS | {"epochs": 8}).kept
+    saved, found, wanted = (
+        json.loads((path / "config.json").read_text()) for path in (tmp_path / "saved", tmp_path / "out", small)
+    )
+    assert "auto_map" not in saved
+    assert found["auto_map"] == wanted["auto_map"]
+    assert all((tmp_path / "out" / f"{name.partition('.')[0]}.py").is_file() for name in found["auto_map"].values())
+
+
 def test_merging_changes_no_logit(source: Path, small: Path, lesson: Path) -> None:
     job = make_job(source, small, lesson)
     adapting, tokens_BL = trained(job), job.tokens_NL[:2]
@@ -306,6 +317,19 @@ def test_a_nas_folder_stays_one(pico: MakeModel, lesson: Path, tmp_path: Path) -
     assert json.loads((tmp_path / "out" / "config.json").read_text())["model_type"] == "nemotron-nas"
     assert found.after == pytest.approx(held_loss(tmp_path / "out", lesson), abs=1e-5)
     assert streamlap.verify(tmp_path / "out")["ok"]
+
+
+@pytest.mark.parametrize(("family", "settings"), [("mistral", {"sliding_window": None}), ("qwen2", {})])
+def test_a_nas_folder_has_the_teacher_that_it_was_made_of(
+    pico: MakeModel, lesson: Path, tmp_path: Path, family: str, settings: dict[str, Any]
+) -> None:
+    source, nas = pico(family, tokenizer=True, num_hidden_layers=2, **settings), tmp_path / "nas"
+    streamlap.compress(source, nas, files=(str(lesson),), ratio=0.3, format="nas", multiple=4)
+    found = streamlap.recover(nas, tmp_path / "out", lesson, dense=source, **KNOBS)
+    assert found.kept
+    assert found.distilled
+    with pytest.raises(RecipeError, match=r"is a qwen3 .* a llama or mistral or qwen2 with 300"):
+        streamlap.recover(nas, tmp_path / "other", lesson, dense=pico("qwen3", num_hidden_layers=2), **KNOBS)
 
 
 def test_adapters_are_float32_and_no_forward_is_random(pico: MakeModel, lesson: Path) -> None:
