@@ -295,7 +295,7 @@ class Recipe:
             own.setdefault("shape", shape_for(format, self.shape))
             shape = shape_for(format, own["shape"])
             preset = own.get("preset", self.preset)
-            if preset != "custom":
+            if preset != "custom" and ("preset" in own or shape != self.shape):
                 own["methods"] = (*preset_methods(preset, shape), *self.trained)
         if self.survey is None and not self.may_survey:  # nobody has chosen to have none
             own.setdefault("survey", DEFAULT_SURVEY)

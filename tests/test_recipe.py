@@ -206,6 +206,15 @@ def test_overrides_replace_single_fields() -> None:
     assert FULL.override(preset="lorap").methods == preset_methods("lorap", "free")
 
 
+def test_methods_that_were_chosen_stay_where_a_default_is_said_again() -> None:
+    chosen = Recipe.from_dict({"preset": "best", "methods": [{"method": "ffn_anchored", "shares": [1.0]}]})
+    for same in ({"format": "factored"}, {"shape": "free"}):
+        assert chosen.override(**same).methods == chosen.methods
+    assert (
+        chosen.override(preset="best").methods == chosen.override(shape="free", preset="best").methods != chosen.methods
+    )
+
+
 def test_a_shape_in_a_call_is_settled_as_in_a_recipe() -> None:
     assert Recipe().override(shape="free", format="stock") == Recipe(shape="free", format="stock")
     assert Recipe(format="stock").override(shape="free") == Recipe(format="stock")

@@ -187,8 +187,8 @@ def evaluate(
 ) -> None:
     """Perplexity of any checkpoint, original or compressed, layer by layer, so that it need not fit into memory."""
     if tasks:
-        asked = {"text": text, "length": length, "stride": stride, "text_column": text_column}
-        if others := [name for name, value in asked.items() if value]:
+        asked = {"text": text or None, "length": length, "stride": stride, "text-column": text_column}
+        if others := [name for name, value in asked.items() if value is not None]:
             raise typer.BadParameter(f"--{others[0]} is given too; wanted one of them", param_hint="--tasks")
         found = streamlap.evaluate_tasks(model, tasks, limit=limit, dtype=dtype or "auto", **given(run))
         emit(as_json, found, describe_tasks(found))

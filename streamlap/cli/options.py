@@ -47,6 +47,7 @@ Machine = Annotated[
     str | None,
     typer.Option(
         metavar="NAME|FILE",
+        parser=worded,
         help="Plan for another machine: a known one, or a YAML file; list prints those that are known.",
     ),
 ]
@@ -241,6 +242,7 @@ class RecipeOptions(TextOptions):
         str | None,
         typer.Option(
             metavar="FILE",
+            parser=worded,
             help="File of streamlap survey: sub-layers that matter more keep more. Default auto, with preset best and shape "
             "free or nas: it is measured first and kept beside OUT; else none.",
         ),

@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import QuantizedCache
 
 from .forms import Dense, check_size, read_row, short
 from .linears import PARTS, JoinedLinear, PivotedLinear, RemovedLinear, StoredLinear, joined
@@ -56,11 +55,8 @@ class Skipped:
         if not self.pair:
             return zeros
         # Nothing of no width can be quantised, and there no place is cut back.
-        if (
-            past_key_values is not None
-            and self.layer_idx is not None
-            and not isinstance(past_key_values, QuantizedCache)
-        ):
+        quantised = "QuantizedCache" in [kind.__name__ for kind in type(past_key_values).__mro__]
+        if past_key_values is not None and self.layer_idx is not None and not quantised:
             none = hidden_states.new_empty(hidden_states.shape[0], 1, hidden_states.shape[1], 0)
             past_key_values.update(none, none, self.layer_idx)
         return zeros, None

@@ -98,7 +98,7 @@ def compress(
     if Journal.exists(out) and not overwrite:
         begun = gone_on_with(run, fingerprint(stream, plan, tokens_NL), target is not None)
     else:
-        disk_needs(stream, plan).require(out, run.hidden, freed=held_bytes(out))
+        disk_needs(plan).require(out, run.hidden, freed=held_bytes(out))
         check_sublayers(stream, plan.fit, tokens_NL, writes=plan.recipe.anchored)
     if plan.recipe.survey == AUTO:
         found = begun.survey if begun else survey_beside(stream, tokens_NL, out, run.model, settings, recipe, deadline)
@@ -139,7 +139,7 @@ def resume_compression(run: Run, settings: RunSettings) -> Report:
 
 def run_compression(run: Run, stream: ModelStream, plan: Plan, tokens_NL: torch.Tensor, deadline: float) -> Report:
     """The checked job, from its next layer to a finished folder."""
-    out, needs = run.out, disk_needs(stream, plan)
+    out, needs = run.out, disk_needs(plan)
     marks, keep = fingerprint(stream, plan, tokens_NL), dict[str, Path]()
     if plan.recipe.survey is not None:
         keep[SURVEY_NAME] = Path(plan.recipe.survey)
@@ -162,10 +162,9 @@ def run_compression(run: Run, stream: ModelStream, plan: Plan, tokens_NL: torch.
     return report
 
 
-def disk_needs(stream: ModelStream, plan: Plan) -> DiskNeeds:
-    """Of a whole run. The output is smaller than the model."""
-    model_bytes = sum(header.file_bytes for header in stream.source.headers.values())
-    return DiskNeeds(output_bytes=model_bytes + COMPANION_BYTES, hidden_bytes=plan.fit.work.disk_bytes)
+def disk_needs(plan: Plan) -> DiskNeeds:
+    """Of a whole run, as its plan says."""
+    return DiskNeeds(output_bytes=plan.output_bytes + COMPANION_BYTES, hidden_bytes=plan.fit.work.disk_bytes)
 
 
 def begun_recipe(run: Run) -> Recipe:

@@ -23,8 +23,9 @@ from typing import Any
 
 import torch
 
-from streamlap.data.calibration import calibration_tokens
+from streamlap.data.calibration import calibration_tokens, find_files
 from streamlap.data.text import is_ids
+from streamlap.data.windows import open_ids
 from streamlap.errors import (
     Interrupted,
     RecipeError,
@@ -184,7 +185,8 @@ def survey_beside(
     except ResumeMismatch:
         raise  # another process is measuring it, and is about to write into the same output
     except StreamlapError as error:
-        log.warning("no survey, so all layers keep the same share: %s", first_line(error))
+        why = first_line(error).partition(" Mend that")[0]  # this run goes on
+        log.warning("no survey, so all layers keep the same share: %s", why)
         return None
     return file
 
@@ -202,8 +204,9 @@ def state_of(file: Path) -> Path:
 
 
 def survey_windows(stream: ModelStream, wanted: Calibration, settings: RunSettings) -> torch.Tensor:
-    """The windows to measure on, [N, L]: few and short unless told otherwise; token ids are taken as they are."""
-    if not (len(wanted.files) == 1 and is_ids(Path(wanted.files[0]))):
+    """The windows to measure on, [N, L]: few and short unless told otherwise; token ids in rows are taken as they are."""
+    paths = find_files(wanted.files) if wanted.files else []
+    if not (len(paths) == 1 and is_ids(paths[0]) and len(open_ids(paths[0]).shape) == 2):
         length = wanted.length or min(DEFAULT_LENGTH, stream.context)
         wanted = replace(wanted, samples=wanted.samples or DEFAULT_SAMPLES, length=length)
     return calibration_tokens(

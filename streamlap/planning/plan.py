@@ -104,7 +104,8 @@ class Plan:
     @property
     def disk_bytes(self) -> int:
         """Most that is on the disk at one time beside the source: shards, generations of hidden states, small files."""
-        return self.output_bytes + self.fit.work.disk_bytes + COMPANION_BYTES
+        run = self.output_bytes + self.fit.work.disk_bytes
+        return max(run, self.survey.disk_bytes if self.survey else 0) + COMPANION_BYTES
 
     @property
     def read_bytes(self) -> int:
@@ -115,7 +116,8 @@ class Plan:
     @property
     def write_bytes(self) -> int:
         """To the disk."""
-        return self.first.written + sum(row.write_bytes for row in self.figures)
+        survey = self.survey.write_bytes if self.survey else 0
+        return survey + self.first.written + sum(row.write_bytes for row in self.figures)
 
     @property
     def upload_bytes(self) -> int:
@@ -230,7 +232,10 @@ class Plan:
         )
 
     def _survey_seconds(self, rates: Rates) -> float:
-        return rates.compute_seconds(self.survey) if self.survey else 0.0
+        if self.survey is None:
+            return 0.0
+        moved = Traffic(read=self.survey.read_bytes, written=self.survey.write_bytes)
+        return rates.compute_seconds(self.survey) + rates.disk_seconds(moved)
 
     @property
     def survey_seconds_low(self) -> float:

@@ -86,6 +86,10 @@ class SurveyCost:
     peak_vram: int
     read_bytes: int
     """Of weights; the streams stay in memory where they can."""
+    write_bytes: int
+    """Of streams: each is on the disk before the next layer, so that a run that dies goes on."""
+    disk_bytes: int
+    """Of these, the most at one time."""
     flops: int
     flops64: int
     flops32: int
@@ -119,11 +123,14 @@ def forecast_survey(
         for index, (count, tensors) in enumerate(zip(copies, stored, strict=True))
         for part, windows_NL in ((DENSE_PASSES, pieces_NL), (count, held_NL))
     )
+    work = plan.fit.work
+    written = (stream.depth + 1) * work.generation + sum(copies) * work.batch(work.partial_sequences)
     scored = 2 * len(plan.perturbations) * math.prod(held_NL)
     solves = solve_flops([found.cost for found in plan.perturbations.values()], math.prod(pieces_NL))
     return SurveyCost(
         peak_ram=plan.fit.peak_ram, peak_vram=plan.fit.peak_vram, flops=sum(layers) + 2 * scored * head.numel,
-        read_bytes=sum(info.nbytes for tensors in stored for info in tensors) + head.nbytes, **solves,
+        read_bytes=sum(info.nbytes for tensors in stored for info in tensors) + head.nbytes, write_bytes=written,
+        disk_bytes=hidden_bytes(work, stream.depth, plan.per_layer), **solves,
     )  # fmt: skip
 
 

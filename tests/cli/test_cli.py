@@ -112,7 +112,8 @@ def test_a_recipe_file_and_options_together(
 
 EMPTY = [
     ["compress", "", "o"], ["compress", "m", ""], ["compress", "m", "o", "--work", ""], ["plan", ""],
-    ["plan", "m", "--recipe", ""], ["survey", "m", ""], ["resume", ""], ["eval", ""], ["inspect", ""], ["verify", ""],
+    ["plan", "m", "--recipe", ""], ["plan", "m", "--machine", ""], ["plan", "m", "--survey", ""],
+    ["survey", "m", ""], ["resume", ""], ["eval", ""], ["inspect", ""], ["verify", ""],
     ["plan", "m", "--dtype", ""], ["survey", "m", "s.json", "--shape", ""], ["recover", "m", "d", "--text", "t", "--dense", ""],
     ["export", "", "d", "--to", "dense"], ["export", "m", "", "--to", "dense"], ["demo", ""],
 ]  # fmt: skip
@@ -143,6 +144,8 @@ LONG = ["x" * 300, "org/" + "x" * 300]
         (["export", "a", "b", "--to", "onnx"], 2, "dense"),
         (["eval", str(bundled("model")), "--dtype", "int8"], 2, "int8"),
         (["eval", str(bundled("model")), "--limit", "5"], 2, "limit is 5"),
+        (["eval", "m", "--tasks", "t", "--text-column", "body"], 2, "--text-column is given too"),
+        (["eval", "m", "--tasks", "t", "--length", "0"], 2, "--length is given too"),
         (["eval", "nowhere-at-all"], 3, "nowhere-at-all"),
         *((words, 2, "it is empty; wanted a name") for words in EMPTY),
         (["eval", str(bundled("model")), "--text", ""], 2, "the name of a text is empty"),

@@ -67,7 +67,8 @@ def test_one_survey_serves_all_ratios(source: Path, tokens: Path, tmp_path: Path
     assert given.shards == first.shards
     uniform = compress(source, tokens, tmp_path / "uniform", survey=None)
     assert uniform.shards != first.shards
-    assert uniform.parameters.decoder_after == pytest.approx(first.parameters.decoder_after, rel=0.01)
+    for report in (first, uniform):  # ranks and channels are whole numbers, few of them here
+        assert report.parameters.ratio_decoder == pytest.approx(0.4, abs=0.01)
 
 
 def test_the_result_says_all_of_itself(source: Path, tokens: Path, tmp_path: Path, made: list[Path]) -> None:
@@ -238,10 +239,12 @@ def test_without_a_survey_all_share_alike(
     if case == "wide":
         monkeypatch.setattr(surveying, "MOST_INPUTS_ALONE", 0.1)
     if case == "budget":
-        monkeypatch.setattr(surveying, "run_survey", lambda *_: (_ for _ in ()).throw(RecipeError("no room")))
+        full = RecipeError("no room. Mend that and run again to resume.")
+        monkeypatch.setattr(surveying, "run_survey", lambda *_: (_ for _ in ()).throw(full))
     report = compress(source, tokens, tmp_path / "out")
     assert report.recipe["survey"] is None
     assert "no survey, so all layers keep the same share: " in caplog.text
+    assert "run again to resume" not in caplog.text, "there is nothing to resume"
     assert not list(tmp_path.glob("*.json"))
 
 

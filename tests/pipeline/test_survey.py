@@ -134,6 +134,15 @@ def silence(monkeypatch: pytest.MonkeyPatch, keeps: bool = False) -> None:
     monkeypatch.setitem(CUTS, "free", cutters)
 
 
+def test_ids_in_one_piece_are_cut_into_few_short_windows(source: Path, tokens: Path, tmp_path: Path) -> None:
+    """Ids in rows are windows already."""
+    ids_NL = np.resize(np.load(tokens), (40, 64))
+    for name, ids, wanted in (("flat", ids_NL.reshape(-1), "[32, 64]"), ("rows", ids_NL, "[40, 64]")):
+        np.save(tmp_path / f"{name}.npy", ids)
+        found = streamlap.survey(source, tmp_path / f"{name}.json", files=(str(tmp_path / f"{name}.npy"),))
+        assert found.calibration.startswith(wanted)
+
+
 def test_a_copy_without_a_cut_does_not_diverge(
     measure: Measure, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from conftest import MakeModel
 
@@ -31,6 +32,7 @@ from streamlap.planning.forecast import LayerPlan
 from streamlap.planning.layouts import possible_layouts
 from streamlap.planning.plan import SLACK
 from streamlap.planning.survey_file import Point, Survey, model_digest
+from streamlap.recipe import AUTO
 from streamlap.system import disk_speed
 from streamlap.system.meters import bytes_moved
 
@@ -269,6 +271,24 @@ def test_a_run_moves_the_bytes_of_its_plan(pico: MakeModel, tokens: Path, tmp_pa
     read, written = (after - earlier for after, earlier in zip(bytes_moved(), before, strict=True))
     assert plan.read_bytes == pytest.approx(read, rel=0.05)
     assert plan.write_bytes == pytest.approx(written, rel=0.05)
+
+
+def test_a_survey_moves_the_bytes_of_its_plan(pico: MakeModel, tokens: Path, tmp_path: Path) -> None:
+    """Of streams, each of which is on the disk before the next layer: more than the run itself writes."""
+    source = pico("llama", num_hidden_layers=8)
+    ids = tmp_path / "ids.npy"
+    np.save(ids, np.resize(np.load(tokens), (64, 64)))
+    settings: dict[str, Any] = {"files": (str(ids),), "redraw": False}
+    with_it, without = (streamlap.plan(source, survey=survey, **settings) for survey in (AUTO, None))
+    assert with_it.survey is not None
+    streamlap.compress(source, tmp_path / "first", survey=None, **settings)  # what is imported is read now
+    written = []
+    for name, survey in (("made", AUTO), ("none", None)):
+        before = bytes_moved()[1]
+        streamlap.compress(source, tmp_path / name, survey=survey, **settings)
+        written.append(bytes_moved()[1] - before)
+    assert with_it.write_bytes - without.write_bytes == pytest.approx(written[0] - written[1], rel=0.1)
+    assert with_it.disk_bytes >= with_it.survey.disk_bytes
 
 
 def refuse(**words: Any) -> None:

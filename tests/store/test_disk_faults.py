@@ -25,7 +25,7 @@ import streamlap
 from streamlap.data.datasets import text_files
 from streamlap.errors import BudgetError, CheckpointError, RecipeError, StreamlapError
 from streamlap.pipeline.old_result import held_bytes
-from streamlap.planning.disk import DiskNeeds
+from streamlap.planning.disk import COMPANION_BYTES, DiskNeeds
 from streamlap.store.hidden import HiddenBank
 from streamlap.store.lock import OutputLock
 from streamlap.store.shards import INDEX_NAME
@@ -53,6 +53,18 @@ def test_a_full_disk_is_seen_before_anything_is_made(
         compress(tmp_path / "out")
     assert BudgetError.exit_code == 4
     assert not (tmp_path / "out").exists()
+
+
+def test_a_disk_that_holds_what_the_plan_says_is_enough(
+    source: Path, tokens: Path, compress: Compress, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Less than the model itself, where much is removed."""
+    plan = streamlap.plan(source, files=(str(tokens),), ratio=0.8)
+    assert plan.disk_bytes < sum(path.stat().st_size for path in source.glob("*.safetensors")) + 2 * COMPANION_BYTES
+    for free, fits in ((plan.disk_bytes, True), (plan.disk_bytes - 1, False)):
+        monkeypatch.setattr(shutil, "disk_usage", lambda path, free=free: Usage(10**12, 0, free))
+        with contextlib.nullcontext() if fits else pytest.raises(BudgetError, match="the output folder takes"):
+            compress(tmp_path / str(fits), ratio=0.8)
 
 
 def test_a_full_disk_is_seen_before_the_survey_and_before_the_old_result_goes(
