@@ -10,7 +10,9 @@ Shape suffixes: T tokens, I in, O out, P columns of a panel.
 
 from __future__ import annotations
 
+import contextlib
 import functools
+from collections.abc import Iterator
 
 import torch
 
@@ -92,6 +94,15 @@ class Gram:
     def copy(self, dtype: torch.dtype) -> Gram:
         """With room below S of its own."""
         return Gram(self.dense(dtype), self.diagonal_I.to(dtype))
+
+    @contextlib.contextmanager
+    def resting(self) -> Iterator[None]:
+        """While the block lasts S waits in RAM, so that what has nothing to do with it has all memory of its device."""
+        device, self._square_II = self._square_II.device, self._square_II.cpu()
+        try:
+            yield
+        finally:
+            self._square_II = self._square_II.to(device)
 
     def times(self, t_OI: torch.Tensor) -> torch.Tensor:
         """T S [O, I], in the dtype of T."""

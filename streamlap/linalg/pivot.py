@@ -17,7 +17,7 @@ from streamlap.linalg.gram import Gram
 from streamlap.linalg.lowrank import solver_threads
 from streamlap.linalg.products import product
 from streamlap.linalg.solution import Solution, joined
-from streamlap.linalg.triangles import solve_triangular
+from streamlap.linalg.triangles import panels, solve_triangular
 
 BLOCK = 64
 """Fewest pivots that several bases choose together before the span of these is projected out."""
@@ -59,42 +59,48 @@ def shared_pivot_rows(bases: Sequence[torch.Tensor]) -> Solution[torch.Tensor]:
 
     Greedy, in rounds: a row's score is the product, over the bases, of the energy that it has left in each. A round takes rows
     from a pool of the best and projects their span out. (Pivots of the sum of two bases serve neither: they give coefficients
-    of hundreds.)
+    of hundreds.) The bases are worked in: what they were is gone.
     """
     rows, rank = bases[0].shape
-    left, chosen, notes = list(bases), list[int](), tuple[str, ...]()
+    chosen, notes = list[int](), tuple[str, ...]()
     block = max(BLOCK, -(-rank // BLOCKS))
     while True:
         count = min(block, rank - len(chosen))
-        score_O = torch.stack([basis.square().sum(1) for basis in left]).prod(0)
+        score_O = torch.stack([_energies(basis) for basis in bases]).prod(0)
         score_O[chosen] = -1.0
         pool = score_O.topk(min(POOL * count, rows - len(chosen))).indices
-        picked = pool[_spread_rows([basis[pool] for basis in left], count)]
+        picked = pool[_spread_rows([basis[pool] for basis in bases], count)]
         chosen += picked.tolist()
         if len(chosen) == rank:
             return Solution(torch.tensor(sorted(chosen), device=bases[0].device), notes=notes)
-        rests = [_without(basis, basis[picked]) for basis in left]
-        left, notes = [rest.value for rest in rests], joined(notes, *(rest.notes for rest in rests))
+        notes = joined(notes, *(_project_out(basis, basis[picked]) for basis in bases))
+
+
+def _energies(basis_OR: torch.Tensor) -> torch.Tensor:
+    """[O]: the squared length of each row."""
+    return torch.cat([basis_OR[at].square().sum(1) for at in panels(len(basis_OR))])
 
 
 def _grouped(basis_OR: torch.Tensor, groups: int) -> Solution[torch.Tensor]:
     """Elimination group after group: the span of the rows that one group gives is projected out of those after it."""
     rows, rank = basis_OR.shape
     quota, run = rank // groups, rows // groups
-    left, chosen, notes = basis_OR, [], tuple[str, ...]()
+    left, chosen, notes = basis_OR.clone(), [], tuple[str, ...]()
     for first in range(0, rows, run):
         picked = _spread_rows([left[:run]], quota)
         chosen.append(picked + first)
-        rest = _without(left[run:], left[picked])
-        left, notes = rest.value, joined(notes, rest.notes)
+        taken_QR, left = left[picked], left[run:]
+        notes = joined(notes, _project_out(left, taken_QR))
     return Solution(torch.cat(chosen), notes=notes)
 
 
-def _without(basis_OR: torch.Tensor, taken_QR: torch.Tensor) -> Solution[torch.Tensor]:
-    """Every row of the basis less its part in the span of the rows `taken_QR`."""
+def _project_out(basis_OR: torch.Tensor, taken_QR: torch.Tensor) -> tuple[str, ...]:
+    """Take from every row of the basis, in place, its part in the span of the rows `taken_QR`; gives notes."""
     factor_QQ = root(Gram.of(product(taken_QR, taken_QR.T)))
     span_QR = solve_triangular(factor_QQ.value, taken_QR, upper=False)
-    return Solution(product(product(basis_OR, span_QR.T), span_QR).neg_().add_(basis_OR), notes=factor_QQ.notes)
+    for at in panels(len(basis_OR)):
+        basis_OR[at] -= product(product(basis_OR[at], span_QR.T), span_QR)
+    return factor_QQ.notes
 
 
 def _spread_rows(parts: Sequence[torch.Tensor], count: int) -> torch.Tensor:

@@ -88,7 +88,10 @@ def _find(
     t_NI = t_OI if serves is None else t_OI[serves]
     if gain_O is not None:
         t_NI = t_NI.to(dtype) * (gain_O if serves is None else gain_O[serves]).to(dtype)[:, None]
-    energies, vectors = _spectrum(gram.metric(t_NI, dtype))
+    metric_NN = gram.metric(t_NI, dtype)
+    with gram.resting():
+        energies, vectors = _spectrum(metric_NN)
+    del metric_NN
     energies = energies.flip(0).clamp_min(0.0)
     if dtype == torch.float32 and not _is_clear(energies, rank):
         return None

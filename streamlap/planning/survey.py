@@ -159,13 +159,16 @@ def survey_workload(
     stream: ModelStream, perturbations: Mapping[Perturbation, Candidate], sequences: int, length: int
 ) -> Workload:
     """Sizes of `survey`. Edits of two sub-layers are never there at once."""
-    most = max(edit_bytes(stream, perturbed, found) for perturbed, found in perturbations.items())
+    costs = [found.cost for found in perturbations.values()]
     work = evaluation_workload(stream, sequences, length)
     tokens = min(HEAD_TOKENS, sequences * length)
     second = tokens * stream.vocabulary * (work.itemsize + 5 * 4)  # its logits, and what is made of both in float32
+    apart = stream.device.type != "cpu"  # so that what waits is in other memory than the work
     return replace(
-        work, edits=most, solve=max(found.cost.both_bytes for found in perturbations.values()) + most,
-        capture=max(found.cost.capture_bytes for found in perturbations.values()) + most, head=work.head + second,
+        work, edits=max(edit_bytes(stream, perturbed, found) for perturbed, found in perturbations.items()),
+        solve=max(cost.workspace_bytes if apart else cost.both_bytes for cost in costs),
+        waiting=max(cost.waiting_bytes for cost in costs) * apart,
+        capture=max(cost.capture_bytes for cost in costs), head=work.head + second,
         streams=2, partial=len(perturbations), partial_sequences=len(held_sequences(sequences, length)),
     )  # fmt: skip
 

@@ -83,7 +83,10 @@ def test_pivots_carry_the_matrix(groups: int) -> None:
     t_OI, gram_II = (part.float() for part in problem((40, 24), 3))
     found = subspace(t_OI, Gram.of(gram_II), 12).value
     w_OI, exact = found.basis_OR @ found.map_RI, subspace(t_OI.double(), Gram.of(gram_II.double()), 12).value
-    for pivots in (pivot_rows(found.basis_OR, groups), shared_pivot_rows([found.basis_OR, found.basis_OR])):
+    for pivots in (
+        pivot_rows(found.basis_OR, groups),
+        shared_pivot_rows([found.basis_OR.clone(), found.basis_OR.clone()]),
+    ):
         pivots_R = pivots.value
         base_RI, rest_N = w_OI[pivots_R], others(pivots_R, 40)
         rest_NR = refit(t_OI[rest_N], base_RI, Gram.of(gram_II)).value

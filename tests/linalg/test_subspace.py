@@ -257,7 +257,7 @@ def test_pivots_that_two_matrices_share_serve_both(seed: int, block: int, monkey
     monkeypatch.setattr(pivot, "BLOCK", block)
     generator = torch.Generator().manual_seed(seed)
     gate, up = (torch.linalg.qr(torch.randn(96, 32, generator=generator, dtype=torch.float64)).Q for _ in range(2))
-    pivots_R = shared_pivot_rows([gate, up]).value
+    pivots_R = shared_pivot_rows([gate.clone(), up.clone()]).value
     assert pivots_R.tolist() == sorted(set(pivots_R.tolist()))
     assert len(pivots_R) == 32
     for basis_OR in (gate, up):
@@ -281,7 +281,7 @@ def test_shared_pivots_are_never_chosen_twice(monkeypatch: pytest.MonkeyPatch) -
 def test_shared_pivots_of_one_matrix_span_it_too() -> None:
     basis_OR = torch.zeros(9, 3).double()
     basis_OR[[1, 4, 7]] = torch.eye(3).double()
-    assert shared_pivot_rows([basis_OR]).value.tolist() == [1, 4, 7]
+    assert shared_pivot_rows([basis_OR.clone()]).value.tolist() == [1, 4, 7]
     assert shared_pivot_rows([basis_OR[:3], torch.eye(3).double()]).value.tolist() == [0, 1, 2]
 
 

@@ -36,7 +36,8 @@ def planned(tmp_path_factory: pytest.TempPathFactory) -> Planned:
     np.save(folder / "tokens.npy", tokens_NL)
 
     def plan(**options: object) -> Plan:
-        return streamlap.plan(folder / "model", files=(str(folder / "tokens.npy"),), ratio=0.3, **options)  # type: ignore[arg-type]
+        settings: dict[str, object] = {"ratio": 0.3} | options
+        return streamlap.plan(folder / "model", files=(str(folder / "tokens.npy"),), **settings)  # type: ignore[arg-type]
 
     return plan
 
@@ -45,6 +46,9 @@ GPU = {"machine": "rtx-4090", "max_ram": "16GiB"}
 
 ENOUGH = {
     "best on a GPU": GPU | {"max_vram": "8GiB"},
+    "best on a GPU, 20 %": GPU | {"max_vram": "8GiB", "ratio": 0.2},
+    "best on a GPU, 50 %": GPU | {"max_vram": "8GiB", "ratio": 0.5},
+    "best on a GPU, any ratio": GPU | {"max_vram": "8.75GiB", "ratio": 0.4},
     "best on a CPU": {"machine": "rtx-4090", "device": "cpu", "max_ram": "16GiB"},
     "lorap on a GPU": GPU | {"preset": "lorap", "max_vram": "6GiB", "max_ram": "8GiB"},
     "best and refinement on a GPU": GPU | {"refine": 2, "max_vram": "23.5GiB"},
@@ -55,6 +59,14 @@ ENOUGH = {
 def test_so_much_memory_is_enough(planned: Planned, case: str) -> None:
     found = planned(**ENOUGH[case])
     assert found.fits, found.advice
+
+
+@pytest.mark.parametrize("case", ["best on a GPU", "best on a CPU"])
+def test_the_survey_of_the_default_preset_fits_there_too(planned: Planned, case: str) -> None:
+    found = planned(**ENOUGH[case] | {"survey": "auto"})
+    assert found.survey is not None
+    assert found.survey.peak_vram <= found.fit.vram.cap
+    assert found.survey.peak_ram <= found.fit.ram.cap
 
 
 def test_on_a_gpu_hidden_states_are_read_four_times_from_the_disk_and_written_twice(planned: Planned) -> None:

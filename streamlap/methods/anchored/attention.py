@@ -76,7 +76,7 @@ class AttentionAnchored(Knobs):
         output = output_aim(layer, "o", columns, seen, self.step)
         edits.append(low_rank_edit(layer, output.value, layout.get("o"))[0])
         return Solved(
-            edits=edits, error=held_error(layer, edits[-1], seen),
+            edits=edits, error=held_error(layer, edits[-1], seen.held),
             notes=joined(inputs.notes, output.notes, *(edit.notes for edit in edits)),
         )  # fmt: skip
 

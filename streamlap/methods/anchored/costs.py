@@ -12,9 +12,14 @@ from dataclasses import dataclass
 from streamlap.linalg.gram import LARGE
 from streamlap.linalg.moments import HELD_TOKENS, chunk_tokens
 from streamlap.linalg.obs import ROUNDS
+from streamlap.linalg.pivot import BLOCK as PIVOTS
+from streamlap.linalg.pivot import POOL
 from streamlap.linalg.subspace import BLOCK
 from streamlap.linalg.triangles import PANEL
 from streamlap.methods.base import Cost, Layout, Layouts, Natives, ParameterBudget
+
+Moment = tuple[int, int]
+"""Bytes that the work holds, and bytes that wait for it, which on a GPU lie in RAM."""
 
 SINGLE = 0.74
 """An eigen-problem in float32 takes as long as one of so much of its size in float64: 5.0 s for 12.7 s at 4096."""
@@ -41,6 +46,8 @@ class Shapes:
     """Bytes of what the linears that read the input become, as stored and, where that is another dtype, as it runs."""
     last_edit: int
     """Bytes of what the last one becomes."""
+    item: int
+    """Bytes of a weight as it runs."""
     gained: bool
     """Whether its outputs are multiplied, so that a copy of it is as it acts behind that."""
 
@@ -48,14 +55,20 @@ class Shapes:
     def prunes(self) -> bool:
         return self.width < self.last[1]
 
+    @property
+    def weighs(self) -> bool:
+        """Whether the rows that are left are copied, each times what it counts; more rows than columns are not."""
+        return self.prunes and self.width <= self.inputs
+
 
 def anchored_cost(
-    reads: Sequence[str], last: str, natives: Natives, layouts: Layouts, budget: ParameterBudget, moves: bool
-) -> Cost:
+    reads: Sequence[str], last: str, natives: Natives, layouts: Layouts, budget: ParameterBudget, moves: bool,
+    together: bool = False,
+) -> Cost:  # fmt: skip
     """The cost of one layout; of several, that of comparing them and of building the costliest.
 
     Args: reads, roles that read the sub-layer's input; last, the role that writes its output; moves, whether the linears that
-    read the input are moved first.
+    read the input are moved first; together, whether their subspaces are all found, and wait, before the first is stored.
     """
     found = [_shapes(reads, last, natives, layout, budget) for layout in layouts.values()]
     (d, f), n, item = natives[last].shape, found[0].inputs, budget.itemsize
@@ -65,13 +78,17 @@ def anchored_cost(
     compared, held, sums = len(found) > 1, 4 * HELD_TOKENS * (f + d), max(first, last_sums)
     moments = [(first, held * moves), (last_sums, held)]
     for shape in found:
-        refitted = 2 * item * d * shape.width * shape.prunes
-        moments += [(_removing(shape), 0), (_building(shape, compared), held + refitted)]
+        waits = held + 2 * item * d * shape.width * shape.prunes
+        building = _building_together(shape, compared) if together else _building_apart(shape)
+        moments += [(_removing(shape), 0), *((work, waits + more) for work, more in building)]
     if compared:
         lasts = sum(d * (item * shape.width + _item(f) * d * (shape.last_rank > 0)) for shape in found)
         rank = max((rank for shape in found for _, rank in shape.ranks), default=0)
-        bases = _item(n) * len(reads) * rank * (f + n)
-        moments += [(max(map(_removing, found)), lasts), (_finding((f, n), rank, True), lasts + bases)]
+        bases = _item(n) * (len(reads) * rank * (f + n) + n * n)  # and the Gram, beside an eigen-problem
+        moments += [
+            (max(map(_removing, found)), lasts),
+            (max(_finding((f, n), rank, shape.weighs) for shape in found), lasts + bases),
+        ]
         moments += [(_trying(shape, item), lasts + bases + held) for shape in found]
     return Cost(
         workspace_bytes=inputs + max(work for work, _ in moments), capture_bytes=inputs + sums,
@@ -90,6 +107,7 @@ def _shapes(reads: Sequence[str], last: str, natives: Natives, layout: Layout, b
         ranks=[(forms[role].shape, forms[role].rank) for role in reads if forms[role].rank], last_rank=forms[last].rank,
         edits=(budget.itemsize + RUN * budget.converts) * sum(forms[role].parameters(budget.itemsize) for role in reads),
         last_edit=budget.itemsize * forms[last].parameters(budget.itemsize), gained=budget.gained,
+        item=RUN if budget.converts else budget.itemsize,
     )  # fmt: skip
 
 
@@ -105,10 +123,10 @@ def _item(width: int) -> int:
 
 def _sums(w: int, d: int, widened: bool = False) -> int:
     """A Gram and a cross-Gram, in float32 with what rounding takes from them; tokens that wait, where they are not in float32
-    also as they are widened; three panels of their product."""
+    also as they are widened; panels of their product, of their sum and of the tokens."""
     lost = (2 * w * d + 4 * PANEL * w) if w > LARGE else 0
     waiting = chunk_tokens(w) * (4 * (w + d) + 2 * w * widened)
-    return _item(w) * w * (w + d) + lost + waiting + 3 * 4 * max(w, d) * min(PANEL, w)
+    return _item(w) * w * (w + d) + lost + waiting + 4 * min(PANEL, w) * (2 * max(w, d) + chunk_tokens(w))
 
 
 def input_sum_bytes(n: int) -> int:
@@ -167,27 +185,52 @@ def _trying(shape: Shapes, itemsize: int) -> int:
     return factors + max(stored, shape.edits) + max(cut, 4 * HELD_TOKENS * (w + 3 * d)) + 4 * d * w
 
 
-def _building(shape: Shapes, compared: bool) -> int:
-    """The linears that read the input, whose subspaces may be known: bases, what is left of them while pivots are chosen, what
-    is fitted again. Then the last one: its Gram with the factor, what it becomes and what it was."""
-    d, w = shape.last[0], shape.width
-    bases = sum(_item(shape.inputs) * rank * (rows + shape.inputs) for (rows, _), rank in shape.ranks)
-    making = [
-        _refitting(each, rank)
-        if compared
-        else max(_refitting(each, rank), _finding((shape.last[1], each[1]), rank, shape.prunes))
-        for each, rank in shape.ranks
-    ]
-    inner = bases + max(2 * bases, *making, 0)
-    fitting = _item(w) * w * (w + d) + RUN * w * d * shape.gained + max(RUN * w * d, 4 * HELD_TOKENS * (w + 4 * d))
-    rank = shape.last_rank
-    cut = _item(w) * w * (w + d) + max(_finding((d, w), rank), _refitting((d, w), rank)) if rank else 0
-    return shape.edits + max(inner, fitting, cut) + shape.last_edit
+def _building_together(shape: Shapes, compared: bool) -> list[Moment]:
+    """Linears that share an input, and the last one. Where layouts were compared the subspaces are known. Of all of them rows
+    are chosen together; then one after another is stored."""
+    moments, item, n = _building_last(shape), _item(shape.inputs), shape.inputs
+    if shape.ranks:
+        waits = sum(item * rank * (rows + n) for (rows, _), rank in shape.ranks)
+        storing = [item * rank * (rows + n) + _refitting((rows, n), rank) for (rows, _), rank in shape.ranks]
+        finding = [_finding((shape.last[1], n), rank, shape.weighs) for _, rank in shape.ranks]
+        moments += [(sum(_choosing(*each) for each in shape.ranks), waits), (shape.edits + max(storing), waits)]
+        moments += [(max(finding), waits + item * n * n)] * (not compared)
+    return moments
+
+
+def _building_apart(shape: Shapes) -> list[Moment]:
+    """The same where each subspace is stored before the next one is found."""
+    n, moments = shape.inputs, _building_last(shape)
+    for each, rank in shape.ranks:
+        making = max(_choosing(each, rank), _refitting(each, rank))
+        moments += [(shape.edits + _finding(each, rank), _item(n) * n * n)]
+        moments += [(shape.edits + _item(n) * rank * sum(each) + making, 0)]
+    return moments
+
+
+def _building_last(shape: Shapes) -> list[Moment]:
+    """The last linear: its Gram with the factor, what it becomes and what it was, and what both give of held-out tokens; where
+    it is cut to a rank, that, and what is fitted again; and its error, once the Gram is gone."""
+    d, w, rank = shape.last[0], shape.width, shape.last_rank
+    gram, map_, was = _item(w) * w * w, _item(w) * w * d, (shape.item + 2 * RUN * shape.gained) * w * d
+    given = _item(w) * (4 * HELD_TOKENS * d + PANEL * (HELD_TOKENS + 2 * d))
+    work = [(gram + map_ + was + given, 0), (gram + map_ + shape.last_edit, 0)]
+    if rank:
+        work += [(map_ + _finding((d, w), rank), gram), (gram + map_ + shape.last_edit + _refitting((d, w), rank), 0)]
+    work += [(shape.last_edit + RUN * w * d + 4 * HELD_TOKENS * (w + 4 * d), 0)]
+    return [(shape.edits + each, waits) for each, waits in work]
+
+
+def _choosing(shape: tuple[int, int], rank: int) -> int:
+    """A basis in which rows are chosen; of the pool that a round chooses from, the rows, their Gram and its factor."""
+    rows, columns = shape
+    pool = min(rows, max(POOL * PIVOTS, rank + POOL))
+    return _item(columns) * (rank * rows + pool * (rank + 2 * pool) + 2 * PANEL * rank)
 
 
 def _finding(shape: tuple[int, int], rank: int, weighed: bool = False) -> int:
     """A subspace: of the smaller side the squares, LAPACK's copies, and of columns the root; the map in blocks; basis and map.
-    Either may have to go to float64. Where rows are `weighed`, the map as it counts, unless it is the larger side."""
+    Either may have to go to float64. Where rows are `weighed`, the map as it counts."""
     (rows, columns), small = shape, min(shape)
     squares = 5 if rows <= columns else 6
     panels = 2 * WIDE * PANEL * (rows + columns) if rows <= columns else 2 * WIDE * BLOCK * columns

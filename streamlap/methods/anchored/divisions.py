@@ -190,9 +190,13 @@ def subspaces(aims: Sequence[Aim], serves: torch.Tensor | None, rank: int) -> So
 
 def on_rows(found: Subspace, kept: torch.Tensor | None, rank: int, device: torch.device) -> Subspace:
     """The same of fewer rows, and of a smaller rank, on the device."""
-    basis_OR, map_RI = found.basis_OR[:, :rank], found.map_RI[:rank].to(device)
-    basis_OR = basis_OR if kept is None else basis_OR[kept.to(basis_OR.device)]
-    return Subspace(basis_OR.to(device), map_RI, found.energies)
+    return Subspace(own_rows(found, kept, rank, device), found.map_RI[:rank].to(device), found.energies)
+
+
+def own_rows(found: Subspace, kept: torch.Tensor | None, rank: int, device: torch.device) -> torch.Tensor:
+    """A copy of these rows of the basis, at a smaller rank, on the device."""
+    basis_OR = found.basis_OR[:, :rank]
+    return basis_OR.to(device, copy=True) if kept is None else basis_OR[kept.to(basis_OR.device)].to(device)
 
 
 def truncated(

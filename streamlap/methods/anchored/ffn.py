@@ -28,6 +28,7 @@ from streamlap.methods.anchored.divisions import (
     compare,
     on_rows,
     only_division,
+    own_rows,
     subspaces,
     width_of,
 )
@@ -114,7 +115,7 @@ class FfnAnchored(Knobs):
         return inner, RankSite(name="down", shape=(hidden, kept), itemsize=item, storage=storage)
 
     def cost(self, natives: Natives, layouts: Layouts, budget: ParameterBudget) -> Cost:
-        return anchored_cost(ffn_reads(natives), "down", natives, layouts, budget, self.moves_inputs)
+        return anchored_cost(ffn_reads(natives), "down", natives, layouts, budget, self.moves_inputs, together=True)
 
     def solve(self, statistics: StreamStatistics, layouts: Layouts) -> Solved:
         inputs = self._inputs(statistics, layouts)
@@ -143,8 +144,9 @@ class FfnAnchored(Knobs):
         seen = statistics.middles(edits)
         output = output_aim(layer, "down", channels, seen, self.step, in_order(division, channels))
         last, _ = low_rank_edit(layer, output.value, layout.get("down"), channels if kept is not None else None)
-        notes = joined(output.notes, *(edit.notes for edit in (*edits, last)))
-        return Solved(edits=[*edits, last], error=held_error(layer, last, seen), notes=notes)
+        notes, held = joined(output.notes, *(edit.notes for edit in (*edits, last))), seen.held
+        del seen, output  # the largest arrays of the layer, before the error takes some
+        return Solved(edits=[*edits, last], error=held_error(layer, last, held), notes=notes)
 
 
 def in_order(division: Division, channels: torch.Tensor | None) -> torch.Tensor | None:
@@ -182,14 +184,28 @@ def inner_edits(
     found = Solution(division.subspaces)
     if not found.value:
         found = subspaces(aims, kept, form.rank)
-    spaces = [
-        Solution(on_rows(found.value.pop(0), kept, form.rank, aim.t_OI.device), notes=found.notes) for aim in aims
-    ]
+    device = aims[0].t_OI.device
     if not isinstance(form, Pivoted):
-        return [factored(layer, aim, sub, kept) for aim, sub in zip(left, spaces, strict=True)], kept
+        return [
+            factored(
+                layer, aim, Solution(on_rows(found.value.pop(0), kept, form.rank, device), notes=found.notes), kept
+            )
+            for aim in left
+        ], kept
     # Shared, so that both give their channels in one order.
-    pivots = shared_pivot_rows([sub.value.basis_OR for sub in spaces])
-    made = [pivoted(layer, aim, sub, pivots, 1, kept) for aim, sub in zip(left, spaces, strict=True)]
+    pivots = shared_pivot_rows([own_rows(space, kept, form.rank, device) for space in found.value])
+    stored = pivots.value if kept is None else kept[pivots.value]
+    made = [
+        pivoted(
+            layer,
+            aim,
+            Solution(on_rows(found.value.pop(0), stored, form.rank, device), notes=found.notes),
+            pivots,
+            1,
+            kept,
+        )
+        for aim in left
+    ]
     order = made[0][1]
     assert order is not None
     return [edit for edit, _ in made], order if kept is None else kept[order]

@@ -127,13 +127,13 @@ def output_aim(
     t_OI, notes = w_OI, tuple[str, ...]()
     if step != 0:
         begin_OI = w_OI if gain_O is None else w_OI * gain_O[:, None]
-        x_TI, target_TO = (rows.to(seen.cross_IA) for rows in (seen.held.x_TI, seen.held.anchor_TA))
+        x_TI, target_TO = seen.held.x_TI, seen.held.anchor_TA.to(seen.cross_IA)
         if step is None and refitted_OI is not None:
             assert columns is not None, "what lost nothing is not fitted again"  # so that W is a copy
             part = best_step(begin_OI, refitted_OI, x_TI, target_TO)
             if part:  # what is not finite is no better, and 0 times it is NaN
                 for at in panels(begin_OI.shape[1]):
-                    begin_OI[:, at] += part * (refitted_OI[:, at].to(x_TI) - begin_OI[:, at])
+                    begin_OI[:, at] += part * (refitted_OI[:, at].to(target_TO) - begin_OI[:, at])
         found = anchored(begin_OI, seen.gram, seen.cross_IA)
         t_OI, notes = _part_of_the_way(begin_OI, found.value, x_TI, target_TO, step), found.notes
         if gain_O is not None:
@@ -192,6 +192,7 @@ def low_rank_edit(
     if not isinstance(form, Pivoted):
         return factored(layer, aim, found, kept), None
     pivots = pivot_rows(found.value.basis_OR, form.groups or 1)
+    found = replace(found, value=replace(found.value, basis_OR=found.value.basis_OR[pivots.value]))
     return pivoted(layer, aim, found, pivots, form.groups, kept)
 
 
@@ -221,10 +222,13 @@ def pivoted(
     layer: StreamLayer, aim: Aim, found: Solution[Subspace], pivots: Solution[torch.Tensor], groups: int | None,
     kept: torch.Tensor | None = None,
 ) -> tuple[Edit, torch.Tensor | None]:  # fmt: skip
-    """Pivot rows as they are, rounded, and the other rows fitted again to what the rounding made of them."""
-    dtype, rows, pivots_R = layer.storage_dtype(aim.role), len(found.value.basis_OR), pivots.value
-    path = layer.family.path(aim.role)
-    base_RI = as_stored(product(found.value.basis_OR[pivots_R], found.value.map_RI), dtype, path)
+    """Pivot rows as they are, rounded, and the other rows fitted again to what the rounding made of them.
+
+    Args: found, the subspace, of whose basis only the pivot rows are needed.
+    """
+    dtype, pivots_R, path = layer.storage_dtype(aim.role), pivots.value, layer.family.path(aim.role)
+    rows = len(aim.t_OI if aim.rows is None else aim.rows)
+    base_RI = as_stored(product(found.value.basis_OR, found.value.map_RI), dtype, path)
     order_O = None if groups is None else folded_order(pivots_R, rows, groups)
     rest_N = others(pivots_R, rows)
     fitted = refit(aim.t_OI, base_RI, aim.gram, rest_N if aim.rows is None else aim.rows[rest_N])
@@ -248,7 +252,7 @@ def _edit(
     return Edit(role=aim.role, module=module, native=native, error=error, kept=as_kept(kept), notes=notes)
 
 
-def held_error(layer: StreamLayer, edit: Edit, seen: Captured) -> float:
+def held_error(layer: StreamLayer, edit: Edit, held: Sample) -> float:
     """How far a sub-layer that ends in this edit is from its target on held-out tokens: root mean square over tokens of each
     token's squared error, over the mean of the target's. Tokens that are hit hard count for more than their share: a mean
     alone prefers to lose what few tokens need."""
@@ -258,7 +262,7 @@ def held_error(layer: StreamLayer, edit: Edit, seen: Captured) -> float:
         module.weight if isinstance(module, nn.Linear) else module.merged(torch.float32),
         layer.gain(edit.role),
     )
-    return map_error(w_OI if gain_O is None else w_OI * gain_O[:, None], seen.held)
+    return map_error(w_OI if gain_O is None else w_OI * gain_O[:, None], held)
 
 
 def map_error(w_OI: torch.Tensor, held: Sample) -> float:

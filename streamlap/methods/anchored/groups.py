@@ -76,4 +76,4 @@ class AttentionGroups(Steps):
         seen = statistics.middles(edits)
         output = output_aim(layer, "o", rows.get("q"), seen, self.step)
         edits.append(dense_edit(layer, output.value, rows.get("q")))
-        return Solved(edits=edits, error=held_error(layer, edits[-1], seen), notes=joined(notes, output.notes))
+        return Solved(edits=edits, error=held_error(layer, edits[-1], seen.held), notes=joined(notes, output.notes))
