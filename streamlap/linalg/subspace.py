@@ -220,8 +220,9 @@ def refit(
     grown = [f"pull {pull:.0e} where {PULL:.0e} was not enough for a Gram of size {len(gram)}"] if pull > PULL else []
     count = len(t_OI) if rows is None else len(rows)
     fitted_NR = base_RI.new_empty(count, len(base_RI))
-    for block_NR, t in zip(torch.split(fitted_NR, BLOCK), row_blocks(t_OI, base_RI.dtype, rows), strict=True):
-        block_NR.copy_(fit(t))
+    with gram.resting():
+        for block_NR, t in zip(torch.split(fitted_NR, BLOCK), row_blocks(t_OI, base_RI.dtype, rows), strict=True):
+            block_NR.copy_(fit(t))
     return Solution(fitted_NR, notes=joined(notes, grown))
 
 
@@ -231,7 +232,15 @@ def _metric(
     """What fits rows of T, and notes; None where base S base' is indefinite."""
     half_IR = gram.times(base_RI).add_(base_RI, alpha=pull * gram.level).T
     # Rows of a low-rank map are far from orthogonal: their own Gram has to be float64.
-    gram_RR = product(base_RI.double(), half_IR.double())
+    parts = (product(base_RI[:, at].double(), half_IR[at].double()) for at in panels(len(half_IR)))
+    with gram.resting():
+        return _fit(half_IR, functools.reduce(torch.Tensor.add_, parts))
+
+
+def _fit(
+    half_IR: torch.Tensor, gram_RR: torch.Tensor
+) -> tuple[Callable[[torch.Tensor], torch.Tensor], tuple[str, ...]] | None:
+    """The same from S base' and base S base', which may be overwritten."""
     # A ridge should weigh as much for a small row as for a large one.
     scale_R = gram_RR.diagonal().clamp_min(torch.finfo(half_IR.dtype).tiny).rsqrt()
     scaled_RR = gram_RR.clone() if half_IR.dtype == torch.float64 else gram_RR

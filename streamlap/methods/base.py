@@ -148,6 +148,10 @@ class StreamStatistics(Protocol):
         """Of what the first linears read on the compressed stream."""
         ...
 
+    def forget_inputs(self) -> None:
+        """Let go of `input_gram`, for a method that has no more use for it."""
+        ...
+
     def inputs(self) -> Captured:
         """Sums of what the first linears read on the compressed stream, against what they read on the dense one."""
         ...

@@ -92,6 +92,9 @@ class SublayerStatistics:
             self.summed.append(found.moments.finish()[0])
         return self._noted(self._parts.reads[0], self.summed[0])
 
+    def forget_inputs(self) -> None:
+        self.summed.clear()
+
     def inputs(self) -> Captured:
         def look(dense_BLD: torch.Tensor, x_BLD: torch.Tensor, numbers: Sequence[int]) -> Rows:
             return self._input(x_BLD, numbers)[0], self._input(dense_BLD, numbers)[0]

@@ -46,9 +46,11 @@ GPU = {"machine": "rtx-4090", "max_ram": "16GiB"}
 
 ENOUGH = {
     "best on a GPU": GPU | {"max_vram": "8GiB"},
+    "best on a card of 8 GiB": {"machine": "rtx-4060-8gb", "max_ram": "16GiB"},
+    "best on a GPU, 10 %": GPU | {"max_vram": "8.5GiB", "ratio": 0.1},
     "best on a GPU, 20 %": GPU | {"max_vram": "8GiB", "ratio": 0.2},
-    "best on a GPU, 50 %": GPU | {"max_vram": "8GiB", "ratio": 0.5},
-    "best on a GPU, any ratio": GPU | {"max_vram": "8.75GiB", "ratio": 0.4},
+    "best on a GPU, 35 %": GPU | {"max_vram": "8GiB", "ratio": 0.35},
+    "best on a GPU, 60 %": GPU | {"max_vram": "8GiB", "ratio": 0.6},
     "best on a CPU": {"machine": "rtx-4090", "device": "cpu", "max_ram": "16GiB"},
     "lorap on a GPU": GPU | {"preset": "lorap", "max_vram": "6GiB", "max_ram": "8GiB"},
     "best and refinement on a GPU": GPU | {"refine": 2, "max_vram": "23.5GiB"},
@@ -61,7 +63,7 @@ def test_so_much_memory_is_enough(planned: Planned, case: str) -> None:
     assert found.fits, found.advice
 
 
-@pytest.mark.parametrize("case", ["best on a GPU", "best on a CPU"])
+@pytest.mark.parametrize("case", ["best on a GPU", "best on a CPU", "best on a card of 8 GiB"])
 def test_the_survey_of_the_default_preset_fits_there_too(planned: Planned, case: str) -> None:
     found = planned(**ENOUGH[case] | {"survey": "auto"})
     assert found.survey is not None

@@ -68,31 +68,37 @@ def anchored_cost(
     """The cost of one layout; of several, that of comparing them and of building the costliest.
 
     Args: reads, roles that read the sub-layer's input; last, the role that writes its output; moves, whether the linears that
-    read the input are moved first; together, whether their subspaces are all found, and wait, before the first is stored.
+    read the input are moved first; together, whether their subspaces are all found, and wait, before the first is stored; what
+    was seen of the input is then gone before the last linear is fitted.
     """
     found = [_shapes(reads, last, natives, layout, budget) for layout in layouts.values()]
     (d, f), n, item = natives[last].shape, found[0].inputs, budget.itemsize
     rows = sum(native.shape[0] for native in (natives[role] for role in reads))
     inputs = _item(n) * n * n + moves * (2 * _item(n) * n * n + _item(n) * n * rows + RUN * _numbers(natives))
     first, last_sums = _first_sums(n, f, any(shape.prunes for shape in found)), max(map(_last_sums, found))
-    compared, held, sums = len(found) > 1, 4 * HELD_TOKENS * (f + d), max(first, last_sums)
-    moments = [(first, held * moves), (last_sums, held)]
+    compared, held = len(found) > 1, 4 * HELD_TOKENS * (f + d)
+    reading, writing = [(first, held * moves)], [(last_sums, held)]
     for shape in found:
         waits = held + 2 * item * d * shape.width * shape.prunes
         building = _building_together(shape, compared) if together else _building_apart(shape)
-        moments += [(_removing(shape), 0), *((work, waits + more) for work, more in building)]
+        reading += [(_removing(shape), 0), *((work, waits + more) for work, more in building)]
+        writing += [(work, waits + more) for work, more in _building_last(shape)]
     if compared:
         lasts = sum(d * (item * shape.width + _item(f) * d * (shape.last_rank > 0)) for shape in found)
         rank = max((rank for shape in found for _, rank in shape.ranks), default=0)
         bases = _item(n) * (len(reads) * rank * (f + n) + n * n)  # and the Gram, beside an eigen-problem
-        moments += [
+        reading += [
             (max(map(_removing, found)), lasts),
             (max(_finding((f, n), rank, shape.weighs) for shape in found), lasts + bases),
         ]
-        moments += [(_trying(shape, item), lasts + bases + held) for shape in found]
+        reading += [(_trying(shape, item), lasts + bases + held) for shape in found]
+    left = 0 if together else inputs
+    moments = [
+        (held_too + work, waits) for held_too, part in ((inputs, reading), (left, writing)) for work, waits in part
+    ]
     return Cost(
-        workspace_bytes=inputs + max(work for work, _ in moments), capture_bytes=inputs + sums,
-        waiting_bytes=max(waiting for _, waiting in moments), both_bytes=inputs + max(map(sum, moments)),
+        workspace_bytes=max(work for work, _ in moments), capture_bytes=max(inputs + first, left + last_sums),
+        waiting_bytes=max(waiting for _, waiting in moments), both_bytes=max(map(sum, moments)),
         flops=max(_flops(shape) for shape in found) if f <= LARGE else 0,
         flops32=max(_flops(shape) for shape in found) if f > LARGE else 0,
         flops_per_token=n * n + max(shape.width**2 + 2 * d * shape.width + shape.prunes * f * f for shape in found),
@@ -186,9 +192,9 @@ def _trying(shape: Shapes, itemsize: int) -> int:
 
 
 def _building_together(shape: Shapes, compared: bool) -> list[Moment]:
-    """Linears that share an input, and the last one. Where layouts were compared the subspaces are known. Of all of them rows
-    are chosen together; then one after another is stored."""
-    moments, item, n = _building_last(shape), _item(shape.inputs), shape.inputs
+    """Linears that share an input. Where layouts were compared the subspaces are known. Rows are chosen for all together; then
+    one after another is stored."""
+    moments, item, n = list[Moment](), _item(shape.inputs), shape.inputs
     if shape.ranks:
         waits = sum(item * rank * (rows + n) for (rows, _), rank in shape.ranks)
         storing = [item * rank * (rows + n) + _refitting((rows, n), rank) for (rows, _), rank in shape.ranks]
@@ -200,7 +206,7 @@ def _building_together(shape: Shapes, compared: bool) -> list[Moment]:
 
 def _building_apart(shape: Shapes) -> list[Moment]:
     """The same where each subspace is stored before the next one is found."""
-    n, moments = shape.inputs, _building_last(shape)
+    n, moments = shape.inputs, list[Moment]()
     for each, rank in shape.ranks:
         making = max(_choosing(each, rank), _refitting(each, rank))
         moments += [(shape.edits + _finding(each, rank), _item(n) * n * n)]
@@ -216,7 +222,8 @@ def _building_last(shape: Shapes) -> list[Moment]:
     given = _item(w) * (4 * HELD_TOKENS * d + PANEL * (HELD_TOKENS + 2 * d))
     work = [(gram + map_ + was + given, 0), (gram + map_ + shape.last_edit, 0)]
     if rank:
-        work += [(map_ + _finding((d, w), rank), gram), (gram + map_ + shape.last_edit + _refitting((d, w), rank), 0)]
+        work += [(map_ + max(_finding((d, w), rank), shape.last_edit + _refitting((d, w), rank)), gram)]
+        work += [(gram + map_ + shape.last_edit + _item(w) * rank * (2 * w + PANEL), 0)]
     work += [(shape.last_edit + RUN * w * d + 4 * HELD_TOKENS * (w + 4 * d), 0)]
     return [(shape.edits + each, waits) for each, waits in work]
 
@@ -232,14 +239,12 @@ def _finding(shape: tuple[int, int], rank: int, weighed: bool = False) -> int:
     """A subspace: of the smaller side the squares, LAPACK's copies, and of columns the root; the map in blocks; basis and map.
     Either may have to go to float64. Where rows are `weighed`, the map as it counts."""
     (rows, columns), small = shape, min(shape)
-    squares = 5 if rows <= columns else 6
-    panels = 2 * WIDE * PANEL * (rows + columns) if rows <= columns else 2 * WIDE * BLOCK * columns
-    return (
-        WIDE * (squares * small * small + rank * columns)
-        + panels
-        + _item(columns) * rank * rows
-        + weighed * WIDE * small * columns
-    )
+    if rows <= columns:
+        solving = WIDE * (5 * small * small + rank * rows)
+        mapping = (WIDE + _item(columns)) * rank * (rows + columns) + 2 * WIDE * PANEL * (rows + columns)
+        return max(solving, mapping) + weighed * WIDE * small * columns
+    blocks = 2 * WIDE * BLOCK * columns + weighed * WIDE * small * columns
+    return WIDE * (6 * small * small + rank * columns) + blocks + _item(columns) * rank * rows
 
 
 def _refitting(shape: tuple[int, int], rank: int) -> int:

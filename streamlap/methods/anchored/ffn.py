@@ -141,6 +141,8 @@ class FfnAnchored(Knobs):
         """One layout in full; subspaces that are known already serve it."""
         statistics, layer, kept = inputs.statistics, inputs.statistics.layer, division.kept
         edits, channels = inner_edits(layer, inputs.aims, layout, division)
+        inputs.aims.clear()
+        statistics.forget_inputs()  # room for the Gram of down's
         seen = statistics.middles(edits)
         output = output_aim(layer, "down", channels, seen, self.step, in_order(division, channels))
         last, _ = low_rank_edit(layer, output.value, layout.get("down"), channels if kept is not None else None)
