@@ -24,7 +24,8 @@ Look = Callable[[nn.Module, tuple[torch.Tensor, ...], torch.Tensor], None]
 def norm_sizes(layer: StreamLayer, x_BLD: torch.Tensor) -> dict[str, torch.Tensor]:
     """Sub-layer -> by what the norm behind it divides each token, [B, L], when the layer is given x; for all that have one.
 
-    Measured, not computed: such a norm makes gain * z / size of z, whatever it adds to the square of the size.
+    Measured, not computed: such a norm makes gain * z / size of z, whatever it adds to the square of the size. A token of which
+    no gain leaves anything has the size 1.
     """
     found: dict[str, torch.Tensor] = {}
 
@@ -32,7 +33,8 @@ def norm_sizes(layer: StreamLayer, x_BLD: torch.Tensor) -> dict[str, torch.Tenso
         def look(_: nn.Module, inputs: tuple[torch.Tensor, ...], made_BLD: torch.Tensor) -> None:
             scaled_BLD = inputs[0].float() * gain_D
             power_BL = scaled_BLD.square().sum(dim=-1)
-            found[name] = power_BL / (scaled_BLD * made_BLD.float()).sum(dim=-1).clamp_min(LEAST)
+            size_BL = power_BL / (scaled_BLD * made_BLD.float()).sum(dim=-1).clamp_min(LEAST)
+            found[name] = size_BL.masked_fill(power_BL == 0, 1.0)
 
         return look
 

@@ -14,25 +14,20 @@ from streamlap.linalg.obs import Rest
 from streamlap.linalg.solution import Solution
 
 
-def group_order(
-    w_o_DO: torch.Tensor, gram: Gram, heads_kv: int, heads_q: int, least: int = 1, damping: float = DAMPING
-) -> Solution[tuple[torch.Tensor, torch.Tensor]]:
-    """The order in which KV heads should go until `least` are left, and the squared error after each. Greedy, one a round.
-
-    Returns order_G (the first to go comes first, those that stay come last, ascending) and losses [G - least], in units of the
-    Gram, each of all heads that have gone by then. Raises ValueError where the widths do not fit the heads.
+def kept_heads(
+    w_o_DO: torch.Tensor, gram: Gram, heads_kv: int, heads_q: int, kept: int, damping: float = DAMPING
+) -> Solution[torch.Tensor]:
+    """The KV heads that should stay, ascending, where `kept` of them are to. Greedy: one goes a round, the one that o misses
+    least. Raises ValueError where the widths do not fit the heads.
     """
     size, group = _sizes(w_o_DO, heads_kv, heads_q)
-    rest = Rest(w_o_DO, gram, damping)
-    alive, gone, losses = list(range(heads_kv)), list[int](), list[float]()
-    while len(alive) > least:
+    rest, alive = Rest(w_o_DO, gram, damping), list(range(heads_kv))
+    while len(alive) > kept:
         columns = {g: _columns(w_o_DO, g, group * size) for g in alive}
         first = min(alive, key=lambda g: rest.loss(columns[g]))
-        losses.append(rest.remove(columns[first]) + (losses[-1] if losses else 0.0))
+        rest.remove(columns[first])
         alive.remove(first)
-        gone.append(first)
-    order_G = torch.tensor(gone + alive, device=w_o_DO.device)
-    return Solution((order_G, torch.tensor(losses, dtype=torch.float64)), notes=rest.notes)
+    return Solution(torch.tensor(alive, device=w_o_DO.device), notes=rest.notes)
 
 
 def _sizes(w_o_DO: torch.Tensor, heads_kv: int, heads_q: int) -> tuple[int, int]:

@@ -38,10 +38,10 @@ class Moments:
         Copied, since the caller may use its memory again."""
         self._waiting = 0
 
-    def update(self, x_TI: torch.Tensor, anchor_TA: torch.Tensor) -> None:
-        """Take in tokens and the anchor of each; anchors of width 0 where S alone is wanted."""
-        given = [x_TI, anchor_TA]
-        assert len(anchor_TA) == len(x_TI), "every token has one anchor"
+    def update(self, x_TI: torch.Tensor, anchor_TA: torch.Tensor | None = None) -> None:
+        """Take in tokens and the anchor of each; none where S alone is wanted."""
+        given = [x_TI, x_TI[:, :0] if anchor_TA is None else anchor_TA]
+        assert len(given[1]) == len(x_TI), "every token has one anchor"
         self.tokens += len(x_TI)
         while len(given[0]):
             most = chunk_tokens(x_TI.shape[1])

@@ -17,6 +17,7 @@ from streamlap.linalg.gram import Gram
 from streamlap.linalg.lowrank import solver_threads
 from streamlap.linalg.products import product
 from streamlap.linalg.solution import Solution, joined
+from streamlap.linalg.subspace import DROWNED
 from streamlap.linalg.triangles import panels, solve_triangular
 
 BLOCK = 64
@@ -33,14 +34,16 @@ def pivot_rows(basis_OR: torch.Tensor, groups: int = 1) -> Solution[torch.Tensor
     """R rows, [R] ascending, that span all rows of a basis: those that Gaussian elimination with row pivoting chooses.
 
     With `groups`, the O rows are so many equal runs (heads), and each gives R / groups of them: an order that stays inside each
-    run can be folded into the matrix that reads them. Raises ValueError where `groups` does not divide R and O.
+    run can be folded into the matrix that reads them. Where a run has too few independent rows for that, as a dead head has,
+    some pivots add nothing to the span: the error is their share. Without groups it is 0, of any basis whose columns are
+    independent. Raises ValueError where `groups` does not divide R and O.
     """
     rows, rank = basis_OR.shape
     if rank % groups or rows % groups:
         raise ValueError(f"{groups} groups divide neither or one of {rows} rows and {rank} pivots")
     if groups == 1:
         with solver_threads(basis_OR.device):
-            _, pivots = torch.linalg.lu_factor(basis_OR)
+            pivots = torch.linalg.lu_factor_ex(basis_OR).pivots  # a singular basis has rows to choose from too
         order = _swapped(pivots.tolist(), rows)
         return Solution(torch.tensor(order[:rank], device=basis_OR.device).sort().values)
     return _grouped(basis_OR, groups)
@@ -69,7 +72,7 @@ def shared_pivot_rows(bases: Sequence[torch.Tensor]) -> Solution[torch.Tensor]:
         score_O = torch.stack([_energies(basis) for basis in bases]).prod(0)
         score_O[chosen] = -1.0
         pool = score_O.topk(min(POOL * count, rows - len(chosen))).indices
-        picked = pool[_spread_rows([basis[pool] for basis in bases], count)]
+        picked = pool[_spread_rows([basis[pool] for basis in bases], count)[0]]
         chosen += picked.tolist()
         if len(chosen) == rank:
             return Solution(torch.tensor(sorted(chosen), device=bases[0].device), notes=notes)
@@ -86,12 +89,14 @@ def _grouped(basis_OR: torch.Tensor, groups: int) -> Solution[torch.Tensor]:
     rows, rank = basis_OR.shape
     quota, run = rank // groups, rows // groups
     left, chosen, notes = basis_OR.clone(), [], tuple[str, ...]()
+    drowned, idle = DROWNED[basis_OR.dtype] * float(_energies(basis_OR).max()), 0
     for first in range(0, rows, run):
-        picked = _spread_rows([left[:run]], quota)
+        picked, (added_Q,) = _spread_rows([left[:run]], quota)
+        idle += int((added_Q <= drowned).sum())
         chosen.append(picked + first)
         taken_QR, left = left[picked], left[run:]
         notes = joined(notes, _project_out(left, taken_QR))
-    return Solution(torch.cat(chosen), notes=notes)
+    return Solution(torch.cat(chosen), error=idle / rank, notes=notes)
 
 
 def _project_out(basis_OR: torch.Tensor, taken_QR: torch.Tensor) -> tuple[str, ...]:
@@ -103,22 +108,26 @@ def _project_out(basis_OR: torch.Tensor, taken_QR: torch.Tensor) -> tuple[str, .
     return factor_QQ.notes
 
 
-def _spread_rows(parts: Sequence[torch.Tensor], count: int) -> torch.Tensor:
-    """`count` rows, ascending, that are far from each other's span in every part: pivots of Cholesky factors of their Grams."""
+def _spread_rows(parts: Sequence[torch.Tensor], count: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """`count` rows, ascending, that are far from each other's span in every part: pivots of Cholesky factors of their Grams.
+
+    And [parts, count], in the order in which they were chosen: the energy that each had left beside those before it.
+    """
     grams = [product(part, part.T) for part in parts]
     factors = [gram.new_zeros(len(gram), count) for gram in grams]
     left = torch.stack([gram.diagonal() for gram in grams])
-    chosen: list[int] = []
+    chosen, added = list[int](), list[torch.Tensor]()
     for step in range(count):
         score_O = left.prod(0)
         score_O[chosen] = -1.0
         best = int(score_O.argmax())
         chosen.append(best)
+        added.append(left[:, best].clone())
         for gram, factor, diagonal in zip(grams, factors, left, strict=True):
             column = gram[:, best] - factor[:, :step] @ factor[best, :step]
             factor[:, step] = column / diagonal[best].clamp_min(torch.finfo(diagonal.dtype).tiny).sqrt()
             diagonal.sub_(factor[:, step].square()).clamp_(min=0.0)
-    return torch.tensor(sorted(chosen), device=parts[0].device)
+    return torch.tensor(sorted(chosen), device=parts[0].device), torch.stack(added, dim=1)
 
 
 def others(pivots_R: torch.Tensor, rows: int) -> torch.Tensor:

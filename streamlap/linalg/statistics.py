@@ -15,6 +15,9 @@ ZERO_SCALE = 1e-4
 ROW_BLOCK = 256
 """Tokens that are widened at a time, so that the memory of an update does not depend on the batch."""
 
+LARGE = 2.0**59
+"""In float32 there is room for the sum of the squares of `ROW_BLOCK` numbers below that."""
+
 
 def all_finite(x: torch.Tensor) -> bool:
     """Whether no entry is NaN or infinite. The extremes tell, in one pass that copies nothing."""
@@ -22,6 +25,13 @@ def all_finite(x: torch.Tensor) -> bool:
         return True
     wide = x if x.dtype.itemsize > 1 else x.float()  # torch compares no numbers of 8 bits
     return all(map(math.isfinite, torch.stack(torch.aminmax(wide)).tolist()))
+
+
+def reaches(x: torch.Tensor, size: float) -> bool:
+    """Whether a number is at least so large. NaN is not."""
+    if not x.numel() or torch.finfo(x.dtype).max < size:
+        return False
+    return any(abs(end) >= size for end in torch.stack(torch.aminmax(x)).tolist())
 
 
 class Energy:
@@ -32,8 +42,9 @@ class Energy:
         self.tokens = 0
 
     def update(self, x_TI: torch.Tensor) -> None:
-        # The square of a half-precision number is exact in float32; so is, to 1e-7, the sum of a block of them.
-        wide = torch.float32 if x_TI.dtype.itemsize == 2 else torch.float64
+        # The square of a half-precision number has few enough digits for float32; so has, to 1e-7, the sum of a block of them.
+        # Of bfloat16, which reaches as far as float32 does, it may be too large.
+        wide = torch.float32 if x_TI.dtype.itemsize == 2 and not reaches(x_TI, LARGE) else torch.float64
         for x in torch.split(x_TI, ROW_BLOCK):
             square_I = x.to(wide, copy=True).square_().sum(dim=0).double()
             self.sum_I = square_I if self.sum_I is None else self.sum_I.add_(square_I)

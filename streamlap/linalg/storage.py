@@ -18,6 +18,11 @@ def as_stored(x: torch.Tensor, dtype: torch.dtype, what: str) -> torch.Tensor:
     """x in `dtype`. Raises NumericalError, naming `what` and its largest number, where it has no finite form there."""
     stored = x.to(dtype)
     if not all_finite(stored):
+        if not all_finite(x):
+            raise NumericalError(
+                f"{what}: it has numbers that are NaN or infinite before it is stored; wanted finite ones. Take more "
+                "calibration text, or dtype float32."
+            )
         raise NumericalError(
             f"{what}: the largest number is {float(x.abs().max()):.4g}; wanted at most {torch.finfo(dtype).max:.5g}, as "
             f"{dtype} has it. Convert the checkpoint to bfloat16 or float32 and compress that."

@@ -35,12 +35,14 @@ def distil_layer(hand: LayerInHand, method: Distilled, session: Session) -> Laye
         gram = functools.partial(input_gram, hand)
         training = method.start(layer, hand.index, hand.plan.layout, gram, len(lessons.train))
     take = functools.partial(lessons.lessons, reads_dense=method.reads_dense, reads_gradient=method.reads_gradient)
-    with hand.clock.phase("refine"), hand.runner.claim("refine"), located(layer.prefix):
-        run_epochs(training, lessons, take, method.epochs, session)
-        edits = training.finish()
+    with hand.clock.phase("refine"), hand.runner.claim("refine"):
+        with located(layer.prefix):
+            run_epochs(training, lessons, take, method.epochs, session)
+            edits = training.finish()
         refuse_overflow(layer, edits)
         layer.apply(edits)
-        end = stored_loss(layer, lessons)
+        with located(layer.prefix):
+            end = stored_loss(layer, lessons)
     trace = {"start": training.held[0], "end": end, "epochs": training.epoch}
     notes = joined(*(edit.notes for edit in edits))
     return LayerEdits(edits=edits, out_NL=out_NL, notes=notes, trace=trace)
@@ -60,16 +62,6 @@ def stored_loss(layer: StreamLayer, lessons: Lessons) -> float:
     return found.value
 
 
-class InputMoments:
-    """The second moments of what a linear reads, as a collector."""
-
-    def __init__(self) -> None:
-        self.moments = Moments()
-
-    def update(self, x_TI: torch.Tensor) -> None:
-        self.moments.update(x_TI, x_TI[:, :0])
-
-
 def input_gram(hand: LayerInHand, role: str) -> Gram:
     """Of what the dense layer's linear of a role reads on the compressed stream, over the sequences to train on."""
     layer, runner = hand.layer, hand.runner
@@ -77,14 +69,14 @@ def input_gram(hand: LayerInHand, role: str) -> Gram:
 
     def attempt() -> Moments:
         for careful in (False, True):
-            collector = InputMoments()
-            with layer.observed([(role, collector)], careful):
+            moments = Moments()
+            with layer.observed([(role, moments)], careful):
                 batches = runner.together([hand.compressed], "capture", numbers)
                 collections.deque(
                     (layer(part) for (x_BLD,) in batches for part in torch.split(x_BLD, runner.ladder.micro)), maxlen=0
                 )
-            if collector.moments.finite:
-                return collector.moments
+            if moments.finite:
+                return moments
         raise NumericalError(f"{layer.prefix}: products of activations overflow; wanted finite ones. Scale the model.")
 
     with hand.clock.phase("capture"):

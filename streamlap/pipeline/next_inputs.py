@@ -46,7 +46,7 @@ class InputSum:
         for place, x_LI in enumerate(x_BLI):
             if self._next + place in self._fitted:
                 good = slice(None) if out_BL is None else ~out_BL[place]
-                self._moments.update(x_LI[good], x_LI[good][:, :0])
+                self._moments.update(x_LI[good])
         self._next += len(x_BLD)
 
     def grams(self) -> list[Gram]:

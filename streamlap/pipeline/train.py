@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
-from streamlap.errors import CheckpointError, NumericalError
+from streamlap.errors import CheckpointError, NumericalError, located
 from streamlap.linalg.products import Linears
 from streamlap.linalg.rows import any_out, blanked, paired
 from streamlap.methods.trained.base import Lesson, Pair, Trained, Training
@@ -66,7 +66,7 @@ def train_layer(hand: LayerInHand, method: Trained, session: Session) -> Trace:
     Raises Interrupted after an epoch where a stop is due.
     """
     hand.streams.drop_between(hand.index)  # it is stale
-    with hand.clock.phase("refine"), hand.runner.claim("refine"):
+    with hand.clock.phase("refine"), hand.runner.claim("refine"), located(hand.layer.prefix):
         lessons, layer = Lessons.of(hand), hand.layer
         training = method.start(layer.stored_parameters(), layer.with_parameters, len(lessons.train))
         run_epochs(training, lessons, lessons.pairs, method.epochs, session)
@@ -83,8 +83,8 @@ def run_epochs(
         training.begin(training.measure(take(lessons.held)))
     if not math.isfinite(training.held[0]):
         raise NumericalError(
-            f"{lessons.hand.layer.prefix}: the loss on held-out tokens is {training.held[0]} before training; wanted a number. "
-            "Take more windows, or dtype float32."
+            f"the loss on held-out tokens is {training.held[0]} before training; wanted a number. Take more windows, or dtype "
+            "float32."
         )
     take_up(training, path)
     while not training.ends:

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from streamlap.linalg.gram import Gram
-from streamlap.linalg.heads import group_order
+from streamlap.linalg.heads import kept_heads
 
 HIDDEN, SIZE, TOKENS, TINY = 10, 4, 80, 1e-13
 
@@ -32,7 +32,7 @@ def reads(w_v_VI: torch.Tensor, bias_V: torch.Tensor, mixed_HTI: torch.Tensor, h
 @pytest.mark.parametrize(("heads_kv", "heads_q"), [(3, 4), (2, 6)])
 def test_heads_that_do_not_divide_are_refused(heads_kv: int, heads_q: int) -> None:
     with pytest.raises(ValueError, match=f"{heads_q} query heads"):
-        group_order(torch.ones(HIDDEN, 16), Gram.of(torch.eye(16).double()), heads_kv, heads_q)
+        kept_heads(torch.ones(HIDDEN, 16), Gram.of(torch.eye(16).double()), heads_kv, heads_q, 1)
 
 
 def refit_loss(w_o_DO: torch.Tensor, x_TO: torch.Tensor, gone: list[int], heads_kv: int) -> float:
@@ -44,26 +44,23 @@ def refit_loss(w_o_DO: torch.Tensor, x_TO: torch.Tensor, gone: list[int], heads_
 
 
 @pytest.mark.parametrize(("heads_kv", "heads_q"), [(3, 3), (4, 8)])
-def test_losses_of_groups_are_those_of_refits(heads_kv: int, heads_q: int) -> None:
+def test_the_head_that_goes_is_the_one_a_refit_misses_least(heads_kv: int, heads_q: int) -> None:
     w_v_VI, bias_V, w_o_DO, mixed_HTI = problem(heads_kv, heads_q)
     x_TO = reads(w_v_VI, bias_V, mixed_HTI, heads_kv)
-    gram_OO = x_TO.T @ x_TO
-    order_G, losses = group_order(w_o_DO, Gram.of(gram_OO), heads_kv, heads_q, damping=TINY).value
-    assert len(losses) == heads_kv - 1
-    gone: list[int] = []
-    for g, lost in zip(order_G.tolist(), losses.tolist(), strict=False):
-        rivals = [refit_loss(w_o_DO, x_TO, [*gone, other], heads_kv) for other in range(heads_kv) if other not in gone]
-        gone.append(g)
-        assert lost == pytest.approx(refit_loss(w_o_DO, x_TO, gone, heads_kv), rel=1e-6)
-        assert lost == pytest.approx(min(rivals), rel=1e-6)
+    gram_OO, stay = x_TO.T @ x_TO, set(range(heads_kv))
+    for kept in range(heads_kv, 0, -1):
+        found = kept_heads(w_o_DO, Gram.of(gram_OO), heads_kv, heads_q, kept, damping=TINY).value.tolist()
+        rivals = {frozenset(stay - {other}) for other in stay} if kept < heads_kv else {frozenset(stay)}
+        losses = {
+            rival: refit_loss(w_o_DO, x_TO, [g for g in range(heads_kv) if g not in rival], heads_kv)
+            for rival in rivals
+        }
+        assert found == sorted(min(rivals, key=lambda rival: losses[rival]))
+        stay = set(found)
 
 
-def test_groups_down_to_a_number_and_a_silent_one_first() -> None:
+def test_a_silent_head_goes_first() -> None:
     w_v_VI, bias_V, w_o_DO, mixed_HTI = problem(4, 4)
     w_v_VI[2 * SIZE : 3 * SIZE], bias_V[2 * SIZE : 3 * SIZE] = 0, 0
     x_TO = reads(w_v_VI, bias_V, mixed_HTI, 4)
-    order_G, losses = group_order(w_o_DO, Gram.of(x_TO.T @ x_TO), 4, 4, least=2).value
-    assert int(order_G[0]) == 2
-    assert float(losses[0]) == 0
-    assert len(losses) == 2
-    assert order_G[2:].tolist() == sorted(order_G[2:].tolist())
+    assert kept_heads(w_o_DO, Gram.of(x_TO.T @ x_TO), 4, 4, 3).value.tolist() == [0, 1, 3]

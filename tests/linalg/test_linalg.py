@@ -216,6 +216,17 @@ def test_energy_of_many_rows_in_any_dtype(dtype: torch.dtype) -> None:
     torch.testing.assert_close(energy.scale(), x_TI.double().square().mean(0).sqrt(), rtol=precision, atol=0)
 
 
+@pytest.mark.parametrize("size", [1e16, 1e20, -3e38])
+def test_the_energy_of_large_numbers_of_bfloat16_is_finite(size: float) -> None:
+    x_TI = torch.tensor([[size, 1.0]] * (ROW_BLOCK + 1), dtype=torch.bfloat16)
+    energy = Energy()
+    energy.update(x_TI)
+    assert energy.finite
+    torch.testing.assert_close(energy.scale(), x_TI[0].double().abs(), rtol=1e-6, atol=0)
+    energy.update(torch.full((1, 2), torch.nan, dtype=torch.bfloat16))
+    assert not energy.finite
+
+
 def test_a_dead_channel_weighs_a_little_and_not_zero() -> None:
     energy = Energy()
     energy.update(torch.tensor([[0.0, 3.0], [0.0, 4.0]]))

@@ -217,6 +217,12 @@ def test_what_no_balance_can_mend_is_named_with_its_size() -> None:
     assert as_stored(torch.tensor([1e-9, 1.0]), torch.float16, "q").tolist() == [0, 1]
 
 
+@pytest.mark.parametrize("number", [torch.nan, torch.inf])
+def test_what_was_not_finite_before_is_not_called_too_large(number: float) -> None:
+    with pytest.raises(NumericalError, match=r"q: it has numbers that are NaN or infinite before it is stored; wanted"):
+        as_stored(torch.tensor([number, 1.0]), torch.float32, "q")
+
+
 # --- weights that are not finite ------------------------------------------------------------------------
 
 

@@ -9,7 +9,7 @@ from streamlap.linalg import anchor, obs, pivot
 from streamlap.linalg import subspace as spaces
 from streamlap.linalg.anchor import anchored, root
 from streamlap.linalg.gram import Gram
-from streamlap.linalg.heads import group_order
+from streamlap.linalg.heads import kept_heads
 from streamlap.linalg.lowrank import awsvd
 from streamlap.linalg.obs import Rest, removals
 from streamlap.linalg.pivot import pivot_rows, shared_pivot_rows
@@ -63,7 +63,7 @@ def test_a_gram_that_took_more_damping_is_noted_by_what_solves_with_it(dtype: to
     for solved in (
         Gram.of(gram_II).cholesky(), root(Gram.of(gram_II)), anchored(w_OI, Gram.of(gram_II), w_OI.T.clone()),
         *removals(w_OI, Gram.of(gram_II), [SIZE, 3]),
-        group_order(w_OI, Gram.of(gram_II), 3, 6),
+        kept_heads(w_OI, Gram.of(gram_II), 3, 6, 1),
     ):  # fmt: skip
         assert solved.notes == (DAMPED,)
 
@@ -74,7 +74,7 @@ def test_a_regular_gram_leaves_nothing_to_say() -> None:
     for solved in (
         Gram.of(gram_II).cholesky(), root(Gram.of(gram_II)), anchored(w_OI, Gram.of(gram_II), w_OI.T.clone()),
         *removals(w_OI, Gram.of(gram_II), [SIZE, 3]),
-        group_order(w_OI, Gram.of(gram_II), 3, 6), refit(w_OI, w_OI[:3], Gram.of(gram_II)), found,
+        kept_heads(w_OI, Gram.of(gram_II), 3, 6, 1), refit(w_OI, w_OI[:3], Gram.of(gram_II)), found,
         two_factors(found.value, Gram.of(gram_II), w_OI, torch.float16), balanced(w_OI, w_OI.T, torch.float16, "o"),
         pivot_rows(found.value.basis_OR), pivot_rows(normal(8, 4), 2), shared_pivot_rows([normal(8, 4)]),
         awsvd(w_OI, torch.ones(SIZE), 3),

@@ -251,6 +251,28 @@ def test_a_head_of_silent_rows_still_has_pivots_of_its_own() -> None:
     assert pivot_rows(basis_OR, groups=2).value[:3].unique().tolist() == [0, 1, 2]
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize(("alive", "lost"), [(16, 0), (4, 0), (3, 1), (1, 3), (0, 4)])
+def test_pivots_that_add_nothing_are_told(alive: int, lost: int, dtype: torch.dtype) -> None:
+    """One of four heads has so many independent rows; 4 are asked of each. The other heads span all but what it has."""
+    generator = torch.Generator().manual_seed(alive)
+    w_OI = torch.randn(64, 32, generator=generator, dtype=torch.float64)
+    w_OI[16:32] = torch.randn(16, max(1, alive), generator=generator).double() @ w_OI[16 : 16 + max(1, alive)]
+    w_OI[16:32] *= alive > 0
+    basis_OR = torch.linalg.svd(w_OI, full_matrices=False).U[:, :16].to(dtype)
+    found = pivot_rows(basis_OR, groups=4)
+    assert found.error == lost / 16
+    assert int(torch.linalg.matrix_rank(basis_OR[found.value].double(), tol=1e-4)) == 16 - lost
+
+
+def test_a_singular_basis_has_pivots() -> None:
+    basis_OR = torch.zeros(8, 2, dtype=torch.float64)
+    basis_OR[3, 0] = 1
+    pivots_R = pivot_rows(basis_OR).value
+    assert 3 in pivots_R
+    assert len(pivots_R.unique()) == 2
+
+
 @pytest.mark.parametrize("seed", range(4))
 @pytest.mark.parametrize("block", [5, 64])
 def test_pivots_that_two_matrices_share_serve_both(seed: int, block: int, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -20,10 +20,15 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
 import streamlap
+from streamlap.errors import RecipeError
 from streamlap.families.stream import ModelStream
 from streamlap.families.table import FAMILIES
+from streamlap.linalg.gram import Gram
+from streamlap.loader.forms import Dense, LowRank, Pivoted, read_row
+from streamlap.loader.linears import LowRankLinear, PivotedLinear
 from streamlap.methods.anchored.attention import AttentionAnchored
-from streamlap.methods.anchored.ffn import FfnAnchored
+from streamlap.methods.anchored.ffn import FfnAnchored, _channels
+from streamlap.methods.anchored.fitting import Aim, low_rank_edit
 from streamlap.methods.base import Layout, Solved
 from streamlap.planning.layouts import Candidates, dense_parameters, layer_candidates, uniform_parameters
 from streamlap.planning.plan import decide
@@ -311,3 +316,84 @@ def test_methods_come_in_any_order(pico: MakeModel, tokens: Path, tmp_path: Path
     assert kinds["q_proj"] == kinds["o_proj"] == {"rank"}
     assert kinds["gate_proj"] == kinds["up_proj"] == {"out"}
     assert kinds["down_proj"] == {"in"}
+
+
+# --- heads of too few rows -------------------------------------------------------------------------------------------------
+
+
+def metric_error(w_OI: torch.Tensor, made_OI: torch.Tensor, gram_II: torch.Tensor) -> float:
+    missed_OI = w_OI - made_OI
+    return float((missed_OI @ gram_II * missed_OI).sum() / (w_OI @ gram_II * w_OI).sum())
+
+
+def dead_heads(shape: tuple[int, int], rows: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """v whose first rows are zero, and a Gram of its inputs, both in float64."""
+    generator = torch.Generator().manual_seed(0)
+    w_OI = torch.randn(*shape, generator=generator, dtype=torch.float64)
+    x_TI = torch.randn(400, shape[1], generator=generator, dtype=torch.float64) * torch.linspace(0.1, 3, shape[1])
+    w_OI[:rows] = 0
+    return w_OI, x_TI.T @ x_TI
+
+
+@pytest.mark.parametrize("rank", [16, 32])
+@pytest.mark.parametrize("dead", [0, 1, 2, 4])
+def test_heads_of_too_few_rows_keep_what_is_reported(pico: MakeModel, dead: int, rank: int) -> None:
+    stream = ModelStream(pico("llama"))
+    layer, asked = stream.layer(0, stream.layer_kwargs(16)[0]), Pivoted((64, 64), rank=rank, groups=8)
+    w_OI, gram_II = dead_heads((64, 64), 8 * dead)
+    edit, order_O = low_rank_edit(layer, Aim(role="v", t_OI=w_OI, bias_O=None, gram=Gram.of(gram_II)), asked)
+    assert isinstance(edit.module, PivotedLinear)
+    made_OI = edit.module.merged(torch.float64)
+    made_OI = made_OI if order_O is None else made_OI[order_O.argsort()]
+    assert metric_error(w_OI, made_OI, gram_II) == pytest.approx(edit.error, rel=1e-4, abs=1e-9)
+    assert edit.form.parameters(4) <= asked.parameters(4)
+    if dead:
+        assert edit.form == Pivoted((64, 64), rank=edit.form.rank)
+        assert edit.form.rank >= rank - 2
+        assert f"self_attn.v_proj: a head has too few independent rows, so that rank {edit.form.rank}" in edit.notes[-1]
+    else:
+        assert edit.form == asked
+        assert not edit.notes
+
+
+def test_where_an_order_leaves_too_little_there_are_two_factors(pico: MakeModel) -> None:
+    stream = ModelStream(pico("llama", dtype=torch.bfloat16))
+    layer, asked = stream.layer(0, stream.layer_kwargs(16)[0]), Pivoted((64, 16), rank=2, groups=2)
+    w_OI, gram_II = dead_heads((64, 16), 32)
+    edit, order_O = low_rank_edit(layer, Aim(role="v", t_OI=w_OI, bias_O=None, gram=Gram.of(gram_II)), asked)
+    assert edit.form == LowRank((64, 16), rank=1)
+    assert order_O is None
+    assert isinstance(edit.module, LowRankLinear)
+    assert metric_error(w_OI, edit.module.merged(torch.float64), gram_II) == pytest.approx(edit.error, rel=1e-2)
+
+
+def test_a_model_with_dead_value_heads_is_what_its_plan_says_and_no_more(
+    pico: MakeModel, tokens: Path, tmp_path: Path
+) -> None:
+    shape = {"hidden_size": 64, "num_attention_heads": 4, "num_key_value_heads": 4, "head_dim": 16}
+    source = tmp_path / "source"
+    shutil.copytree(pico("llama", **shape), source)
+    weights = load_file(source / "model.safetensors")
+    for name in weights:
+        if "v_proj" in name:
+            weights[name][:32] = 0
+    save_file(weights, source / "model.safetensors", {"format": "pt"})
+    settings: dict[str, Any] = {"ratio": 0.3, "files": (str(tokens),)}
+    plan = streamlap.plan(source, **settings)
+    report = streamlap.compress(source, tmp_path / "out", **settings)
+    itemsize = ModelStream(source).storage_itemsize(0)
+    for planned, layer in zip(plan.layers, report.layers, strict=True):
+        (row,) = (edit.row for edit in layer.edits if edit.path.endswith("v_proj"))
+        form, asked = read_row("v", row, Dense((64, 64))), planned.layout["v"]
+        assert asked == Pivoted((64, 64), rank=asked.rank, groups=4)
+        assert form == Pivoted((64, 64), rank=form.rank)
+        assert form.parameters(itemsize) <= asked.parameters(itemsize)
+        assert any("too few independent rows" in note for note in layer.numerics)
+    assert report.parameters.ratio_decoder >= 0.3
+    assert streamlap.verify(tmp_path / "out")["ok"]
+    assert logits(tmp_path / "out", tokens).isfinite().all()
+
+
+def test_an_ffn_that_is_left_less_than_nothing_holds_no_channel() -> None:
+    with pytest.raises(RecipeError, match="-31 parameters hold no channel of 64; lower the ratio"):
+        _channels(-31, 48, 64, 0, 0.25)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import re
 import signal
 import subprocess
 import sys
@@ -29,10 +30,11 @@ from streamlap.linalg.moments import Moments
 from streamlap.loader.forms import Dense, LowRank, read_row
 from streamlap.methods import PRESETS
 from streamlap.methods.base import Layout, ParameterBudget
+from streamlap.methods.trained import loraprune
 from streamlap.methods.trained.base import Lesson
 from streamlap.methods.trained.loraprune import LoraPrune, Pruning
 from streamlap.methods.trained.pclora import DECAYS, Fading, PcLora, closed_form
-from streamlap.methods.trained.steps import distances
+from streamlap.methods.trained.steps import HeldLoss, distances
 from streamlap.planning.plan import decide, make_plan
 from streamlap.planning.schedule import make_schedule
 from streamlap.recipe import Recipe
@@ -73,8 +75,11 @@ def layout_of(source: Path, method: LoraPrune | PcLora, ratio: float) -> Layout:
     return plan.layers[0].layout
 
 
-def pruning(source: Path, knobs: LoraPrune, steps: int = 4) -> tuple[Pruning, torch.Tensor]:
+def pruning(source: Path, knobs: LoraPrune, steps: int = 4, zero: str | None = None) -> tuple[Pruning, torch.Tensor]:
+    """`zero`: the role of a linear that gives nothing."""
     layer, x_BLD = layer_of(source)
+    if zero is not None:
+        layer.linear(zero).weight.zero_()
     return knobs.start(layer, 0, layout_of(source, knobs, 0.5), no_gram, steps), x_BLD
 
 
@@ -83,19 +88,11 @@ def fading(source: Path, knobs: PcLora, steps: int = 4, ratio: float = 0.5) -> t
 
     def gram(role: str) -> Gram:
         moments = Moments()
-        with layer.observed([(role, Collected(moments))]):
+        with layer.observed([(role, moments)]):
             layer(x_BLD)
         return moments.finish()[0]
 
     return knobs.start(layer, 0, layout_of(source, knobs, ratio), gram, steps), x_BLD
-
-
-class Collected:
-    def __init__(self, moments: Moments) -> None:
-        self.moments = moments
-
-    def update(self, x_TI: torch.Tensor) -> None:
-        self.moments.update(x_TI, x_TI[:, :0])
 
 
 def no_gram(_: str) -> Gram:
@@ -266,12 +263,76 @@ def test_in_the_first_layer_importance_comes_from_the_noise(source: Path) -> Non
         taught = lesson(x_BLD, training.layer(x_BLD))
         training.begin(training.measure([taught]))
         assert training.held == [0.0]
+        training.step(0, taught)  # before the first group goes
         if noise:
-            training.step(0, taught)
             assert all(len(scores_G.unique()) > 1 for scores_G in training.scores.values())
         else:
-            with pytest.raises(NumericalError, match=r"layers\.0 attention: the importance of all 2 groups is zero"):
-                training.step(0, taught)
+            assert not any(scores_G.any() for scores_G in training.scores.values())
+            with pytest.raises(NumericalError, match=r"^ffn: the importance of all 48 groups is zero"):
+                train(training, taught, steps=4)
+
+
+def train(training: Pruning, taught: Lesson, steps: int) -> None:
+    """To the end, on one lesson."""
+    for _ in range(training.knobs.epochs):
+        for place in range(steps):
+            training.step(place, taught)
+        training.close_epoch(1.0)
+
+
+@pytest.mark.parametrize("knobs", [{}, {"importance": "model"}, {"metric": "magnitude"}], ids=str)
+def test_groups_wait_until_an_ffn_that_added_nothing_tells_them_apart(source: Path, knobs: dict[str, Any]) -> None:
+    """The first gradients of its adapters tell nothing of its weights, which are zero; noise moves the adapters."""
+    training, x_BLD = pruning(source, LoraPrune(rank=3, every=1, hold=0.0, **knobs), zero="down")
+    taught = lesson(x_BLD, training.layer(x_BLD))
+    training.begin(training.measure([taught]))
+    train(training, taught, steps=4)
+    assert training.scores["ffn"].any()
+    assert not any(edit.notes for edit in training.finish())
+
+
+@pytest.mark.parametrize("knobs", [{}, {"noise": 0.0, "importance": "model"}], ids=str)
+def test_groups_that_are_all_worth_nothing_go_by_their_place(source: Path, knobs: dict[str, Any]) -> None:
+    """In a run of one step there is no gradient but the first."""
+    training, x_BLD = pruning(source, LoraPrune(rank=3, epochs=1, **knobs), steps=1, zero="down")
+    taught = lesson(x_BLD, training.layer(x_BLD))
+    training.begin(training.measure([taught]))
+    training.step(0, taught)
+    edits = {edit.role: edit for edit in training.finish()}
+    gone = training.most["ffn"]
+    assert edits["down"].kept == tuple(range(gone, training.groups["ffn"]))
+    assert edits["down"].notes == ("ffn: all groups are worth nothing, so that the first ones went",)
+    assert not edits["o"].notes
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"methods": (LoraPrune(rank=4, noise=0.0),)}, ": ffn: the importance of all 48 groups is zero"),
+        ({"methods": (LoraPrune(rank=4),)}, ": the loss on held-out tokens is nan before training; wanted a number"),
+        ({"refine": 1}, ": the loss on held-out tokens is nan before training; wanted a number"),
+        ({"methods": (LoraPrune(rank=4, epochs=1),)}, ".self_attn.q_proj: weight is not finite"),
+    ],
+    ids=["scores", "distilled", "refined", "written"],
+)
+def test_what_fails_in_training_names_its_layer_once(
+    source: Path, tokens: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, settings: dict[str, Any], words: str
+) -> None:
+    if "nan" in words:
+        monkeypatch.setattr(HeldLoss, "value", torch.nan)
+    if "weight" in words:
+        monkeypatch.setattr(loraprune, "as_stored", lambda x, dtype, _: torch.full_like(x, torch.inf, dtype=dtype))
+    with pytest.raises(NumericalError, match=f"^{re.escape('model.layers.0' + words)}") as caught:
+        streamlap.compress(source, tmp_path / "out", ratio=0.5, dtype="float32", files=(str(tokens),), **settings)
+    assert str(caught.value).count("model.layers") == 1
+
+
+def test_the_end_of_a_training_names_no_layer(source: Path) -> None:
+    """Whoever trains names it."""
+    training, _ = pruning(source, LoraPrune(rank=3))
+    training.adapted.adapters["o"].a_RI.data[0, 0] = torch.nan
+    with pytest.raises(NumericalError, match=r"^adapters are not finite after training"):
+        training.finish()
 
 
 def test_what_only_the_first_token_needs_is_important(source: Path) -> None:
@@ -378,7 +439,7 @@ def test_a_warm_start_is_the_nearest_map_of_its_rank(source: Path) -> None:
     """No random map of that rank, fitted to the inputs on one side, comes as near."""
     layer, x_BLD = layer_of(source)
     moments = Moments()
-    with layer.observed([("gate", Collected(moments))]):
+    with layer.observed([("gate", moments)]):
         layer(x_BLD)
     gram, w_OI = moments.finish()[0], layer.linear("gate").weight
     s_II = gram.times(torch.eye(len(gram), dtype=gram.dtype)).to(torch.float64)
@@ -444,7 +505,7 @@ def test_a_linear_that_no_factors_make_smaller_is_refused() -> None:
 def test_a_random_start_that_learns_nothing_is_refused(source: Path) -> None:
     training, _ = fading(source, PcLora(begin="random"))
     training.held = [1.0, 1.2]
-    with pytest.raises(NumericalError, match="no epoch has brought the loss"):
+    with pytest.raises(NumericalError, match=r"^no epoch has brought the loss"):
         training.finish()
 
 

@@ -2,22 +2,28 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from conftest import MakeModel
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 import streamlap
 from streamlap.families.layer import Edit, StreamLayer
 from streamlap.families.stream import ModelStream
 from streamlap.families.table import FAMILIES
+from streamlap.families.watch import norm_sizes
 from streamlap.linalg.gram import Gram
+from streamlap.linalg.moments import Sample
 from streamlap.loader.forms import Form, LowRank, Pivoted
 from streamlap.loader.linears import StoredLinear
+from streamlap.methods.anchored.attention import AttentionAnchored
 from streamlap.methods.anchored.ffn import FfnAnchored
 from streamlap.methods.anchored.fitting import Aim, low_rank_edit, map_error, output_aim, without
 from streamlap.methods.anchored.groups import AttentionGroups
@@ -84,6 +90,73 @@ def test_a_rank_is_cut_where_it_costs_least_behind_the_gain(pico: MakeModel, for
 def test_a_row_of_hardly_any_gain_stays(pico: MakeModel) -> None:
     torch.testing.assert_close(without(torch.tensor([2.0, -0.5, 1.0])), torch.tensor([0.5, -2.0, 1.0]))
     assert float(without(torch.tensor([1e-6, 0.0, 1.0, 1.0])).abs()[:2].max()) < 2e-3
+    assert without(torch.zeros(3)).tolist() == [0, 0, 0]
+
+
+def silenced(folder: Path, out: Path, channels: slice) -> Path:
+    """A copy of a checkpoint whose norms behind the sub-layers have a gain of zero in these channels."""
+    shutil.copytree(folder, out)
+    weights = load_file(out / "model.safetensors")
+    none = -1 if "gemma" in (out / "config.json").read_text() else 0  # there it is added to 1
+    for name in weights:
+        if name.endswith(("post_attention_layernorm.weight", "post_feedforward_layernorm.weight")):
+            weights[name][channels] = none
+    save_file(weights, out / "model.safetensors", {"format": "pt"})
+    return out
+
+
+@pytest.fixture(params=["olmo2", "gemma2", "granite"])
+def silent(request: pytest.FixtureRequest, pico: MakeModel, tmp_path: Path) -> Path:
+    """A model whose sub-layers all add nothing."""
+    if request.param == "granite":
+        return pico("granite", residual_multiplier=0.0)
+    return silenced(pico(request.param), tmp_path / "silent", slice(None))
+
+
+SILENT: dict[str, dict[str, Any]] = {"best": {}, "stock": {"format": "stock"}, "survey": {"survey": "auto"}}
+
+
+@pytest.mark.parametrize("settings", SILENT)
+def test_a_layer_that_adds_nothing_is_compressed(silent: Path, tokens: Path, tmp_path: Path, settings: str) -> None:
+    report = streamlap.compress(silent, tmp_path / "out", ratio=0.3, files=(str(tokens),), **SILENT[settings])
+    assert report.parameters.ratio_decoder >= 0.3
+    assert streamlap.verify(tmp_path / "out")["ok"]
+
+
+def test_the_last_linear_of_what_adds_nothing_stays_and_is_cut_as_if_all_were_heard(silent: Path) -> None:
+    layer, generator = layer_of(silent), torch.Generator().manual_seed(0)
+    w_OI = layer.linear("down").weight
+    x_TI, target_TO = (torch.randn(90, width, generator=generator) for width in reversed(w_OI.shape))
+    gram, sample = Gram.of((x_TI.T @ x_TI).double()), Sample(10)
+    sample.update(x_TI[:10], target_TO[:10])
+    for step in (None, 1.0):
+        seen = Captured(gram=gram, cross_IA=(x_TI.T @ target_TO).double(), held=sample)
+        aim = output_aim(layer, "down", None, seen, step).value
+        assert torch.equal(aim.t_OI.float(), w_OI)
+        edit, _ = low_rank_edit(layer, aim, Pivoted((32, w_OI.shape[1]), rank=9))
+        assert isinstance(edit.module, StoredLinear)
+        assert 0 < edit.error < 1
+        assert bool(edit.module.merged().any(dim=1).all()), "each row is made of what was kept"
+
+
+@pytest.mark.parametrize("family", ["olmo2", "gemma2"])
+def test_a_norm_of_no_gain_divides_by_no_tiny_number(pico: MakeModel, tmp_path: Path, family: str) -> None:
+    layer = layer_of(silenced(pico(family), tmp_path / "silent", slice(None)))
+    for size_BL in norm_sizes(layer, torch.randn(2, 16, 32)).values():
+        assert bool((size_BL == 1).all())
+
+
+@pytest.mark.parametrize("storage", ["pivoted", "factors"])
+def test_a_rank_above_the_rows_that_are_heard_is_cut(
+    pico: MakeModel, tokens: Path, tmp_path: Path, storage: str
+) -> None:
+    """Four rows are. The basis of the others, behind their gain, is zero."""
+    source = silenced(pico("olmo2"), tmp_path / "source", slice(28))
+    methods = (
+        AttentionAnchored(output="low_rank", storage=storage), FfnAnchored(output="low_rank", storage=storage),
+    )  # fmt: skip
+    streamlap.compress(source, tmp_path / "out", ratio=0.3, methods=methods, files=(str(tokens),))
+    assert streamlap.verify(tmp_path / "out")["ok"]
 
 
 @pytest.mark.parametrize("family", ["olmo2", "stablelm", "opt"])

@@ -161,9 +161,9 @@ def in_order(division: Division, channels: torch.Tensor | None) -> torch.Tensor 
 def _channels(parameters: int, width: int, each: int, biases: int, share: float) -> int:
     """Channels that stay, of `each` so many weights."""
     most = parameters // (each + biases)
-    kept = most if share == 1 else min(width, round(width * (parameters / (each * width)) ** share))
-    if not most >= 1:
+    if most < 1:
         raise RecipeError(f"ffn_anchored: {parameters} parameters hold no channel of {each}; lower the ratio.")
+    kept = most if share == 1 else round(width * (parameters / (each * width)) ** share)
     return min(kept, width)
 
 

@@ -23,6 +23,7 @@ from streamlap.linalg.subspace import Subspace, refit, subspace, two_factors
 from streamlap.linalg.triangles import panels
 from streamlap.loader.forms import Form, Pivoted
 from streamlap.loader.linears import LowRankLinear, PivotedLinear, StoredLinear
+from streamlap.methods.anchored.ranks import STORAGES, RankSite
 from streamlap.methods.base import Captured, StreamStatistics
 
 LEAST_GAIN = 0.05
@@ -139,13 +140,16 @@ def output_aim(
         if gain_O is not None:
             del begin_OI
             t_OI.sub_(w_OI * gain_O[:, None]).mul_(without(gain_O)[:, None]).add_(w_OI)
+    if gain_O is not None and not bool(gain_O.any()):
+        gain_O = None  # nothing of it is heard, so that no row counts for more than another
     return Solution(Aim(role=role, t_OI=t_OI, bias_O=dense.bias, gram=seen.gram, gain_O=gain_O), notes=notes)
 
 
 def without(gain_O: torch.Tensor) -> torch.Tensor:
     """1 / gain. A row of hardly any gain brings nothing to the hidden states, but a norm divides each row by the size of all.
-    So below `LEAST_GAIN` of the mean a row is moved the less the smaller its gain is."""
-    return gain_O / gain_O.square().clamp_min(float((LEAST_GAIN * gain_O.abs().mean()).square()))
+    So below `LEAST_GAIN` of the mean a row is moved the less the smaller its gain is, and without any it stays."""
+    least = float((LEAST_GAIN * gain_O.abs().mean()).square())
+    return gain_O / gain_O.square().clamp_min(max(least, torch.finfo(gain_O.dtype).tiny))
 
 
 def stays(layer: StreamLayer, aim: Aim) -> bool:
@@ -189,11 +193,33 @@ def low_rank_edit(
     else:
         found = subspace(aim.t_OI * aim.gain_O[:, None], aim.gram, form.rank)
         found.value.basis_OR.mul_(without(aim.gain_O)[:, None])
-    if not isinstance(form, Pivoted):
+    pivots = pivot_rows(found.value.basis_OR, form.groups or 1) if isinstance(form, Pivoted) else None
+    if pivots is not None and pivots.error:
+        path, asked = layer.family.path(aim.role), form.rank
+        form = ungrouped(form, layer.storage_dtype(aim.role).itemsize)
+        note = f"{path}: a head has too few independent rows, so that rank {form.rank} is stored without groups, not {asked}"
+        found = replace(
+            found, value=shortened_to(found.value, form.rank), notes=joined(found.notes, pivots.notes, (note,))
+        )
+        pivots = pivot_rows(found.value.basis_OR) if isinstance(form, Pivoted) else None
+    if pivots is None:
         return factored(layer, aim, found, kept), None
-    pivots = pivot_rows(found.value.basis_OR, form.groups or 1)
+    assert isinstance(form, Pivoted)
     found = replace(found, value=replace(found.value, basis_OR=found.value.basis_OR[pivots.value]))
     return pivoted(layer, aim, found, pivots, form.groups, kept)
+
+
+def ungrouped(form: Form, itemsize: int) -> Form:
+    """What stores no more than a form with groups, and has none: pivots from all rows and an order, or two factors where the
+    order, in weights of `itemsize` bytes, leaves them the larger rank."""
+    sites = [RankSite(name="", shape=form.shape, itemsize=itemsize, storage=storage) for storage in STORAGES]
+    rank, site = max(((site.rank_within(form.weights) or 0, site) for site in sites), key=lambda found: found[0])
+    return replace(site.at(rank), bias=form.bias)
+
+
+def shortened_to(found: Subspace, rank: int) -> Subspace:
+    """The same at a smaller rank."""
+    return replace(found, basis_OR=found.basis_OR[:, :rank], map_RI=found.map_RI[:rank])
 
 
 def truncated_edit(layer: StreamLayer, aim: Aim, found: Subspace, kept: torch.Tensor) -> Edit:

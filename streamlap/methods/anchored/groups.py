@@ -11,7 +11,7 @@ from typing import ClassVar
 import torch
 
 from streamlap.errors import RecipeError
-from streamlap.linalg.heads import group_order
+from streamlap.linalg.heads import kept_heads
 from streamlap.linalg.solution import joined
 from streamlap.loader.forms import Dense
 from streamlap.methods.anchored.costs import anchored_cost
@@ -67,10 +67,9 @@ class AttentionGroups(Steps):
             size = layer.head_dim
             rows = {aim.role: torch.arange(len(aim.t_OI), device=aim.t_OI.device) for aim in aims}
             heads, queries = len(rows["v"]) // size, layer.native("o").shape[1] // size
-            order = group_order(layer.acting("o"), read.middle(), heads, queries)
-            kept_G = order.value[0][heads - layout["v"].shape[0] // size :].sort().values
-            rows = {role: index.view(heads, -1)[kept_G].flatten() for role, index in rows.items()}
-            notes = joined(notes, order.notes)
+            stay = kept_heads(layer.acting("o"), read.middle(), heads, queries, layout["v"].shape[0] // size)
+            rows = {role: index.view(heads, -1)[stay.value].flatten() for role, index in rows.items()}
+            notes = joined(notes, stay.notes)
             aims = [narrowed(aim, rows[aim.role]) for aim in aims]
         edits = [dense_edit(layer, aim, rows.get(aim.role)) for aim in aims if not stays(layer, aim)]
         seen = statistics.middles(edits)

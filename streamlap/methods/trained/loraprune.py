@@ -217,9 +217,22 @@ class Pruning(Steps):
         if self.knobs.looks(number, self.total):
             for name, most in self.most.items():
                 gone = self.knobs.removed(number, self.total, most)
-                self.alive[name] = lowest(self.scores[name], self.alive[name], gone)
+                if gone and self._tells(name, number):
+                    self.alive[name] = lowest(self.scores[name], self.alive[name], gone)
             self._mask()
         self.move(place)
+
+    def _tells(self, name: str, number: int) -> bool:
+        """Whether groups of a sub-layer can go in a step of that number. While all are worth nothing they wait; at last they go
+        by their place. Raises NumericalError where it may be for want of noise."""
+        if bool(self.scores[name].any()):
+            return True
+        if self.knobs.metric == "lora" and self.knobs.importance == "block" and not self.knobs.noise:
+            raise NumericalError(
+                f"{name}: the importance of all {self.groups[name]} groups is zero, so they would go by their place alone; "
+                "wanted gradients. Where a layer errs nowhere yet, as the first one does, they come from a noise above 0."
+            )
+        return number == self.knobs.closing(self.total)
 
     def _noisy(self, target_BLD: torch.Tensor, number: int) -> torch.Tensor:
         """The target with noise on it, drawn on the CPU, so that every device sees the same."""
@@ -235,7 +248,7 @@ class Pruning(Steps):
         for name, part in self.layer.family.sublayers.items():
             if not self.most.get(name):
                 continue
-            with located(f"{self.layer.prefix} {name}"):
+            with located(name):
                 scores_G = self.importance(part.roles, self.groups[name])
             self.scores[name].mul_(kept).add_(scores_G, alpha=1 - kept)
 
@@ -287,15 +300,14 @@ class Pruning(Steps):
     def finish(self) -> list[Edit]:
         """What is left of every linear, with its adapter in it. Raises NumericalError where its numbers are not finite."""
         if not self.adapted.finite:
-            raise NumericalError(
-                f"{self.layer.prefix}: its adapters are not finite after training; wanted numbers. Take a lower learning_rate."
-            )
+            raise NumericalError("adapters are not finite after training; wanted numbers. Take a lower learning_rate.")
         found = ((role, name) for name, part in self.layer.family.sublayers.items() for role in part.roles)
         return [self._edit(role, name) for role, name in found]
 
     def _edit(self, role: str, sublayer: str) -> Edit:
         alive_G, adapter, dim = self.alive[sublayer], self.adapted.adapters[role], LINES[role]
         assert int((~alive_G).sum()) == self.most[sublayer], "the schedule ends at the budget"
+        blind = self.most[sublayer] and not bool(self.scores[sublayer].any())
         lines = adapter.w_OI.shape[dim]
         kept = alive_G.repeat_interleave(lines // len(alive_G)).nonzero().flatten()
         w_OI, at = adapter.w_OI.index_select(dim, kept), adapter.factors
@@ -312,4 +324,5 @@ class Pruning(Steps):
         return Edit(
             role=role, module=module, native=self.layer.native(role), error=max(0.0, error),
             kept=tuple(kept.tolist()) if len(kept) < lines else None,
+            notes=(f"{sublayer}: all groups are worth nothing, so that the first ones went",) if blind else (),
         )  # fmt: skip

@@ -218,8 +218,8 @@ class Fading(BestSteps):
         """The adapters alone, those that served held-out tokens best. Raises NumericalError where nothing was learnt."""
         if not self.best and self.knobs.begin == "random":
             raise NumericalError(
-                f"{self.layer.prefix}: no epoch has brought the loss on held-out tokens below {self.held[0]:.4g}, where the "
-                "adapters begin with nothing; wanted less. Take a lower learning_rate, more epochs, or begin warm."
+                f"no epoch has brought the loss on held-out tokens below {self.held[0]:.4g}, where the adapters begin with "
+                "nothing; wanted less. Take a lower learning_rate, more epochs, or begin warm."
             )
         for name, best in self.best.items():
             self.masters[name].copy_(best)
