@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,6 @@ from streamlap.data.tokenizer import class_elsewhere
 from streamlap.errors import RecipeError, ResumeMismatch, first_line
 from streamlap.families.stream import ModelStream
 from streamlap.loader.configuration_nas import NAS
-from streamlap.output.depth import CLOSED
 from streamlap.output.folder import (
     KEPT_NAME,
     SURVEY_NAME,
@@ -25,8 +24,8 @@ from streamlap.output.folder import (
     loader_of,
     module_rows,
 )
-from streamlap.output.inspect import count_cache, count_parameters
-from streamlap.output.report import LayerReport, Parameters, Report
+from streamlap.output.inspect import count_cache, count_written
+from streamlap.output.report import LayerReport, Report
 from streamlap.pipeline.final_gain import write_outer
 from streamlap.pipeline.gradients import loss_gradients
 from streamlap.pipeline.layers import Job, compress_layers
@@ -43,7 +42,6 @@ from streamlap.planning.sample import check_sample, fitted_inputs
 from streamlap.planning.target import parse_target
 from streamlap.recipe import AUTO, Recipe
 from streamlap.settings import RunSettings, split_options
-from streamlap.store.header import read_header
 from streamlap.store.hub import local_folder, model_name
 from streamlap.store.journal import STATE_FOLDER, Journal, saved_tokens
 from streamlap.store.sink import ShardFolder, file_hash, shard_names
@@ -206,17 +204,6 @@ def build_report(
         seconds=sum(sum(layer.seconds.values()) for layer in layers), final_gain=gain, redrawn=plan.redrawn,
         calibration_inputs=fitted_inputs(stream, recipe.edited(stream.family)),
     )  # fmt: skip
-
-
-def count_written(
-    stream: ModelStream, rows: Mapping[str, Mapping[str, int]], to: str, out: Path, shards: Sequence[str]
-) -> Parameters:
-    """Of the model before and after. A format that writes more or less than the linears' forms is counted on the disk."""
-    if to not in CLOSED:
-        return count_parameters(stream, rows)
-    headers = [read_header(out / name) for name in shards]
-    total = sum(info.numel for header in headers for info in header.tensors.values())
-    return replace(count_parameters(stream, rows, marked=False), total_after=total)
 
 
 def fingerprint(stream: ModelStream, plan: Plan, tokens_NL: torch.Tensor) -> dict[str, Any]:

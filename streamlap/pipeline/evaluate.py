@@ -74,7 +74,7 @@ def evaluate(
     which is not the one that calibration takes).
 
     Args: length, tokens a window (default 2048, the model's context, or the rows of an .npy); limit, tokens to use at
-    most, windows times length, behind which nothing is read; text_column, where the text of a row of JSON or parquet is; dtype,
+    most, each counted once where windows overlap, behind which nothing is read; text_column, where the text of a row of JSON or parquet is; dtype,
     compute dtype, auto is float32 on a CPU; options, single fields of RunSettings, of which `work` is where hidden states go
     when memory is short, and without which they stay in memory.
     """
