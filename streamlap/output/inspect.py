@@ -24,7 +24,7 @@ def inspect(path: str | Path) -> dict[str, Any]:
 
     Relative errors are there for folders that streamlap wrote. Raises CheckpointError and UnsupportedModel.
     """
-    folder = local_folder(str(path))
+    folder = local_folder(path)
     stream = ModelStream(folder)
     errors = _errors(folder)
     layers = [
@@ -65,7 +65,9 @@ def count_parameters(stream: ModelStream, rows: Mapping[str, Mapping[str, int]],
         before, after, stored = before + stays, after + stays, stored + stays
     rest = sum(info.numel for info in stream.outer_tensors().values()) - stored
     rest += sum(_stored(stream, index) for index in range(stream.depth))
-    gone = sum(isinstance(stream.form(index, "q"), Removed) for index in range(stream.depth)) if not stream.marked else 0
+    gone = (
+        sum(isinstance(stream.form(index, "q"), Removed) for index in range(stream.depth)) if not stream.marked else 0
+    )
     return Parameters(
         decoder_before=before, decoder_after=after, total_before=before + rest + gone * stream.width,  # with their norms
         total_after=after + rest,
@@ -98,9 +100,7 @@ def count_written(
         f".{stream.family.path(role)}.bias" for role, native in stream.natives(0).items() if not native.bias
     )
     added = sum(numel for name, numel in stored if name.endswith(unbiased))
-    return replace(
-        counted, decoder_after=counted.decoder_after + added, total_after=sum(numel for _, numel in stored)
-    )
+    return replace(counted, decoder_after=counted.decoder_after + added, total_after=sum(numel for _, numel in stored))
 
 
 def count_cache(stream: ModelStream, rows: Mapping[str, Mapping[str, int]]) -> KvCache:

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -40,13 +41,16 @@ from streamlap.planning.disk import COMPANION_BYTES, DiskNeeds
 from streamlap.planning.plan import Plan, decide, make_plan, windows_of
 from streamlap.planning.sample import check_sample, fitted_inputs
 from streamlap.planning.target import parse_target
-from streamlap.recipe import AUTO, Recipe
-from streamlap.settings import RunSettings, split_options
+from streamlap.recipe import AUTO, OVERRIDES, Recipe
+from streamlap.settings import RunSettings, refuse_options, split_options
 from streamlap.store.hub import local_folder, model_name
 from streamlap.store.journal import STATE_FOLDER, Journal, saved_tokens
 from streamlap.store.sink import ShardFolder, file_hash, shard_names
 from streamlap.system.allocator import steady_heap
 from streamlap.system.meters import reset_peaks
+from streamlap.untrusted.paths import path_of
+
+log = logging.getLogger(__name__)
 
 
 def compress(
@@ -74,12 +78,13 @@ def compress(
     StreamlapError before the first layer for anything that can be checked from headers, and Interrupted where it was stopped.
     """
     settings, changes = split_options(options)
+    refuse_options(compress, changes, OVERRIDES)
     deadline = settings.deadline()
     steady_heap()
     target = parse_target(target_size, target_params, changes.get("ratio"), context, batch)
-    recipe, out = (recipe or Recipe()).override(**changes), Path(out)
+    recipe, out = Recipe.of(recipe).override(**changes), path_of(out, "out")
     check_places(out, settings.work)
-    folder = local_folder(str(model), settings.trust_remote_code)
+    folder = local_folder(model, settings.trust_remote_code)
     settings = settings.settled()
     reset_peaks()
     stream = ModelStream(folder, settings.device, recipe.dtype)
@@ -99,6 +104,11 @@ def compress(
         disk_needs(plan).require(out, run.hidden, freed=held_bytes(out))
         check_sublayers(stream, plan.fit, tokens_NL, writes=plan.recipe.anchored)
     if plan.recipe.survey == AUTO:
+        if begun and begun.survey is None:
+            log.warning(
+                "%s was begun without a survey, and goes on without one: all layers keep the same share. Give --no-survey, or "
+                "start over with --overwrite.", out,
+            )  # fmt: skip
         found = begun.survey if begun else survey_beside(stream, tokens_NL, out, run.model, settings, recipe, deadline)
         decided = decide(stream, replace(recipe, survey=str(found) if found else None), target)
         plan = make_plan(stream, decided, windows_of(tokens_NL), settings)

@@ -23,6 +23,7 @@ from streamlap.settings import RunSettings
 from streamlap.store.journal import STATE_FOLDER, Journal
 from streamlap.store.sink import ShardFolder, TensorEntry, make_folder, shard_names, write_durably
 from streamlap.system.budget import require_disk
+from streamlap.untrusted.paths import path_of
 
 GGUF = "gguf"
 Exported = dict[str, int]
@@ -45,7 +46,11 @@ def export(
     Returns {"shards", "bytes"}. Raises Interrupted where it was stopped, RecipeError for a destination that is not empty or a
     format that is not known, UnsupportedModel for a source that is not compressed and for what the format cannot express.
     """
-    settings, folder, destination = RunSettings(stop_after=stop_after), Path(out), Path(destination)
+    settings, folder, destination = (
+        RunSettings(stop_after=stop_after),
+        path_of(out, "out"),
+        path_of(destination, "destination"),
+    )
     if to == GGUF:
         if stop_after is not None:
             raise RecipeError(
@@ -100,7 +105,7 @@ def resume_export(run: Run, settings: RunSettings) -> Exported:
     stream = ModelStream(folder)
     if not stream.compressed:
         raise UnsupportedModel(
-            f"{folder} is not compressed by streamlap; wanted an output folder. It is dense already."
+            f"{folder} is a plain checkpoint, with nothing to undo; wanted a folder of the format factored or nas."
         )
     check_apart(folder, destination)
     companions(folder)

@@ -272,6 +272,9 @@ def other_vocabulary(pico: MakeModel) -> dict[str, Any]:
         (lambda pico: {"samples": 0}, RecipeError, "samples is 0; wanted"),
         (lambda pico: {"length": False}, RecipeError, "length is False; wanted"),
         (lambda pico: {"max_ram": "1MiB"}, BudgetError, "0.0 MiB are left"),
+        (lambda pico: {"text": []}, RecipeError, r"text is \[\]; wanted a file, or a list of one or more"),
+        (lambda pico: {"text": None}, RecipeError, r"text is None; wanted a file"),
+        (lambda pico: {"speed": 1}, RecipeError, "wanted some of dense, samples, .*, rank, .*, max_ram, "),
     ],
 )
 def test_what_cannot_be_is_said_before_the_first_step(
@@ -279,8 +282,16 @@ def test_what_cannot_be_is_said_before_the_first_step(
     lesson: Path, tmp_path: Path,
 ) -> None:  # fmt: skip
     with pytest.raises(error, match=message):
-        streamlap.recover(small, tmp_path / "out", lesson, **options(pico))
+        streamlap.recover(small, tmp_path / "out", **{"text": lesson, **options(pico)})
     assert not (tmp_path / "out").exists()
+
+
+def test_the_cap_that_is_named_does(small: Path, lesson: Path, tmp_path: Path) -> None:
+    """The process counts into it: a cap of less than that alone helps nobody."""
+    with pytest.raises(BudgetError, match=r"the process \d.*Give --max-ram") as found:
+        streamlap.recover(small, tmp_path / "out", lesson, max_ram="100MB", **KNOBS)
+    cap = str(found.value).partition("--max-ram ")[2].partition(",")[0]
+    assert streamlap.recover(small, tmp_path / "out", lesson, max_ram=cap, **KNOBS).kept
 
 
 def test_other_knobs_are_another_run(
