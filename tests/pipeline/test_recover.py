@@ -343,6 +343,29 @@ def test_a_nas_folder_has_the_teacher_that_it_was_made_of(
         streamlap.recover(nas, tmp_path / "other", lesson, dense=pico("qwen3", num_hidden_layers=2), **KNOBS)
 
 
+def test_a_folder_without_a_sign_of_streamlap_gets_one(pico: MakeModel, lesson: Path, tmp_path: Path) -> None:
+    """A card, by which people know it, and a report, by which `compress --overwrite` does."""
+    source, out = pico("llama", tokenizer=True, num_hidden_layers=2), tmp_path / "out"
+    assert streamlap.recover(source, out, lesson, **KNOBS).kept
+    card = (out / "README.md").read_text()
+    assert f"# {source.name}, recovered by streamlap\n" in card
+    assert "Recovered by LoRA of rank 3 on " in card
+    assert " tokens, 2 epochs, towards the text; merged" in card
+    with pytest.raises(RecipeError, match="holds a finished model"):
+        streamlap.compress(source, out, files=(str(lesson),))
+    (out / "notes.txt").write_text("mine")
+    streamlap.compress(source, out, files=(str(lesson),), overwrite=True)
+    assert ", compressed by streamlap\n" in (out / "README.md").read_text()
+    assert (out / "notes.txt").read_text() == "mine"
+
+
+@pytest.mark.parametrize("report", ["{}", "[", '{"recovery": {}'])
+def test_a_report_of_something_else_is_no_result(pico: MakeModel, lesson: Path, tmp_path: Path, report: str) -> None:
+    (tmp_path / "streamlap_report.json").write_text(report)
+    with pytest.raises(RecipeError, match="holds no result of compress or recover to replace"):
+        streamlap.compress(pico("llama"), tmp_path, files=(str(lesson),), overwrite=True)
+
+
 def test_adapters_are_float32_and_no_forward_is_random(pico: MakeModel, lesson: Path) -> None:
     source = pico("opt", dropout=0.3, attention_dropout=0.2, layerdrop=0.5)
     job = make_job(source, source, lesson)
