@@ -81,6 +81,11 @@ def few(names: Collection[str]) -> str:
     return first if len(names) <= FEW else f"{first} and {len(names) - FEW:,} more"
 
 
+def counted(number: int, noun: str) -> str:
+    """A number with what it counts: 1 shard, 2 shards."""
+    return f"{number:,} {noun}" if number == 1 else f"{number:,} {noun}s"
+
+
 def one_line(text: str, limit: int = 400) -> str:
     """Foreign text on one line, its control characters escaped."""
     words = " ".join(text[: 8 * limit].split())

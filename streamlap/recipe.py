@@ -45,6 +45,8 @@ from streamlap.untrusted.yaml import read_yaml
 AUTO = "auto"
 """A survey that a compression makes for itself, where there is none yet."""
 DEFAULT_SURVEY: str | None = AUTO
+NOT_GIVEN: tuple[AnyMethod, ...] = (*PRESETS["best"],)
+"""The methods of a recipe for which none are given, until it is known which preset and shape it has. A tuple of its own."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -113,7 +115,7 @@ class Recipe:
     multiple: int | None = None
     """What the width of every FFN is a multiple of, in the shapes whose linears are dense. None is what the format's engines
     want, and 1 where that is factored."""
-    methods: tuple[AnyMethod, ...] = PRESETS["best"]
+    methods: tuple[AnyMethod, ...] = NOT_GIVEN
     """Those of the preset and shape where none are given. Either methods for sub-layers (all one-pass or all anchored, see
     `methods.base`), and after them at most one that trains their result. Or one distilled method, which compresses whole layers
     by training. At the end at most one final method, for what comes after the last layer."""
@@ -137,8 +139,10 @@ class Recipe:
         if self.preset not in (*PRESETS, "custom"):
             raise RecipeError(f"preset is {shown(self.preset)}; wanted one of {', '.join(PRESETS)}, custom.")
         self._settle_shape()
-        if self.methods is PRESETS["best"] and self.preset != "custom":
-            object.__setattr__(self, "methods", preset_methods(self.preset, self.shape))
+        if not self.methods:
+            raise RecipeError("methods are an empty list, so nothing would be compressed; wanted some or a preset.")
+        if self.methods is NOT_GIVEN or (self.methods is PRESETS["best"] and self.preset != "custom"):
+            object.__setattr__(self, "methods", own_methods(self.preset, self.shape))
         self._check_shape()
         if self.distilled and (len(self.distilled) > 1 or self.solving or self.trained):
             others = [method for method in self.methods if method is not self.distilled[0]]
@@ -287,7 +291,10 @@ class Recipe:
         within = {entry.name for entry in fields(Calibration)}
         own = {key: value for key, value in changes.items() if key not in within}
         epochs = own.pop("refine", None)
-        refuse_unknown("overrides", own, Recipe)
+        if unknown := [shown(key) for key in changes if key not in OVERRIDES]:
+            raise RecipeError(
+                f"a recipe has no {', '.join(unknown)} to override; wanted some of {', '.join(OVERRIDES)}."
+            )
         if "methods" in own:
             own |= {"preset": own.get("preset", "custom"), "methods": parse_methods(own["methods"])}
         elif {"preset", "shape", "format"} & own.keys():
@@ -295,8 +302,11 @@ class Recipe:
             own.setdefault("shape", shape_for(format, self.shape))
             shape = shape_for(format, own["shape"])
             preset = own.get("preset", self.preset)
-            if preset != "custom" and ("preset" in own or shape != self.shape):
-                own["methods"] = (*preset_methods(preset, shape), *self.trained)
+            if preset != self.preset or (preset != "custom" and ("preset" in own or shape != self.shape)):
+                own["methods"] = (*own_methods(preset, shape), *self.trained)
+        shape = shape_for(own.get("format", self.format), own.get("shape", self.shape))
+        if self.survey is not None and (changes.get("preset", self.preset), shape) != (self.preset, self.shape):
+            own.setdefault("survey", AUTO)  # a file serves the methods and the shape that it was given with
         if self.survey is None and not self.may_survey:  # nobody has chosen to have none
             own.setdefault("survey", DEFAULT_SURVEY)
         if epochs is not None:
@@ -320,6 +330,15 @@ class Recipe:
         return text
 
     @classmethod
+    def of(cls, value: Recipe | None) -> Recipe:
+        """The recipe itself, the default for None. Raises RecipeError for what is none."""
+        if value is not None and not isinstance(value, cls):
+            raise RecipeError(
+                f"recipe is {shown(value)}; wanted a Recipe, as Recipe.from_yaml(path) and Recipe.from_dict(table) give one."
+            )
+        return value or cls()
+
+    @classmethod
     def from_dict(cls, table: Mapping[str, Any]) -> Recipe:
         """The recipe that a parsed YAML or JSON object stands for. Raises RecipeError for unknown keys and bad values."""
         values = {key: value for key, value in table.items() if key != "refine"}
@@ -328,7 +347,7 @@ class Recipe:
         if "methods" in values:
             values["methods"] = parse_methods(values["methods"])
         else:
-            values["methods"] = preset_methods(preset, shape_for(values.get("format"), values.get("shape", "free")))
+            values["methods"] = own_methods(preset, shape_for(values.get("format"), values.get("shape", "free")))
         if "refine" in table:
             values["methods"] = with_refinement(values["methods"], table["refine"])
         return cls(**(values | {"calibration": Calibration.of(values.get("calibration") or {})}))
@@ -342,11 +361,22 @@ class Recipe:
             raise RecipeError(f"recipe {path} cannot be read: {error.strerror}; wanted a YAML file.") from error
         except ValueError as error:
             raise RecipeError(f"recipe {path} cannot be read: {error}; wanted plain YAML settings.") from error
+        if table is None:
+            raise RecipeError(f"recipe {path} is empty; wanted keys like ratio and preset.")
         if not isinstance(table, Mapping):
             raise RecipeError(f"recipe {path} holds a {type(table).__name__}; wanted keys like ratio and preset.")
-        if "methods" in table and not table["methods"]:
-            raise RecipeError(f"recipe {path} has no methods, so nothing would be compressed; wanted some or a preset.")
         return cls.from_dict({**table, "survey": _beside(path, table["survey"])} if "survey" in table else table)
+
+
+OVERRIDES = tuple(dict.fromkeys([*(entry.name for kind in (Recipe, Calibration) for entry in fields(kind)), "refine"]))
+"""What `Recipe.override` replaces, by name."""
+
+
+def own_methods(preset: Any, shape: Any) -> tuple[AnyMethod, ...]:
+    """The methods of a preset. Raises RecipeError for custom, which has none of its own, and as `preset_methods` does."""
+    if preset == "custom":
+        raise RecipeError(f"preset is custom, and no methods are given; wanted them, or one of {', '.join(PRESETS)}.")
+    return preset_methods(preset, shape)
 
 
 def shape_for(format: Any, shape: Any) -> Any:

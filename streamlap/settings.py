@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, fields, replace
+from inspect import Parameter, signature
 from pathlib import Path
 from typing import Any
 
@@ -99,3 +100,19 @@ def split_options(options: Mapping[str, Any]) -> tuple[RunSettings, dict[str, An
     names = {entry.name for entry in fields(RunSettings)}
     own = {name: value for name, value in options.items() if name in names}
     return RunSettings(**own), {name: value for name, value in options.items() if name not in names}
+
+
+def refuse_options(function: Callable[..., Any], others: Mapping[str, Any], own: Iterable[str] = ()) -> None:
+    """Raise RecipeError for options that a public function has not.
+
+    Args: others, those that are no settings; own, names that it takes beside its parameters and the settings.
+    """
+    own = tuple(own)
+    if unknown := [name for name in others if name not in own]:
+        named = [
+            entry.name for entry in signature(function).parameters.values() if entry.kind is Parameter.KEYWORD_ONLY
+        ]
+        known = dict.fromkeys((*named, *own, *(entry.name for entry in fields(RunSettings))))
+        raise RecipeError(
+            f"{function.__name__} has no options {', '.join(map(shown, unknown))}; wanted some of {', '.join(known)}."
+        )

@@ -215,6 +215,55 @@ def test_methods_that_were_chosen_stay_where_a_default_is_said_again() -> None:
     )
 
 
+def test_custom_stands_for_methods_that_are_given() -> None:
+    """It has none of its own: what a preset has would go by a name that is not its own."""
+    wanted = "preset is custom, and no methods are given; wanted them, or one of best, lorap"
+    for made in (
+        lambda: Recipe(preset="custom"), lambda: Recipe().override(preset="custom"),
+        lambda: Recipe(preset="lorap").override(preset="custom"), lambda: Recipe.from_dict({"preset": "custom"}),
+    ):  # fmt: skip
+        with pytest.raises(RecipeError, match=wanted):
+            made()
+    assert TRAINED_TOO.override(preset="custom") == TRAINED_TOO
+    best = preset_methods("best", "free")
+    assert Recipe(preset="custom", methods=best).methods == Recipe().override(methods=best).methods == best
+
+
+def test_a_list_without_methods_is_refused_wherever_it_stands(tmp_path: Path) -> None:
+    (tmp_path / "recipe.yaml").write_text("methods: []\n")
+    for made in (
+        lambda: Recipe(methods=()), lambda: Recipe().override(methods=[]), lambda: Recipe.from_dict({"methods": []}),
+        lambda: Recipe.from_yaml(tmp_path / "recipe.yaml"),
+    ):  # fmt: skip
+        with pytest.raises(RecipeError, match="methods are an empty list, so nothing would be compressed"):
+            made()
+
+
+def test_an_empty_file_is_called_empty(tmp_path: Path) -> None:
+    (tmp_path / "recipe.yaml").write_text("# nothing yet\n")
+    with pytest.raises(RecipeError, match=r"recipe\.yaml is empty; wanted keys like ratio and preset"):
+        Recipe.from_yaml(tmp_path / "recipe.yaml")
+
+
+def test_a_survey_goes_with_the_shape_that_it_was_measured_for() -> None:
+    """One that the call gives is taken all the same."""
+    given = Recipe(survey="s.json")
+    assert given.override(shape="nas").survey == given.override(format="nas").survey == "auto"
+    assert given.override(format="stock").survey is None, "where none is made by itself"
+    assert given.override(preset="lorap").survey is None
+    assert TRAINED_TOO.override(preset="best").survey == "auto"
+    assert given.override(shape="nas", survey="n.json").survey == "n.json"
+    assert given.override(shape="nas", survey=None).survey is None
+    for same in ({"ratio": 0.3}, {"shape": "free"}, {"preset": "best"}, {"methods": TRAINED_TOO.methods}):
+        assert given.override(**same).survey == "s.json"
+    assert Recipe(shape="nas", survey="s.json").override(format="nas").survey == "s.json"
+
+
+def test_a_name_that_nothing_has_is_answered_with_all_that_there_are() -> None:
+    with pytest.raises(RecipeError, match=r"has no 'ratoi' to override; wanted some of ratio, .*, samples, .*, refine"):
+        Recipe().override(ratoi=0.3)
+
+
 def test_a_shape_in_a_call_is_settled_as_in_a_recipe() -> None:
     assert Recipe().override(shape="free", format="stock") == Recipe(shape="free", format="stock")
     assert Recipe(format="stock").override(shape="free") == Recipe(format="stock")

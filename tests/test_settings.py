@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import inspect
 import json
 import math
 import time
@@ -101,3 +102,41 @@ def test_an_option_that_nobody_knows_is_refused(tmp_path: Path, call: str) -> No
     with pytest.raises(RecipeError, match="frobnicate"):
         getattr(streamlap, call)("nowhere-at-all", *out, frobnicate=1)
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("function", [streamlap.compress, streamlap.plan, streamlap.survey, streamlap.evaluate])
+def test_an_option_that_there_is_not_is_answered_with_all_that_there_are(function: Any, tmp_path: Path) -> None:
+    places = [tmp_path / "model", tmp_path / "out"][: 1 + (function in (streamlap.compress, streamlap.survey))]
+    wanted = {"device", "max_ram"} | {
+        entry.name
+        for entry in inspect.signature(function).parameters.values()
+        if entry.kind is inspect.Parameter.KEYWORD_ONLY
+    }
+    if function in (streamlap.compress, streamlap.plan):
+        wanted |= names(Recipe) | names(Calibration) | {"refine"}
+    with pytest.raises(RecipeError, match="has no options 'speed'; wanted some of ") as found:
+        function(*places, speed=7)
+    assert wanted <= set(str(found.value).partition("some of ")[2].rstrip(".").split(", "))
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: streamlap.compress("m", None), "out is None; wanted a path"),  # type: ignore[arg-type]
+        (lambda: streamlap.compress("m", ""), "out is ''; wanted a path"),
+        (lambda: streamlap.compress(None, "out"), "model is None; wanted a path"),  # type: ignore[arg-type]
+        (lambda: streamlap.compress("m", "out", {"ratio": 0.3}), "recipe is {'ratio': 0.3}; wanted a Recipe"),  # type: ignore[arg-type]
+        (lambda: streamlap.compress("m", "out", Path("r.yaml")), r"recipe is .*r\.yaml.*; wanted a Recipe"),  # type: ignore[arg-type]
+        (lambda: streamlap.plan("m", "r.yaml"), "recipe is 'r.yaml'; wanted a Recipe, as Recipe.from_yaml"),  # type: ignore[arg-type]
+        (lambda: streamlap.resume(None), "path is None; wanted a path"),  # type: ignore[arg-type]
+        (lambda: streamlap.inspect(None), "model is None; wanted a path"),  # type: ignore[arg-type]
+        (lambda: streamlap.verify(7), "out is 7; wanted a path"),  # type: ignore[arg-type]
+        (lambda: streamlap.survey("m", None), "file is None; wanted a path"),  # type: ignore[arg-type]
+        (lambda: streamlap.export("m", None), "destination is None; wanted a path"),  # type: ignore[arg-type]
+        (lambda: streamlap.export(None, "d"), "out is None; wanted a path"),  # type: ignore[arg-type]
+        (lambda: streamlap.recover("m", None, "t"), "destination is None; wanted a path"),  # type: ignore[arg-type]
+    ],
+)
+def test_what_is_no_path_or_recipe_is_refused_by_name(call: Any, message: str) -> None:
+    with pytest.raises(RecipeError, match=message):
+        call()

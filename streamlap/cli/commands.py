@@ -194,7 +194,7 @@ def evaluate(
         emit(as_json, found, describe_tasks(found))
         return
     result = streamlap.evaluate(
-        model, text, length=length, stride=stride, limit=limit, text_column=text_column, dtype=dtype or "auto",
+        model, text or None, length=length, stride=stride, limit=limit, text_column=text_column, dtype=dtype or "auto",
         **given(run),
     )  # fmt: skip
     emit(as_json, result.to_json(), describe_evaluation(result))

@@ -10,7 +10,7 @@ import typer
 from tqdm import tqdm
 
 from streamlap.demo import DemoResult
-from streamlap.errors import few
+from streamlap.errors import counted, few
 from streamlap.output.card import OWN_LOADER
 from streamlap.output.report import Report
 from streamlap.pipeline.adapt import Recovered
@@ -37,7 +37,7 @@ def describe_cache(table: dict[str, Any]) -> str:
 
 def describe_inventory(table: dict[str, Any]) -> list[str]:
     """What `inspect` found, linear by linear."""
-    lines = [f"{table['model_type']}, {len(table['layers'])} layers"]
+    lines = [f"{table['model_type']}, {counted(len(table['layers']), 'layer')}"]
     for layer in table["layers"]:
         lines.append(f"layer {layer['index']}")
         lines += [f"  {path:<22}{describe_site(site)}" for path, site in layer["sites"].items()]
@@ -74,7 +74,8 @@ def describe_site(site: dict[str, Any]) -> str:
 def describe_report(report: Report) -> list[str]:
     registered = "import streamlap; " if report.format in OWN_LOADER else ""
     return [
-        f"{report.out}: {len(report.layers)} layers in {report.seconds:.1f} s, peak RAM {show_size(report.peak_ram_bytes)}",
+        f"{report.out}: {counted(len(report.layers), 'layer')} in {report.seconds:.1f} s, peak RAM "
+        f"{show_size(report.peak_ram_bytes)}",
         *describe_parameters(report.parameters.to_json()),
         describe_cache(report.kv_cache.to_json()),
         *describe_numerics(report),
@@ -92,19 +93,21 @@ def describe_numerics(report: Report) -> list[str]:
             f"tokens (layer {worst.index})"
         )
     if noted := [layer.index for layer in report.layers if layer.numerics]:
-        lines.append(f"numbers that took special care in {len(noted)} layers, see `numerics` in the report")
+        lines.append(f"numbers that took special care in {counted(len(noted), 'layer')}, see `numerics` in the report")
     return lines
 
 
 def describe_export(out: Path, result: dict[str, int]) -> list[str]:
-    return [f"{out}: {result['shards']} shards, {show_size(result['bytes'])}"]
+    return [f"{out}: {counted(result['shards'], 'shard')}, {show_size(result['bytes'])}"]
 
 
 def describe_recovery(out: Path, result: Recovered) -> list[str]:
     loss = f"loss on {result.held_tokens:,} held-out tokens {result.before:.4f} -> {result.after:.4f} nats"
     if not result.kept:
         return [f"{loss}: no gain, so nothing is written"]
-    return [f"{out}: {loss}, LoRA of rank {result.rank} over {result.tokens:,} tokens, {result.epochs} epochs"]
+    return [
+        f"{out}: {loss}, LoRA of rank {result.rank} over {result.tokens:,} tokens, {counted(result.epochs, 'epoch')}"
+    ]
 
 
 def describe_survey(found: Survey) -> list[str]:
@@ -130,13 +133,19 @@ def describe_plan(plan: Plan) -> list[str]:
         ("disk", f"{show_size(plan.disk_bytes)} beside the source"),
         ("read, written", f"{show_size(plan.read_bytes)}, {show_size(plan.write_bytes)}"),
         *describe_moves(plan),
-        ("operations", f"{plan.flops:.3g} FLOP ({describe_flops(plan)}), {sequences} windows of {length} tokens"),
+        (
+            "operations",
+            f"{plan.flops:.3g} FLOP ({describe_flops(plan)}), {counted(sequences, 'window')} of {length} tokens",
+        ),
         ("eigen-problems", describe_eigen_problems(plan)),
         (
             "calibration",
             "{tokens:,} tokens; the widest linear to fit has {inputs:,} inputs".format_map(plan.calibration),
         ),
-        ("time", f"{hours}, {heaviest.seconds_low:.1f} s for a layer at the least, {len(plan.layers)} layers"),
+        (
+            "time",
+            f"{hours}, {heaviest.seconds_low:.1f} s for a layer at the least, {counted(len(plan.layers), 'layer')}",
+        ),
         *describe_own_survey(plan),
         ("schedule", f"{way}, hidden states in {plan.hidden_states}, {plan.forward_tokens:,} tokens a forward"),
     ]

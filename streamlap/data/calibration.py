@@ -24,6 +24,7 @@ import torch
 from streamlap.data.datasets import CALIBRATION, text_files
 from streamlap.data.text import is_ids
 from streamlap.data.windows import ReadSettings, TokenReader, Tokens, gather
+from streamlap.errors import RecipeError, counted, shown
 from streamlap.recipe import Calibration
 
 log = logging.getLogger(__name__)
@@ -62,7 +63,9 @@ def calibration_tokens(
     ready_made = settings.samples is None and len(found) == 1 and found[0].ready_made
     wanted = count if ready_made else settings.samples or DEFAULT_SAMPLES
     if wanted > count:
-        log.warning("calibration has %d windows of %d tokens; asked for %d, using all", count, length, wanted)
+        log.warning(
+            "calibration has %s of %d tokens; asked for %d, using all", counted(count, "window"), length, wanted
+        )
     wanted = min(wanted, count)
     reader.claim(wanted * length * 8)
     return gather(found, draw(count, wanted, settings.seed), length, length)
@@ -102,6 +105,14 @@ def draw(count: int, wanted: int, seed: int) -> list[int]:
 def find_files(files: Sequence[str], splits: Collection[str] = CALIBRATION) -> list[Path]:
     """Files, and those of data sets of the hub: where none of its splits is named, of the first of `splits` that is there."""
     return [path for file in files for path in text_files(file, splits)]
+
+
+def file_names(files: str | Path | Sequence[str | Path]) -> tuple[str, ...]:
+    """The names of the text that a call gives. Raises RecipeError for none, which is not to mean the bundled text."""
+    given = (files,) if isinstance(files, str | Path) else files
+    if not isinstance(given, Sequence) or not given or not all(isinstance(file, str | Path) for file in given):
+        raise RecipeError(f"text is {shown(files)}; wanted a file, or a list of one or more.")
+    return tuple(map(str, given))
 
 
 def token_hash(tokens_NL: torch.Tensor) -> str:

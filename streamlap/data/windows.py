@@ -76,6 +76,17 @@ class Tokens:
         row, place = divmod(window, self._in_a_row(length, stride))
         return row * self.length + place * stride
 
+    def windows_within(self, most: int, length: int, stride: int) -> int:
+        """The windows that `most` tokens give, none of which is counted twice."""
+        full, rest = divmod(most, self.covered(self._in_a_row(length, stride), length, stride))
+        more = (rest - length) // stride + 1 if rest >= length else 0
+        return min(self.windows(length, stride), full * self._in_a_row(length, stride) + more)
+
+    def covered(self, windows: int, length: int, stride: int) -> int:
+        """Tokens in the first so many windows, each counted once."""
+        full, rest = divmod(windows, in_a_row := self._in_a_row(length, stride))
+        return full * ((in_a_row - 1) * stride + length) + ((rest - 1) * stride + length if rest else 0)
+
     def _in_a_row(self, length: int, stride: int) -> int:
         return (self.length - length) // stride + 1
 
@@ -231,7 +242,8 @@ def read_windows(
     """The windows of the files in order, [N, L] int64; the last partial window of each file is left out.
 
     Args: length, tokens in a window (default 2048, the model's context, or the rows of an .npy); stride, tokens from the start
-    of one to the start of the next, where they overlap; limit, windows times length at most, behind which nothing is read.
+    of one to the start of the next, where they overlap; limit, tokens to use at most, each counted once where windows overlap,
+    behind which nothing is read.
     Raises as `TokenReader` does, RecipeError where the numbers do not fit each other, and BudgetError where the windows do not
     fit.
     """
@@ -241,18 +253,18 @@ def read_windows(
         raise RecipeError(f"stride is {stride}; wanted less than the window's {length} tokens.")
     if limit is not None and limit < length:
         raise RecipeError(f"limit is {limit} tokens; wanted at least one window of {length}.")
-    wanted = limit and limit // length
     found: list[Tokens] = []
-    count = 0
+    count, left = 0, limit
     for path in paths:
-        left = None if wanted is None else wanted - count
-        if left == 0:
+        if left is not None and left < length:
             break
-        tokens = reader.read(path, left and (left - 1) * step + length, 4 + 8 * length / step)
-        windows = tokens.windows(length, step) if left is None else min(left, tokens.windows(length, step))
+        most = None if left is None else left - (left - length) % step  # what is behind the last window is not read
+        tokens = reader.read(path, most, 4 + 8 * length / step)
+        windows = tokens.windows(length, step) if left is None else tokens.windows_within(left, length, step)
         reader.claim(tokens.held + windows * length * 8)
         found.append(tokens)
         count += windows
+        left = None if left is None else left - tokens.covered(windows, length, step)
     return gather(found, range(count), length, step)
 
 

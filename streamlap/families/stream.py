@@ -42,6 +42,7 @@ from streamlap.linalg.rows import marked
 from streamlap.loader.forms import Dense, Form, form_of
 from streamlap.loader.modules import carriers, disk_name
 from streamlap.store.header import TensorInfo
+from streamlap.store.journal import refuse_unfinished
 from streamlap.store.source import SafetensorsFolder, TensorSource, equal_numbers, read_rows
 from streamlap.store.staging import Staging
 from streamlap.untrusted.paths import check_folder
@@ -72,6 +73,7 @@ class ModelStream:
         self.folder, self.accelerator = folder, accelerator_of(device)
         self._bfloat16 = cpu_has_bfloat16() if bfloat16 is None else bfloat16
         check_folder(folder)
+        refuse_unfinished(folder)
         check_alone(folder)
         raw = read_config(folder)
         self.marked = not is_nas(raw)

@@ -18,8 +18,8 @@ CARD_BYTES = 1 << 20
 PLAIN = re.compile(r"[\w .,:;/@+()~%#?&=-]{1,200}")
 """What a model card takes over from a stranger's: no quotes, no markup, no line ends."""
 
-OWN = re.compile(r"^# .*, compressed by streamlap$", re.MULTILINE)
-"""The heading of a card that `model_card` wrote."""
+OWN = re.compile(r"^# .*, (compressed|recovered) by streamlap$", re.MULTILINE)
+"""The heading of a card that `model_card` or `bare_card` wrote."""
 TASKS = "## Tasks of lm-eval"
 COLUMNS = "| task | metric | value | documents | lm-eval |\n|---|---|---|---|---|\n"
 TASKS_SECTION = re.compile(rf"\n*^{TASKS}\n\n((?:\|.*\n?)*)", re.MULTILINE)
@@ -71,6 +71,14 @@ def model_card(
             LOADING[to], "",
         ]
     )  # fmt: skip
+
+
+def bare_card(base: str, licence: Mapping[str, str]) -> str:
+    """Of a model of which nothing is known but its name and licence."""
+    base = plain(base)
+    front = [f"base_model: {json.dumps(base, ensure_ascii=False)}", "library_name: transformers"]
+    front += [f"{key}: {json.dumps(value, ensure_ascii=False)}" for key, value in licence.items()]
+    return "\n".join(["---", *front, "tags:", "- streamlap", "---", f"# {base}, recovered by streamlap"])
 
 
 def plain(name: str) -> str:

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from streamlap.errors import CheckpointError
+from streamlap.errors import CheckpointError, counted
 from streamlap.families.stream import ModelStream
 from streamlap.families.table import is_language_model
 from streamlap.families.wrappers import is_wrapper
@@ -118,8 +118,9 @@ def finish_folder(
 def card_of(report: Report, base: str, source: Path) -> str:
     sequences, length = report.calibration_tokens
     made = (
-        f"Preset `{report.recipe['preset']}`, ratio {report.recipe['ratio']}, calibrated on {sequences} windows of "
-        f"{length} tokens. All settings: `{RECIPE_NAME}`; what was done to each layer: `{REPORT_NAME}`."
+        f"Preset `{report.recipe['preset']}`, ratio {report.recipe['ratio']}, calibrated on "
+        f"{counted(sequences, 'window')} of {length} tokens. All settings: `{RECIPE_NAME}`; what was done to each layer: "
+        f"`{REPORT_NAME}`."
     )
     return model_card(
         base=base, licence=licence_of(source), parameters=report.parameters, cache=report.kv_cache, made=made,

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +11,10 @@ from streamlap.errors import CheckpointError, shown
 from streamlap.families.cache import KEPT, cache_bytes
 from streamlap.families.stream import ModelStream
 from streamlap.loader.forms import Dense, Form, Removed, index_parameters, kind_of, read_row
+from streamlap.output.depth import CLOSED
 from streamlap.output.folder import REPORT_NAME
 from streamlap.output.report import KvCache, Parameters
+from streamlap.store.header import read_header
 from streamlap.store.hub import local_folder
 from streamlap.untrusted.paths import REPORT_BYTES, read_object
 
@@ -21,7 +24,7 @@ def inspect(path: str | Path) -> dict[str, Any]:
 
     Relative errors are there for folders that streamlap wrote. Raises CheckpointError and UnsupportedModel.
     """
-    folder = local_folder(str(path))
+    folder = local_folder(path)
     stream = ModelStream(folder)
     errors = _errors(folder)
     layers = [
@@ -46,21 +49,58 @@ def count_parameters(stream: ModelStream, rows: Mapping[str, Mapping[str, int]],
     """Parameters before any edit and after those in `rows`; `stream` may be the original or the compressed checkpoint. Linears
     without a role count as they are.
 
-    A stored index counts as the weights that would take its bytes; `marked`, whether what is removed leaves a mark.
+    A stored index counts as the weights that would take its bytes; `marked`, whether what is removed leaves a mark. What the
+    format nas has added, or left out with an attention, is taken back for the number before.
     """
     before = after = stored = 0
+    added = added_biases(stream)
     for index in range(stream.depth):
         for role, native in stream.natives(index).items():
             itemsize, name = stream.storage_dtype(index, role).itemsize, stream.linear_name(index, role)
             edited = read_row(name, rows[name], native) if name in rows else native
-            before += native.parameters(itemsize)
+            before += native.parameters(itemsize) - native.shape[0] * (role in added)
             after += _numbers(edited, itemsize, marked and stream.marked)
             stored += _numbers(stream.form(index, role), itemsize, stream.marked)
         stays = stream.kept_parameters(index)
         before, after, stored = before + stays, after + stays, stored + stays
     rest = sum(info.numel for info in stream.outer_tensors().values()) - stored
     rest += sum(_stored(stream, index) for index in range(stream.depth))
-    return Parameters(decoder_before=before, decoder_after=after, total_before=before + rest, total_after=after + rest)
+    gone = (
+        sum(isinstance(stream.form(index, "q"), Removed) for index in range(stream.depth)) if not stream.marked else 0
+    )
+    return Parameters(
+        decoder_before=before, decoder_after=after, total_before=before + rest + gone * stream.width,  # with their norms
+        total_after=after + rest,
+    )  # fmt: skip
+
+
+def added_biases(stream: ModelStream) -> set[str]:
+    """Roles whose biases are zeros that the format nas has added: it has one flag for all four linears of attention. The first
+    layer, which keeps its attention, tells."""
+    if stream.marked:
+        return set()
+    biases = {
+        role: stream.source.read(f"{stream.linear_name(0, role)}.bias")
+        for role in stream.family.sublayers["attention"].roles
+        if stream.native(0, role).bias
+    }
+    return {role for role, bias in biases.items() if not bias.any()}
+
+
+def count_written(
+    stream: ModelStream, rows: Mapping[str, Mapping[str, int]], to: str, out: Path, shards: Iterable[str]
+) -> Parameters:
+    """Of a model before any edit, and after those in `rows` in the folder `out` of the format `to`. What a format writes
+    besides the linears' forms, or leaves out, is counted on the disk."""
+    if to not in CLOSED:
+        return count_parameters(stream, rows)
+    counted = count_parameters(stream, rows, marked=False)
+    stored = [(name, info.numel) for shard in shards for name, info in read_header(out / shard).tensors.items()]
+    unbiased = tuple(
+        f".{stream.family.path(role)}.bias" for role, native in stream.natives(0).items() if not native.bias
+    )
+    added = sum(numel for name, numel in stored if name.endswith(unbiased))
+    return replace(counted, decoder_after=counted.decoder_after + added, total_after=sum(numel for _, numel in stored))
 
 
 def count_cache(stream: ModelStream, rows: Mapping[str, Mapping[str, int]]) -> KvCache:

@@ -24,7 +24,7 @@ def load(model: str | Path, **options: Any) -> PreTrainedModel:
     Unless they say otherwise, no code of the folder runs and no pickle is opened. Raises CheckpointError for links out of the
     folder.
     """
-    folder = local_folder(str(model))
+    folder = local_folder(model)
     check_folder(folder)
     check_config(folder)
     safe = {"trust_remote_code": False, "use_safetensors": True}

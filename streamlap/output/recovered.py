@@ -6,10 +6,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from streamlap.errors import counted
 from streamlap.families.opening import read_config
 from streamlap.families.stream import ModelStream
 from streamlap.loader.shim import NAS_MAP, write_nas, write_shim
-from streamlap.output.card import CARD_BYTES, CARD_NAME, without_tasks
+from streamlap.output.card import CARD_BYTES, CARD_NAME, bare_card, base_of, licence_of, without_tasks
 from streamlap.output.folder import (
     KEPT_NAME,
     RECIPE_NAME,
@@ -41,7 +42,9 @@ def finish_recovered(out: Path, stream: ModelStream, recovery: Mapping[str, Any]
     write_json(out / REPORT_NAME, report | {"shards": dict(shards), "recovery": dict(recovery)}, indent=1)
     if (source / CARD_NAME).is_file():
         card = without_tasks(read_bytes(source, CARD_NAME, CARD_BYTES).decode("utf-8", errors="replace"))
-        write_durably(out / CARD_NAME, f"{card.rstrip()}\n\n{card_section(recovery)}\n".encode())
+    else:
+        card = bare_card(base_of(source), licence_of(source))
+    write_durably(out / CARD_NAME, f"{card.rstrip()}\n\n{card_section(recovery)}\n".encode())
     config = source_config(stream) if stream.marked else read_config(source)
     # A folder that transformers saved has no code, and names none.
     if not stream.marked:
@@ -55,7 +58,8 @@ def finish_recovered(out: Path, stream: ModelStream, recovery: Mapping[str, Any]
 def card_section(recovery: Mapping[str, Any]) -> str:
     towards = " and the dense model's predictions" if recovery["distilled"] else ""
     return (
-        f"Recovered by LoRA of rank {recovery['rank']} on {recovery['tokens']:,} tokens, {recovery['epochs']} epochs, towards "
+        f"Recovered by LoRA of rank {recovery['rank']} on {recovery['tokens']:,} tokens, "
+        f"{counted(recovery['epochs'], 'epoch')}, towards "
         f"the text{towards}; merged, with the same ranks and widths. Loss on {recovery['held_tokens']:,} held-out tokens: "
         f"{recovery['before']:.4f} before, {recovery['after']:.4f} after."
     )

@@ -19,7 +19,7 @@ from streamlap.store.journal import STATE_FOLDER, Journal
 from streamlap.store.shards import INDEX_NAME, files_in, find_shards
 from streamlap.store.sink import file_hash
 from streamlap.store.source import SafetensorsFolder, TensorSource
-from streamlap.untrusted.paths import REPORT_BYTES, check_folder, looking_at, read_object
+from streamlap.untrusted.paths import REPORT_BYTES, check_folder, looking_at, path_of, read_object
 
 Fault = dict[str, str | None]
 
@@ -30,7 +30,7 @@ def verify(out: str | Path) -> dict[str, Any]:
     Checks: the run is finished; headers; hashes from the report; names, shapes and dtypes against config.json on the meta
     device; every number finite. Raises CheckpointError only when there is no such folder, or none that can be read.
     """
-    folder = Path(out)
+    folder = path_of(out, "out")
     with looking_at(folder):
         if not folder.is_dir():
             raise CheckpointError(f"{folder} is not a folder; wanted one that streamlap wrote.")

@@ -5,7 +5,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import logging
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,6 @@ from streamlap.data.tokenizer import class_elsewhere
 from streamlap.errors import RecipeError, ResumeMismatch, first_line
 from streamlap.families.stream import ModelStream
 from streamlap.loader.configuration_nas import NAS
-from streamlap.output.depth import CLOSED
 from streamlap.output.folder import (
     KEPT_NAME,
     SURVEY_NAME,
@@ -25,8 +25,8 @@ from streamlap.output.folder import (
     loader_of,
     module_rows,
 )
-from streamlap.output.inspect import count_cache, count_parameters
-from streamlap.output.report import LayerReport, Parameters, Report
+from streamlap.output.inspect import count_cache, count_written
+from streamlap.output.report import LayerReport, Report
 from streamlap.pipeline.final_gain import write_outer
 from streamlap.pipeline.gradients import loss_gradients
 from streamlap.pipeline.layers import Job, compress_layers
@@ -41,14 +41,16 @@ from streamlap.planning.disk import COMPANION_BYTES, DiskNeeds
 from streamlap.planning.plan import Plan, decide, make_plan, windows_of
 from streamlap.planning.sample import check_sample, fitted_inputs
 from streamlap.planning.target import parse_target
-from streamlap.recipe import AUTO, Recipe
-from streamlap.settings import RunSettings, split_options
-from streamlap.store.header import read_header
+from streamlap.recipe import AUTO, OVERRIDES, Recipe
+from streamlap.settings import RunSettings, refuse_options, split_options
 from streamlap.store.hub import local_folder, model_name
 from streamlap.store.journal import STATE_FOLDER, Journal, saved_tokens
 from streamlap.store.sink import ShardFolder, file_hash, shard_names
 from streamlap.system.allocator import steady_heap
 from streamlap.system.meters import reset_peaks
+from streamlap.untrusted.paths import path_of
+
+log = logging.getLogger(__name__)
 
 
 def compress(
@@ -76,12 +78,13 @@ def compress(
     StreamlapError before the first layer for anything that can be checked from headers, and Interrupted where it was stopped.
     """
     settings, changes = split_options(options)
+    refuse_options(compress, changes, OVERRIDES)
     deadline = settings.deadline()
     steady_heap()
     target = parse_target(target_size, target_params, changes.get("ratio"), context, batch)
-    recipe, out = (recipe or Recipe()).override(**changes), Path(out)
+    recipe, out = Recipe.of(recipe).override(**changes), path_of(out, "out")
     check_places(out, settings.work)
-    folder = local_folder(str(model), settings.trust_remote_code)
+    folder = local_folder(model, settings.trust_remote_code)
     settings = settings.settled()
     reset_peaks()
     stream = ModelStream(folder, settings.device, recipe.dtype)
@@ -101,6 +104,11 @@ def compress(
         disk_needs(plan).require(out, run.hidden, freed=held_bytes(out))
         check_sublayers(stream, plan.fit, tokens_NL, writes=plan.recipe.anchored)
     if plan.recipe.survey == AUTO:
+        if begun and begun.survey is None:
+            log.warning(
+                "%s was begun without a survey, and goes on without one: all layers keep the same share. Give --no-survey, or "
+                "start over with --overwrite.", out,
+            )  # fmt: skip
         found = begun.survey if begun else survey_beside(stream, tokens_NL, out, run.model, settings, recipe, deadline)
         decided = decide(stream, replace(recipe, survey=str(found) if found else None), target)
         plan = make_plan(stream, decided, windows_of(tokens_NL), settings)
@@ -206,17 +214,6 @@ def build_report(
         seconds=sum(sum(layer.seconds.values()) for layer in layers), final_gain=gain, redrawn=plan.redrawn,
         calibration_inputs=fitted_inputs(stream, recipe.edited(stream.family)),
     )  # fmt: skip
-
-
-def count_written(
-    stream: ModelStream, rows: Mapping[str, Mapping[str, int]], to: str, out: Path, shards: Sequence[str]
-) -> Parameters:
-    """Of the model before and after. A format that writes more or less than the linears' forms is counted on the disk."""
-    if to not in CLOSED:
-        return count_parameters(stream, rows)
-    headers = [read_header(out / name) for name in shards]
-    total = sum(info.numel for header in headers for info in header.tensors.values())
-    return replace(count_parameters(stream, rows, marked=False), total_after=total)
 
 
 def fingerprint(stream: ModelStream, plan: Plan, tokens_NL: torch.Tensor) -> dict[str, Any]:

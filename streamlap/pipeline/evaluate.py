@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch.nn.functional import cross_entropy
 
-from streamlap.data.calibration import bundled_text, find_files
+from streamlap.data.calibration import bundled_text, file_names, find_files
 from streamlap.data.datasets import EVALUATION
 from streamlap.data.windows import ReadSettings, read_windows
 from streamlap.errors import NumericalError, RecipeError, shown
@@ -31,7 +31,7 @@ from streamlap.pipeline.runner import LayerRunner, start_runner
 from streamlap.pipeline.streams import HiddenStates, open_bank
 from streamlap.planning.schedule import Fit, Schedule, fit, require_fit
 from streamlap.planning.workload import evaluation_workload
-from streamlap.settings import split_options
+from streamlap.settings import refuse_options, split_options
 from streamlap.store.hidden import HiddenBank
 from streamlap.store.hub import local_folder
 from streamlap.store.sink import make_folder
@@ -73,33 +73,32 @@ def evaluate(
     """Perplexity of a checkpoint, original or compressed, on text or token ids (as for calibration; default: bundled text,
     which is not the one that calibration takes).
 
-    Args: length, tokens a window (default 2048, the model's context, or the rows of an .npy); limit, tokens to use at
-    most, windows times length, behind which nothing is read; text_column, where the text of a row of JSON or parquet is; dtype,
-    compute dtype, auto is float32 on a CPU; options, single fields of RunSettings, of which `work` is where hidden states go
-    when memory is short, and without which they stay in memory.
+    Args: length, tokens a window (default 2048, the model's context, or the rows of an .npy); limit, tokens to use at most,
+    each counted once where windows overlap, behind which nothing is read; text_column, where the text of a row of JSON or
+    parquet is; dtype, compute dtype, auto is float32 on a CPU; options, single fields of RunSettings, of which `work` is where
+    hidden states go when memory is short, and without which they stay in memory.
     """
     settings, others = split_options(options)
-    if others:
-        raise RecipeError(f"evaluate has no options {', '.join(map(shown, others))}; wanted fields of RunSettings.")
+    refuse_options(evaluate, others)
+    for name, value, least in (("stride", stride, 1), ("limit", limit, 1), ("length", length, 2)):
+        if value is not None and (type(value) is not int or value < least):
+            raise RecipeError(f"{name} is {shown(value)}; wanted a whole number of at least {least}.")
+    files = bundled_text("validation") if text is None else file_names(text)
     start, settings = time.perf_counter(), settings.settled()
     steady_heap()
     reset_peaks()
     dtype = parse_dtype(dtype)
     if settings.work is not None:
         check_place(Path(settings.work), "--work")
-    folder = local_folder(str(model), settings.trust_remote_code)
+    folder = local_folder(model, settings.trust_remote_code)
     dtype = "float32" if (settings.device, dtype) == ("cpu", "auto") else dtype
     stream = ModelStream(folder, settings.device, dtype)
     stream.require_head()
-    files = (text,) if isinstance(text, str | Path) else tuple(text or bundled_text("validation"))
-    for name, value, least in (("stride", stride, 1), ("limit", limit, 1), ("length", length, 2)):
-        if value is not None and value < least:
-            raise RecipeError(f"{name} is {value}; wanted at least {least}.")
     reading = ReadSettings(
         folder=folder, vocabulary=stream.vocabulary, context=stream.context, text_column=text_column,
         trust_remote_code=settings.trust_remote_code, max_ram=settings.caps.ram,
     )  # fmt: skip
-    tokens_NL = read_windows(find_files([str(file) for file in files], EVALUATION), reading, length, stride, limit)
+    tokens_NL = read_windows(find_files(files, EVALUATION), reading, length, stride, limit)
     windows, window = tokens_NL.shape
     work = evaluation_workload(stream, windows, window, disk=settings.work is not None)
     choice = fit(work, settings.caps, settings.overlap)

@@ -15,7 +15,7 @@ from streamlap.output.depth import is_gone, places
 from streamlap.output.folder import companions, copy_companions, loader_of, write_json
 from streamlap.output.formats import CONFIGS, Forms, exported_layer, packed
 from streamlap.output.gguf import architecture, check_type, library, write_gguf
-from streamlap.output.inspect import count_cache, count_parameters
+from streamlap.output.inspect import count_cache, count_parameters, count_written
 from streamlap.pipeline.place import check_apart, check_place, contents
 from streamlap.pipeline.session import Run, Session, session, source_marks
 from streamlap.planning.disk import DiskNeeds
@@ -23,6 +23,7 @@ from streamlap.settings import RunSettings
 from streamlap.store.journal import STATE_FOLDER, Journal
 from streamlap.store.sink import ShardFolder, TensorEntry, make_folder, shard_names, write_durably
 from streamlap.system.budget import require_disk
+from streamlap.untrusted.paths import path_of
 
 GGUF = "gguf"
 Exported = dict[str, int]
@@ -45,7 +46,11 @@ def export(
     Returns {"shards", "bytes"}. Raises Interrupted where it was stopped, RecipeError for a destination that is not empty or a
     format that is not known, UnsupportedModel for a source that is not compressed and for what the format cannot express.
     """
-    settings, folder, destination = RunSettings(stop_after=stop_after), Path(out), Path(destination)
+    settings, folder, destination = (
+        RunSettings(stop_after=stop_after),
+        path_of(out, "out"),
+        path_of(destination, "destination"),
+    )
     if to == GGUF:
         if stop_after is not None:
             raise RecipeError(
@@ -100,7 +105,7 @@ def resume_export(run: Run, settings: RunSettings) -> Exported:
     stream = ModelStream(folder)
     if not stream.compressed:
         raise UnsupportedModel(
-            f"{folder} is not compressed by streamlap; wanted an output folder. It is dense already."
+            f"{folder} is a plain checkpoint, with nothing to undo; wanted a folder of the format factored or nas."
         )
     check_apart(folder, destination)
     companions(folder)
@@ -116,7 +121,7 @@ def resume_export(run: Run, settings: RunSettings) -> Exported:
     with session(run, marks, needs, deadline, lambda: check_destination(destination)) as running:
         write_shards(stream, running, to, wanted, placed, config)
         copy_companions(folder, destination, class_elsewhere(folder, config["model_type"]))
-        write_durably(destination / CARD_NAME, card_of(stream, to).encode())
+        write_durably(destination / CARD_NAME, card_of(stream, to, destination, shard_names(len(placed))).encode())
         if to == "nas":
             write_nas(destination, write_durably)
         write_json(destination / "config.json", config)
@@ -135,12 +140,13 @@ def exported_format(run: Run) -> str:
     return str(to)
 
 
-def card_of(stream: ModelStream, to: str) -> str:
-    """With what is known of the compressed folder. A dense export has the sizes of the original."""
+def card_of(stream: ModelStream, to: str, destination: Path, shards: Sequence[str]) -> str:
+    """With what is known of the compressed folder and of the shards that are written. A dense export has the sizes of the
+    original."""
     rows = {} if to == "dense" else stream.rows
     return model_card(
         base=base_of(stream.folder), licence=licence_of(stream.folder), to=to, loader=loader_of(stream.raw_config),
-        parameters=count_parameters(stream, rows), cache=count_cache(stream, rows),
+        parameters=count_written(stream, rows, to, destination, shards), cache=count_cache(stream, rows),
         made=f"Exported as {to} from a result of streamlap.",
     )  # fmt: skip
 

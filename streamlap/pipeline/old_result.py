@@ -8,8 +8,9 @@ import shutil
 from collections.abc import Collection
 from pathlib import Path
 
-from streamlap.errors import RecipeError, few
-from streamlap.output.folder import RECIPE_NAME, companions, written_files
+from streamlap.errors import CheckpointError, RecipeError, few
+from streamlap.output.folder import RECIPE_NAME, REPORT_NAME, companions, written_files
+from streamlap.output.recovered import MOST_REPORT_BYTES
 from streamlap.pipeline.place import check_apart, contents
 from streamlap.pipeline.session import remove_begun
 from streamlap.store.foreign import ADAPTER
@@ -17,6 +18,7 @@ from streamlap.store.journal import JOURNAL_NAME, STATE_FOLDER, Journal
 from streamlap.store.lock import LOCKS, OutputLock
 from streamlap.store.shards import SINGLE_NAME
 from streamlap.store.sink import fsync_folder, remove_file
+from streamlap.untrusted.paths import read_object
 
 RIVALS = (SINGLE_NAME, ADAPTER)
 """Files that streamlap does not write, and that loaders read in place of the shards beside them."""
@@ -29,10 +31,10 @@ def check_output(folder: Path, out: Path, overwrite: bool) -> None:
     check_apart(folder, out)
     companions(folder)  # what cannot be copied at the end is said at the start
     entries = contents(out)
-    ours = STATE_FOLDER in entries or RECIPE_NAME in entries
-    if overwrite and entries and not ours:
+    if overwrite and entries and STATE_FOLDER not in entries and not is_finished(out):
         raise RecipeError(
-            f"--overwrite: {out} holds no result of compress to replace ({min(entries)}, ...); choose another folder."
+            f"--overwrite: {out} holds no result of compress or recover to replace ({min(entries)}, ...); choose "
+            "another folder."
         )
     if overwrite:
         check_rivals(out)
@@ -59,10 +61,19 @@ def check_rivals(out: Path) -> None:
 def check_new(out: Path, entries: Collection[str]) -> None:
     """Refuse an output folder with these entries, unless its run is to go on."""
     if entries and not Journal.exists(out):
-        state = "holds a finished model" if RECIPE_NAME in entries else f"is not empty ({min(entries)}, ...)"
+        state = "holds a finished model" if is_finished(out) else f"is not empty ({min(entries)}, ...)"
         raise RecipeError(
             f"output folder {out} {state}; wanted a new one. Choose another, or --overwrite a streamlap output."
         )
+
+
+def is_finished(out: Path) -> bool:
+    """Whether a folder is the result of a compression, or of a recovery, which knows no recipe where its source had none."""
+    if (out / RECIPE_NAME).is_file() or not (out / REPORT_NAME).is_file():
+        return (out / RECIPE_NAME).is_file()
+    with contextlib.suppress(CheckpointError):
+        return "recovery" in read_object(out, REPORT_NAME, MOST_REPORT_BYTES)
+    return False
 
 
 def check_survey(survey: str | None, out: Path) -> None:

@@ -15,10 +15,10 @@ from typing import Any
 
 import torch
 
-from streamlap.data.calibration import calibration_tokens, find_files
+from streamlap.data.calibration import calibration_tokens, file_names, find_files
 from streamlap.data.text import is_ids
 from streamlap.data.windows import open_ids
-from streamlap.errors import RecipeError, ResumeMismatch, UnsupportedModel, first_line, shown
+from streamlap.errors import RecipeError, ResumeMismatch, UnsupportedModel, first_line
 from streamlap.families.opening import parse_dtype, read_config
 from streamlap.families.stream import ModelStream
 from streamlap.loader.configuration_nas import NAS
@@ -36,13 +36,14 @@ from streamlap.planning.recovery import is_thrifty, recovery_needs
 from streamlap.planning.schedule import fit, require_fit
 from streamlap.planning.workload import evaluation_workload
 from streamlap.recipe import Calibration
-from streamlap.settings import RunSettings, split_options
+from streamlap.settings import RunSettings, refuse_options, split_options
 from streamlap.store.hub import local_folder
 from streamlap.store.journal import saved_tokens
 from streamlap.store.sink import ShardFolder, TensorEntry, shard_names, write_durably
 from streamlap.store.source import read_tensors
 from streamlap.system.allocator import steady_heap, trim_heap
 from streamlap.untrusted.json import parse_json
+from streamlap.untrusted.paths import path_of
 
 LENGTH, SAMPLES = 512, 1024
 """Of the windows, where nothing else is asked for."""
@@ -74,23 +75,20 @@ def recover(
     stopped.
     """
     settings, others = split_options(options)
-    unknown = sorted(set(others) - {entry.name for entry in fields(Recovery)})
-    if unknown:
-        raise RecipeError(f"recover has no options {', '.join(map(shown, unknown))}; wanted fields of Recovery.")
-    knobs, deadline, destination = Recovery(**others), settings.deadline(), Path(destination)
+    refuse_options(recover, others, (entry.name for entry in fields(Recovery)))
+    knobs, deadline, destination = Recovery(**others), settings.deadline(), path_of(destination, "destination")
+    names = file_names(text)
     require_peft()
     check_places(destination, settings.work)
     settings = settings.settled()
-    folder = local_folder(str(out), settings.trust_remote_code)
+    folder = local_folder(out, settings.trust_remote_code)
     own: dict[str, Any] = {"knobs": asdict(knobs), "dtype": parse_dtype(dtype), "dense": None}
     if dense is not None:
-        dense_folder = local_folder(str(dense), settings.trust_remote_code)
+        dense_folder = local_folder(dense, settings.trust_remote_code)
         own["dense"] = whole_name(dense, dense_folder)
     model = whole_name(out, folder)
     run = Run(command="recover", out=destination, folder=destination, model=model, settings=settings, own=own)
     stream = ModelStream(folder, settings.device, own["dtype"])
-    files = (text,) if isinstance(text, str | Path) else tuple(text)
-    names = tuple(map(str, files))
     rows = has_rows(names)
     if samples is None and not (rows and len(names) == 1):
         samples = SAMPLES

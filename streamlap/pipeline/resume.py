@@ -18,7 +18,7 @@ from streamlap.pipeline.survey import resume_survey, state_of
 from streamlap.planning.survey_file import Survey
 from streamlap.settings import RunSettings
 from streamlap.store.journal import STATE_FOLDER, Journal
-from streamlap.untrusted.paths import looking_at
+from streamlap.untrusted.paths import looking_at, path_of
 
 COMMANDS: dict[str, Callable[[Run, RunSettings], Report | Survey | Recovered | Exported]] = {
     "compress": resume_compression,
@@ -47,7 +47,7 @@ def resume(
     Raises ResumeMismatch where there is nothing to go on with, CheckpointError where the source is not where it was.
     """
     given = RunSettings(max_ram=max_ram, max_vram=max_vram, stop_after=stop_after)
-    path = Path(path)
+    path = path_of(path, "path")
     path = path if path.name else path.absolute()  # `.` has none
     with looking_at(path):
         folder = state_of(path) if not path.is_dir() and Journal.exists(state_of(path)) else path

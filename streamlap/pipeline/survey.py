@@ -34,7 +34,6 @@ from streamlap.errors import (
     UnsupportedModel,
     few,
     first_line,
-    shown,
 )
 from streamlap.families.opening import parse_dtype
 from streamlap.families.stream import ModelStream
@@ -57,12 +56,13 @@ from streamlap.planning.survey import (
 )
 from streamlap.planning.survey_file import Survey, model_digest
 from streamlap.recipe import Calibration, Recipe
-from streamlap.settings import RunSettings, split_options
+from streamlap.settings import RunSettings, refuse_options, split_options
 from streamlap.store.hub import local_folder
 from streamlap.store.journal import STATE_FOLDER, Journal, saved_tokens
 from streamlap.store.sink import remove_file, write_durably
 from streamlap.system.allocator import steady_heap
 from streamlap.system.meters import reset_peaks
+from streamlap.untrusted.paths import path_of
 
 log = logging.getLogger(__name__)
 
@@ -91,10 +91,9 @@ def survey(
     what can be checked from headers, and Interrupted where it was stopped.
     """
     settings, others = split_options(options)
-    if others:
-        raise RecipeError(f"survey has no options {', '.join(map(shown, others))}; wanted fields of RunSettings.")
+    refuse_options(survey, others)
     deadline, settings = settings.deadline(), settings.settled()
-    dtype, file = parse_dtype(dtype), Path(file)
+    dtype, file = parse_dtype(dtype), path_of(file, "file")
     check_served(shape)
     if file.name:
         check_places(state_of(file), settings.work)
@@ -102,7 +101,7 @@ def survey(
         raise RecipeError(
             f"survey {file} is a folder; wanted the name of a new JSON file, like {file / 'survey.json'}."
         )
-    folder = local_folder(str(model), settings.trust_remote_code)
+    folder = local_folder(model, settings.trust_remote_code)
     steady_heap()
     reset_peaks()
     stream = ModelStream(folder, settings.device, dtype)
@@ -185,7 +184,7 @@ def survey_beside(
     except ResumeMismatch:
         raise  # another process is measuring it, and is about to write into the same output
     except StreamlapError as error:
-        why = first_line(error).partition(" Mend that")[0]  # this run goes on
+        why = first_line(error).replace(" and run again to resume", "")  # this run goes on
         log.warning("no survey, so all layers keep the same share: %s", why)
         return None
     return file

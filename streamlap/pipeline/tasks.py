@@ -19,7 +19,7 @@ from streamlap.output.card import record_tasks
 from streamlap.pipeline.evaluate import token_losses
 from streamlap.planning.schedule import fit, require_fit
 from streamlap.planning.workload import evaluation_workload
-from streamlap.settings import RunSettings, split_options
+from streamlap.settings import RunSettings, refuse_options, split_options
 from streamlap.store.hub import local_folder
 from streamlap.system.meters import peak_ram_bytes, peak_vram_bytes, reset_peaks
 from streamlap.untrusted.yaml import read_yaml
@@ -48,15 +48,14 @@ def evaluate_tasks(
             "lm-eval is not installed, and runs the tasks; run pip install 'streamlap[tasks]'."
         ) from error
     settings, others = split_options(options)
-    if others:
-        raise RecipeError(
-            f"evaluate_tasks has no options {', '.join(map(shown, others))}; wanted fields of RunSettings."
-        )
+    refuse_options(evaluate_tasks, others)
     if isinstance(tasks, str) or not tasks:
         raise RecipeError(f"tasks is {shown(tasks)}; wanted a list of names or files, of at least one.")
+    if limit is not None and (type(limit) is not int or limit < 1):
+        raise RecipeError(f"limit is {shown(limit)}; wanted a whole number of at least 1.")
     dtype, start, settings = parse_dtype(dtype), time.perf_counter(), settings.settled()
     reset_peaks()
-    folder = local_folder(str(model), settings.trust_remote_code)
+    folder = local_folder(model, settings.trust_remote_code)
     dtype = "float32" if (settings.device, dtype) == ("cpu", "auto") else dtype
     stream = ModelStream(folder, settings.device, dtype)
     stream.require_head()

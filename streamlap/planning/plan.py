@@ -6,6 +6,7 @@ solves for are those that were shown. From headers alone, before any weight is r
 
 from __future__ import annotations
 
+import logging
 import math
 from collections import Counter
 from collections.abc import Sequence
@@ -34,7 +35,7 @@ from streamlap.planning.figures import (
     redraw_flops,
 )
 from streamlap.planning.forecast import LayerPlan, compression_workload, forecast_layers, shape_key
-from streamlap.planning.layouts import Candidates, largest_layout, layer_candidates
+from streamlap.planning.layouts import Candidates, dense_parameters, largest_layout, layer_candidates
 from streamlap.planning.machine import Machine, Rates
 from streamlap.planning.sample import fitted_inputs, redrawn_windows
 from streamlap.planning.schedule import Fit, Memory, advice, fit, require_fit
@@ -44,6 +45,8 @@ from streamlap.planning.target import Target, meet
 from streamlap.recipe import AUTO, Recipe
 from streamlap.settings import Caps, RunSettings
 from streamlap.store.sink import shard_bytes
+
+log = logging.getLogger(__name__)
 
 SLACK = 1.8
 """Upper end of the range of seconds over its lower end: what lies between products and decompositions, and other programs."""
@@ -292,10 +295,35 @@ def decide(stream: ModelStream, recipe: Recipe, target: Target | None = None) ->
         recipe = recipe.without_final()
     # A survey that is still to be made moves shares between layers, and hardly the total.
     survey = None if recipe.survey in (None, AUTO) else read_survey(stream, Path(str(recipe.survey)), recipe.shape)
-    recipe = meet(stream, recipe, survey, target)
-    candidates = all_candidates(stream, recipe, survey)
+    try:
+        recipe = meet(stream, recipe, survey, target)
+        candidates = all_candidates(stream, recipe, survey)
+    except RecipeError as error:
+        if survey is None or recipe.shape != "free":
+            raise
+        raise RecipeError(
+            f"{error} By the survey some sub-layers keep less than others; --no-survey gives all the same share."
+        ) from error
     check_format(stream, recipe, candidates)
+    warn_of_the_rest(stream, recipe, targeted=target is not None)
     return Decided(recipe=recipe, candidates=candidates)
+
+
+def warn_of_the_rest(stream: ModelStream, recipe: Recipe, targeted: bool) -> None:
+    """Warn where a sub-layer has no method, so that less than the ratio goes. A target counts what there is, and is met."""
+    edited = recipe.edited(stream.family)
+    sizes = Counter[str]()
+    for index in range(stream.depth):
+        sizes.update({name: dense_parameters(stream, index, name) for name in stream.family_of(index).compressible})
+    if targeted or not (whole := [name for name in sizes if name not in edited]):
+        return
+    part = sum(sizes[name] for name in edited) / sizes.total()
+    more = f", or give a ratio of {recipe.ratio / part:.1%}" if recipe.ratio < part else ""
+    log.warning(
+        "no method compresses %s, so that the ratio holds for %s alone: about %s of the decoder's linears go, and not %s. Add "
+        "a method%s.",
+        " and ".join(whole), " and ".join(sorted(edited)), f"{recipe.ratio * part:.1%}", f"{recipe.ratio:.1%}", more,
+    )  # fmt: skip
 
 
 def check_format(stream: ModelStream, recipe: Recipe, candidates: Sequence[Candidates]) -> None:

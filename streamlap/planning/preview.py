@@ -13,8 +13,8 @@ from streamlap.planning.machine_file import find_sheet
 from streamlap.planning.plan import Plan, decide, make_plan, windows_of
 from streamlap.planning.sample import check_sample
 from streamlap.planning.target import parse_target
-from streamlap.recipe import Recipe
-from streamlap.settings import split_options
+from streamlap.recipe import OVERRIDES, Recipe
+from streamlap.settings import refuse_options, split_options
 from streamlap.store.hub import header_source
 from streamlap.system.allocator import steady_heap
 
@@ -40,11 +40,12 @@ def plan(
     Args: machine, one that need not be there, by the name of a known one or by a YAML file: docs/cookbook.md.
     """
     settings, changes = split_options(options)
+    refuse_options(plan, changes, OVERRIDES)
     target = parse_target(target_size, target_params, changes.get("ratio"), context, batch)
-    recipe, sheet = (recipe or Recipe()).override(**changes), None if machine is None else find_sheet(machine)
+    recipe, sheet = Recipe.of(recipe).override(**changes), None if machine is None else find_sheet(machine)
     settings = sheet.settled(settings) if sheet else settings.settled()
     steady_heap()
-    folder, source = header_source(str(model), settings.trust_remote_code)
+    folder, source = header_source(model, settings.trust_remote_code)
     stream = ModelStream(folder, settings.device, recipe.dtype, source, sheet.bfloat16 if sheet else None)
     planned = sheet.machine(settings.device, stream.dtype) if sheet else None
     decided = decide(stream, recipe, target)

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from streamlap.errors import BudgetError
 from streamlap.families.stream import ModelStream
 from streamlap.methods.trained.recovery import Recovery
+from streamlap.planning.schedule import RUNTIME_BYTES, least_cap
 from streamlap.planning.workload import GRAPH_HEADS, GRAPH_INNER, GRAPH_SCORES, GRAPH_WIDTHS, whole_scores
 from streamlap.settings import Caps
 from streamlap.system.budget import free_ram, show_size, vram_state
@@ -64,21 +65,33 @@ def recovery_needs(stream: ModelStream, knobs: Recovery, windows: int, length: i
 
 
 def is_thrifty(needs: RecoveryNeeds, stream: ModelStream, caps: Caps) -> bool:
-    """Whether layers have to run again on the way back, for want of memory. Raises BudgetError where that is too much too."""
+    """Whether layers have to run again on the way back, for want of memory. Raises BudgetError, with the smallest cap that
+    would do, where that is too much too."""
     away, (given, left) = stream.accelerator.away, vram_state(stream.device)
-    ram = (caps.ram - ram_bytes()) if caps.ram is not None else free_ram()
+    held = ram_bytes()
+    ram = (caps.ram - held) if caps.ram is not None else free_ram()
     room = (min(left, caps.vram - given) if caps.vram is not None else left) if away else ram - needs.teacher
     if away and needs.teacher > ram:
         raise BudgetError(
-            f"the dense model's predictions take {show_size(needs.teacher)} of RAM, and {show_size(ram)} are left. Use fewer "
-            "--samples, or raise --max-ram."
+            f"the dense model's predictions take {show_size(needs.teacher)} of RAM, {show_size(max(0, ram))} are left, and the "
+            f"process holds {show_size(held)}. {way_out('--max-ram', caps.ram, held + needs.teacher)}, or use fewer --samples."
         )
     for thrifty in (False, True):
         if needs.on_device(thrifty) <= room:
             return thrifty
-    window = needs.thrifty_graph + needs.logits
+    window, whole = needs.thrifty_graph + needs.logits, needs.on_device(True)
+    here = (("the dense model's predictions", needs.teacher * (not away)), ("the process", given if away else held))
+    others = "".join(f", {what} {show_size(count)}" for what, count in here if count)
+    flag, cap = ("--max-vram", caps.vram) if away else ("--max-ram", caps.ram)
+    wanted = whole + sum(count for _, count in here)
     raise BudgetError(
-        f"recover takes {show_size(needs.on_device(True))} on {stream.device} (the compressed model {show_size(needs.model)}, "
-        f"adapters {show_size(needs.adapters)}, a window {show_size(window)}), and {show_size(max(0, room))} are left. Use a "
-        "shorter --length, a smaller --rank, --dtype bfloat16, or a larger device."
+        f"recover takes {show_size(wanted)} on {stream.device} (the compressed model {show_size(needs.model)}, adapters "
+        f"{show_size(needs.adapters)}, a window {show_size(window)}{others}), and {show_size(max(0, room))} are left for the "
+        f"first three. {way_out(flag, cap, wanted)}, or use a shorter --length, a smaller --rank or --dtype bfloat16."
     )
+
+
+def way_out(flag: str, cap: int | None, wanted: int) -> str:
+    """What would do for so many bytes of the process: a higher cap where one was set."""
+    # As much more as `fit` counts for what libraries take meanwhile, so that what is named does on the next try too.
+    return "Free some memory" if cap is None else f"Give {flag} {least_cap(wanted + RUNTIME_BYTES)}"

@@ -14,7 +14,7 @@ from collections.abc import Iterable
 import numpy as np
 import torch
 
-from streamlap.errors import RecipeError
+from streamlap.errors import RecipeError, counted
 from streamlap.families.stream import ModelStream
 from streamlap.linalg.moments import fitted_sequences
 from streamlap.recipe import Recipe
@@ -55,8 +55,9 @@ def check_sample(tokens_NL: torch.Tensor, inputs: int) -> None:
     (sequences, length), tokens = tokens_NL.shape, tokens_NL.numel()
     if tokens * MOST_INPUTS < inputs:
         raise RecipeError(
-            f"calibration has {tokens:,} tokens ({sequences:,} windows of {length:,}), and the widest linear to fit has "
-            f"{inputs:,} inputs; wanted at least {-(-inputs // MOST_INPUTS):,} tokens, and better {inputs:,} or more. {ADVICE}"
+            f"calibration has {tokens:,} tokens ({counted(sequences, 'window')} of {length:,}), and the widest linear to fit "
+            f"has {inputs:,} inputs; wanted at least {-(-inputs // MOST_INPUTS):,} tokens, and better {inputs:,} or more. "
+            f"{ADVICE}"
         )
     if tokens < inputs:
         log.warning(

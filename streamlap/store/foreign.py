@@ -4,6 +4,7 @@ is, with what to do; nothing of it is opened but an adapter's config.
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Collection
 from pathlib import Path
 
@@ -40,7 +41,7 @@ def describe_file(path: Path) -> str:
     """What is wrong with a file in the place of a folder."""
     if path.suffix.lower() == ".gguf":
         return f"{path} is {_of_gguf(str(path.parent), path.name)}"
-    return f"{path} is a file; wanted the folder that holds the checkpoint. Give {path.parent}."
+    return f"{path} is a file; wanted the folder that holds the checkpoint. Give {shlex.quote(str(path.parent))}."
 
 
 def describe_folder(folder: Path) -> str | None:

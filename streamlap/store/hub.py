@@ -19,9 +19,10 @@ from huggingface_hub import HfApi, HfFileSystem, snapshot_download
 from streamlap.errors import CheckpointError, first_line, whole
 from streamlap.store.foreign import describe_file, require_config
 from streamlap.store.header import Header, parse_header
+from streamlap.store.journal import refuse_unfinished
 from streamlap.store.shards import PICKLE_SUFFIXES, files_in, find_shards
 from streamlap.store.source import SafetensorsFolder, SafetensorsHeaders, TensorSource
-from streamlap.untrusted.paths import checked, looking_at
+from streamlap.untrusted.paths import checked, looking_at, path_of
 
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+(@[\w./-]+)?")
 WEIGHTS = "*.safetensors"
@@ -44,22 +45,24 @@ def model_name(model: str) -> str:
     return model if HUB_ID.fullmatch(model) and not Path(model).is_dir() else Path(model).resolve().name
 
 
-def local_folder(model: str, trust_remote_code: bool = False) -> Path:
+def local_folder(model: str | Path, trust_remote_code: bool = False) -> Path:
     """The folder `model` itself, or the snapshot of `org/name[@revision]` in the hub's cache, fetched where it is absent.
 
     Code is fetched with `trust_remote_code` alone. Raises CheckpointError when it is neither, or cannot be reached, and for
-    what is known to be no checkpoint, see `foreign`.
+    what is known to be no checkpoint, see `foreign`; RecipeError for what is no name.
     """
+    model = model if isinstance(model, str) else str(path_of(model, "model"))
     return _folder_here(model) or _model_snapshot(model, FETCHED, trust_remote_code)
 
 
-def header_source(model: str, trust_remote_code: bool = False) -> tuple[Path, TensorSource]:
+def header_source(model: str | Path, trust_remote_code: bool = False) -> tuple[Path, TensorSource]:
     """The folder of `model` with config and tokenizer, and its tensors: names, shapes, dtypes and places, as the headers tell.
 
     Of a hub id no weights are fetched, only the headers of the shards, by ranged reads; they pass the same checks as those
     of local files. Where the weights lie in the hub's cache already, they are used as they are, and offline too.
     Raises CheckpointError as `local_folder` and `SafetensorsFolder` do.
     """
+    model = model if isinstance(model, str) else str(path_of(model, "model"))
     if here := _folder_here(model):
         return here, SafetensorsFolder(here)
     folder = _model_snapshot(model, [pattern for pattern in FETCHED if pattern != WEIGHTS], trust_remote_code)
@@ -147,6 +150,7 @@ def _folder_here(model: str) -> Path | None:
     with looking_at(folder):
         if not folder.is_dir():
             return None
+        refuse_unfinished(folder)
         require_config(folder, files_in(folder), model)
     return folder
 

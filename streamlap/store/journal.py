@@ -11,6 +11,7 @@ import contextlib
 import io
 import json
 import os
+import shlex
 import shutil
 from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
@@ -19,7 +20,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from streamlap.errors import ResumeMismatch, first_line, one_line, shown
+from streamlap.errors import CheckpointError, ResumeMismatch, first_line, one_line, shown
 from streamlap.store.sink import STATE_FOLDER as STATE_FOLDER
 from streamlap.store.sink import disk_error, fsync_folder, remove_file, write_durably
 from streamlap.untrusted.json import parse_json, read_limited
@@ -29,6 +30,9 @@ from streamlap.untrusted.paths import looking_at
 JOURNAL_NAME = "journal.jsonl"
 TOKENS_NAME = "tokens.npy"
 REDRAWN_NAME = "redrawn.npy"
+
+OWN = "streamlap_*"
+"""Files of a finished result by which it is known."""
 
 MOST_BYTES = 1 << 30
 
@@ -64,6 +68,26 @@ def read_tokens(path: Path) -> torch.Tensor:
         raise ResumeMismatch(
             f"{path} cannot be read ({first_line(error)}); wanted this run's tokens. Give the first command again."
         ) from error
+
+
+def refuse_unfinished(folder: Path) -> None:
+    """Raise CheckpointError for the output of a run that is not finished in place of a checkpoint."""
+    if Journal.exists(folder) and not (folder / "config.json").exists():
+        raise CheckpointError(
+            f"{folder} is the output of a run that is not finished, and no model yet; go on with: streamlap resume "
+            f"{shlex.quote(str(folder))}"
+        )
+
+
+def what_is_there(out: Path) -> str:
+    """Of a place without an unfinished run."""
+    if not out.is_dir():
+        return "is a file, with no unfinished run beside it" if out.exists() else "is not there"
+    if any(out.glob(OWN)):
+        return "holds a finished result"
+    if (out / "config.json").exists():
+        return "holds a model, and no unfinished run"
+    return f"has no {STATE_FOLDER}/{JOURNAL_NAME}"
 
 
 def parse_start(line: bytes) -> dict[str, Any]:
@@ -136,9 +160,7 @@ class Journal:
         with looking_at(path):
             is_there = path.is_file()
         if not is_there:
-            raise ResumeMismatch(
-                f"{out} has no {STATE_FOLDER}/{JOURNAL_NAME}, so nothing to resume. Run streamlap compress."
-            )
+            raise ResumeMismatch(f"{out} {what_is_there(out)}, so there is nothing to resume. Run streamlap compress.")
         try:
             raw = read_limited(path, MOST_BYTES)
             lines = raw[: raw.rfind(b"\n") + 1].split(b"\n")[:-1]

@@ -18,7 +18,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from streamlap.errors import CheckpointError, StreamlapError, first_line, one_line, shown
+from streamlap.errors import CheckpointError, RecipeError, StreamlapError, first_line, one_line, shown
 from streamlap.untrusted.json import parse_json, read_limited
 
 CONFIG_BYTES = 16 << 20
@@ -32,6 +32,13 @@ KINDS = {
     stat.S_IFIFO: "a pipe", stat.S_IFSOCK: "a socket", stat.S_IFCHR: "a device", stat.S_IFBLK: "a device",
     stat.S_IFDIR: "a folder",
 }  # fmt: skip
+
+
+def path_of(value: object, what: str) -> Path:
+    """A path that a caller gives. Raises RecipeError, naming `what`, for what is none: `str` would make a name of it."""
+    if not isinstance(value, str | os.PathLike) or not os.fspath(value):
+        raise RecipeError(f"{what} is {shown(value)}; wanted a path.")
+    return Path(value)
 
 
 @contextlib.contextmanager

@@ -9,8 +9,10 @@ from pathlib import Path
 import pytest
 from conftest import MakeModel
 
+import streamlap
 from streamlap.cli import main
 from streamlap.demo import bundled
+from streamlap.errors import counted
 from streamlap.planning.public_machines import PUBLIC
 
 Run = tuple[int, str, str]
@@ -222,3 +224,30 @@ def test_a_plan_for_another_machine(
     code, stdout, stderr = run(monkeypatch, capsys, *ask, "rtx-9999")
     assert (code, stdout) == (2, "")
     assert stderr.startswith("streamlap: machine is 'rtx-9999'; wanted a YAML file, or one of ")
+
+
+def test_one_is_no_plural(
+    pico: MakeModel, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    counts = [counted(number, "shard") for number in (0, 1, 2, 1000)]
+    assert counts == ["0 shards", "1 shard", "2 shards", "1,000 shards"]
+    source, out = pico("llama", tokenizer=True, num_hidden_layers=1), tmp_path / "out"
+    sizes = ["--calibration", text, "--samples", 1, "--length", 64]
+    _, printed, _ = run(monkeypatch, capsys, "plan", source, *sizes)
+    assert "1 window of 64 tokens" in printed
+    assert ", 1 layer\n" in printed
+    _, printed, _ = run(monkeypatch, capsys, "compress", source, out, *sizes)
+    assert f"{out}: 1 layer in " in printed
+    assert "calibrated on 1 window of 64 tokens" in (out / "README.md").read_text()
+
+
+def test_a_plain_checkpoint_has_nothing_to_export(
+    pico: MakeModel, tokens: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """It may well have been compressed: in the format stock that leaves no trace in it."""
+    stock = tmp_path / "stock"
+    streamlap.compress(pico("llama"), stock, files=(str(tokens),), format="stock", multiple=4)
+    for folder in (pico("llama"), stock):
+        code, _, said = run(monkeypatch, capsys, "export", folder, tmp_path / "dense", "--to", "dense")
+        assert code == 3
+        assert "is a plain checkpoint, with nothing to undo; wanted a folder of the format factored or nas" in said

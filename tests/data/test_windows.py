@@ -164,7 +164,29 @@ def test_overlapping_windows_stay_inside_their_row(folder: Path, tmp_path: Path)
     assert torch.equal(read(folder, tmp_path / "b.npy", length=9, stride=4), ids.flatten().unfold(-1, 9, 4))
     text = written(tmp_path / "c.txt", TEXT)
     assert torch.equal(read(folder, text, length=9, stride=4), ids_of(folder, TEXT).unfold(-1, 9, 4))
-    assert torch.equal(read(folder, text, length=9, stride=4, limit=30), ids_of(folder, TEXT).unfold(-1, 9, 4)[:3])
+
+
+def test_a_limit_counts_the_tokens_of_overlapping_windows_once(folder: Path, tmp_path: Path) -> None:
+    """As many windows as fit into so many tokens: they reach the end of the limit, not the first part of it."""
+    text = written(tmp_path / "c.txt", TEXT)
+    windows_NL = ids_of(folder, TEXT).unfold(-1, 9, 4)
+    for limit, count in ((9, 1), (12, 1), (13, 2), (30, 6), (33, 7)):
+        assert torch.equal(read(folder, text, length=9, stride=4, limit=limit), windows_NL[:count])
+    ids = torch.arange(80).view(4, 20)
+    np.save(tmp_path / "rows.npy", ids.numpy())
+    rows_NL = ids.unfold(-1, 10, 5).reshape(-1, 10)
+    for limit, count in ((20, 3), (29, 3), (30, 4), (45, 6), (50, 7), (1000, 12)):
+        assert torch.equal(read(folder, tmp_path / "rows.npy", length=10, stride=5, limit=limit), rows_NL[:count])
+
+
+def test_a_limit_goes_on_in_the_next_file(folder: Path, tmp_path: Path) -> None:
+    """What is left at the end of one is not counted."""
+    for name in ("a", "b", "c"):
+        np.save(tmp_path / f"{name}.npy", np.arange(25))
+    paths = [tmp_path / f"{name}.npy" for name in ("a", "b", "c")]
+    assert len(read(folder, *paths, length=10, limit=49)) == 4
+    assert len(read(folder, *paths, length=10, limit=50)) == 5
+    assert len(read(folder, *paths, length=10, stride=5, limit=50)) == 8
 
 
 def test_files_of_other_lengths_are_not_mixed(folder: Path, tmp_path: Path) -> None:

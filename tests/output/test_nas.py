@@ -106,6 +106,28 @@ def test_it_is_what_the_factored_folder_is(source: Path, tokens: Path, tmp_path:
         assert torch.equal(torch.load(tmp_path / "logits.pt"), logits(nas))
 
 
+def test_sizes_are_the_same_wherever_they_are_asked_for(source: Path, tokens: Path, tmp_path: Path) -> None:
+    """The norms of attentions that are gone, and the zeros that o gets for a bias, count as what they are: gone, and new."""
+    given = settings(source, tokens, tmp_path)
+    report = streamlap.compress(source, tmp_path / "nas", format="nas", **given).parameters
+    before, written = (streamlap.inspect(folder)["parameters"] for folder in (source, tmp_path / "nas"))
+    assert written == report.to_json()
+    assert {name: written[name] for name in ("decoder_before", "total_before")} == {
+        name: before[name] for name in ("decoder_before", "total_before")
+    }
+    linears = [name for name in stored_sizes(tmp_path / "nas") if "_proj." in name]
+    assert report.decoder_after == sum(stored_sizes(tmp_path / "nas")[name] for name in linears)
+
+    streamlap.compress(source, tmp_path / "factored", shape="nas", **given)
+    streamlap.export(tmp_path / "factored", tmp_path / "exported", to="nas")
+    for number in (report.decoder_before, report.decoder_after, report.total_before, report.total_after):
+        assert f" {number:,} " in (tmp_path / "exported" / "README.md").read_text()
+
+
+def stored_sizes(folder: Path) -> dict[str, int]:
+    return {name: tensor.numel() for path in folder.glob("*.safetensors") for name, tensor in load_file(path).items()}
+
+
 def test_caches_and_names(pico: MakeModel, tokens: Path, tmp_path: Path) -> None:
     source = pico("llama", intermediate_size=96)
     streamlap.compress(source, tmp_path / "out", format="nas", **settings(source, tokens, tmp_path))

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +19,15 @@ from outputs import STATE, contents
 from transformers import AutoModel
 
 import streamlap
-from streamlap.errors import RecipeError, ResumeMismatch
+from streamlap.errors import RecipeError, ResumeMismatch, StreamlapError
+from streamlap.families.stream import ModelStream
+from streamlap.methods.anchored.ffn import FfnAnchored
+from streamlap.methods.anchored.groups import AttentionGroups
 from streamlap.pipeline import layers
 from streamlap.pipeline import survey as surveying
 from streamlap.pipeline.survey import DEFAULT_LENGTH, DEFAULT_SAMPLES, state_of, survey_pieces
-from streamlap.planning.survey_file import Survey
+from streamlap.planning.plan import decide
+from streamlap.planning.survey_file import Point, Survey, model_digest
 from streamlap.recipe import AUTO, Recipe
 from streamlap.store.lock import OutputLock
 
@@ -247,6 +253,45 @@ def test_without_a_survey_all_share_alike(
     assert "no survey, so all layers keep the same share: " in caplog.text
     assert "run again to resume" not in caplog.text, "there is nothing to resume"
     assert not list(tmp_path.glob("*.json"))
+
+
+def test_a_run_that_was_begun_without_one_says_so_when_it_goes_on(
+    source: Path, tokens: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    out = tmp_path / "out"
+    dies_in_the_second_layer(monkeypatch, lambda: compress(source, tokens, out, survey=None))
+    assert "without a survey" not in caplog.text
+    assert compress(source, tokens, out).recipe["survey"] is None
+    assert caplog.text.count("out was begun without a survey, and goes on without one") == 1
+
+
+def test_what_the_disk_says_of_a_survey_comes_whole(
+    source: Path, tokens: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """But for what only a run that stopped can do."""
+    refusal = StreamlapError("cannot write a: no. Mend that or choose another folder.")
+    monkeypatch.setattr(surveying, "run_survey", lambda *_: (_ for _ in ()).throw(refusal))
+    compress(source, tokens, tmp_path / "out")
+    assert "cannot write a: no. Mend that or choose another folder." in caplog.text
+
+
+def test_shares_below_what_a_method_can_hold_name_the_way_out(source: Path, tmp_path: Path) -> None:
+    """Attention that is cheap to cut gets 0.7 of the uniform share, which is less than one of two KV heads."""
+    stream, file = ModelStream(source), tmp_path / "s.json"
+    layers = tuple(
+        {name: (Point(keep=0.5, kl=kl, error=0.5),) for name, kl in (("attention", 9.0**index), ("ffn", 9.0))}
+        for index in range(stream.depth)
+    )
+    found = Survey(model=model_digest(stream), calibration="", compute="", layers=layers)
+    file.write_text(json.dumps(found.to_json()))
+    recipe = Recipe(
+        ratio=0.3, preset="custom", methods=(AttentionGroups(), FfnAnchored(shares=(1.0,))), survey=str(file)
+    )
+    with pytest.raises(RecipeError, match=r"hold no KV head .* --no-survey gives all the same share\.$"):
+        decide(stream, recipe)
+    assert decide(stream, replace(recipe, survey=None))
+    with pytest.raises(RecipeError, match=r"lower the ratio\.$"):
+        decide(stream, replace(recipe, survey=None, ratio=0.6))
 
 
 def test_a_resumed_compression_reads_it_again(

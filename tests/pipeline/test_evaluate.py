@@ -16,7 +16,7 @@ from crashes import keep_on_disk
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import streamlap
-from streamlap.errors import BudgetError
+from streamlap.errors import BudgetError, RecipeError
 from streamlap.families.stream import ModelStream
 from streamlap.families.table import FAMILIES
 from streamlap.store.hidden import HiddenBank
@@ -55,6 +55,26 @@ def test_limit_uses_the_first_tokens(pico: MakeModel, tokens: Path) -> None:
     result = streamlap.evaluate(pico("llama"), tokens, limit=40)
     assert result.tokens == 2 * 15
     assert result.nll == pytest.approx(in_memory_nll(pico("llama"), rows[:2]), rel=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"text": []}, r"text is \[\]; wanted a file, or a list of one or more"),
+        ({"text": 7}, "text is 7; wanted a file"),
+        ({"length": "64"}, "length is '64'; wanted a whole number of at least 2"),
+        ({"length": 64.0}, "length is 64.0; wanted a whole number"),
+        ({"limit": "2048"}, "limit is '2048'; wanted a whole number of at least 1"),
+        ({"limit": 2048.0}, "limit is 2048.0; wanted a whole number"),
+        ({"stride": True}, "stride is True; wanted a whole number"),
+        ({"model": None}, "model is None; wanted a path"),
+        ({"device_map": "auto"}, "has no options 'device_map'; wanted some of length, stride, .*, device, work, "),
+    ],
+)
+def test_arguments_of_another_kind_are_refused(pico: MakeModel, options: dict[str, Any], message: str) -> None:
+    """An empty list is no wish for the bundled text."""
+    with pytest.raises(RecipeError, match=message):
+        streamlap.evaluate(**{"model": pico("llama", tokenizer=True), **options})
 
 
 def test_stride_scores_the_last_positions_of_overlapping_windows(pico: MakeModel, tmp_path: Path) -> None:

@@ -272,6 +272,9 @@ def other_vocabulary(pico: MakeModel) -> dict[str, Any]:
         (lambda pico: {"samples": 0}, RecipeError, "samples is 0; wanted"),
         (lambda pico: {"length": False}, RecipeError, "length is False; wanted"),
         (lambda pico: {"max_ram": "1MiB"}, BudgetError, "0.0 MiB are left"),
+        (lambda pico: {"text": []}, RecipeError, r"text is \[\]; wanted a file, or a list of one or more"),
+        (lambda pico: {"text": None}, RecipeError, r"text is None; wanted a file"),
+        (lambda pico: {"speed": 1}, RecipeError, "wanted some of dense, samples, .*, rank, .*, max_ram, "),
     ],
 )
 def test_what_cannot_be_is_said_before_the_first_step(
@@ -279,8 +282,16 @@ def test_what_cannot_be_is_said_before_the_first_step(
     lesson: Path, tmp_path: Path,
 ) -> None:  # fmt: skip
     with pytest.raises(error, match=message):
-        streamlap.recover(small, tmp_path / "out", lesson, **options(pico))
+        streamlap.recover(small, tmp_path / "out", **{"text": lesson, **options(pico)})
     assert not (tmp_path / "out").exists()
+
+
+def test_the_cap_that_is_named_does(small: Path, lesson: Path, tmp_path: Path) -> None:
+    """The process counts into it: a cap of less than that alone helps nobody."""
+    with pytest.raises(BudgetError, match=r"the process \d.*Give --max-ram") as found:
+        streamlap.recover(small, tmp_path / "out", lesson, max_ram="100MB", **KNOBS)
+    cap = str(found.value).partition("--max-ram ")[2].partition(",")[0]
+    assert streamlap.recover(small, tmp_path / "out", lesson, max_ram=cap, **KNOBS).kept
 
 
 def test_other_knobs_are_another_run(
@@ -330,6 +341,29 @@ def test_a_nas_folder_has_the_teacher_that_it_was_made_of(
     assert found.distilled
     with pytest.raises(RecipeError, match=r"is a qwen3 .* a llama or mistral or qwen2 with 300"):
         streamlap.recover(nas, tmp_path / "other", lesson, dense=pico("qwen3", num_hidden_layers=2), **KNOBS)
+
+
+def test_a_folder_without_a_sign_of_streamlap_gets_one(pico: MakeModel, lesson: Path, tmp_path: Path) -> None:
+    """A card, by which people know it, and a report, by which `compress --overwrite` does."""
+    source, out = pico("llama", tokenizer=True, num_hidden_layers=2), tmp_path / "out"
+    assert streamlap.recover(source, out, lesson, **KNOBS).kept
+    card = (out / "README.md").read_text()
+    assert f"# {source.name}, recovered by streamlap\n" in card
+    assert "Recovered by LoRA of rank 3 on " in card
+    assert " tokens, 2 epochs, towards the text; merged" in card
+    with pytest.raises(RecipeError, match="holds a finished model"):
+        streamlap.compress(source, out, files=(str(lesson),))
+    (out / "notes.txt").write_text("mine")
+    streamlap.compress(source, out, files=(str(lesson),), overwrite=True)
+    assert ", compressed by streamlap\n" in (out / "README.md").read_text()
+    assert (out / "notes.txt").read_text() == "mine"
+
+
+@pytest.mark.parametrize("report", ["{}", "[", '{"recovery": {}'])
+def test_a_report_of_something_else_is_no_result(pico: MakeModel, lesson: Path, tmp_path: Path, report: str) -> None:
+    (tmp_path / "streamlap_report.json").write_text(report)
+    with pytest.raises(RecipeError, match="holds no result of compress or recover to replace"):
+        streamlap.compress(pico("llama"), tmp_path, files=(str(lesson),), overwrite=True)
 
 
 def test_adapters_are_float32_and_no_forward_is_random(pico: MakeModel, lesson: Path) -> None:

@@ -315,6 +315,30 @@ def test_there_must_be_something_to_resume(compress: Compress, tmp_path: Path) -
     assert not (tmp_path / "nowhere").exists()
 
 
+def test_what_is_there_in_place_of_a_run_is_said(source: Path, out: Path, tmp_path: Path) -> None:
+    (tmp_path / "survey.json").write_text("{}")
+    (tmp_path / "empty").mkdir()
+    places = {
+        out: "holds a finished result", source: "holds a model, and no unfinished run",
+        tmp_path / "nowhere": "is not there", tmp_path / "survey.json": "is a file, with no unfinished run beside it",
+        tmp_path / "empty": r"has no \.streamlap/journal\.jsonl",
+    }  # fmt: skip
+    for place, words in places.items():
+        with pytest.raises(ResumeMismatch, match=f"{place.name} {words}, so there is nothing to resume"):
+            streamlap.resume(place)
+
+
+def test_who_reads_an_unfinished_output_hears_how_it_goes_on(broken: Path, tmp_path: Path) -> None:
+    for read in (
+        streamlap.inspect, streamlap.evaluate, streamlap.load, streamlap.plan,
+        lambda folder: streamlap.export(folder, tmp_path / "dense"),
+        lambda folder: streamlap.export(folder, tmp_path / "model.gguf", to="gguf"),
+        lambda folder: streamlap.recover(folder, tmp_path / "dense", ["a.txt"]),
+    ):  # fmt: skip
+        with pytest.raises(CheckpointError, match=rf"not finished.*; go on with: streamlap resume {broken}$"):
+            read(broken)
+
+
 def test_what_the_last_death_leaves_is_a_finished_folder(
     source: Path, out: Path, tokens: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

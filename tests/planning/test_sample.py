@@ -134,3 +134,21 @@ def test_a_report_without_the_figures_is_still_read(pico: MakeModel, tokens: Pat
     (out / "streamlap_report.json").write_text(json.dumps({k: v for k, v in report.items() if k != "calibration"}))
     assert streamlap.verify(out)["ok"]
     assert any("relative_error" in site for site in streamlap.inspect(out)["layers"][0]["sites"].values())
+
+
+@pytest.mark.parametrize(("method", "whole"), [("ffn_lorap", "attention"), ("attention_awsvd", "ffn")])
+def test_a_recipe_for_one_sub_layer_is_told_what_goes(
+    pico: MakeModel, tokens: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture, method: str, whole: str
+) -> None:
+    given: dict[str, Any] = {"methods": [{"method": method}], "ratio": 0.3, "files": (str(tokens),)}
+    streamlap.plan(pico("llama"), **given)
+    (line,) = (record.getMessage() for record in caplog.records if record.name == "streamlap.planning.plan")
+    assert f"no method compresses {whole}, so that the ratio holds for" in line
+    share = float(line.partition("about ")[2].partition("%")[0]) / 100
+    reached = streamlap.compress(pico("llama"), tmp_path / "out", **given).parameters.ratio_decoder
+    assert share == pytest.approx(reached, abs=0.03)
+    assert share < 0.25
+    caplog.clear()
+    streamlap.plan(pico("llama"), preset="lorap", ratio=0.3, files=(str(tokens),))
+    streamlap.plan(pico("llama"), methods=given["methods"], target_params="40k", files=(str(tokens),))
+    assert not [record for record in caplog.records if record.name == "streamlap.planning.plan"]

@@ -57,6 +57,11 @@ def test_it_is_named(tmp_path: Path, tokens: Path, case: str) -> None:
         streamlap.plan(given, files=(str(tokens),))
 
 
+def test_a_path_that_is_given_back_can_be_pasted(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match=r"Give '.*/my models'\.$"):
+        streamlap.inspect(touch(tmp_path / "my models", "model.safetensors") / "model.safetensors")
+
+
 def test_weights_under_another_name(pico: MakeModel, tmp_path: Path) -> None:
     folder = Path(shutil.copytree(pico("llama"), tmp_path / "model"))
     (folder / "model.safetensors").rename(folder / "weights.safetensors")

@@ -463,7 +463,7 @@ RECIPES: dict[str, tuple[str, tuple[str, ...]]] = {
     "files is empty": ("calibration: {files: }", ("files is None", "list of paths")),
     "seed is text": ("calibration: {seed: x}", ("seed is 'x'", "whole number")),
     "a list": ("[1]", ("list", "keys like ratio")),
-    "empty": ("", ("NoneType", "keys like ratio")),
+    "empty": ("", ("is empty", "keys like ratio")),
     "not YAML": ("{", ("cannot be read",)),
     "code": ("!!python/object/apply:os.getcwd []", ("cannot be read",)),
 }
