@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,8 @@ import pytest
 import streamlap
 from streamlap.data.calibration import bundled_text
 from streamlap.demo import bundled, run_demo
+
+README = Path(__file__).parents[2] / "README.md"
 
 
 def test_the_bundled_model_is_small_trained_and_near_convergence() -> None:
@@ -36,7 +39,12 @@ def test_calibration_and_validation_text_share_nothing() -> None:
 
 
 def test_the_demo_compresses_and_measures(tmp_path: Path) -> None:
+    """What README says of it."""
     result = run_demo(tmp_path / "out")
+    said = re.search(r"perplexity ([\d.]+) to ([\d.]+) \(256 windows", README.read_text())
+    assert said
+    measured = result.before.perplexity, result.after.perplexity
+    assert measured == pytest.approx(tuple(map(float, said.groups())), rel=2e-3)  # processors round otherwise
     assert result.after.parameters < 0.9 * result.before.parameters
     assert result.after.bytes < 0.9 * result.before.bytes
     assert result.before.perplexity < result.after.perplexity < 1.5 * result.before.perplexity
