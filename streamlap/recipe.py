@@ -139,8 +139,6 @@ class Recipe:
         if self.preset not in (*PRESETS, "custom"):
             raise RecipeError(f"preset is {shown(self.preset)}; wanted one of {', '.join(PRESETS)}, custom.")
         self._settle_shape()
-        if not self.methods:
-            raise RecipeError("methods are an empty list, so nothing would be compressed; wanted some or a preset.")
         if self.methods is NOT_GIVEN or (self.methods is PRESETS["best"] and self.preset != "custom"):
             object.__setattr__(self, "methods", own_methods(self.preset, self.shape))
         self._check_shape()
@@ -365,6 +363,8 @@ class Recipe:
             raise RecipeError(f"recipe {path} is empty; wanted keys like ratio and preset.")
         if not isinstance(table, Mapping):
             raise RecipeError(f"recipe {path} holds a {type(table).__name__}; wanted keys like ratio and preset.")
+        if "methods" in table and not table["methods"]:
+            raise RecipeError(f"recipe {path} has no methods, so nothing would be compressed; wanted some or a preset.")
         return cls.from_dict({**table, "survey": _beside(path, table["survey"])} if "survey" in table else table)
 
 

@@ -515,7 +515,7 @@ def test_a_survey_that_is_no_file_is_refused(source: Path, tmp_path: Path) -> No
 
 def test_one_pass_methods_take_no_survey() -> None:
     with pytest.raises(RecipeError, match="anchored methods"):
-        Recipe(survey="survey.json").override(preset="lorap")
+        Recipe().override(preset="lorap", survey="survey.json")
     with pytest.raises(RecipeError, match="survey is 3"):
         replace(Recipe(), survey=3)
 
