@@ -40,9 +40,9 @@ from streamlap.linalg.moments import held_sequences
 from streamlap.linalg.products import product
 from streamlap.methods import PRESETS
 from streamlap.methods.anchored.costs import SINGLE
+from streamlap.planning.decide import decide
 from streamlap.planning.forecast import forecast_layers
 from streamlap.planning.layouts import layer_entries
-from streamlap.planning.plan import decide
 from streamlap.recipe import Recipe
 from streamlap.system import disk_speed
 from streamlap.system import speed as machine

@@ -22,8 +22,9 @@ import make_synthetic_checkpoint as synthetic
 from tqdm import tqdm
 
 from streamlap.families.stream import ModelStream
+from streamlap.planning.decide import decide
 from streamlap.planning.machine_file import find_sheet
-from streamlap.planning.plan import Plan, decide, make_plan
+from streamlap.planning.plan import Plan, make_plan
 from streamlap.planning.schedule import least_cap
 from streamlap.planning.sheets import CUDA_CONTEXT_BYTES, SYSTEM_BYTES, Sheet
 from streamlap.recipe import Recipe

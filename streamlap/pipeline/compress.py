@@ -37,8 +37,9 @@ from streamlap.pipeline.runner import check_sublayers
 from streamlap.pipeline.session import Run, goes_on, read_run, session, stream_marks, whole_name
 from streamlap.pipeline.streams import open_streams
 from streamlap.pipeline.survey import survey_beside
+from streamlap.planning.decide import decide
 from streamlap.planning.disk import COMPANION_BYTES, DiskNeeds
-from streamlap.planning.plan import Plan, decide, make_plan, windows_of
+from streamlap.planning.plan import Plan, make_plan, windows_of
 from streamlap.planning.sample import check_sample, fitted_inputs
 from streamlap.planning.target import parse_target
 from streamlap.recipe import AUTO, OVERRIDES, Recipe

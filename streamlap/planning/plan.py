@@ -6,22 +6,17 @@ solves for are those that were shown. From headers alone, before any weight is r
 
 from __future__ import annotations
 
-import logging
 import math
 from collections import Counter
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
-from pathlib import Path
 from typing import Any
 
 import torch
 
-from streamlap.errors import RecipeError, UnsupportedModel
 from streamlap.families.stream import ModelStream
 from streamlap.linalg.moments import fitted_sequences, held_sequences
-from streamlap.output.formats import CONFIGS
-from streamlap.planning.allocate import layer_parameters
+from streamlap.planning.decide import Decided
 from streamlap.planning.disk import COMPANION_BYTES
 from streamlap.planning.figures import (
     LayerFigures,
@@ -34,19 +29,14 @@ from streamlap.planning.figures import (
     layer_traffic,
     redraw_flops,
 )
-from streamlap.planning.forecast import LayerPlan, compression_workload, forecast_layers, shape_key
-from streamlap.planning.layouts import Candidates, dense_parameters, largest_layout, layer_candidates
+from streamlap.planning.forecast import LayerPlan, compression_workload, forecast_layers
 from streamlap.planning.machine import Machine, Rates
 from streamlap.planning.sample import fitted_inputs, redrawn_windows
 from streamlap.planning.schedule import Fit, Memory, advice, fit, require_fit
 from streamlap.planning.survey import SurveyCost, forecast_survey
-from streamlap.planning.survey_file import Survey, read_survey
-from streamlap.planning.target import Target, meet
-from streamlap.recipe import AUTO, Recipe
+from streamlap.recipe import Recipe
 from streamlap.settings import Caps, RunSettings
 from streamlap.store.sink import shard_bytes
-
-log = logging.getLogger(__name__)
 
 SLACK = 1.8
 """Upper end of the range of seconds over its lower end: what lies between products and decompositions, and other programs."""
@@ -268,71 +258,6 @@ class Plan:
         require_fit(self.fit, self.caps)
 
 
-@dataclass(frozen=True, kw_only=True)
-class Decided:
-    """What every layer may become, before it is known on how many tokens."""
-
-    recipe: Recipe
-    """With the ratio that it comes to."""
-    candidates: Sequence[Candidates]
-    """A table for each layer."""
-
-
-def decide(stream: ModelStream, recipe: Recipe, target: Target | None = None) -> Decided:
-    """What every layer may become by the recipe, at its ratio or at the one that meets the target. From headers alone.
-
-    Raises RecipeError and UnsupportedModel for all in recipe and target that could stop a run later on.
-    """
-    if stream.compressed:
-        raise UnsupportedModel(f"{stream.folder} is already compressed by streamlap; wanted the original checkpoint.")
-    recipe.check_methods(stream.family)
-    if recipe.reads_gradient and not stream.has_head:
-        raise RecipeError(
-            f"loraprune: importance is model, and {stream.folder} has no language-model head, so no such loss; wanted "
-            "importance block."
-        )
-    if not stream.has_head or stream.caps_logits:
-        recipe = recipe.without_final()
-    # A survey that is still to be made moves shares between layers, and hardly the total.
-    survey = None if recipe.survey in (None, AUTO) else read_survey(stream, Path(str(recipe.survey)), recipe.shape)
-    try:
-        recipe = meet(stream, recipe, survey, target)
-        candidates = all_candidates(stream, recipe, survey)
-    except RecipeError as error:
-        if survey is None or recipe.shape != "free":
-            raise
-        raise RecipeError(
-            f"{error} By the survey some sub-layers keep less than others; --no-survey gives all the same share."
-        ) from error
-    check_format(stream, recipe, candidates)
-    warn_of_the_rest(stream, recipe, targeted=target is not None)
-    return Decided(recipe=recipe, candidates=candidates)
-
-
-def warn_of_the_rest(stream: ModelStream, recipe: Recipe, targeted: bool) -> None:
-    """Warn where a sub-layer has no method, so that less than the ratio goes. A target counts what there is, and is met."""
-    edited = recipe.edited(stream.family)
-    sizes = Counter[str]()
-    for index in range(stream.depth):
-        sizes.update({name: dense_parameters(stream, index, name) for name in stream.family_of(index).compressible})
-    if targeted or not (whole := [name for name in sizes if name not in edited]):
-        return
-    part = sum(sizes[name] for name in edited) / sizes.total()
-    more = f", or give a ratio of {recipe.ratio / part:.1%}" if recipe.ratio < part else ""
-    log.warning(
-        "no method compresses %s, so that the ratio holds for %s alone: about %s of the decoder's linears go, and not %s. Add "
-        "a method%s.",
-        " and ".join(whole), " and ".join(sorted(edited)), f"{recipe.ratio * part:.1%}", f"{recipe.ratio:.1%}", more,
-    )  # fmt: skip
-
-
-def check_format(stream: ModelStream, recipe: Recipe, candidates: Sequence[Candidates]) -> None:
-    """Raise UnsupportedModel where the format cannot hold what is planned."""
-    if recipe.format in CONFIGS:
-        layouts = (largest_layout(stream, index, found) for index, found in enumerate(candidates))
-        CONFIGS[recipe.format](stream, [{**stream.natives(index), **layout} for index, layout in enumerate(layouts)])
-
-
 def make_plan(
     stream: ModelStream, decided: Decided, shape_NL: tuple[int, int], settings: RunSettings, memory: Memory | None = None,
 ) -> Plan:  # fmt: skip
@@ -366,15 +291,3 @@ def windows_of(tokens_NL: torch.Tensor) -> tuple[int, int]:
     """Their number and length."""
     sequences, length = tokens_NL.shape
     return sequences, length
-
-
-def all_candidates(stream: ModelStream, recipe: Recipe, survey: Survey | None) -> list[Candidates]:
-    """Of every layer; those of equal shapes and budgets share them."""
-    known: dict[str, Candidates] = {}
-    result = []
-    for index, parameters in enumerate(layer_parameters(stream, recipe, survey)):
-        key = f"{shape_key(stream, index, {})} {parameters}"
-        if key not in known:
-            known[key] = layer_candidates(stream, recipe, index, parameters)
-        result.append(known[key])
-    return result

@@ -8,9 +8,10 @@ from typing import Any
 
 from streamlap.data.calibration import calibration_tokens
 from streamlap.families.stream import ModelStream
+from streamlap.planning.decide import decide
 from streamlap.planning.machine import this_machine
 from streamlap.planning.machine_file import find_sheet
-from streamlap.planning.plan import Plan, decide, make_plan, windows_of
+from streamlap.planning.plan import Plan, make_plan, windows_of
 from streamlap.planning.sample import check_sample
 from streamlap.planning.target import parse_target
 from streamlap.recipe import OVERRIDES, Recipe

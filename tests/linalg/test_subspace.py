@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Callable, Iterator
+from typing import Any
+
 import pytest
 import torch
 
 from streamlap.errors import NumericalError
 from streamlap.linalg import pivot
+from streamlap.linalg import subspace as spaces
 from streamlap.linalg.anchor import root
 from streamlap.linalg.gram import Gram
 from streamlap.linalg.pivot import folded_order, others, output_order, pivot_rows, shared_pivot_rows
@@ -354,3 +359,37 @@ def test_rows_count_by_their_gain(shape: tuple[int, int], served: int | None, dt
 def test_energies_are_those_of_what_each_row_gives() -> None:
     t_OI, gram_II = problem((20, 8))
     torch.testing.assert_close(energies_of(t_OI, Gram.of(gram_II)), (t_OI @ gram_II @ t_OI.T).diagonal())
+
+
+def test_a_gram_waits_elsewhere_while_what_needs_none_of_it_is_solved(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Beside the eigen-problem of a wide linear, and while rows are fitted to what is stored. It has nothing to give then."""
+    resting, seen = list[Gram](), dict[str, bool]()
+
+    @contextlib.contextmanager
+    def rest(gram: Gram) -> Iterator[None]:
+        square_II, gram._square_II = gram._square_II, torch.empty(0)
+        resting.append(gram)
+        yield
+        gram._square_II = square_II
+        resting.remove(gram)
+
+    def watched(name: str) -> Callable[..., Any]:
+        original = getattr(spaces, name)
+
+        def watch(*args: Any, **kwargs: Any) -> Any:
+            seen[name] = bool(resting)
+            return original(*args, **kwargs)
+
+        return watch
+
+    for name in ("_spectrum", "_fit", "solve_right"):
+        monkeypatch.setattr(spaces, name, watched(name))
+    t_OI, gram_II = problem((8, 20))
+    gram = Gram.of(gram_II)
+    wanted = subspace(t_OI, gram, 3).value
+    rest_NR = refit(t_OI, wanted.map_RI, gram).value
+    monkeypatch.setattr(Gram, "resting", rest)
+    found = subspace(t_OI, gram, 3).value
+    assert torch.equal(found.map_RI, wanted.map_RI)
+    assert torch.equal(refit(t_OI, found.map_RI, gram).value, rest_NR)
+    assert seen == {"_spectrum": True, "_fit": True, "solve_right": True}

@@ -6,6 +6,7 @@ import itertools
 import json
 import math
 import shutil
+import weakref
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 import streamlap
 from streamlap.errors import RecipeError
+from streamlap.families.layer import Edit
 from streamlap.families.stream import ModelStream
 from streamlap.families.table import FAMILIES
 from streamlap.linalg.gram import Gram
@@ -29,9 +31,10 @@ from streamlap.loader.linears import LowRankLinear, PivotedLinear
 from streamlap.methods.anchored.attention import AttentionAnchored
 from streamlap.methods.anchored.ffn import FfnAnchored, _channels
 from streamlap.methods.anchored.fitting import Aim, low_rank_edit
-from streamlap.methods.base import Layout, Solved
+from streamlap.methods.base import Captured, Layout, Solved
+from streamlap.pipeline.observe import SublayerStatistics
+from streamlap.planning.decide import decide
 from streamlap.planning.layouts import Candidates, dense_parameters, layer_candidates, uniform_parameters
-from streamlap.planning.plan import decide
 from streamlap.recipe import Recipe, method_name
 
 HEADS = {"grouped": {"num_key_value_heads": 2}, "each its own": {"num_key_value_heads": 4}}
@@ -397,3 +400,32 @@ def test_a_model_with_dead_value_heads_is_what_its_plan_says_and_no_more(
 def test_an_ffn_that_is_left_less_than_nothing_holds_no_channel() -> None:
     with pytest.raises(RecipeError, match="-31 parameters hold no channel of 64; lower the ratio"):
         _channels(-31, 48, 64, 0, 0.25)
+
+
+# --- memory --------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("storage", ["pivoted", "factors"])
+def test_what_an_ffn_read_is_gone_before_its_last_linear_is_fitted(
+    pico: MakeModel, tokens: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, storage: str
+) -> None:
+    """The Gram of its input, which the plan counts no longer by then."""
+    read, still = list[weakref.ref[Gram]](), list[bool]()
+    gram_of, middles = SublayerStatistics.input_gram, SublayerStatistics.middles
+
+    def input_gram(self: SublayerStatistics) -> Gram:
+        gram = gram_of(self)
+        read.append(weakref.ref(gram))
+        return gram
+
+    def last(self: SublayerStatistics, edits: Sequence[Edit]) -> Captured:
+        if self.sublayer == "ffn":
+            still.append(read[-1]() is not None)
+        return middles(self, edits)
+
+    monkeypatch.setattr(SublayerStatistics, "input_gram", input_gram)
+    monkeypatch.setattr(SublayerStatistics, "middles", last)
+    methods = (AttentionAnchored(storage=storage), FfnAnchored(storage=storage))
+    streamlap.compress(pico("llama"), tmp_path / "out", files=(str(tokens),), ratio=0.4, methods=methods, redraw=False)
+    assert still
+    assert not any(still)

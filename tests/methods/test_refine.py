@@ -24,8 +24,8 @@ from streamlap.families.stream import ModelStream
 from streamlap.methods.trained.refine import Refine, Refining
 from streamlap.methods.trained.steps import distances
 from streamlap.pipeline import train as training_loop
+from streamlap.planning.decide import decide
 from streamlap.planning.forecast import compression_workload, forecast_layers, forward_flops
-from streamlap.planning.plan import decide
 from streamlap.planning.schedule import make_schedule
 from streamlap.recipe import Recipe
 from streamlap.store.sink import ShardFolder

@@ -26,7 +26,7 @@ from streamlap.methods.anchored.groups import AttentionGroups
 from streamlap.pipeline import layers
 from streamlap.pipeline import survey as surveying
 from streamlap.pipeline.survey import DEFAULT_LENGTH, DEFAULT_SAMPLES, state_of, survey_pieces
-from streamlap.planning.plan import decide
+from streamlap.planning.decide import decide
 from streamlap.planning.survey_file import Point, Survey, model_digest
 from streamlap.recipe import AUTO, Recipe
 from streamlap.store.lock import OutputLock

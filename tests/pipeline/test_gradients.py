@@ -28,7 +28,7 @@ from streamlap.methods.trained.loraprune import LoraPrune, Pruning
 from streamlap.pipeline import compress as compressing
 from streamlap.pipeline import gradients
 from streamlap.pipeline.gradients import pulled, window_gradient
-from streamlap.planning.plan import decide
+from streamlap.planning.decide import decide
 from streamlap.recipe import Recipe
 from streamlap.store.hidden import HiddenBank
 
@@ -275,7 +275,8 @@ import torch
 from streamlap.families.stream import ModelStream
 from streamlap.methods.trained.loraprune import LoraPrune
 from streamlap.pipeline.gradients import pulled_batches, window_gradient
-from streamlap.planning.plan import decide, make_plan
+from streamlap.planning.decide import decide
+from streamlap.planning.plan import make_plan
 from streamlap.recipe import Recipe
 from streamlap.settings import RunSettings
 from streamlap.system.allocator import steady_heap

@@ -34,8 +34,8 @@ from streamlap.pipeline import layers, one_pass, runner, sublayers
 from streamlap.pipeline.layer_in_hand import LayerInHand
 from streamlap.pipeline.runner import LayerRunner
 from streamlap.planning import schedule as scheduling
+from streamlap.planning.decide import decide
 from streamlap.planning.forecast import compression_workload, forecast_layers
-from streamlap.planning.plan import decide
 from streamlap.planning.schedule import RUNTIME_BYTES, Fit, Schedule, make_schedule, peak, schedules
 from streamlap.planning.workload import evaluation_workload
 from streamlap.store import hidden, staging

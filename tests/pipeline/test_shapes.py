@@ -23,8 +23,8 @@ from streamlap.methods.anchored.ffn import FfnAnchored
 from streamlap.methods.lorap.attention import AttentionAwsvd
 from streamlap.planning.allocate import layer_parameters
 from streamlap.planning.cuts import removable
+from streamlap.planning.decide import decide
 from streamlap.planning.layouts import dense_parameters, largest_layout, layer_entries
-from streamlap.planning.plan import decide
 from streamlap.planning.survey_file import Point, Survey, model_digest
 from streamlap.planning.target import STEPS, meter, parameters, parse_target
 from streamlap.planning.whole import UNMENDED

@@ -36,8 +36,8 @@ from streamlap.planning import schedule as scheduling
 from streamlap.planning import survey as planning
 from streamlap.planning.allocate import layer_parameters
 from streamlap.planning.cuts import CUTS
+from streamlap.planning.decide import decide
 from streamlap.planning.layouts import dense_parameters, largest_layout
-from streamlap.planning.plan import decide
 from streamlap.planning.schedule import make_schedule, peak
 from streamlap.planning.survey import plan_survey, survey_workload
 from streamlap.planning.survey_file import Point, Survey, model_digest, read_survey

@@ -30,9 +30,9 @@ from streamlap.output.inspect import count_parameters
 from streamlap.pipeline import layers
 from streamlap.pipeline.layer_in_hand import LayerEdits, LayerInHand
 from streamlap.planning import forecast as foretelling
+from streamlap.planning.decide import decide
 from streamlap.planning.forecast import LayerPlan, compression_workload, forecast_layers
 from streamlap.planning.layouts import planned_tensors
-from streamlap.planning.plan import decide
 from streamlap.recipe import Recipe
 
 SHAPE_NL = (12, 16)

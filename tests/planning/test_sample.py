@@ -142,7 +142,7 @@ def test_a_recipe_for_one_sub_layer_is_told_what_goes(
 ) -> None:
     given: dict[str, Any] = {"methods": [{"method": method}], "ratio": 0.3, "files": (str(tokens),)}
     streamlap.plan(pico("llama"), **given)
-    (line,) = (record.getMessage() for record in caplog.records if record.name == "streamlap.planning.plan")
+    (line,) = (record.getMessage() for record in caplog.records if record.name == "streamlap.planning.decide")
     assert f"no method compresses {whole}, so that the ratio holds for" in line
     share = float(line.partition("about ")[2].partition("%")[0]) / 100
     reached = streamlap.compress(pico("llama"), tmp_path / "out", **given).parameters.ratio_decoder
@@ -151,4 +151,4 @@ def test_a_recipe_for_one_sub_layer_is_told_what_goes(
     caplog.clear()
     streamlap.plan(pico("llama"), preset="lorap", ratio=0.3, files=(str(tokens),))
     streamlap.plan(pico("llama"), methods=given["methods"], target_params="40k", files=(str(tokens),))
-    assert not [record for record in caplog.records if record.name == "streamlap.planning.plan"]
+    assert not [record for record in caplog.records if record.name == "streamlap.planning.decide"]

@@ -18,8 +18,8 @@ from streamlap.errors import RecipeError, UnsupportedModel
 from streamlap.families.stream import ModelStream
 from streamlap.output.inspect import count_parameters
 from streamlap.planning import target
+from streamlap.planning.decide import decide
 from streamlap.planning.layouts import Candidates, largest_layout
-from streamlap.planning.plan import decide
 from streamlap.planning.survey_file import Point, Survey, model_digest
 from streamlap.planning.target import last_good, meter, parse_count, parse_target
 from streamlap.recipe import Recipe

@@ -93,9 +93,7 @@ def anchored_cost(
         ]
         reading += [(_trying(shape, item), lasts + bases + held) for shape in found]
     left = 0 if together else inputs
-    moments = [
-        (held_too + work, waits) for held_too, part in ((inputs, reading), (left, writing)) for work, waits in part
-    ]
+    moments = [(inputs + work, waits) for work, waits in reading] + [(left + work, waits) for work, waits in writing]
     return Cost(
         workspace_bytes=max(work for work, _ in moments), capture_bytes=max(inputs + first, left + last_sums),
         waiting_bytes=max(waiting for _, waiting in moments), both_bytes=max(map(sum, moments)),

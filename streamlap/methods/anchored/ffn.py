@@ -20,6 +20,7 @@ from streamlap.errors import RecipeError, shown
 from streamlap.families.layer import Edit, StreamLayer
 from streamlap.linalg.pivot import shared_pivot_rows
 from streamlap.linalg.solution import Solution, joined
+from streamlap.linalg.subspace import Subspace
 from streamlap.loader.forms import Pivoted
 from streamlap.methods.anchored.costs import anchored_cost
 from streamlap.methods.anchored.divisions import (
@@ -186,28 +187,18 @@ def inner_edits(
     found = Solution(division.subspaces)
     if not found.value:
         found = subspaces(aims, kept, form.rank)
-    device = aims[0].t_OI.device
+    device, notes = aims[0].t_OI.device, found.notes
+
+    def taken(rows: torch.Tensor | None) -> Solution[Subspace]:
+        """The next linear's, of these rows; it waits no longer."""
+        return Solution(on_rows(found.value.pop(0), rows, form.rank, device), notes=notes)
+
     if not isinstance(form, Pivoted):
-        return [
-            factored(
-                layer, aim, Solution(on_rows(found.value.pop(0), kept, form.rank, device), notes=found.notes), kept
-            )
-            for aim in left
-        ], kept
+        return [factored(layer, aim, taken(kept), kept) for aim in left], kept
     # Shared, so that both give their channels in one order.
     pivots = shared_pivot_rows([own_rows(space, kept, form.rank, device) for space in found.value])
     stored = pivots.value if kept is None else kept[pivots.value]
-    made = [
-        pivoted(
-            layer,
-            aim,
-            Solution(on_rows(found.value.pop(0), stored, form.rank, device), notes=found.notes),
-            pivots,
-            1,
-            kept,
-        )
-        for aim in left
-    ]
+    made = [pivoted(layer, aim, taken(stored), pivots, 1, kept) for aim in left]
     order = made[0][1]
     assert order is not None
     return [edit for edit, _ in made], order if kept is None else kept[order]

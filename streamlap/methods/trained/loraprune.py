@@ -223,16 +223,22 @@ class Pruning(Steps):
         self.move(place)
 
     def _tells(self, name: str, number: int) -> bool:
-        """Whether groups of a sub-layer can go in a step of that number. While all are worth nothing they wait; at last they go
-        by their place. Raises NumericalError where it may be for want of noise."""
+        """Whether the scores tell the groups of a sub-layer apart, in a step of that number. While all are zero, groups wait.
+        Raises NumericalError where no step is left, or none can help: they would go by their place."""
         if bool(self.scores[name].any()):
             return True
-        if self.knobs.metric == "lora" and self.knobs.importance == "block" and not self.knobs.noise:
-            raise NumericalError(
-                f"{name}: the importance of all {self.groups[name]} groups is zero, so they would go by their place alone; "
-                "wanted gradients. Where a layer errs nowhere yet, as the first one does, they come from a noise above 0."
-            )
-        return number == self.knobs.closing(self.total)
+        still = self.knobs.metric == "lora" and self.knobs.importance == "block" and not self.knobs.noise
+        if not still and number < self.knobs.closing(self.total):
+            return False
+        advice = (
+            "Where a layer errs nowhere yet, as the first one does, gradients come from a noise above 0."
+            if still
+            else "The sub-layer adds nothing by which they differ. Take more epochs, or the preset best."
+        )
+        raise NumericalError(
+            f"{name}: the importance of all {self.groups[name]} groups is zero, so they would go by their place alone; wanted "
+            f"some above zero. {advice}"
+        )
 
     def _noisy(self, target_BLD: torch.Tensor, number: int) -> torch.Tensor:
         """The target with noise on it, drawn on the CPU, so that every device sees the same."""
@@ -307,7 +313,6 @@ class Pruning(Steps):
     def _edit(self, role: str, sublayer: str) -> Edit:
         alive_G, adapter, dim = self.alive[sublayer], self.adapted.adapters[role], LINES[role]
         assert int((~alive_G).sum()) == self.most[sublayer], "the schedule ends at the budget"
-        blind = self.most[sublayer] and not bool(self.scores[sublayer].any())
         lines = adapter.w_OI.shape[dim]
         kept = alive_G.repeat_interleave(lines // len(alive_G)).nonzero().flatten()
         w_OI, at = adapter.w_OI.index_select(dim, kept), adapter.factors
@@ -324,5 +329,4 @@ class Pruning(Steps):
         return Edit(
             role=role, module=module, native=self.layer.native(role), error=max(0.0, error),
             kept=tuple(kept.tolist()) if len(kept) < lines else None,
-            notes=(f"{sublayer}: all groups are worth nothing, so that the first ones went",) if blind else (),
         )  # fmt: skip
