@@ -127,7 +127,7 @@ class Sample:
     @functools.cached_property
     def power(self) -> float:
         """Mean square length of the anchors, of which an error is a share. Fixed when it is first asked for."""
-        return float(self.anchor_TA.double().square().sum(dim=1).mean())
+        return float(torch.cat([anchor.double().square().sum(dim=1) for _, anchor in self._rows]).mean())
 
     @property
     def tokens(self) -> int:

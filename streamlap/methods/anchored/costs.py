@@ -94,9 +94,10 @@ def anchored_cost(
         reading += [(_trying(shape, item), lasts + bases + held) for shape in found]
     left = 0 if together else inputs
     moments = [(inputs + work, waits) for work, waits in reading] + [(left + work, waits) for work, waits in writing]
+    on_its_way = 4 * HELD_TOKENS * f  # held-out tokens in one piece; where nothing goes elsewhere, the work counts it
     return Cost(
         workspace_bytes=max(work for work, _ in moments), capture_bytes=max(inputs + first, left + last_sums),
-        waiting_bytes=max(waiting for _, waiting in moments), both_bytes=max(map(sum, moments)),
+        waiting_bytes=max(waiting for _, waiting in moments) + on_its_way, both_bytes=max(map(sum, moments)),
         flops=max(_flops(shape) for shape in found) if f <= LARGE else 0,
         flops32=max(_flops(shape) for shape in found) if f > LARGE else 0,
         flops_per_token=n * n + max(shape.width**2 + 2 * d * shape.width + shape.prunes * f * f for shape in found),
