@@ -166,6 +166,8 @@ def describe_machine(plan: Plan) -> list[tuple[str, str]]:
 
 
 def describe_own_survey(plan: Plan) -> list[tuple[str, str]]:
+    if plan.survey_left_out:
+        return [("survey", f"none, so all layers keep the same share: {plan.survey_left_out}")]
     if plan.survey is None:
         return []
     seconds = tqdm.format_interval(plan.survey_seconds_low)

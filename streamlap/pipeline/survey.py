@@ -47,11 +47,11 @@ from streamlap.planning.sample import check_sample, fitted_inputs
 from streamlap.planning.survey import (
     DEFAULT_LENGTH,
     DEFAULT_SAMPLES,
-    MOST_INPUTS_ALONE,
     SurveyPlan,
     check_served,
     hidden_bytes,
     pieces_of,
+    plan_own_survey,
     plan_survey,
 )
 from streamlap.planning.survey_file import Survey, model_digest
@@ -153,8 +153,8 @@ def survey_beside(
 ) -> Path | None:
     """The survey of this model on these calibration windows, in a file beside the output, for all ratios: found, or made now.
 
-    None, with a warning, where it cannot be had: for want of memory, of a place to write, of tokens for layers so wide, or of a
-    head. Raises Interrupted where it was stopped; the same call goes on. Raises ResumeMismatch where another process makes it.
+    None, with a warning, where it cannot be had: see `plan_own_survey`; or for want of a place to write. Raises Interrupted
+    where it was stopped; the same call goes on. Raises ResumeMismatch where another process makes it.
     """
     tokens_NL = survey_pieces(tokens_NL)
     marks = stream_marks(stream, tokens_NL)
@@ -163,15 +163,8 @@ def survey_beside(
     file = out.absolute().parent / f"streamlap-survey-{mark}.json"
     if file.exists() and not Journal.exists(state_of(file)):
         return file
-    inputs = fitted_inputs(stream, stream.family.sublayers)
     try:
-        stream.require_head()
-        if tokens_NL.numel() * MOST_INPUTS_ALONE < inputs:
-            raise RecipeError(
-                f"it would have {tokens_NL.numel():,} tokens for layers of {inputs:,} inputs; wanted at least "
-                f"{-(-inputs // MOST_INPUTS_ALONE):,}. Make one of more windows with streamlap survey and give it by --survey."
-            )
-        plan = plan_survey(stream, windows_of(tokens_NL), settings, recipe.shape)
+        plan = plan_own_survey(stream, windows_of(tokens_NL), settings, recipe.shape)
         run = Run(
             command="survey", out=file, folder=state_of(file), model=model, settings=settings,
             own={"dtype": recipe.dtype, "shape": recipe.shape},

@@ -63,6 +63,8 @@ class Plan:
     """Of the widest linear that is fitted."""
     survey: SurveyCost | None = None
     """Of a survey that it would make for itself, if there is none yet."""
+    survey_left_out: str = ""
+    """Why it would make none, where one was to be made."""
     redrawn: int = 0
     """Windows beside those that were given, see `pipeline.redraw`."""
     machine: Machine | None = None
@@ -239,8 +241,8 @@ class Plan:
         names = (
             "fits", "ratio", "output_bytes", "peak_ram_bytes", "peak_vram_bytes", "disk_bytes", "read_bytes", "write_bytes",
             "upload_bytes", "download_bytes", "flops", "flops_by_dtype", "generation_bytes", "generations_read",
-            "generations_written", "seconds_low", "seconds_high", "survey_seconds_low", "disk_measured", "advice",
-            "calibration_tokens", "redrawn", "calibration", "overlap", "hidden_states", "forward_tokens",
+            "generations_written", "seconds_low", "seconds_high", "survey_seconds_low", "survey_left_out", "disk_measured",
+            "advice", "calibration_tokens", "redrawn", "calibration", "overlap", "hidden_states", "forward_tokens",
         )  # fmt: skip
         return {name: getattr(self, name) for name in names} | {
             "eigen_problems": [{"size": size, "count": count} for size, count in self.eigen_problems.items()],
@@ -274,6 +276,7 @@ def make_plan(
     gradient = decided.recipe.reads_gradient
     work = compression_workload(stream, layers, shape_NL, bool(decided.recipe.final or redrawn), gradient)
     choice = fit(work, settings.caps, settings.overlap, memory)
+    survey, left_out = forecast_survey(stream, decided.recipe, windows_NL, settings, memory)
     outer, final = stream.outer_tensors(), bool(decided.recipe.final)
     first = first_traffic(stream, choice, layers[0], redrawn, held * final)
     first_flops = redraw_flops(stream, redrawn, shape_NL[1])
@@ -283,7 +286,7 @@ def make_plan(
         recipe=decided.recipe, layers=layers, fit=choice, caps=settings.caps, outer_bytes=shard_bytes(outer),
         first=first, first_flops=first_flops, dtype=str(stream.dtype).removeprefix("torch."),
         inputs=fitted_inputs(stream, decided.recipe.edited(stream.family)), redrawn=redrawn,
-        survey=forecast_survey(stream, decided.recipe, windows_NL, settings, memory),
+        survey=survey, survey_left_out=left_out,
     )  # fmt: skip
 
 

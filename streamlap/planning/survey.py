@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
-from streamlap.errors import RecipeError, StreamlapError, shown
+from streamlap.errors import RecipeError, StreamlapError, first_line, shown
 from streamlap.families.stream import HEAD_TOKENS, ModelStream
 from streamlap.linalg.moments import held_sequences
 from streamlap.loader.forms import Removed
@@ -102,18 +102,43 @@ def pieces_of(shape_NL: tuple[int, int]) -> tuple[int, int]:
     return min(shape_NL[0] * (shape_NL[1] // length), max(1, DEFAULT_SAMPLES * DEFAULT_LENGTH // length)), length
 
 
+def plan_own_survey(
+    stream: ModelStream, pieces_NL: tuple[int, int], settings: RunSettings, shape: str, memory: Memory | None = None
+) -> SurveyPlan:
+    """Of the survey that a compression makes for itself, on so many pieces.
+
+    Raises UnsupportedModel, RecipeError or BudgetError where it makes none: without a head, for layers so wide that the tokens
+    say little, or for want of memory.
+    """
+    stream.require_head()
+    tokens, inputs = math.prod(pieces_NL), fitted_inputs(stream, stream.family.sublayers)
+    if tokens * MOST_INPUTS_ALONE < inputs:
+        raise RecipeError(
+            f"it would have {tokens:,} tokens for layers of {inputs:,} inputs; wanted at least "
+            f"{-(-inputs // MOST_INPUTS_ALONE):,}. Make one of more windows with streamlap survey and give it by --survey."
+        )
+    return plan_survey(stream, pieces_NL, settings, shape, memory)
+
+
 def forecast_survey(
     stream: ModelStream, recipe: Recipe, shape_NL: tuple[int, int], settings: RunSettings, memory: Memory | None
-) -> SurveyCost | None:
-    """None where a compression with these settings makes none. Args: memory, that of another machine."""
+) -> tuple[SurveyCost | None, str]:
+    """What the survey takes that a compression with these settings makes for itself, and why it makes none where it would.
+
+    Args: shape_NL, calibration windows and tokens in each; memory, that of another machine.
+    """
+    if recipe.survey != AUTO:
+        return None, ""
     pieces_NL = pieces_of(shape_NL)
-    inputs = fitted_inputs(stream, stream.family.sublayers)
-    if recipe.survey != AUTO or not stream.has_head or math.prod(pieces_NL) * MOST_INPUTS_ALONE < inputs:
-        return None
     try:
-        plan = plan_survey(stream, pieces_NL, settings, recipe.shape, memory)
-    except StreamlapError:
-        return None
+        plan = plan_own_survey(stream, pieces_NL, settings, recipe.shape, memory)
+    except StreamlapError as error:
+        return None, first_line(error)
+    return survey_cost(stream, plan, pieces_NL), ""
+
+
+def survey_cost(stream: ModelStream, plan: SurveyPlan, pieces_NL: tuple[int, int]) -> SurveyCost:
+    """From shapes alone."""
     stored = [stream.layer_tensors(index).values() for index in range(stream.depth)]
     head = stream.source.info(stream.head_name)
     held_NL = len(held_sequences(*pieces_NL)), pieces_NL[1]

@@ -19,13 +19,15 @@ from outputs import STATE, contents
 from transformers import AutoModel
 
 import streamlap
-from streamlap.errors import RecipeError, ResumeMismatch, StreamlapError
+from streamlap.cli.show import describe_plan
+from streamlap.errors import BudgetError, RecipeError, ResumeMismatch, StreamlapError
 from streamlap.families.stream import ModelStream
 from streamlap.methods.anchored.ffn import FfnAnchored
 from streamlap.methods.anchored.groups import AttentionGroups
 from streamlap.pipeline import layers
 from streamlap.pipeline import survey as surveying
 from streamlap.pipeline.survey import DEFAULT_LENGTH, DEFAULT_SAMPLES, state_of, survey_pieces
+from streamlap.planning import survey as planning
 from streamlap.planning.decide import decide
 from streamlap.planning.survey_file import Point, Survey, model_digest
 from streamlap.recipe import AUTO, Recipe
@@ -234,7 +236,14 @@ def test_a_second_run_does_not_pass_by_the_first_one_in_its_survey(source: Path,
     assert not (tmp_path / "second").exists()
 
 
-@pytest.mark.parametrize("case", ["head", "wide", "budget"])
+def raises(error: Exception) -> Callable[..., Any]:
+    def failing(*_: Any) -> Any:
+        raise error
+
+    return failing
+
+
+@pytest.mark.parametrize("case", ["head", "wide", "memory", "disk"])
 def test_without_a_survey_all_share_alike(
     pico: MakeModel, tokens: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, case: str,
     caplog: pytest.LogCaptureFixture,
@@ -244,13 +253,20 @@ def test_without_a_survey_all_share_alike(
         AutoModel.from_pretrained(source).save_pretrained(tmp_path / "source")
         source = tmp_path / "source"
     if case == "wide":
-        monkeypatch.setattr(surveying, "MOST_INPUTS_ALONE", 0.1)
-    if case == "budget":
-        full = RecipeError("no room. Mend that and run again to resume.")
-        monkeypatch.setattr(surveying, "run_survey", lambda *_: (_ for _ in ()).throw(full))
+        monkeypatch.setattr(planning, "MOST_INPUTS_ALONE", 0.1)
+    if case == "memory":
+        monkeypatch.setattr(planning, "plan_survey", raises(BudgetError("it needs 9 GiB of RAM")))
+    if case == "disk":
+        full = StreamlapError("no room. Mend that and run again to resume.")
+        monkeypatch.setattr(surveying, "run_survey", raises(full))
     report = compress(source, tokens, tmp_path / "out")
     assert report.recipe["survey"] is None
     assert "no survey, so all layers keep the same share: " in caplog.text
+    plan = streamlap.plan(source, files=(str(tokens),))
+    assert (plan.survey is None) == (plan.survey_left_out != "") == (case != "disk"), "a plan does not write"
+    assert plan.survey_left_out in caplog.text
+    assert plan.to_json()["survey_left_out"] == plan.survey_left_out
+    assert any("same share: " + plan.survey_left_out in line for line in describe_plan(plan)) == (case != "disk")
     assert "run again to resume" not in caplog.text, "there is nothing to resume"
     assert not list(tmp_path.glob("*.json"))
 

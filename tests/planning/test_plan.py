@@ -39,8 +39,8 @@ from streamlap.system.meters import bytes_moved
 FIELDS = {
     "fits", "ratio", "output_bytes", "peak_ram_bytes", "peak_vram_bytes", "disk_bytes", "read_bytes", "write_bytes",
     "upload_bytes", "download_bytes", "flops", "flops_by_dtype", "eigen_problems", "generation_bytes", "generations_read",
-    "generations_written", "seconds_low", "seconds_high", "survey_seconds_low", "disk_measured", "advice",
-    "calibration_tokens",    "redrawn", "calibration", "overlap", "hidden_states", "forward_tokens", "machine", "layers",
+    "generations_written", "seconds_low", "seconds_high", "survey_seconds_low", "survey_left_out", "disk_measured", "advice",
+    "calibration_tokens", "redrawn", "calibration", "overlap", "hidden_states", "forward_tokens", "machine", "layers",
 }  # fmt: skip
 LAYER_FIELDS = {
     "index", "output_bytes", "read_bytes", "write_bytes", "upload_bytes", "download_bytes", "flops", "seconds_low",
