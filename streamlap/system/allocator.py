@@ -65,10 +65,10 @@ class KeptHeap:
 
     def __init__(self, limit: int) -> None:
         self.limit = limit if CAN_KEEP else 0
-        self._other = 0
+        self._before = self._other = 0
 
     def __enter__(self) -> KeptHeap:
-        self._other = unused_bytes()
+        self._before, self._other = private_bytes(), unused_bytes()
         if _LIBC is not None and self.limit:
             _LIBC.mallopt(_M_MMAP_THRESHOLD, _MOST_BYTES)
             _LIBC.mallopt(_M_TRIM_THRESHOLD, _MOST_BYTES)
@@ -87,7 +87,9 @@ class KeptHeap:
 
     def trim(self) -> None:
         """Also where nothing is kept: new blocks go into holes that an earlier `KeptHeap` has left, and stay there."""
-        if self.freed > max(self.limit, _SLACK_BYTES):
+        most = max(self.limit, _SLACK_BYTES)
+        # No more is kept than the process has grown by. That is quick to tell; what is free takes a walk through all of it.
+        if private_bytes() - self._before > most and self.freed > most:
             trim_heap()
 
 
@@ -97,9 +99,17 @@ def trim_heap() -> None:
         _LIBC.malloc_trim(0)
 
 
+def private_bytes() -> int:
+    """Memory of this process that it shares with no file, in blocks of the heap or not; 0 where `unused_bytes` is."""
+    if _LIBC is None:
+        return 0
+    memory = psutil.Process().memory_info()
+    return int(memory.rss - memory.shared)
+
+
 def unused_bytes() -> int:
     """Memory of this process that is in no block of the heap: what was freed, and what never was the heap's."""
     if _LIBC is None:
         return 0
-    memory, heap = psutil.Process().memory_info(), _LIBC.mallinfo2()
-    return max(0, int(memory.rss - memory.shared - heap.uordblks - heap.hblkhd))
+    heap = _LIBC.mallinfo2()
+    return max(0, private_bytes() - int(heap.uordblks + heap.hblkhd))

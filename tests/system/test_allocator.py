@@ -9,7 +9,8 @@ import sys
 
 import pytest
 
-from streamlap.system.allocator import CAN_KEEP
+from streamlap.system import allocator
+from streamlap.system.allocator import CAN_KEEP, KeptHeap
 
 STEADY = """
 import psutil, torch
@@ -29,6 +30,19 @@ def test_freed_blocks_go_back_to_the_system_between_blocks_that_stay() -> None:
     """Also once a large block has been freed, which is what makes glibc keep such sizes in its heap by default."""
     found = subprocess.run([sys.executable, "-c", STEADY], capture_output=True, text=True, check=True, timeout=120)
     assert int(found.stdout) < 16
+
+
+def test_nobody_walks_through_a_heap_that_has_not_grown(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A walk through one with many holes takes milliseconds, and a run asks before every step."""
+    walks: list[int] = []
+    with KeptHeap(0) as heap:
+        monkeypatch.setattr(allocator, "unused_bytes", lambda: walks.append(1) or 0)
+        heap.trim()
+        assert not walks
+        grown = allocator.private_bytes() + (1 << 30)
+        monkeypatch.setattr(allocator, "private_bytes", lambda: grown)
+        heap.trim()
+        assert walks == ([1] if CAN_KEEP else [])
 
 
 KEEPING = """
