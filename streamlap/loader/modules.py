@@ -64,19 +64,26 @@ class Skipped:
 
 def skip_removed(root: nn.Module) -> None:
     """Skip every module all of whose linears are removed, its own children all of them; run again one that has others now."""
-    for module in root.modules():
+    modules = list(root.modules())
+    if not any(isinstance(module, RemovedLinear) or is_skipped(module) for module in modules):
+        return
+    for module in modules:
         if isinstance(module, JoinedLinear):
             continue
         linears = [part for part in module.modules() if isinstance(part, nn.Linear | StoredLinear)]
         matrices = [part for part in module.children() if isinstance(part, JoinedLinear)]
         own = {*module.children(), *(part for matrix in matrices for part in matrix.children())}.issuperset(linears)
         gone = linears and own and all(isinstance(part, RemovedLinear) for part in linears)
-        skipped = isinstance(module.__dict__.get("forward"), Skipped)
+        skipped = is_skipped(module)
         if gone and not skipped:
             attention = "attention_mask" in inspect.signature(module.forward).parameters
             module.__dict__["forward"] = Skipped(attention, getattr(module, "layer_idx", None))
         elif skipped and not gone:
             del module.__dict__["forward"]
+
+
+def is_skipped(module: nn.Module) -> bool:
+    return isinstance(module.__dict__.get("forward"), Skipped)
 
 
 def merge_modules(root: nn.Module, natives: Mapping[str, Dense], dtype: torch.dtype | None = None) -> None:
