@@ -8,6 +8,7 @@ Shape suffixes: B batch, L length, D hidden, T tokens, U different tokens of a b
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping
 from typing import Any
 
@@ -15,7 +16,6 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from streamlap.families.copies import copy_of
 from streamlap.families.table import Family
 
 
@@ -96,7 +96,7 @@ def shell_of(model: PreTrainedModel, family: Family, stand_in: nn.Module, device
     """A copy of the model on meta in which every layer is `stand_in`; buffers that are computed, not stored, are real."""
     layers = model.get_submodule(family.layers)
     stand_ins = nn.ModuleList([stand_in] * len(list(layers.children())))
-    shell = copy_of(model, {id(layers): stand_ins})
+    shell = copy.deepcopy(model, {id(layers): stand_ins})  # as if the layers had been copied already
     computed = dict(shell.named_non_persistent_buffers())
     for name, buffer in computed.items():
         path, _, leaf = name.rpartition(".")

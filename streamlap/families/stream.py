@@ -8,6 +8,7 @@ Shape suffixes: N sequences, B batch, L length, D hidden, T tokens, V vocabulary
 
 from __future__ import annotations
 
+import copy
 import operator
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -19,7 +20,6 @@ from torch import nn
 from streamlap.accelerator.devices import accelerator_of
 from streamlap.errors import UnsupportedModel, shown
 from streamlap.families.bounds import check_roles, check_widths, described_by, native_config
-from streamlap.families.copies import copy_of
 from streamlap.families.fused import PHI3_PARTS, StoredApart, Together, read_as
 from streamlap.families.layer import StreamLayer, is_parallel
 from streamlap.families.names import check_depth
@@ -265,7 +265,7 @@ class ModelStream:
         none of them."""
         linears = tuple(f"{path}." for path in self.family_of(index).paths)
         names = {name: found for name, found in self.layer_names(index).items() if not name.startswith(linears)}
-        module = copy_of(self.layers[index])
+        module = copy.deepcopy(self.layers[index])
         tensors = {name: self.source.read(found) for name, found in names.items()}
         placed = {name: tensor.to(self.device, self._computed(tensor)) for name, tensor in tensors.items()}
         module.load_state_dict(placed, strict=False, assign=True)
@@ -324,7 +324,7 @@ class ModelStream:
 
     def _materialise(self, meta: nn.Module, tensors: Mapping[str, torch.Tensor]) -> nn.Module:
         """A copy of a module on meta with `tensors` in it, in the compute dtype on the device; copied only to change."""
-        module = copy_of(meta)
+        module = copy.deepcopy(meta)
         module.load_state_dict({n: t.to(self.device, self._computed(t)) for n, t in tensors.items()}, assign=True)
         return module.eval().requires_grad_(False)
 

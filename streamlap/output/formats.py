@@ -11,6 +11,7 @@ dense      every matrix multiplied back, removed channels as zeros; the sizes ar
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -18,7 +19,6 @@ import torch
 
 from streamlap.errors import CheckpointError, UnsupportedModel, one_line
 from streamlap.families.bounds import native_config
-from streamlap.families.copies import copy_of
 from streamlap.families.opening import check_orders, joined_table, meta_model, swapped
 from streamlap.families.stream import ModelStream
 from streamlap.families.wrappers import text_of, with_text
@@ -225,7 +225,7 @@ def exported_layer(stream: ModelStream, index: int, wanted: Forms, config: Mappi
             stored = {name.removeprefix(path + "."): name for name in tensors if name.startswith(path + ".")}
             for name in stored.values():
                 del entries[f"{prefix}.{name}"]
-            module = copy_of(stream.layers[index].get_submodule(path))
+            module = copy.deepcopy(stream.layers[index].get_submodule(path))
             module.load_state_dict({n: stream.source.read(names[name]) for n, name in stored.items()}, assign=True)
             check_orders(module, base)
             native = Dense(wanted[role].shape, stream.native(index, role).bias)

@@ -5,6 +5,7 @@ How many parameters each sub-layer gets of the ratio is decided in `allocate`.
 
 from __future__ import annotations
 
+import copy
 import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -12,7 +13,6 @@ from dataclasses import dataclass
 import torch
 
 from streamlap.errors import RecipeError
-from streamlap.families.copies import copy_of
 from streamlap.families.stream import ModelStream
 from streamlap.loader.forms import Form
 from streamlap.loader.modules import carriers, disk_name
@@ -183,7 +183,7 @@ def planned_tensors(
     Args: place, the layer's number in the result; None is that which it has.
     """
     stored, prefix = stream.layer_tensors(index), stream.layer_name(index)
-    module = copy_of(stream.layers[index])
+    module = copy.deepcopy(stream.layers[index])
     edited = {stream.family.path(role): form for role, form in layout.items()}
     for path, form in edited.items():
         module.set_submodule(path, form.build("meta"))

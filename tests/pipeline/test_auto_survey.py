@@ -262,7 +262,7 @@ def test_without_a_survey_all_share_alike(
     report = compress(source, tokens, tmp_path / "out")
     assert report.recipe["survey"] is None
     assert "no survey, so all layers keep the same share: " in caplog.text
-    plan = streamlap.plan(source, files=(str(tokens),))
+    plan = streamlap.plan(source, files=(str(tokens),), survey=AUTO)
     assert (plan.survey is None) == (plan.survey_left_out != "") == (case != "disk"), "a plan does not write"
     assert plan.survey_left_out in caplog.text
     assert plan.to_json()["survey_left_out"] == plan.survey_left_out
