@@ -26,6 +26,7 @@ PHI3 = {
     "vocab_size": 32064,
     "hidden_size": 3072,
     "intermediate_size": 8192,
+    "num_attention_heads": 32,
     "rms_norm_eps": 1e-5,
     "max_position_embeddings": 4096,
     "bos_token_id": 1,
@@ -114,7 +115,9 @@ def _as_llama(raw: dict[str, Any]) -> dict[str, Any]:
     kept = {key: value for key, value in raw.items() if key not in LEFT_BEHIND}
     named = raw.get("architectures") or ["Phi3ForCausalLM"]
     classes = [str(name).replace("Phi3", kind.capitalize()) for name in named]
-    return PHI3 | kept | {"model_type": kind, "architectures": classes}
+    heads = {"num_key_value_heads": raw.get("num_attention_heads", PHI3["num_attention_heads"])}
+    said = {key: value for key, value in kept.items() if key not in heads or value is not None}
+    return PHI3 | heads | said | {"model_type": kind, "architectures": classes}
 
 
 def _as_opt(raw: dict[str, Any]) -> dict[str, Any]:

@@ -78,7 +78,9 @@ def architecture(stream: ModelStream, layers: Sequence[Mapping[str, Form]]) -> s
         for role, form in row.items()
     )
     windows = any(window_of(stream, index) for index in range(stream.depth))
-    own = alike and family in OTHERS
+    # Of a qwen2 llama.cpp takes q to have as many rows as the hidden size; as a llama it is the same with any number of rows.
+    square = family != "qwen2" or kept[0]["q"].shape[0] == stream.width
+    own = alike and family in OTHERS and square
     if windows or not (own or family in LLAMAS):
         what = family if alike and not windows else f"{family} with layers that differ or windows"
         raise UnsupportedModel(

@@ -6,7 +6,6 @@ From tokenizer.json alone, by the library tokenizers. What would be read otherwi
 from __future__ import annotations
 
 import contextlib
-import json
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -120,14 +119,22 @@ def scores(merges: list[str], tokens: Mapping[int, str], size: int) -> list[floa
 
 def adds_space(table: Mapping[str, Any]) -> bool:
     """Whether a space goes before the text."""
-    parts = json.dumps([table.get("normalizer"), table.get("pre_tokenizer")])
-    return '"Prepend"' in parts or '"prepend_scheme": "first"' in parts or '"prepend_scheme": "always"' in parts
+    return any(part.get("type") == "Prepend" for part in parts_of(table, "normalizer", "normalizers")) or any(
+        part.get("type") == "Metaspace" and part.get("prepend_scheme", "always") != "never"
+        for part in parts_of(table, "pre_tokenizer", "pretokenizers")
+    )
+
+
+def parts_of(table: Mapping[str, Any], name: str, inside: str) -> list[Mapping[str, Any]]:
+    """Of a normalizer or a pre-tokenizer: itself, or what it is a sequence of."""
+    whole = table.get(name) or {}
+    parts: list[Mapping[str, Any]] = whole.get(inside, [whole] if whole else [])
+    return parts
 
 
 def check_normalizer(table: Mapping[str, Any], known: tuple[str, ...]) -> None:
     """Raise UnsupportedModel where text is changed in another way before it is split."""
-    whole = table.get("normalizer") or {}
-    parts = whole.get("normalizers", [whole] if whole else [])
+    parts = parts_of(table, "normalizer", "normalizers")
     other = [part.get("type") for part in parts if part.get("type") not in known]
     if other:
         raise UnsupportedModel(
@@ -138,9 +145,8 @@ def check_normalizer(table: Mapping[str, Any], known: tuple[str, ...]) -> None:
 
 def check_spaces(table: Mapping[str, Any]) -> None:
     """Raise UnsupportedModel where text is split otherwise than at spaces, before its pieces are merged."""
-    before = table.get("pre_tokenizer") or {}
-    if not all(map(at_spaces, before.get("pretokenizers", [before] if before else []))):
-        raise unknown_split(before, "none, Metaspace, or a split at spaces")
+    if not all(map(at_spaces, parts_of(table, "pre_tokenizer", "pretokenizers"))):
+        raise unknown_split(table["pre_tokenizer"], "none, Metaspace, or a split at spaces")
 
 
 def at_spaces(part: Mapping[str, Any]) -> bool:

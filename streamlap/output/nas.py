@@ -33,9 +33,9 @@ KEPT_KEYS = (
     "tie_word_embeddings", "torch_dtype", "transformers_version", "use_cache", "vocab_size",
 )  # fmt: skip
 """Keys of a source's config.json that mean the same here."""
-SIZE_KEYS = (
-    "hidden_size", "max_position_embeddings", "num_attention_heads", "num_hidden_layers", "num_key_value_heads",
-    "rms_norm_eps", "vocab_size",
+SAID_KEYS = (
+    "bos_token_id", "eos_token_id", "hidden_size", "max_position_embeddings", "num_attention_heads", "num_hidden_layers",
+    "num_key_value_heads", "pad_token_id", "rms_norm_eps", "vocab_size",
 )  # fmt: skip
 """Those that have to be said: what config.json leaves out has the default of its own class, which may be another one here."""
 
@@ -83,7 +83,7 @@ def nas_config(stream: ModelStream, raw: Mapping[str, Any], layers: Sequence[Map
     rope = dict(getattr(stream.config, "rope_parameters", None) or {})
     return {
         "architectures": ["DeciLMForCausalLM"], "model_type": NAS, "auto_map": dict(NAS_MAP),
-        **{key: getattr(stream.config, key) for key in SIZE_KEYS}, **{key: raw[key] for key in KEPT_KEYS if key in raw},
+        **{key: getattr(stream.config, key) for key in SAID_KEYS}, **{key: raw[key] for key in KEPT_KEYS if key in raw},
         "head_dim": stream.head_dim, "attention_bias": biased,
         "rope_parameters": rope, **legacy_rope({"rope_theta": 10_000.0} | rope),
         "tie_word_embeddings": bool(raw.get("tie_word_embeddings", stream.tied)),

@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -154,6 +154,7 @@ def run_compression(run: Run, stream: ModelStream, plan: Plan, tokens_NL: torch.
         keep[SURVEY_NAME] = Path(plan.recipe.survey)
     with session(run, marks, needs, deadline, lambda: check_meanwhile(out), tokens_NL, keep) as running:
         recipe = begun_recipe(running.run)
+        ShardFolder(out).require(layer_shards(plan, journal_rows(running.journal)))
         survey = kept_survey(running.run, plan.recipe)
         recipe = replace(recipe, survey=SURVEY_NAME if survey else None)  # the folder keeps a copy, wherever it may go
         windows = with_redrawn(stream, plan, tokens_NL, running)
@@ -202,11 +203,10 @@ def build_report(
     outer: str,
 ) -> Report:  # fmt: skip
     """Args: gain, of the final norm; outer, the hash of the shard of what lies outside the layers."""
-    layers = tuple(LayerReport.from_json(line) for line in journal.layers)
+    layers = journal_rows(journal)
     rows = module_rows(layers, stream.family.layers)
     names = shard_names(plan.depth)
-    written = {names[layer.place + 1]: layer.sha256 for layer in layers if layer.place is not None}
-    hashes = {names[0]: outer} | written
+    hashes = {names[0]: outer} | layer_shards(plan, layers)
     return Report(
         out=str(out), recipe=recipe.to_dict(), layers=layers,
         parameters=count_written(stream, rows, recipe.format, out, names),
@@ -215,6 +215,17 @@ def build_report(
         seconds=sum(sum(layer.seconds.values()) for layer in layers), final_gain=gain, redrawn=plan.redrawn,
         calibration_inputs=fitted_inputs(stream, recipe.edited(stream.family)),
     )  # fmt: skip
+
+
+def journal_rows(journal: Journal) -> tuple[LayerReport, ...]:
+    """Of the layers that are done."""
+    return tuple(LayerReport.from_json(line) for line in journal.layers)
+
+
+def layer_shards(plan: Plan, layers: Iterable[LayerReport]) -> dict[str, str]:
+    """Name and hash of the shards of these layers."""
+    names = shard_names(plan.depth)
+    return {names[layer.place + 1]: layer.sha256 for layer in layers if layer.place is not None}
 
 
 def fingerprint(stream: ModelStream, plan: Plan, tokens_NL: torch.Tensor) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,8 @@ from streamlap.store.journal import STATE_FOLDER, Journal
 from streamlap.store.sink import ShardFolder, TensorEntry, make_folder, shard_names, write_durably
 from streamlap.system.budget import require_disk
 from streamlap.untrusted.paths import path_of
+
+log = logging.getLogger(__name__)
 
 GGUF = "gguf"
 Exported = dict[str, int]
@@ -87,6 +90,11 @@ def export_gguf(folder: Path, destination: Path, type: str | None) -> Exported:
     stream = ModelStream(folder)
     kind, layers = check_type(type, stream), layers_of(stream)
     architecture(stream, layers)
+    if not stream.has_head:
+        log.warning(
+            "%s has no language-model head, and llama.cpp takes the embedding for one: the file serves for embeddings alone",
+            folder,
+        )
     most = count_parameters(stream, stream.rows).total_after * (4 if kind == "f32" else 2)
     require_disk(destination, most, "the GGUF file")
     make_folder(destination.absolute().parent)
@@ -168,6 +176,7 @@ def write_shards(
     """
     sink, shards, journal = ShardFolder(running.run.out), shard_names(len(placed)), running.journal
     first = journal.next_layer
+    sink.require(shards[:first])
     for place in range(first, len(shards)):
         if running.stops.due(moved=place > first):
             raise running.stops.stopped(f"at shard {place} of {len(shards)}")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import shutil
 from collections.abc import Collection
 from pathlib import Path
 
@@ -15,7 +14,7 @@ from streamlap.pipeline.place import check_apart, contents
 from streamlap.pipeline.session import remove_begun
 from streamlap.store.foreign import ADAPTER
 from streamlap.store.journal import JOURNAL_NAME, STATE_FOLDER, Journal
-from streamlap.store.lock import LOCKS, OutputLock
+from streamlap.store.lock import OutputLock, empty_state
 from streamlap.store.shards import SINGLE_NAME
 from streamlap.store.sink import fsync_folder, remove_file
 from streamlap.untrusted.paths import read_object
@@ -100,11 +99,7 @@ def empty_output(out: Path) -> None:
             if path.parent != out:
                 with contextlib.suppress(OSError):  # others may lie there
                     path.parent.rmdir()
-        for path in (out / STATE_FOLDER).iterdir():
-            if path.is_dir() and not path.is_symlink():
-                shutil.rmtree(path)
-            elif path.name not in LOCKS:
-                remove_file(path)
+        empty_state(out)
     if left := contents(out) - {STATE_FOLDER}:
         log.warning("%s keeps what streamlap did not write: %s", out, few(left))
 

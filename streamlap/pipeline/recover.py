@@ -209,6 +209,7 @@ def write_shards(job: RecoveryJob, running: Session) -> dict[str, str]:
     stream, sink, journal = job.stream, ShardFolder(running.run.out), running.journal
     names, adapters = shard_names(stream.depth), read_tensors(running.state / BEST_NAME)
     first = journal.next_layer
+    sink.require(names[:first])
     for place in range(first, len(names)):
         if running.stops.due(moved=place > first):
             raise running.stops.stopped(f"at shard {place} of {len(names)}")

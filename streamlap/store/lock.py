@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
+import shutil
 import warnings
 from pathlib import Path
 
@@ -12,13 +13,26 @@ import filelock
 
 from streamlap.errors import ResumeMismatch
 from streamlap.store.journal import STATE_FOLDER
-from streamlap.store.sink import disk_error, make_folder
+from streamlap.store.sink import disk_error, make_folder, remove_file
 
 NO_LOCKS = (errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK)
 """What file systems say that cannot lock."""
 
 LOCKS = LOCK, SOFT_LOCK = "lock", "lock.soft"
 """In the state folder: the lock, and the file that takes its place where there are no locks."""
+
+
+HOLDER = "holder"
+"""Beside them: who holds the lock, for those who ask."""
+
+
+def empty_state(out: Path) -> None:
+    """Remove all that an earlier run has left in the state folder, but for the lock, which the caller holds."""
+    for path in (out / STATE_FOLDER).iterdir():
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        elif path.name not in (*LOCKS, HOLDER):
+            remove_file(path)
 
 
 class OutputLock:
@@ -30,7 +44,7 @@ class OutputLock:
     """
 
     def __init__(self, out: Path) -> None:
-        self._out, self._holder = out, out / STATE_FOLDER / "holder"
+        self._out, self._holder = out, out / STATE_FOLDER / HOLDER
         self._lock: filelock.BaseFileLock = filelock.FileLock(str(out / STATE_FOLDER / LOCK))
 
     def __enter__(self) -> OutputLock:

@@ -19,7 +19,7 @@ from pathlib import Path
 
 import torch
 
-from streamlap.errors import BudgetError, StreamlapError
+from streamlap.errors import BudgetError, CheckpointError, ResumeMismatch, StreamlapError, first_line
 from streamlap.store.header import DTYPE_NAMES, TensorInfo, byte_view, read_header
 from streamlap.store.shards import INDEX_NAME
 from streamlap.store.source import CHUNK_BYTES, forget, read_chunks, require_finite
@@ -216,6 +216,17 @@ class ShardFolder:
                 file.write(piece)
                 digest.update(piece)
         return digest.hexdigest()
+
+    def require(self, shards: Iterable[str]) -> None:
+        """Raise ResumeMismatch where one that a run has written is gone or cut short, before the run goes on."""
+        for shard in shards:
+            try:
+                read_header(self.folder / shard)
+            except CheckpointError as error:
+                raise ResumeMismatch(
+                    f"{first_line(error)} This run wrote it, and goes on behind it. Delete {self.folder} and give the first "
+                    "command again."
+                ) from error
 
     def seal(self, shards: Iterable[str]) -> None:
         """Write the index over `shards`. config.json, which makes the folder a model, is the caller's and comes later."""

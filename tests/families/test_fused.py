@@ -82,6 +82,16 @@ def test_heads_that_are_turned_otherwise_are_refused(pico: MakeModel, tmp_path: 
         ModelStream(folder)
 
 
+@pytest.mark.parametrize("window", [None, 8])
+def test_heads_that_are_not_said_are_as_many_as_those_of_q(pico: MakeModel, tmp_path: Path, window: int | None) -> None:
+    folder = Path(shutil.copytree(pico("phi3", num_key_value_heads=4, sliding_window=window), tmp_path / "source"))
+    edit_config(folder, num_key_value_heads=None)
+    assert ModelStream(folder).config.num_key_value_heads == 4
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({k: v for k, v in config.items() if k != "num_key_value_heads"}))
+    assert ModelStream(folder).config.num_key_value_heads == 4
+
+
 def test_a_matrix_of_other_rows_is_refused(pico: MakeModel, tmp_path: Path) -> None:
     folder = shutil.copytree(pico("phi3"), tmp_path / "source")
     tensors, name = load_file(folder / "model.safetensors"), "model.layers.1.self_attn.qkv_proj.weight"

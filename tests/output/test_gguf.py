@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -13,14 +14,22 @@ import pytest
 import torch
 from conftest import MakeModel, make_tokenizer
 from tokenizers import Tokenizer, decoders, models
-from transformers import AutoModelForCausalLM
+from transformers import AutoModel, AutoModelForCausalLM
 
 import streamlap
 from streamlap.errors import BudgetError, RecipeError, StreamlapError, UnsupportedModel
 from streamlap.families.stream import ModelStream
 from streamlap.loader.forms import Dense, Form, Removed
 from streamlap.output.gguf import Planned, architecture, in_pairs, rope_factors, write_gguf
-from streamlap.output.gguf_vocabulary import SPLITS, add_tokens, add_vocabulary, check_spaces, scores, split_of
+from streamlap.output.gguf_vocabulary import (
+    SPLITS,
+    add_tokens,
+    add_vocabulary,
+    adds_space,
+    check_spaces,
+    scores,
+    split_of,
+)
 
 gguf = pytest.importorskip("gguf")
 
@@ -82,6 +91,37 @@ def test_a_plain_model_is_written_as_it_is(pico: MakeModel, tmp_path: Path, fami
     assert sum(array.size for array in tensors.values()) == sum(
         {t.data_ptr(): t.numel() for t in model.values()}.values()
     )
+
+
+def test_a_qwen2_of_few_heads_is_a_llama(pico: MakeModel, tmp_path: Path) -> None:
+    """llama.cpp takes the q of a qwen2 to have as many rows as the hidden size."""
+    source = pico("qwen2", tokenizer=True, head_dim=16)
+    streamlap.export(source, tmp_path / "m.gguf", to="gguf", type="f32")
+    fields, tensors = read(tmp_path / "m.gguf")
+    assert fields["general.architecture"] == "llama"
+    assert (fields["llama.attention.head_count"], fields["llama.attention.key_length"]) == (4, 16)
+    model = AutoModelForCausalLM.from_pretrained(source).state_dict()
+    for part in ("weight", "bias"):
+        q_O = model[f"model.layers.0.self_attn.q_proj.{part}"]
+        np.testing.assert_array_equal(tensors[f"blk.0.attn_q.{part}"], in_pairs(q_O, 4).numpy())
+
+
+def test_a_model_is_called_what_it_is(pico: MakeModel, tokens: Path, tmp_path: Path) -> None:
+    """Not what it was trained from."""
+    source = Path(shutil.copytree(pico("llama", tokenizer=True), tmp_path / "mytune"))
+    (source / "README.md").write_text("---\nbase_model: meta/other\n---\n# my tune\n")
+    streamlap.compress(source, tmp_path / "out", ratio=0.2, format="stock", files=(str(tokens),))
+    for folder in (source, tmp_path / "out"):
+        streamlap.export(folder, tmp_path / f"{folder.name}.gguf", to="gguf")
+        assert read(tmp_path / f"{folder.name}.gguf")[0]["general.name"] == "mytune"
+
+
+def test_a_model_without_a_head_is_warned_of(pico: MakeModel, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    source = tmp_path / "bare"
+    AutoModel.from_pretrained(pico("llama")).save_pretrained(source)
+    make_tokenizer().save_pretrained(source)
+    streamlap.export(source, tmp_path / "m.gguf", to="gguf")
+    assert "has no language-model head, and llama.cpp takes the embedding for one" in caplog.text
 
 
 def test_layers_that_differ_are_a_deci(pico: MakeModel, tmp_path: Path) -> None:
@@ -259,6 +299,26 @@ def test_pieces_of_text_are_merged_in_the_order_of_their_scores(tmp_path: Path) 
 
 SPACES = {"type": "Split", "pattern": {"String": " "}, "behavior": "MergedWithPrevious", "invert": False}
 METASPACE = {"type": "Metaspace", "replacement": "\u2581", "prepend_scheme": "first", "split": False}
+
+
+@pytest.mark.parametrize(
+    ("normalizer", "before"),
+    [
+        (None, METASPACE),
+        (None, METASPACE | {"prepend_scheme": "never"}),
+        (None, {"type": "Metaspace", "replacement": "\u2581", "add_prefix_space": True}),
+        (None, {"type": "Metaspace", "replacement": "\u2581"}),
+        (None, {"type": "Sequence", "pretokenizers": [{"type": "Metaspace", "replacement": "\u2581"}]}),
+        ({"type": "Prepend", "prepend": "\u2581"}, None),
+        (None, None),
+    ],
+)
+def test_a_space_goes_before_the_text_where_the_tokenizer_puts_one(normalizer: Any, before: Any) -> None:
+    """A Metaspace that says nothing of it does, in files of older releases."""
+    model = {"type": "BPE", "vocab": {"\u2581": 0, "a": 1, "\u2581a": 2}, "merges": [["\u2581", "a"]]}
+    table = {"version": "1.0", "normalizer": normalizer, "pre_tokenizer": before, "model": model}
+    whole = Tokenizer.from_str(json.dumps(table | {"added_tokens": [], "post_processor": None, "decoder": None}))
+    assert adds_space(table) == (whole.encode("a").tokens != ["a"])
 
 
 def test_pieces_of_text_are_split_at_spaces_alone() -> None:

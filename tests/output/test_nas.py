@@ -216,6 +216,15 @@ def test_what_an_engine_would_get_wrong_is_refused(pico: MakeModel, case: str) -
         CONFIGS["nas"](*layers_of(pico(family, **options), change))
 
 
+def test_tokens_that_config_leaves_out_are_those_of_the_source(pico: MakeModel) -> None:
+    """A llama without them would end texts at token 2."""
+    stream, rows = layers_of(pico("qwen2"), lambda i, r, d: d)
+    stream.raw_config = {k: v for k, v in stream.raw_config.items() if not k.endswith("_token_id")}
+    for key in ("bos_token_id", "eos_token_id", "pad_token_id"):
+        setattr(stream.config, key, None)
+        assert CONFIGS["nas"](stream, rows)[key] is None
+
+
 @pytest.mark.parametrize(
     ("change", "words"),
     [

@@ -571,3 +571,36 @@ def test_an_evaluation_without_work_keeps_to_memory(
     with pytest.raises(BudgetError) as refusal:
         streamlap.evaluate(source, many, max_ram="1MiB", work=tmp_path / "work")
     assert "--work" not in str(refusal.value)
+
+
+def test_draws_of_another_run_that_died_are_not_taken(
+    compress: Compress, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its journal went, and then it died, or its output was emptied and the state folder left."""
+    wanted, out = tmp_path / "wanted", tmp_path / "out"
+    compress(wanted, ratio=0.3, seed=1)
+    crash_after(1, monkeypatch, lambda: compress(out, ratio=0.5, seed=0))
+    for path in [*out.glob("*.safetensors"), out / STATE / "journal.jsonl"]:
+        path.unlink()
+    (out / STATE / "final_gain.json").write_text('{"gain": 0.5}')
+    assert (out / STATE / "redrawn.npy").is_file()
+    compress(out, ratio=0.3, seed=1)
+    assert contents(out) == contents(wanted)
+
+
+@pytest.mark.parametrize("damage", ["gone", "cut short"])
+@pytest.mark.parametrize("command", ["compress", "export"])
+def test_a_shard_that_is_not_there_any_more_is_missed_at_once(
+    compress: Compress, out: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, command: str, damage: str
+) -> None:
+    """Not behind all layers that are left."""
+    folder = tmp_path / "begun"
+    begin = {"compress": lambda: compress(folder), "export": lambda: streamlap.export_dense(out, folder)}[command]
+    crash_after(1, monkeypatch, begin)
+    shard = sorted(folder.glob("*.safetensors"))[0]
+    data = shard.read_bytes()
+    shard.unlink() if damage == "gone" else shard.write_bytes(data[:-1])
+    monkeypatch.setattr(ShardFolder, "write", lambda *_: pytest.fail("it went on"))
+    words = rf"{shard.name}.* This run wrote it.*Delete .*begun and give the first command again\."
+    with pytest.raises(ResumeMismatch, match=words):
+        streamlap.resume(folder)
