@@ -15,7 +15,7 @@ calibration: {files: [], samples: 128, length: 2048, seed: 0, redraw: true}
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, cast
@@ -40,6 +40,7 @@ from streamlap.methods.rows import (
 )
 from streamlap.methods.trained.base import Distilled, Trained
 from streamlap.system.amounts import parse_ratio
+from streamlap.untrusted.paths import path_of
 from streamlap.untrusted.yaml import read_yaml
 
 AUTO = "auto"
@@ -136,8 +137,7 @@ class Recipe:
         object.__setattr__(self, "methods", parse_methods(self.methods))
         if isinstance(self.survey, Path):
             object.__setattr__(self, "survey", str(self.survey))
-        if self.preset not in (*PRESETS, "custom"):
-            raise RecipeError(f"preset is {shown(self.preset)}; wanted one of {', '.join(PRESETS)}, custom.")
+        check_words(vars(self))
         self._settle_shape()
         if self.methods is NOT_GIVEN or (self.methods is PRESETS["best"] and self.preset != "custom"):
             object.__setattr__(self, "methods", own_methods(self.preset, self.shape))
@@ -159,7 +159,7 @@ class Recipe:
                 f"methods have {method_name(self.final[0])}, which is fitted to the dense model's stream, and none that keeps "
                 "it; wanted anchored methods beside it, as those of the preset best are."
             )
-        if self.survey == AUTO and not self.may_survey:
+        if isinstance(self.survey, str) and self.survey == AUTO and not self.may_survey:
             object.__setattr__(self, "survey", None)
         if self.survey is not None and not (isinstance(self.survey, str) and self.anchored):
             raise RecipeError(
@@ -169,10 +169,6 @@ class Recipe:
 
     def _settle_shape(self) -> None:
         """The shape that the format implies. Raises RecipeError where another was given."""
-        if self.format not in list(FORMATS):
-            raise RecipeError(f"format is {shown(self.format)}; wanted one of {', '.join(FORMATS)}.")
-        if self.shape not in list(SHAPES):
-            raise RecipeError(f"shape is {shown(self.shape)}; wanted one of {', '.join(SHAPES)}.")
         implied = shape_for(self.format, self.shape)
         if self.shape not in ("free", implied):
             raise RecipeError(
@@ -293,6 +289,7 @@ class Recipe:
             raise RecipeError(
                 f"a recipe has no {', '.join(unknown)} to override; wanted some of {', '.join(OVERRIDES)}."
             )
+        check_words(own)
         if "methods" in own:
             own |= {"preset": own.get("preset", "custom"), "methods": parse_methods(own["methods"])}
         elif {"preset", "shape", "format"} & own.keys():
@@ -339,8 +336,11 @@ class Recipe:
     @classmethod
     def from_dict(cls, table: Mapping[str, Any]) -> Recipe:
         """The recipe that a parsed YAML or JSON object stands for. Raises RecipeError for unknown keys and bad values."""
+        if not isinstance(table, Mapping):
+            raise RecipeError(f"a recipe is {shown(table)}; wanted a table with keys like ratio and preset.")
         values = {key: value for key, value in table.items() if key != "refine"}
         refuse_unknown("recipe", values, cls)
+        check_words(values)
         preset = values.setdefault("preset", "custom" if "methods" in values else "best")
         if "methods" in values:
             values["methods"] = parse_methods(values["methods"])
@@ -348,11 +348,14 @@ class Recipe:
             values["methods"] = own_methods(preset, shape_for(values.get("format"), values.get("shape", "free")))
         if "refine" in table:
             values["methods"] = with_refinement(values["methods"], table["refine"])
-        return cls(**(values | {"calibration": Calibration.of(values.get("calibration") or {})}))
+        if values.get("calibration") is None:
+            values["calibration"] = Calibration()
+        return cls(**values)
 
     @classmethod
-    def from_yaml(cls, path: Path) -> Recipe:
+    def from_yaml(cls, path: str | Path) -> Recipe:
         """The recipe in a file. A survey that lies beside it is meant before one of that name elsewhere."""
+        path = path_of(path, "path")
         try:
             table = read_yaml(path)
         except OSError as error:
@@ -370,6 +373,14 @@ class Recipe:
 
 OVERRIDES = tuple(dict.fromkeys([*(entry.name for kind in (Recipe, Calibration) for entry in fields(kind)), "refine"]))
 """What `Recipe.override` replaces, by name."""
+
+
+def check_words(table: Mapping[str, Any]) -> None:
+    """Raise RecipeError for a preset, a format or a shape in it that there is not."""
+    known: dict[str, Collection[str]] = {"preset": (*PRESETS, "custom"), "format": FORMATS, "shape": SHAPES}
+    for name, words in known.items():
+        if name in table and (not isinstance(table[name], str) or table[name] not in words):
+            raise RecipeError(f"{name} is {shown(table[name])}; wanted one of {', '.join(words)}.")
 
 
 def own_methods(preset: Any, shape: Any) -> tuple[AnyMethod, ...]:

@@ -16,6 +16,7 @@ from streamlap.errors import RecipeError, shown
 from streamlap.system.budget import parse_size
 from streamlap.system.device import pick_device
 from streamlap.system.signals import parse_time
+from streamlap.untrusted.paths import path_of
 
 KEPT: dict[str, tuple[type, ...]] = {
     "device": (str,), "work": (str, type(None)), "max_ram": (int, type(None)), "max_vram": (int, type(None)),
@@ -64,7 +65,7 @@ class RunSettings:
             object.__setattr__(self, name, parse_size(getattr(self, name), name))
         if self.stop_after is not None:
             object.__setattr__(self, "stop_after", parse_time(self.stop_after, "stop_after"))
-        object.__setattr__(self, "work", self.work and str(Path(self.work).resolve()))
+        object.__setattr__(self, "work", None if self.work is None else str(path_of(self.work, "work").resolve()))
 
     @property
     def caps(self) -> Caps:

@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import yaml
@@ -235,6 +236,38 @@ def test_a_file_with_an_empty_list_of_methods_is_refused(tmp_path: Path) -> None
     with pytest.raises(RecipeError, match=r"recipe\.yaml has no methods, so nothing would be compressed"):
         Recipe.from_yaml(tmp_path / "recipe.yaml")
     assert Recipe().override(methods=()).methods == ()
+
+
+def test_a_file_is_named_by_text_or_by_a_path(tmp_path: Path) -> None:
+    (tmp_path / "recipe.yaml").write_text("survey: s.json\n")
+    (tmp_path / "s.json").write_text("{}")
+    read = Recipe.from_yaml(str(tmp_path / "recipe.yaml"))
+    assert read == Recipe.from_yaml(tmp_path / "recipe.yaml") == Recipe(survey=str(tmp_path / "s.json"))
+    with pytest.raises(RecipeError, match="path is 7; wanted a path"):
+        Recipe.from_yaml(7)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("table", [None, [1], "best", 7], ids=str)
+def test_what_is_no_table_is_no_recipe(table: Any) -> None:
+    with pytest.raises(RecipeError, match=r"a recipe is .*; wanted a table with keys like ratio and preset"):
+        Recipe.from_dict(table)
+
+
+@pytest.mark.parametrize("value", [[], False, 0, ""], ids=repr)
+def test_a_calibration_that_is_none_is_not_the_bundled_text(value: Any) -> None:
+    with pytest.raises(RecipeError, match=r"calibration is .*; wanted files, samples"):
+        Recipe.from_dict({"calibration": value})
+    assert Recipe.from_dict({"calibration": None}) == Recipe()
+
+
+@pytest.mark.parametrize("name", ["preset", "format", "shape", "survey"])
+@pytest.mark.parametrize("value", [np.array(["best", "free"]), np.array([1, 2]), ["best"]], ids=repr)
+def test_what_is_no_word_is_refused_in_the_place_of_one(name: str, value: Any) -> None:
+    for make in (Recipe, Recipe().override, lambda **given: Recipe.from_dict(given)):
+        with pytest.raises(RecipeError, match=f"{name} is .*; wanted "):
+            make(**{name: value})
+    with pytest.raises(RecipeError, match=r"methods holds .*; wanted rows"):
+        Recipe(methods=({"method": value},))  # type: ignore[arg-type]
 
 
 def test_an_empty_file_is_called_empty(tmp_path: Path) -> None:

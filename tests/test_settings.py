@@ -10,11 +10,12 @@ import time
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
 import streamlap
-from streamlap.errors import RecipeError
+from streamlap.errors import RecipeError, shown
 from streamlap.recipe import Calibration, Recipe
 from streamlap.settings import KEPT, RunSettings, split_options
 
@@ -52,6 +53,20 @@ def test_a_bad_value_is_named(name: str, value: str) -> None:
 def test_a_value_of_another_type_is_refused_at_once(name: str, value: Any, wanted: str) -> None:
     with pytest.raises(RecipeError, match=f"{name} is {value!r}; wanted .*{wanted}"):
         RunSettings(**{name: value})
+
+
+@pytest.mark.parametrize(
+    "value", [5, True, False, 0, [], [1], b"x", np.array(["x"]), "", "\0", "\ud800", Path("a\0b")], ids=repr
+)
+def test_a_work_folder_that_is_no_path_is_refused(value: Any) -> None:
+    with pytest.raises(RecipeError, match=r"work is .*; wanted a path\."):
+        RunSettings(work=value)
+
+
+@pytest.mark.parametrize("value", [[1], {}, b"1h", Path("1h"), np.array([1, 2]), True, 10**400, -(10**400)], ids=shown)
+def test_what_is_no_time_is_refused_whatever_its_type(value: Any) -> None:
+    with pytest.raises(RecipeError, match=r"stop_after is .*; wanted a time"):
+        RunSettings(stop_after=value)
 
 
 def test_a_device_of_torch_is_its_name() -> None:
@@ -134,6 +149,10 @@ def test_an_option_that_there_is_not_is_answered_with_all_that_there_are(functio
         (lambda: streamlap.survey("m", None), "file is None; wanted a path"),  # type: ignore[arg-type]
         (lambda: streamlap.export("m", None), "destination is None; wanted a path"),  # type: ignore[arg-type]
         (lambda: streamlap.export(None, "d"), "out is None; wanted a path"),  # type: ignore[arg-type]
+        (lambda: streamlap.compress("m", "a\0b"), r"out is 'a\\x00b'; wanted a path"),
+        (lambda: streamlap.verify("\ud800"), r"out is '\\ud800'; wanted a path"),
+        (lambda: streamlap.export("m", "d", to=np.array(["gguf", "nas"])), "export to .* is not known"),  # type: ignore[arg-type]
+        (lambda: streamlap.survey("m", "s", shape=np.array(["nas", "free"])), "shape is .*; wanted one of"),  # type: ignore[arg-type]
         (lambda: streamlap.recover("m", None, "t"), "destination is None; wanted a path"),  # type: ignore[arg-type]
     ],
 )

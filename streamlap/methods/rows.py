@@ -73,7 +73,7 @@ def parse_methods(methods: Any) -> tuple[AnyMethod, ...]:
 
 def parse_method(row: Any) -> AnyMethod:
     known = known_methods()
-    if not isinstance(row, Mapping) or row.get("method") not in list(known):
+    if not isinstance(row, Mapping) or not isinstance(row.get("method"), str) or row["method"] not in known:
         raise RecipeError(
             f"methods holds {shown(row)}; wanted rows like {{method: NAME}} with one of {', '.join(known)}."
         )

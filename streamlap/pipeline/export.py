@@ -54,7 +54,7 @@ def export(
         path_of(out, "out"),
         path_of(destination, "destination"),
     )
-    if to == GGUF:
+    if isinstance(to, str) and to == GGUF:
         if stop_after is not None:
             raise RecipeError(
                 "stop_after is set and the format gguf, one file that is begun anew; wanted no stop_after."
@@ -75,7 +75,7 @@ def export_dense(out: str | Path, destination: str | Path, *, stop_after: float 
 
 
 def check_format(to: str) -> str:
-    if to not in list(CONFIGS):
+    if not isinstance(to, str) or to not in CONFIGS:
         raise RecipeError(f"export to {shown(to)} is not known; wanted one of {', '.join((*CONFIGS, GGUF))}.")
     return to
 

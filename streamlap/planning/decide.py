@@ -71,6 +71,9 @@ def warn_of_the_rest(stream: ModelStream, recipe: Recipe, targeted: bool) -> Non
     if targeted or not (whole := [name for name in sizes if name not in edited]):
         return
     part = sum(sizes[name] for name in edited) / sizes.total()
+    if not part:
+        log.warning("no method compresses anything, so that nothing goes. Add methods, or give a preset.")
+        return
     more = f", or give a ratio of {recipe.ratio / part:.1%}" if recipe.ratio < part else ""
     log.warning(
         "no method compresses %s, so that the ratio holds for %s alone: about %s of the decoder's linears go, and not %s. Add "

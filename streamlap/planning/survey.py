@@ -161,7 +161,7 @@ def survey_cost(stream: ModelStream, plan: SurveyPlan, pieces_NL: tuple[int, int
 
 def check_served(shape: str) -> None:
     """Raise RecipeError for a shape without surveys."""
-    if shape not in list(CUTS):
+    if not isinstance(shape, str) or shape not in CUTS:
         raise RecipeError(f"shape is {shown(shape)}; wanted one of {', '.join(CUTS)}: those that a survey serves.")
 
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from streamlap.errors import RecipeError, shown
+from streamlap.errors import RecipeError, one_line, shown
 from streamlap.families.cache import cache_bytes, window_of
 from streamlap.families.stream import ModelStream
 from streamlap.loader.forms import index_parameters
@@ -65,7 +65,10 @@ def parse_target(
     wishes = {"ratio": ratio, "target_size": target_size, "target_params": target_params}
     given = {name: value for name, value in wishes.items() if value is not None}
     if len(given) > 1:
-        words = " and ".join(f"{name} {value}" for name, value in given.items())
+        words = " and ".join(
+            f"{name} {one_line(value, 100) if isinstance(value, str) else shown(value)}"
+            for name, value in given.items()
+        )
         raise RecipeError(f"{words} are given together; wanted one of {', '.join(wishes)}.")
     for name, count in (("context", context), ("batch", batch)):
         if count is not None and (type(count) is not int or not 1 <= count < 2**40):

@@ -64,13 +64,16 @@ def whole_shares(stream: ModelStream, recipe: Recipe, survey: Survey | None) -> 
 def unmeasured_shares(stream: ModelStream, recipe: Recipe, sizes: Sizes) -> Shares:
     """All FFNs keep the same share. Where a survey is still to be made, and they cannot hold the cut, as many attentions as it
     takes go in the shape nas, those of the last layers for want of it."""
-    least, kept = LEAST_WIDTH * sum(sizes.ffn), sum(sizes.attention)
+    kept, every = sum(sizes.attention), sum(sizes.attention) + sum(sizes.ffn)
+    least = max(LEAST_WIDTH, least_share(stream, recipe, sizes)) * sum(sizes.ffn)
     may_go = removable(stream) if recipe.survey is not None and recipe.shape == "nas" else []
-    most = 1.0 - (kept - sum(sizes.attention[index] for index in may_go) + least) / (kept + sum(sizes.ffn))
-    if (share := 1.0 - sizes.keep) > most:
+    stays = kept - sum(sizes.attention[index] for index in may_go)
+    if (share := 1.0 - sizes.keep) > 1.0 - (stays + LEAST_WIDTH * sum(sizes.ffn)) / every:
+        most = (every - stays - least - 1) / every * recipe.ratio / share  # the total is rounded down
+        lower = f"a ratio of at most {math.floor(1000 * most) / 1000:.3f}" if most >= 0.001 else "a smaller --multiple"
         raise RecipeError(
-            f"shape {recipe.shape} at ratio {recipe.ratio:g} would leave less than {LEAST_WIDTH:.0%} of the FFNs; wanted a "
-            f"ratio of at most {math.floor(1000 * most * recipe.ratio / share) / 1000:.3f}, or shape free."
+            f"shape {recipe.shape} at ratio {recipe.ratio:g} would leave less than {LEAST_WIDTH:.0%} of the FFNs; wanted "
+            f"{lower}, or shape free."
         )
     gone: set[int] = set()
     for index in reversed(may_go):
@@ -80,6 +83,14 @@ def unmeasured_shares(stream: ModelStream, recipe: Recipe, sizes: Sizes) -> Shar
         kept -= sizes.attention[index]
     share = (sizes.total - kept) / sum(sizes.ffn)
     return rows(sizes.attention, [int(share * wide) for wide in sizes.ffn], without=gone)
+
+
+def least_share(stream: ModelStream, recipe: Recipe, sizes: Sizes) -> float:
+    """What all FFNs keep where none is narrower than one step, and a parameter more: shares are rounded down."""
+    whole = [stream.native(index, "down").shape[1] for index in range(stream.depth)]
+    step = step_of(recipe, min(whole))
+    lost = [(width - step) * channel_parameters(stream, index) for index, width in enumerate(whole)]
+    return max(min(1.0, 1.0 - (less - 1) / wide) for wide, less in zip(sizes.ffn, lost, strict=True))
 
 
 def rows(

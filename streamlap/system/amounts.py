@@ -6,17 +6,22 @@ import math
 import re
 from collections.abc import Mapping
 from decimal import Decimal
+from numbers import Real
 from typing import Any
 
 from streamlap.errors import RecipeError, shown
 
 AMOUNT = r"(\d+(?:_\d+)*(?:\.\d+)?|\.\d+)\s*([A-Za-z]*)"
+LONGEST = 40
+"""Characters of the longest amount."""
 RATIO = r"(\d*\.?\d+(?:[eE]-?\d{1,3})?)\s*(%?)"
 
 
 def parse_amount(text: str | int, units: Mapping[str, int]) -> int | None:
     """A number with a unit, in upper or lower case, with or without a space -> a whole number; None for what is none, or 0."""
-    match = re.fullmatch(AMOUNT, str(text).strip(), re.ASCII)
+    known = isinstance(text, str | Real) and not (isinstance(text, int) and abs(text) >= 10**LONGEST)
+    words = str(text).strip() if known else ""
+    match = re.fullmatch(AMOUNT, words, re.ASCII) if len(words) <= LONGEST else None
     if not match or match[2].upper() not in units:
         return None
     return int(Decimal(match[1]) * units[match[2].upper()]) or None

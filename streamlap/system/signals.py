@@ -10,9 +10,10 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from numbers import Real
 from types import FrameType
 
-from streamlap.errors import Interrupted, RecipeError
+from streamlap.errors import Interrupted, RecipeError, shown
 
 log = logging.getLogger(__name__)
 
@@ -24,15 +25,17 @@ def parse_time(text: str | float | None, what: str) -> float:
     """`3h50m`, `90s`, or a number of seconds -> seconds; None is for ever. Raises RecipeError that names `what`."""
     if text is None:
         return math.inf
-    parts = re.fullmatch(r"(?:(\d+)d)?(?:(\d+)h)?(?:(\d+)m)?(?:(\d+)s)?", str(text))
-    if parts:
-        seconds = float(sum(int(count or 0) * unit for count, unit in zip(parts.groups(), SECONDS, strict=True)))
-    elif isinstance(text, str):
-        seconds = float(text) if re.fullmatch(r"\d+(\.\d+)?", text) else 0.0
-    else:
-        seconds = text
+    seconds = 0.0
+    if not isinstance(text, str):
+        endless = isinstance(text, int) and abs(text) >= 2**63
+        if isinstance(text, Real) and not isinstance(text, bool) and not endless:
+            seconds = float(text)
+    elif parts := re.fullmatch(r"(?:(\d+)d)?(?:(\d+)h)?(?:(\d+)m)?(?:(\d+)s)?", text):
+        seconds = sum(float(count or 0) * unit for count, unit in zip(parts.groups(), SECONDS, strict=True))
+    elif re.fullmatch(r"\d+(\.\d+)?", text):
+        seconds = float(text)
     if not 0 < seconds < math.inf:
-        raise RecipeError(f"{what} is {text!r}; wanted a time like 3h50m, 45m or 90s.")
+        raise RecipeError(f"{what} is {shown(text)}; wanted a time like 3h50m, 45m or 90s.")
     return seconds
 
 

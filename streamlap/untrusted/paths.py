@@ -36,9 +36,10 @@ KINDS = {
 
 def path_of(value: object, what: str) -> Path:
     """A path that a caller gives. Raises RecipeError, naming `what`, for what is none: `str` would make a name of it."""
-    if not isinstance(value, str | os.PathLike) or not os.fspath(value):
+    text = os.fspath(value) if isinstance(value, str | os.PathLike) else None
+    if not isinstance(text, str) or not text or not _can_be_path(text):
         raise RecipeError(f"{what} is {shown(value)}; wanted a path.")
-    return Path(value)
+    return Path(text)
 
 
 @contextlib.contextmanager
@@ -133,6 +134,13 @@ def _repository(snapshot: Path) -> Path | None:
     if snapshot.parent.name != "snapshots" or not repository.name.startswith(("models--", "datasets--")):
         return None
     return Path(os.path.realpath(repository))
+
+
+def _can_be_path(text: str) -> bool:
+    try:
+        return b"\0" not in os.fsencode(text)
+    except UnicodeEncodeError:  # half of a character, which no bytes on a disk stand for
+        return False
 
 
 def _name(path: Path) -> str:

@@ -21,6 +21,7 @@ from streamlap.errors import RecipeError, UnsupportedModel
 from streamlap.families.stream import ModelStream
 from streamlap.output.formats import CONFIGS
 from streamlap.output.nas import legacy_rope
+from streamlap.planning.decide import decide
 from streamlap.planning.widths import step_of
 from streamlap.recipe import Recipe
 
@@ -193,6 +194,29 @@ def test_steps_are_smaller_where_the_matrix_is() -> None:
 def test_a_multiple_that_leaves_nothing_is_refused(pico: MakeModel, tokens: Path, tmp_path: Path) -> None:
     with pytest.raises(RecipeError, match=r"would keep \d+ channels, and widths are multiples of 40; wanted"):
         streamlap.plan(pico("llama"), ratio=0.5, format="stock", multiple=40, files=(str(tokens),))
+
+
+@pytest.mark.parametrize("shape", ["nas", "stock"])
+@pytest.mark.parametrize(("depth", "wide", "multiple"), [(1, 48, 16), (3, 48, 16), (2, 30, 7), (1, 8, None)])
+def test_the_ratio_that_is_advised_leaves_each_ffn_a_step(
+    pico: MakeModel, shape: str, depth: int, wide: int, multiple: int | None
+) -> None:
+    stream = ModelStream(pico("llama", num_hidden_layers=depth, intermediate_size=wide))
+    recipe = Recipe(shape=shape, multiple=multiple, survey="auto", ratio=0.95)
+    with pytest.raises(
+        RecipeError, match=r"less than 10% of the FFNs; wanted a ratio of at most 0\.\d+, or"
+    ) as refused:
+        decide(stream, recipe)
+    advised = str(refused.value).partition("a ratio of at most ")[2].partition(",")[0]
+    decide(stream, replace(recipe, ratio=float(advised)))
+
+
+def test_no_ratio_is_advised_where_a_step_is_all_of_an_ffn(pico: MakeModel) -> None:
+    stream = ModelStream(pico("llama", num_hidden_layers=1, intermediate_size=8))
+    with pytest.raises(
+        RecipeError, match=r"would leave less than 10% of the FFNs; wanted a smaller --multiple, or shape"
+    ):
+        decide(stream, Recipe(shape="nas", multiple=8, survey="auto", ratio=0.95))
 
 
 def test_widths_that_may_differ_spend_what_rounding_leaves(pico: MakeModel, tokens: Path) -> None:

@@ -15,7 +15,9 @@ from conftest import MakeModel
 import streamlap
 from streamlap.errors import RecipeError
 from streamlap.families.stream import ModelStream
+from streamlap.planning.decide import decide
 from streamlap.planning.sample import check_sample, fitted_inputs
+from streamlap.recipe import Recipe
 
 
 def windows(sequences: int, length: int) -> torch.Tensor:
@@ -152,3 +154,12 @@ def test_a_recipe_for_one_sub_layer_is_told_what_goes(
     streamlap.plan(pico("llama"), preset="lorap", ratio=0.3, files=(str(tokens),))
     streamlap.plan(pico("llama"), methods=given["methods"], target_params="40k", files=(str(tokens),))
     assert not [record for record in caplog.records if record.name == "streamlap.planning.decide"]
+
+
+@pytest.mark.parametrize("preset", ["custom", "lorap"])
+def test_a_recipe_without_methods_is_told_that_nothing_goes(
+    pico: MakeModel, caplog: pytest.LogCaptureFixture, preset: str
+) -> None:
+    decide(ModelStream(pico("llama")), Recipe(preset=preset, methods=()))
+    (line,) = (record.getMessage() for record in caplog.records if record.name == "streamlap.planning.decide")
+    assert line == "no method compresses anything, so that nothing goes. Add methods, or give a preset."

@@ -14,7 +14,7 @@ from conftest import MakeModel
 import streamlap
 from streamlap import cli
 from streamlap.demo import bundled
-from streamlap.errors import RecipeError, UnsupportedModel
+from streamlap.errors import RecipeError, UnsupportedModel, shown
 from streamlap.families.stream import ModelStream
 from streamlap.output.inspect import count_parameters
 from streamlap.planning import target
@@ -54,14 +54,16 @@ def test_counts_of_parameters(text: str | int, count: int) -> None:
     assert parse_count(None, "target_params") is None
 
 
-@pytest.mark.parametrize("text", ["", "B", "-5M", "5 GB", "5Q", "5G", "5KB", "0", "1e9", "0.1", "5_M"])
+@pytest.mark.parametrize("text", ["", "B", "-5M", "5 GB", "5Q", "5G", "5KB", "0", "1e9", "0.1", "5_M", "9" * 5000])
 def test_what_is_no_count_is_refused(text: str) -> None:
     with pytest.raises(RecipeError, match=r"target_params is .*; wanted a number of parameters like 50B"):
         parse_target(None, text)
 
 
-@pytest.mark.parametrize("wishes", [("1GB", "1B", None), ("1GB", None, 0.2), (None, "1B", 0.2)])
-def test_one_wish_at_a_time(wishes: tuple[str | None, str | None, float | None]) -> None:
+@pytest.mark.parametrize(
+    "wishes", [("1GB", "1B", None), ("1GB", None, 0.2), (None, "1B", 0.2), (10**5000, "1B", None)], ids=shown
+)
+def test_one_wish_at_a_time(wishes: tuple[int | str | None, str | None, float | None]) -> None:
     with pytest.raises(RecipeError, match="are given together; wanted one of ratio, target_size, target_params"):
         parse_target(*wishes)
 

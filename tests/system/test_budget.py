@@ -5,12 +5,13 @@ from __future__ import annotations
 import contextlib
 import weakref
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from streamlap.accelerator.devices import accelerator_of
-from streamlap.errors import BudgetError, RecipeError
+from streamlap.errors import BudgetError, RecipeError, shown
 from streamlap.system import budget as purse
 from streamlap.system.budget import Ladder, MemoryBudget, parse_size, require_disk, show_size
 
@@ -72,6 +73,15 @@ def test_what_is_no_size_is_refused_by_the_name_of_the_knob(text: str | int) -> 
     assert str(refusal.value) == (
         f"max_vram is {text!r}; wanted a size like 8GiB or 8G (2^30 bytes each), or 8GB (10^9 bytes)."
     )
+
+
+@pytest.mark.parametrize(
+    "digits", ["9" * 41, "9" * 5000, 10**40, 10**5000, [10**5000]], ids=lambda value: shown(value, 20)
+)
+def test_a_number_that_is_too_long_is_refused_in_a_short_message(digits: Any) -> None:
+    with pytest.raises(RecipeError, match=r"^max_ram is .*; wanted a size like") as refusal:
+        parse_size(digits, "max_ram")
+    assert len(str(refusal.value)) < 250
 
 
 def test_sizes_are_shown_in_the_unit_that_suits() -> None:
