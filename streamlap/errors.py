@@ -108,8 +108,9 @@ def first_line(error: BaseException) -> str:
 
 
 def whole(error: BaseException, limit: int = 400) -> str:
-    """All that a library said, on one line, behind the name of its error: some put the reason last."""
-    return f"{type(error).__name__}: {one_line(str(error), limit)}"
+    """All that a library said, on one line, behind the name of its error: some put the reason last, and some say nothing."""
+    text = one_line(str(error), limit)
+    return f"{type(error).__name__}: {text}" if text else type(error).__name__
 
 
 def _cut(text: str, limit: int) -> str:

@@ -74,7 +74,7 @@ def model_card(
 
 
 def bare_card(base: str, licence: Mapping[str, str]) -> str:
-    """Of a model of which nothing is known but its name and licence."""
+    """Of a model that streamlap did not write: nothing is known but its name and licence."""
     base = plain(base)
     front = [f"base_model: {json.dumps(base, ensure_ascii=False)}", "library_name: transformers"]
     front += [f"{key}: {json.dumps(value, ensure_ascii=False)}" for key, value in licence.items()]
@@ -92,14 +92,22 @@ def record_tasks(folder: Path, rows: Iterable[TaskRow]) -> Path | None:
     Gives the card, or None where nothing was written: another's card, none, a link, or one that this user may not write.
     """
     path = folder / CARD_NAME
-    own = path.is_file() and not path.is_symlink() and path.stat().st_size <= CARD_BYTES
-    if not own or not (os.access(path, os.W_OK) and os.access(folder, os.W_OK)):
+    if path.is_symlink() or not (os.access(path, os.W_OK) and os.access(folder, os.W_OK)):
         return None
-    card = read_bytes(folder, CARD_NAME, CARD_BYTES).decode("utf-8", errors="replace")
-    if not OWN.search(card):
+    card = own_card(folder)
+    if card is None:
         return None
     write_durably(path, with_tasks(card, rows).encode())
     return path
+
+
+def own_card(folder: Path) -> str | None:
+    """The card of a folder that streamlap wrote; None where there is another's, or none."""
+    path = folder / CARD_NAME
+    if not path.is_file() or path.stat().st_size > CARD_BYTES:
+        return None
+    card = read_bytes(folder, CARD_NAME, CARD_BYTES).decode("utf-8", errors="replace")
+    return card if OWN.search(card) else None
 
 
 def with_tasks(card: str, rows: Iterable[TaskRow]) -> str:

@@ -10,7 +10,7 @@ from streamlap.errors import counted
 from streamlap.families.opening import read_config
 from streamlap.families.stream import ModelStream
 from streamlap.loader.shim import NAS_MAP, write_nas, write_shim
-from streamlap.output.card import CARD_BYTES, CARD_NAME, bare_card, base_of, licence_of, without_tasks
+from streamlap.output.card import CARD_NAME, bare_card, licence_of, own_card, without_tasks
 from streamlap.output.folder import (
     KEPT_NAME,
     RECIPE_NAME,
@@ -19,7 +19,7 @@ from streamlap.output.folder import (
     copy_companions,
     write_json,
 )
-from streamlap.output.formats import source_config
+from streamlap.output.formats import OURS, source_config
 from streamlap.store.shards import NAMING_KEY
 from streamlap.store.sink import write_durably
 from streamlap.untrusted.paths import read_bytes, read_object
@@ -28,10 +28,13 @@ CARRIED = (RECIPE_NAME, KEPT_NAME, SURVEY_NAME)
 MOST_REPORT_BYTES = 1 << 30
 
 
-def finish_recovered(out: Path, stream: ModelStream, recovery: Mapping[str, Any], shards: Mapping[str, str]) -> None:
+def finish_recovered(
+    out: Path, stream: ModelStream, base: str, recovery: Mapping[str, Any], shards: Mapping[str, str]
+) -> None:
     """Everything beside the shards; config.json last. May be run again after a crash: it writes the same bytes.
 
-    Args: stream, the compressed model; recovery, what the report says of it; shards, their hashes.
+    Args: stream, the compressed model; base, the name that the card gives to it where streamlap wrote none; recovery, what the
+    report says of it; shards, their hashes.
     """
     source = stream.folder
     copy_companions(source, out)
@@ -40,10 +43,8 @@ def finish_recovered(out: Path, stream: ModelStream, recovery: Mapping[str, Any]
     known = (source / REPORT_NAME).is_file()
     report = read_object(source, REPORT_NAME, MOST_REPORT_BYTES) if known else {}
     write_json(out / REPORT_NAME, report | {"shards": dict(shards), "recovery": dict(recovery)}, indent=1)
-    if (source / CARD_NAME).is_file():
-        card = without_tasks(read_bytes(source, CARD_NAME, CARD_BYTES).decode("utf-8", errors="replace"))
-    else:
-        card = bare_card(base_of(source), licence_of(source))
+    own = own_card(source)
+    card = bare_card(base, licence_of(source)) if own is None else without_tasks(own)
     write_durably(out / CARD_NAME, f"{card.rstrip()}\n\n{card_section(recovery)}\n".encode())
     config = source_config(stream) if stream.marked else read_config(source)
     # A folder that transformers saved has no code, and names none.
@@ -52,6 +53,8 @@ def finish_recovered(out: Path, stream: ModelStream, recovery: Mapping[str, Any]
         config["auto_map"] = dict(NAS_MAP)
     elif stream.compressed:
         config["auto_map"] = write_shim(out, write_durably, wraps=stream.family.wraps)
+    else:
+        config = {key: value for key, value in config.items() if key not in OURS}
     write_json(out / "config.json", {key: value for key, value in config.items() if key != NAMING_KEY})
 
 

@@ -128,13 +128,18 @@ def nll(logits_TV: torch.Tensor, target_T: torch.Tensor) -> torch.Tensor:
 
 
 def token_losses(
-    stream: ModelStream, tokens_NL: torch.Tensor, choice: Fit, work: Path | None = None, score: Score = nll
-) -> torch.Tensor:
-    """NLL of every predicted position, [N, L - 1] float32, or another score of it."""
+    stream: ModelStream, tokens_NL: torch.Tensor, choice: Fit, work: Path | None = None, score: Score = nll,
+    target_NT: torch.Tensor | None = None,
+) -> torch.Tensor:  # fmt: skip
+    """NLL of every predicted position, [N, T] float32, or another score of it.
+
+    Args: target_NT, the tokens that come behind each of the first T; default all behind the first, T = L - 1.
+    """
+    target_NT = tokens_NL[:, 1:] if target_NT is None else target_NT
     with scratch_bank(stream, tokens_NL, choice.schedule, work) as bank:
         stream_layers(stream, choice, bank, tokens_NL)
         with choice.ram.claim(choice.schedule.ram["head"]), choice.vram.claim(choice.schedule.vram.get("head", {})):
-            return head_losses(stream, bank.read(stream.depth), tokens_NL, score)
+            return head_losses(stream, bank.read(stream.depth), target_NT, score)
 
 
 def stream_layers(
@@ -171,15 +176,15 @@ def run_layer(runner: LayerRunner, bank: HiddenBank, index: int, kwargs: Mapping
 
 @torch.no_grad()
 def head_losses(
-    stream: ModelStream, batches: Iterable[torch.Tensor], tokens_NL: torch.Tensor, score: Score = nll
+    stream: ModelStream, batches: Iterable[torch.Tensor], target_NT: torch.Tensor, score: Score = nll
 ) -> torch.Tensor:
-    """NLL [N, L - 1], or another score, from the last hidden states, a piece of a sequence at a time: logits are as wide as the
+    """NLL [N, T], or another score, from the last hidden states, a piece of a sequence at a time: logits are as wide as the
     vocabulary."""
     head, rows = stream.head(), []
     sequences = (x_LD for x_BLD in batches for x_LD in x_BLD)
-    for x_LD, tokens_L in zip(sequences, tokens_NL.to(stream.device), strict=True):
-        pieces = zip(x_LD[:-1].split(HEAD_TOKENS), tokens_L[1:].split(HEAD_TOKENS), strict=True)
-        losses = [score(head(x_TD).float(), target_T) for x_TD, target_T in pieces]
+    for x_LD, target_T in zip(sequences, target_NT.to(stream.device), strict=True):
+        pieces = zip(x_LD[: len(target_T)].split(HEAD_TOKENS), target_T.split(HEAD_TOKENS), strict=True)
+        losses = [score(head(x_TD).float(), piece_T) for x_TD, piece_T in pieces]
         rows.append(torch.cat(losses).cpu())
     return torch.stack(rows)
 

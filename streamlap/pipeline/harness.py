@@ -15,31 +15,40 @@ from lm_eval.api.model import TemplateLM
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from torch.nn.functional import cross_entropy
 
-from streamlap.errors import UnsupportedModel
+from streamlap.errors import RecipeError, UnsupportedModel, shown
 
 LEAST = 16
-"""Tokens of the shortest sequences that go through together."""
+"""Inputs of the shortest sequences that go through together."""
 
 Request = tuple[Any, list[int], list[int]]
 """Its text, the tokens before, and those that are scored."""
 
 
 class StreamedModel(TemplateLM):  # type: ignore[misc]  # lm-eval has no types
-    """Args: tokenizer, of transformers; context, tokens that a sequence may have; score, what `scored` gives [N, L - 1, 2] of
-    sequences [N, L]."""
+    """Args: tokenizer, of transformers; context, tokens that the layers may read, behind which one more is scored; vocabulary,
+    ids that the model knows; score, what `scored` gives [N, L - 1, 2] of sequences [N, L]."""
 
-    def __init__(self, tokenizer: Any, context: int, score: Callable[[torch.Tensor], torch.Tensor]) -> None:
+    def __init__(
+        self, tokenizer: Any, context: int, vocabulary: int, score: Callable[[torch.Tensor], torch.Tensor]
+    ) -> None:
         super().__init__()
-        self.tokenizer, self._context, self._score = tokenizer, context, score
+        self.tokenizer, self._context, self._vocabulary, self._score = tokenizer, context, vocabulary, score
 
     @property
-    def eot_token_id(self) -> int:
-        return int(self.tokenizer.eos_token_id)
+    def eot_token_id(self) -> int | None:
+        eos: int | None = self.tokenizer.eos_token_id
+        return eos
 
     @property
     def prefix_token_id(self) -> int:
         bos = self.tokenizer.bos_token_id
-        return self.eot_token_id if bos is None else int(bos)
+        first = self.eot_token_id if bos is None else int(bos)
+        if first is None:
+            raise RecipeError(
+                "the tokenizer has no bos or eos, and the task begins with one: it scores whole texts, or a context of it is "
+                "empty. Name one in tokenizer_config.json, or give each document a context."
+            )
+        return self._known([first])[0]
 
     @property
     def tokenizer_name(self) -> str:
@@ -47,17 +56,28 @@ class StreamedModel(TemplateLM):  # type: ignore[misc]  # lm-eval has no types
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_: Any) -> list[int]:
         wanted = {} if add_special_tokens is None else {"add_special_tokens": add_special_tokens}
-        return list(self.tokenizer.encode(string, **wanted))
+        return self._known(list(self.tokenizer.encode(string, **wanted)))
+
+    def _known(self, ids: list[int]) -> list[int]:
+        """The same. Raises RecipeError where the model has no such token."""
+        if (highest := max(ids, default=0)) >= self._vocabulary:
+            name = shown(self.tokenizer.convert_ids_to_tokens(highest))
+            raise RecipeError(
+                f"the task has the token {name} (id {highest}), which is in the tokenizer, and not in the model's vocabulary "
+                f"of 0 to {self._vocabulary - 1}. Use the tokenizer that the model was trained with, or take the token out of "
+                "the task."
+            )
+        return ids
 
     def _loglikelihood_tokens(self, requests: Sequence[Request], **_: Any) -> list[tuple[float, bool]]:
         """Of the tokens of each request behind those before it; in passes of sequences of about one length."""
-        rows = [(before + after)[-self._context :] for _, before, after in requests]
+        rows = [((before or [self.prefix_token_id]) + after)[-(self._context + 1) :] for _, before, after in requests]
         passes: dict[int, list[int]] = {}
         for place, row in enumerate(rows):
-            passes.setdefault(min(self._context, max(LEAST, 1 << (len(row) - 1).bit_length())), []).append(place)
+            passes.setdefault(min(self._context, max(LEAST, 1 << (len(row) - 2).bit_length())), []).append(place)
         found: dict[int, tuple[float, bool]] = {}
-        for length, places in sorted(passes.items()):
-            tokens_NL = torch.zeros(len(places), length, dtype=torch.long)  # behind the last token anything may stand
+        for inputs, places in sorted(passes.items()):
+            tokens_NL = torch.zeros(len(places), inputs + 1, dtype=torch.long)  # anything may stand behind a row
             for number, place in enumerate(places):
                 tokens_NL[number, : len(rows[place])] = torch.tensor(rows[place])
             for scored_L2, place in zip(self._score(tokens_NL), places, strict=True):
@@ -75,9 +95,7 @@ class StreamedModel(TemplateLM):  # type: ignore[misc]  # lm-eval has no types
         """Of whole texts, in windows that fill the context with the token before them."""
         prefix, context = self.prefix_token_id, self._context
         texts = (self.tok_encode(request.args[0]) for request in requests)
-        windows = [
-            list(map(make_disjoint_window, get_rolling_token_windows(ids, prefix, context - 1, 1))) for ids in texts
-        ]
+        windows = [list(map(make_disjoint_window, get_rolling_token_windows(ids, prefix, context, 1))) for ids in texts]
         each = iter(self._loglikelihood_tokens([(None, *window) for of_text in windows for window in of_text]))
         return [sum(next(each)[0] for _ in of_text) for of_text in windows]
 

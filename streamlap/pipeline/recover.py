@@ -37,7 +37,7 @@ from streamlap.planning.schedule import fit, require_fit
 from streamlap.planning.workload import evaluation_workload
 from streamlap.recipe import Calibration
 from streamlap.settings import RunSettings, refuse_options, split_options
-from streamlap.store.hub import local_folder
+from streamlap.store.hub import local_folder, model_name
 from streamlap.store.journal import saved_tokens
 from streamlap.store.sink import ShardFolder, TensorEntry, shard_names, write_durably
 from streamlap.store.source import read_tensors
@@ -189,7 +189,7 @@ def run_recovery(run: Run, job: RecoveryJob, deadline: float) -> Recovered:
         result = Recovered(**parse_json(outcome.read_bytes()))
         if result.kept:
             shards = write_shards(job, running)
-            finish_recovered(run.out, stream, result.to_json(), shards)
+            finish_recovered(run.out, stream, model_name(run.model), result.to_json(), shards)
     if not result.kept:
         with contextlib.suppress(OSError):  # it may hold what is left alone
             run.out.rmdir()

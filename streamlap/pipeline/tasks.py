@@ -1,4 +1,7 @@
-"""Tasks of lm-eval on a checkpoint that streams through memory, one layer at a time."""
+"""Tasks of lm-eval on a checkpoint that streams through memory, one layer at a time.
+
+Shape suffixes: N sequences, L length, T tokens that are scored.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +15,7 @@ from typing import Any
 import torch
 
 from streamlap.data.tokenizer import load_tokenizer
-from streamlap.errors import RecipeError, StreamlapError, first_line, shown
+from streamlap.errors import RecipeError, StreamlapError, first_line, shown, whole
 from streamlap.families.opening import parse_dtype
 from streamlap.families.stream import ModelStream
 from streamlap.output.card import record_tasks
@@ -21,6 +24,7 @@ from streamlap.planning.schedule import fit, require_fit
 from streamlap.planning.workload import evaluation_workload
 from streamlap.settings import RunSettings, refuse_options, split_options
 from streamlap.store.hub import local_folder
+from streamlap.system.budget import is_out_of_memory
 from streamlap.system.meters import peak_ram_bytes, peak_vram_bytes, reset_peaks
 from streamlap.untrusted.yaml import read_yaml
 
@@ -35,8 +39,8 @@ def evaluate_tasks(
 
     Returns {"tasks": {name: {metric: value}}, "documents": {name: count}, "card", "seconds", "peak_ram_bytes",
     "peak_vram_bytes"}. Of a folder that streamlap wrote the results are in its model card too, `card`; else that is None.
-    Raises StreamlapError where lm-eval is not installed, RecipeError for a task that it does not know, and UnsupportedModel for
-    one that generates text.
+    Raises StreamlapError where lm-eval is not installed, RecipeError for a task that it does not know or that it fails on, and
+    UnsupportedModel for one that generates text.
     """
     try:
         from lm_eval import simple_evaluate
@@ -61,17 +65,28 @@ def evaluate_tasks(
     stream.require_head()
     wanted = [task_of(task) for task in tasks]
     tokenizer = load_tokenizer(folder, Path(str(tasks[0])), settings.trust_remote_code)
-    streamed = StreamedModel(
-        tokenizer, stream.context, lambda tokens_NL: pass_through(stream, settings, tokens_NL, scored)
-    )
+    faults: list[Exception] = []
+
+    def score(tokens_NL: torch.Tensor) -> torch.Tensor:
+        try:
+            return pass_through(stream, settings, tokens_NL, scored)
+        except Exception as error:
+            faults.append(error)
+            raise
+
+    streamed = StreamedModel(tokenizer, stream.context, stream.vocabulary, score)
     named = any(isinstance(task, str) for task in wanted)  # to look through all that lm-eval has takes a while
     manager = TaskManager(include_defaults=named)
     try:
         found = simple_evaluate(
             streamed, tasks=wanted, limit=limit, task_manager=manager, log_samples=False, bootstrap_iters=0
         )
-    except (KeyError, FileNotFoundError, ValueError) as error:
-        raise RecipeError(f"lm-eval cannot run {shown(list(map(str, tasks)))}: {first_line(error)}.") from error
+    except Exception as error:  # lm-eval, jinja2 and datasets raise a different one for every way to write a task wrong
+        if isinstance(error, StreamlapError) or error in faults or is_out_of_memory(error):
+            raise
+        raise RecipeError(
+            f"lm-eval cannot run {shown(list(map(str, tasks)))}: {whole(error)}; wanted tasks that it runs."
+        ) from error
     results = {name: metrics_of(table) for name, table in found["results"].items()}
     documents = {name: counts["effective"] for name, counts in found["n-samples"].items()}
     rows = [
@@ -102,12 +117,13 @@ def task_of(task: str | Path) -> str | dict[str, Any]:
 
 
 def pass_through(stream: ModelStream, settings: RunSettings, tokens_NL: torch.Tensor, score: Any) -> torch.Tensor:
-    """One pass of all layers over these sequences."""
-    sequences, length = tokens_NL.shape
+    """One pass of all layers over these sequences. Their last tokens are scored, and go through no layer."""
+    inputs_NT, target_NT = tokens_NL[:, :-1], tokens_NL[:, 1:]
+    sequences, length = inputs_NT.shape
     work = evaluation_workload(stream, sequences, length, disk=settings.work is not None)
     choice = fit(work, settings.caps, settings.overlap)
     require_fit(choice, settings.caps)
-    return token_losses(stream, tokens_NL, choice, Path(settings.work) if settings.work else None, score)
+    return token_losses(stream, inputs_NT, choice, Path(settings.work) if settings.work else None, score, target_NT)
 
 
 def metrics_of(table: Mapping[str, Any]) -> dict[str, float]:

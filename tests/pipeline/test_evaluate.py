@@ -19,6 +19,10 @@ import streamlap
 from streamlap.errors import BudgetError, RecipeError
 from streamlap.families.stream import ModelStream
 from streamlap.families.table import FAMILIES
+from streamlap.pipeline.evaluate import token_losses
+from streamlap.planning.schedule import fit
+from streamlap.planning.workload import evaluation_workload
+from streamlap.settings import RunSettings
 from streamlap.store.hidden import HiddenBank
 
 
@@ -39,6 +43,19 @@ def test_perplexity_equals_the_in_memory_loss(pico: MakeModel, tokens: Path, tmp
         assert result.nll == pytest.approx(in_memory_nll(folder, tokens_NL), rel=1e-6)
         assert result.perplexity == pytest.approx(math.exp(result.nll))
         assert (result.tokens, result.length) == (12 * 15, 16)
+
+
+def test_a_last_token_is_scored_behind_a_full_context(pico: MakeModel) -> None:
+    source, stream = pico("llama"), ModelStream(pico("llama"))
+    ids_NL = torch.from_numpy(np.random.default_rng(0).integers(0, stream.vocabulary, (3, stream.context + 1)))
+    inputs_NT, target_NT = ids_NL[:, :-1], ids_NL[:, 1:]
+    settings = RunSettings().settled()
+    choice = fit(evaluation_workload(stream, *inputs_NT.shape, disk=False), settings.caps, settings.overlap)
+    found_NT = token_losses(stream, inputs_NT, choice, target_NT=target_NT)
+    with torch.no_grad():
+        logits_NTV = AutoModelForCausalLM.from_pretrained(source)(inputs_NT).logits
+    wanted_NT = torch.nn.functional.cross_entropy(logits_NTV.transpose(1, 2), target_NT, reduction="none")
+    assert torch.allclose(found_NT, wanted_NT, atol=1e-5)
 
 
 def test_text_is_tokenised_without_special_tokens_and_cut_into_windows(pico: MakeModel, text: Path) -> None:

@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -11,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import MakeModel
+from folders import edit_config
 from picos import VOCABULARY, random_pico
 from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
@@ -21,6 +23,7 @@ from streamlap.errors import BudgetError, Interrupted, NumericalError, RecipeErr
 from streamlap.families.stream import ModelStream
 from streamlap.linalg.moments import held_sequences
 from streamlap.methods.trained.recovery import Likely, Recovery, divergence, prediction_losses
+from streamlap.output.card import bare_card
 from streamlap.pipeline import adapt
 from streamlap.pipeline.adapt import Adapting, RecoveryJob
 from streamlap.pipeline.teacher import predictions
@@ -357,6 +360,17 @@ def test_a_folder_without_a_sign_of_streamlap_gets_one(pico: MakeModel, lesson: 
     streamlap.compress(source, out, files=(str(lesson),), overwrite=True)
     assert ", compressed by streamlap\n" in (out / "README.md").read_text()
     assert (out / "notes.txt").read_text() == "mine"
+
+
+def test_a_stranger_s_card_and_code_are_not_taken_over(pico: MakeModel, lesson: Path, tmp_path: Path) -> None:
+    source, out = shutil.copytree(pico("llama", num_hidden_layers=2), tmp_path / "tune"), tmp_path / "out"
+    edit_config(source, auto_map={"AutoConfig": "own.Config"})
+    (source / "README.md").write_text("---\nlicense: mit\nbase_model: a/b\nx: y\n---\n# Mine\n<script>\n")
+    assert streamlap.recover(source, out, lesson, **KNOBS).kept
+    card = (out / "README.md").read_text()
+    assert card.startswith(bare_card("tune", {"license": "mit"}) + "\n\nRecovered by LoRA")
+    assert "auto_map" not in json.loads((out / "config.json").read_text())
+    assert AutoModelForCausalLM.from_pretrained(out, trust_remote_code=True)
 
 
 @pytest.mark.parametrize("report", ["{}", "[", '{"recovery": {}'])

@@ -5,15 +5,21 @@ from __future__ import annotations
 import json
 from importlib.metadata import version
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from conftest import MakeModel
+import torch
+from conftest import TEXT, MakeModel, make_tokenizer
 from outputs import contents
+from picos import CONTEXT, VOCABULARY
 
 import streamlap
-from streamlap.errors import RecipeError, UnsupportedModel
-from streamlap.pipeline.tasks import task_of
+from streamlap.errors import Interrupted, RecipeError, UnsupportedModel
+from streamlap.families.stream import ModelStream
+from streamlap.pipeline import tasks
+from streamlap.pipeline.tasks import pass_through, task_of
+from streamlap.settings import RunSettings
 
 CHOICE = """
 task: seafaring
@@ -105,7 +111,112 @@ def test_a_task_that_generates_is_refused(pico: MakeModel) -> None:
     from streamlap.pipeline.harness import StreamedModel
 
     with pytest.raises(UnsupportedModel, match="the task asks for generated text"):
-        StreamedModel(None, 8, lambda tokens: tokens).generate_until([])
+        StreamedModel(None, 8, 8, lambda tokens: tokens).generate_until([])
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_what_is_longer_than_the_context_is_cut_as_by_lm_eval(pico: MakeModel) -> None:
+    pytest.importorskip("lm_eval")
+    from lm_eval.models.huggingface import HFLM
+
+    from streamlap.pipeline.harness import StreamedModel, scored
+
+    source, tokenizer = pico("llama", tokenizer=True), make_tokenizer()
+    stream, settings = ModelStream(source), RunSettings().settled()
+    ours = StreamedModel(tokenizer, CONTEXT, VOCABULARY, lambda ids_NL: pass_through(stream, settings, ids_NL, scored))
+    theirs = HFLM(pretrained=str(source), dtype="float32", device="cpu")
+    ids = tokenizer.encode(TEXT)
+    cut = [
+        (None, ids[start : start + before], ids[start + before :][:after])
+        for start, (before, after) in enumerate([(1, CONTEXT), (CONTEXT, 1), (99, 9), (5, 7)])
+    ]
+    found, wanted = (model._loglikelihood_tokens(cut) for model in (ours, theirs))
+    assert [value for value, _ in found] == pytest.approx([value for value, _ in wanted], rel=1e-5)
+    texts = [SimpleNamespace(args=(TEXT[:length],)) for length in (9, 300, 900)]
+    assert ours.loglikelihood_rolling(texts) == pytest.approx(theirs.loglikelihood_rolling(texts), rel=1e-5)
+
+
+def streamed(tokenizer: Any) -> tuple[Any, list[torch.Tensor]]:
+    """A model that gives zeros, and the sequences that it was asked for."""
+    from streamlap.pipeline.harness import StreamedModel
+
+    asked: list[torch.Tensor] = []
+
+    def zeros(ids_NL: torch.Tensor) -> torch.Tensor:
+        asked.append(ids_NL)
+        return torch.zeros(len(ids_NL), ids_NL.shape[1] - 1, 2)
+
+    return StreamedModel(tokenizer, CONTEXT, VOCABULARY, zeros), asked
+
+
+def test_a_context_of_spaces_begins_with_bos() -> None:
+    pytest.importorskip("lm_eval")
+    tokenizer = make_tokenizer()
+    model, asked = streamed(tokenizer)
+    model.loglikelihood([SimpleNamespace(args=(" ", "sea"))])
+    ids = [tokenizer.bos_token_id, *tokenizer.encode(" sea")]
+    assert asked[0][0, : len(ids)].tolist() == ids
+
+
+def test_a_tokenizer_without_bos_and_eos_is_named() -> None:
+    pytest.importorskip("lm_eval")
+    tokenizer = make_tokenizer()
+    tokenizer.bos_token = tokenizer.eos_token = None
+    model, asked = streamed(tokenizer)
+    for ask, args in ((model.loglikelihood, ("", "sea")), (model.loglikelihood_rolling, ("sea",))):
+        with pytest.raises(RecipeError, match="the tokenizer has no bos or eos, and the task begins with one"):
+            ask([SimpleNamespace(args=args)])
+    model.loglikelihood([SimpleNamespace(args=("the", " sea"))])
+    assert len(asked) == 1
+
+
+def test_a_token_beyond_the_vocabulary_is_named() -> None:
+    pytest.importorskip("lm_eval")
+    tokenizer = make_tokenizer()
+    tokenizer.add_tokens([f"more{number}" for number in range(VOCABULARY)])
+    model, _ = streamed(tokenizer)
+    words = rf"the token 'more\d+' \(id \d+\), which is in the tokenizer, .* vocabulary of 0 to {VOCABULARY - 1}"
+    with pytest.raises(RecipeError, match=words):
+        model.loglikelihood([SimpleNamespace(args=("the", f"more{VOCABULARY - 1}"))])
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(
+    ("old", "new", "words"),
+    [
+        ("{{question}}", "{{nope}}", "UndefinedError: 'nope' is undefined"),
+        ("doc_to_target: answer", 'doc_to_target: "{{nope}}"', "UndefinedError: 'nope' is undefined"),
+        ("test_split: test", "test_split: test\nnope: 1", "TypeError: .*'nope'"),
+        ("metric: acc}", "metric: nope}", "KeyError: None; wanted tasks"),
+    ],
+)
+def test_a_task_that_lm_eval_fails_on_is_one_line(
+    pico: MakeModel, files: list[Path], monkeypatch: pytest.MonkeyPatch, old: str, new: str, words: str
+) -> None:
+    pytest.importorskip("lm_eval")
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(files[0].parent / "cache"))
+    files[0].write_text(files[0].read_text().replace(old, new))
+    with pytest.raises(RecipeError, match=rf"lm-eval cannot run \['.*'\]: {words}"):
+        streamlap.evaluate_tasks(pico("llama", tokenizer=True), files[:1])
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(
+    "fault", [Interrupted("x"), KeyboardInterrupt(), MemoryError(), torch.OutOfMemoryError("x"), OSError(28, "full")]
+)
+def test_what_befalls_the_machine_is_no_fault_of_the_task(
+    pico: MakeModel, files: list[Path], monkeypatch: pytest.MonkeyPatch, fault: BaseException
+) -> None:
+    pytest.importorskip("lm_eval")
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(files[0].parent / "cache"))
+
+    def fail(*_: Any) -> None:
+        raise fault
+
+    monkeypatch.setattr(tasks, "pass_through", fail)
+    with pytest.raises(type(fault)) as caught:
+        streamlap.evaluate_tasks(pico("llama", tokenizer=True), files[:1])
+    assert caught.value is fault
 
 
 def test_files_that_are_no_tasks_are_refused(tmp_path: Path) -> None:
