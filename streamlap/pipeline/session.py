@@ -23,7 +23,7 @@ from streamlap.planning.disk import DiskNeeds
 from streamlap.settings import RunSettings
 from streamlap.store.hidden import remove_hidden
 from streamlap.store.journal import STATE_FOLDER, Journal, save_tokens
-from streamlap.store.lock import OutputLock, empty_state
+from streamlap.store.lock import HOLDER, LOCKS, OutputLock, empty_state
 from streamlap.store.sink import write_durably
 from streamlap.store.source import data_digest
 from streamlap.system.signals import Stops, stop_requests
@@ -98,9 +98,8 @@ def session(
         check()
         if not Journal.exists(run.folder):
             remove_hidden(run.hidden)  # of a run whose output went without it
-            empty_state(
-                run.folder
-            )  # draws and a gain of that run, which a file's name alone does not tell from those of this
+            # Draws and a gain of that run, which a file's name alone does not tell from those of this one.
+            empty_state(run.folder, but=(*LOCKS, HOLDER))
             if tokens_NL is not None:
                 save_tokens(run.folder, tokens_NL)
             for name, path in (keep or {}).items():

@@ -7,6 +7,7 @@ import errno
 import os
 import shutil
 import warnings
+from collections.abc import Collection
 from pathlib import Path
 
 import filelock
@@ -26,12 +27,12 @@ HOLDER = "holder"
 """Beside them: who holds the lock, for those who ask."""
 
 
-def empty_state(out: Path) -> None:
+def empty_state(out: Path, but: Collection[str] = LOCKS) -> None:
     """Remove all that an earlier run has left in the state folder, but for the lock, which the caller holds."""
     for path in (out / STATE_FOLDER).iterdir():
         if path.is_dir() and not path.is_symlink():
             shutil.rmtree(path)
-        elif path.name not in (*LOCKS, HOLDER):
+        elif path.name not in but:
             remove_file(path)
 
 
