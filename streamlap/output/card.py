@@ -137,22 +137,17 @@ def licence_of(source: Path) -> dict[str, str]:
 def base_of(folder: Path) -> str:
     """The model that a folder of ours was made of, by its card; the name of any other folder. A stranger's card names the model
     that this one was trained from."""
-    found = front_matter(folder, "base_model") if OWN.search(read_card(folder)) else {}
+    found = {} if own_card(folder) is None else front_matter(folder, "base_model")
     return found.get("base_model", folder.resolve().name)
-
-
-def read_card(folder: Path) -> str:
-    """The model card of a folder; empty where it has none."""
-    path = checked(folder, folder / CARD_NAME)
-    if not path.is_file():
-        return ""
-    with path.open("rb") as file:
-        return file.read(CARD_BYTES).decode("utf-8", errors="replace")
 
 
 def front_matter(folder: Path, key: str) -> dict[str, str]:
     """The fields that a pattern names in the front matter of a folder's model card, those that are plain words."""
-    card = read_card(folder)
+    path = checked(folder, folder / CARD_NAME)
+    if not path.is_file():
+        return {}
+    with path.open("rb") as file:
+        card = file.read(CARD_BYTES).decode("utf-8", errors="replace")
     front = card.split("---", 2)[1] if card.startswith("---") and card.count("---") >= 2 else ""
     rows = re.findall(rf"^({key}):[ \t]*([\"']?)(.*?)\2[ \t]*$", front, flags=re.MULTILINE)
     return {name: value for name, _, value in rows if PLAIN.fullmatch(value)}

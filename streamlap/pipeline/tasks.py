@@ -42,15 +42,7 @@ def evaluate_tasks(
     Raises StreamlapError where lm-eval is not installed, RecipeError for a task that it does not know or that it fails on, and
     UnsupportedModel for one that generates text.
     """
-    try:
-        from lm_eval import simple_evaluate
-        from lm_eval.tasks import TaskManager
-
-        from streamlap.pipeline.harness import StreamedModel, scored
-    except ImportError as error:
-        raise StreamlapError(
-            "lm-eval is not installed, and runs the tasks; run pip install 'streamlap[tasks]'."
-        ) from error
+    require_lm_eval()
     settings, others = split_options(options)
     refuse_options(evaluate_tasks, others)
     if isinstance(tasks, str) or not tasks:
@@ -63,30 +55,9 @@ def evaluate_tasks(
     dtype = "float32" if (settings.device, dtype) == ("cpu", "auto") else dtype
     stream = ModelStream(folder, settings.device, dtype)
     stream.require_head()
-    wanted = [task_of(task) for task in tasks]
+    tables = [task_of(task) for task in tasks]
     tokenizer = load_tokenizer(folder, Path(str(tasks[0])), settings.trust_remote_code)
-    faults: list[Exception] = []
-
-    def score(tokens_NL: torch.Tensor) -> torch.Tensor:
-        try:
-            return pass_through(stream, settings, tokens_NL, scored)
-        except Exception as error:
-            faults.append(error)
-            raise
-
-    streamed = StreamedModel(tokenizer, stream.context, stream.vocabulary, score)
-    named = any(isinstance(task, str) for task in wanted)  # to look through all that lm-eval has takes a while
-    manager = TaskManager(include_defaults=named)
-    try:
-        found = simple_evaluate(
-            streamed, tasks=wanted, limit=limit, task_manager=manager, log_samples=False, bootstrap_iters=0
-        )
-    except Exception as error:  # lm-eval, jinja2 and datasets raise a different one for every way to write a task wrong
-        if isinstance(error, StreamlapError) or error in faults or is_out_of_memory(error):
-            raise
-        raise RecipeError(
-            f"lm-eval cannot run {shown(list(map(str, tasks)))}: {whole(error)}; wanted tasks that it runs."
-        ) from error
+    found = by_lm_eval(tables, stream, settings, tokenizer, limit, named=shown(list(map(str, tasks))))
     results = {name: metrics_of(table) for name, table in found["results"].items()}
     documents = {name: counts["effective"] for name, counts in found["n-samples"].items()}
     rows = [
@@ -99,6 +70,53 @@ def evaluate_tasks(
         "tasks": results, "documents": documents, "card": card and str(card),
         "seconds": time.perf_counter() - start, "peak_ram_bytes": peak_ram_bytes(), "peak_vram_bytes": peak_vram_bytes(),
     }  # fmt: skip
+
+
+def require_lm_eval() -> None:
+    """Raise StreamlapError where it is not installed."""
+    try:
+        import lm_eval
+        import lm_eval.tasks  # noqa: F401
+
+        import streamlap.pipeline.harness  # noqa: F401
+    except ImportError as error:
+        raise StreamlapError(
+            "lm-eval is not installed, and runs the tasks; run pip install 'streamlap[tasks]'."
+        ) from error
+
+
+def by_lm_eval(
+    tables: list[str | dict[str, Any]], stream: ModelStream, settings: RunSettings, tokenizer: Any, limit: int | None,
+    named: str,
+) -> dict[str, Any]:  # fmt: skip
+    """What lm-eval gives for these tasks; `named`, how an error calls them. Raises RecipeError for one that it fails on; what
+    befalls the pass over the layers is no fault of a task, and is raised as it is."""
+    from lm_eval import simple_evaluate
+    from lm_eval.tasks import TaskManager
+
+    from streamlap.pipeline.harness import StreamedModel, scored
+
+    faults: list[Exception] = []
+
+    def score(tokens_NL: torch.Tensor) -> torch.Tensor:
+        try:
+            return pass_through(stream, settings, tokens_NL, scored)
+        except Exception as error:
+            faults.append(error)
+            raise
+
+    streamed = StreamedModel(tokenizer, stream.context, stream.vocabulary, score)
+    by_name = any(isinstance(table, str) for table in tables)  # to look through all that lm-eval has takes a while
+    manager = TaskManager(include_defaults=by_name)
+    try:
+        found: dict[str, Any] = simple_evaluate(
+            streamed, tasks=tables, limit=limit, task_manager=manager, log_samples=False, bootstrap_iters=0
+        )
+    except Exception as error:  # lm-eval, jinja2 and datasets raise a different one for every way to write a task wrong
+        if isinstance(error, StreamlapError) or error in faults or is_out_of_memory(error):
+            raise
+        raise RecipeError(f"lm-eval cannot run {named}: {whole(error)}; wanted tasks that it runs.") from error
+    return found
 
 
 def task_of(task: str | Path) -> str | dict[str, Any]:
